@@ -1,0 +1,57 @@
+"""What every drafter is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Int
+from torch import Tensor
+
+from fastgrpo.cache import SlotCache
+from fastgrpo.sampling import SamplingBatch
+from fastgrpo.tree import Draft
+from fastgrpo.types import Sequence, SpeculationPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftContext:
+    """The running sequences at the start of a step, in slot order."""
+
+    sequences: list[Sequence]
+    sampling: SamplingBatch  # rows at the position of the first draft token
+    pending_token_ids: Int[Tensor, " B"]
+    cache: SlotCache  # read only: features of every cached token, if the drafter wants them
+
+
+class Drafter(Protocol):
+    """Proposes draft trees. Any proposal is exact; a good one is accepted.
+
+    `name` is what users type and logs show; `wants_features` asks the engine to keep target features.
+    """
+
+    name: str
+    wants_features: bool
+
+    def begin(self) -> None:
+        """A rollout starts: no sequence runs."""
+        ...
+
+    def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
+        """At most `plan.num_draft_tokens` nodes a row and `plan.depth` levels; rows may get fewer.
+
+        Called only with a plan that is not plain; steps may pass between two calls.
+        """
+        ...
+
+    def count_unread(self, lengths: list[int]) -> int:
+        """Cached tokens of the running rows that the drafter must still read before it can propose."""
+        ...
+
+    def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
+        """`sequence` has emitted its last `num_new_tokens` tokens (0: it has just been admitted)."""
+        ...
+
+    def release(self, slot: int, last_slot: int) -> None:
+        """The sequence of `slot` is finished; the one of `last_slot` moves there."""
+        ...

@@ -1,0 +1,285 @@
+"""An EAGLE-3-shaped head (arXiv:2503.01840) that drafts trees ranked with the target's own noise.
+
+Pair i is (target feature of token i, embedding of token i + 1); the head's output there predicts token
+i + 2. Pairs with true features are read lazily, when a draft is asked for; the nodes of a tree use the
+head's own outputs as features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgrpo.cache import RowStore
+from fastgrpo.drafters.drafter import DraftContext
+from fastgrpo.drafters.eagle_head import DEFAULT_DRAFT_VOCAB_SIZE, EagleHead, load_head, save_head, start_from_target
+from fastgrpo.model import ForwardBatch, TargetModel, pack_queries, unpack_outputs
+from fastgrpo.sampling import SamplingBatch, add_noise, scale_logits
+from fastgrpo.tree import Draft
+from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
+
+_LEVEL_PENALTY = 1e-4  # nats; a child never outranks its parent, not even at chance 1
+
+
+class EagleDrafter:
+    """Drafts with an `EagleHead`; keeps one row of keys and values for each running sequence.
+
+    Args:
+        target: the model to draft for; its embedding, RoPE and output rows are used.
+        head: trained weights; None starts from the target's own.
+        draft_vocab_size: rows of the reduced output head.
+        temperature_scale: tau of the chance softmax((log q + noise) / tau) that a candidate is chosen.
+    """
+
+    name = "eagle"
+    wants_features = True
+
+    def __init__(
+        self,
+        target: TargetModel,
+        *,
+        head: EagleHead | None = None,
+        draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE,
+        temperature_scale: float = 1.0,
+    ) -> None:
+        self.target = target
+        self.temperature_scale = temperature_scale
+        if head is None:
+            generator = torch.random.get_rng_state()
+            torch.manual_seed(0)  # the head's start must not depend on, nor disturb, the run's generator
+            head = EagleHead(target, draft_vocab_size=draft_vocab_size)
+            torch.random.set_rng_state(generator)
+            start_from_target(head, target)
+        self.head = head.to(target.device)
+        width = target.num_kv_heads * target.head_dim
+        self._keys = RowStore(num_layers=1, width=width, dtype=target.dtype, device=target.device)
+        self._values = RowStore(num_layers=1, width=width, dtype=target.dtype, device=target.device)
+        self._num_read: list[int] = []  # pairs in the cache, by slot
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the trained weights into the copy that drafts; output rows come from the target as it is now."""
+        with torch.no_grad():
+            rows = self.target.lm_head.weight[self.head.draft_vocab.long()]
+            self.head.lm_head.weight.copy_(rows)
+        self._fast = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
+
+    def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
+        """Draft from the most counted tokens; among equals those drafted already, then low ids, stay.
+
+        The output rows are the target's own, so a change of rows costs nothing that was learnt.
+        """
+        score = counts.double() * 2
+        score[self.head.draft_vocab.long()] += 1
+        order = torch.argsort(score, descending=True, stable=True)
+        chosen = order[: self.head.draft_vocab_size].sort().values
+        self.head.draft_vocab.copy_(chosen.to(torch.int32))
+
+    def begin(self) -> None:
+        self._num_read = []
+        self._keys.clear()
+        self._values.clear()
+        self.refresh()
+
+    def count_unread(self, lengths: list[int]) -> int:
+        return sum(lengths) - sum(self._num_read[: len(lengths)])
+
+    def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
+        pass  # features and tokens are read when they are needed
+
+    def release(self, slot: int, last_slot: int) -> None:
+        if last_slot >= len(self._num_read):  # admitted after the last draft: nothing read yet
+            if slot < len(self._num_read):
+                self._num_read[slot] = 0
+            return
+        for store in (self._keys, self._values):
+            store.move_row(last_slot, slot, self._num_read[last_slot])
+        self._num_read[slot] = self._num_read[last_slot]
+        self._num_read.pop()
+
+    def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
+        lengths = context.cache.lengths
+        if min(lengths) == 0:  # a one-token prompt has no feature yet
+            return Draft.roots(context.pending_token_ids)
+        self._num_read += [0] * (len(lengths) - len(self._num_read))
+        room = max(lengths) + plan.width * plan.depth
+        for store in (self._keys, self._values):
+            store.reserve(len(lengths), room, len(lengths), max(self._num_read))
+        output = self._read_pairs(context)
+        self._num_read = list(lengths)
+        return _TreeBuilder(self, context, plan).build(output)
+
+    def _read_pairs(self, context: DraftContext) -> Float[Tensor, "B H"]:
+        """Run the pairs whose true features are new; returns each row's last output."""
+        lengths, device = context.cache.lengths, self.target.device
+        counts = [length - read for length, read in zip(lengths, self._num_read, strict=True)]
+        width = max(counts)
+        tokens = [
+            (s.all_token_ids[-count:] if count else []) + [0] * (width - count)
+            for s, count in zip(context.sequences, counts, strict=True)
+        ]
+        num_nodes = torch.tensor(counts, device=device)
+        index = torch.arange(len(lengths), device=device)
+        batch = ForwardBatch.build(
+            token_ids=torch.tensor(tokens, device=device),
+            num_nodes=num_nodes,
+            visible=torch.ones(len(lengths), width, width, dtype=torch.bool, device=device).tril(),
+            rows=slice(0, len(lengths)),
+            row_numbers=index,
+            lengths=torch.tensor(self._num_read, device=device),
+            store=self._keys,
+            dtype=self.target.dtype,
+        )
+        store = context.cache.features
+        assert store is not None
+        rows = index.repeat_interleave(num_nodes)
+        features = store.flat(0)[rows * store.capacity + batch.positions, : 3 * self.target.hidden_size]
+        hidden = self._fast.fc(features.to(self.target.dtype))
+        return self.forward(batch, hidden)[batch.row_starts + num_nodes - 1]
+
+    def forward(self, batch: ForwardBatch, hidden: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
+        """One pass of the head over packed pairs, keys and values written behind each row."""
+        head, target = self._fast, self.target
+        embedded = target.embed_tokens(batch.token_ids).to(hidden.dtype)
+        cos, sin = target.decoder.rotary_emb(hidden, position_ids=batch.positions[None])
+        query, key, value = head.attention_inputs(embedded, hidden, cos[0], sin[0])
+        views = []
+        for store, states in ((self._keys, key), (self._values, value)):
+            store.write(0, batch.write_index, states.flatten(1).to(store.data.dtype))
+            rows = store.data[0, batch.rows, : batch.read_length]
+            views.append(rows.unflatten(-1, (head.num_kv_heads, head.head_dim)).transpose(1, 2))
+        packed = pack_queries(query.transpose(0, 1)[None].to(views[0].dtype), head.num_kv_heads, batch)
+        mask = batch.mask.repeat(1, 1, head.num_heads // head.num_kv_heads, 1)
+        attended = F.scaled_dot_product_attention(packed, *views, attn_mask=mask)
+        return head.finish(hidden, unpack_outputs(attended, head.num_heads, batch)[0].flatten(1).to(hidden.dtype))
+
+    def rank_level(
+        self, output: Float[Tensor, "B W H"], noise_rows: SamplingBatch, width: int
+    ) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
+        """The `width` most promising tokens after each output: log chance of being chosen, token id.
+
+        Nodes of one level share their position, and so one row of noise.
+        """
+        logits = self._fast.compute_logits(output)
+        scaled = scale_logits(logits, noise_rows)
+        noise = add_noise(scaled.new_zeros(len(output), scaled.shape[-1]), noise_rows, self.head.draft_vocab)
+        noisy = (scaled + noise[:, None]) / self.temperature_scale
+        top, column = noisy.topk(min(width, noisy.shape[-1]), dim=-1)
+        return top - noisy.logsumexp(-1, keepdim=True), self.head.draft_vocab[column].long()
+
+    def measure_level(self, num_tokens: int) -> Callable[[], object]:
+        """One draft level over `num_tokens` nodes, for the profiler to time; leaves no row behind."""
+        device, rows = self.target.device, min(num_tokens, 64)
+        width = num_tokens // rows
+        sequences = [
+            Sequence(request_id=i, prompt_ids=[0], params=SamplingParams(), max_tokens=1, stream_key=i)
+            for i in range(rows)
+        ]
+        noise_rows = SamplingBatch.build(sequences, device)
+        hidden = torch.zeros(num_tokens, self.target.hidden_size, dtype=self.target.dtype, device=device)
+        for store in (self._keys, self._values):
+            store.reserve(rows, width, len(self._num_read), max(self._num_read, default=0))
+        batch = ForwardBatch.build(
+            token_ids=torch.ones(rows, width, dtype=torch.int64, device=device),
+            num_nodes=torch.full((rows,), width, device=device),
+            visible=torch.eye(width, dtype=torch.bool, device=device).expand(rows, -1, -1),
+            rows=slice(0, rows),
+            row_numbers=torch.arange(rows, device=device),
+            lengths=torch.zeros(rows, dtype=torch.int64, device=device),
+            store=self._keys,
+            dtype=self.target.dtype,
+        )
+        return lambda: self.rank_level(self.forward(batch, hidden).view(rows, width, -1), noise_rows, 4)
+
+    def save(self, folder: Path) -> None:
+        """Write the trained head as an EAGLE-3 checkpoint."""
+        save_head(self.head, folder, self.target)
+
+    @classmethod
+    def load(cls, folder: Path, target: TargetModel) -> EagleDrafter:
+        """Read a folder that `save` wrote.
+
+        Raises:
+            ValueError: damaged files, or a head of another target; names what differs.
+        """
+        head = load_head(folder, target)
+        return cls(target, head=head)
+
+
+class _TreeBuilder:
+    """One tree for each sequence: beams expanded level by level, the best nodes of the pool kept."""
+
+    def __init__(self, drafter: EagleDrafter, context: DraftContext, plan: SpeculationPlan) -> None:
+        self.drafter, self.context, self.plan = drafter, context, plan
+        self.device = context.pending_token_ids.device
+        self.num_seqs = len(context.sequences)
+        self.rows = torch.arange(self.num_seqs, device=self.device)
+        self.lengths = torch.tensor(context.cache.lengths, device=self.device)
+        self.tokens: list[Tensor] = []  # [B, candidates] of each level
+        self.scores: list[Tensor] = []
+        self.parents: list[Tensor] = []  # index into the pool, root 0
+
+    def build(self, output: Float[Tensor, "B H"]) -> Draft:
+        self._add_level(output[:, None], self.rows.new_zeros(self.num_seqs, 1), output.new_zeros(self.num_seqs, 1), 1)
+        hidden = output[:, None]  # outputs of the nodes expanded on the level above
+        visible = torch.zeros(self.num_seqs, 0, 0, dtype=torch.bool, device=self.device)
+        for depth in range(2, self.plan.depth + 1):
+            score, beam = self.scores[-1].topk(min(self.plan.width, self.scores[-1].shape[1]), dim=1)
+            start = 1 + sum(level.shape[1] for level in self.tokens[:-1])
+            tokens = self.tokens[-1].gather(1, beam)
+            above = beam // (self.scores[-1].shape[1] // hidden.shape[1])  # expanded parent of each beam
+            visible = self._extend(visible, above if depth > 2 else None, beam.shape[1])
+            hidden = self._expand(tokens, hidden.gather(1, above[..., None].expand(-1, -1, hidden.shape[2])), visible)
+            self._add_level(hidden, start + beam, score, depth)
+        return self._prune()
+
+    def _add_level(self, output: Tensor, parents: Tensor, scores: Tensor, depth: int) -> None:
+        """Candidates below `output` [B, W, H], `width` for each of the W expanded nodes."""
+        num_beams = output.shape[1]
+        noise_rows = self.context.sampling.rows(self.rows, depth - 1)
+        chance, tokens = self.drafter.rank_level(output, noise_rows, self.plan.width)
+        self.tokens.append(tokens.flatten(1))
+        self.scores.append((scores[..., None] + chance - _LEVEL_PENALTY).flatten(1))
+        self.parents.append(parents[..., None].expand(-1, num_beams, tokens.shape[2]).flatten(1))
+
+    def _extend(self, visible: Tensor, above: Tensor | None, count: int) -> Tensor:
+        """Ancestors of the `count` nodes now expanded, among all expanded ones."""
+        own = torch.eye(count, dtype=torch.bool, device=self.device).expand(self.num_seqs, -1, -1)
+        if above is None:
+            return own
+        inherited = visible.gather(1, above[..., None].expand(-1, -1, visible.shape[2]))
+        return torch.cat((inherited, own), -1)
+
+    def _expand(self, tokens: Tensor, hidden: Tensor, visible: Tensor) -> Float[Tensor, "B W H"]:
+        store = self.drafter._keys
+        batch = ForwardBatch.build(
+            token_ids=tokens,
+            num_nodes=self.rows.new_full((self.num_seqs,), tokens.shape[1]),
+            visible=visible,
+            rows=slice(0, self.num_seqs),
+            row_numbers=self.rows,
+            lengths=self.lengths,
+            store=store,
+            dtype=self.drafter.target.dtype,
+        )
+        return self.drafter.forward(batch, hidden.flatten(0, 1)).view(hidden.shape)
+
+    def _prune(self) -> Draft:
+        """The best nodes over all levels; pool order is topological and siblings stand best first."""
+        tokens, scores, parents = (torch.cat(level, 1) for level in (self.tokens, self.scores, self.parents))
+        count = min(self.plan.num_draft_tokens, tokens.shape[1])
+        kept = scores.topk(count, dim=1).indices.sort(dim=1).values
+        place = self.rows.new_zeros(self.num_seqs, tokens.shape[1] + 1)
+        place.scatter_(1, kept + 1, torch.arange(1, count + 1, device=self.device).expand_as(kept).contiguous())
+        roots = Draft.roots(self.context.pending_token_ids)
+        return Draft(
+            token_ids=torch.cat((roots.token_ids, tokens.gather(1, kept)), 1),
+            parents=torch.cat((roots.parents, place.gather(1, parents.gather(1, kept))), 1),
+            num_nodes=roots.num_nodes + count,
+        )

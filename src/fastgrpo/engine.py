@@ -1,0 +1,441 @@
+"""The engine: schedule, plan, propose, forward, verify. One path; plain decoding is an empty draft."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fastgrpo.cache import RowPrefix
+from fastgrpo.drafters import Drafter, build_drafter
+from fastgrpo.drafters.drafter import DraftContext
+from fastgrpo.model import ForwardBatch, ForwardOutput, TargetModel
+from fastgrpo.planner import AutoPlanner, PaperPlanner, PlanInputs, Planner, build_planner
+from fastgrpo.profiler import measure_profile
+from fastgrpo.sampling import SamplingBatch, stream_key
+from fastgrpo.scheduler import Scheduler
+from fastgrpo.tree import Draft, compute_ancestors
+from fastgrpo.types import PLAIN, Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
+from fastgrpo.verify import Verdict, count_hits, verify
+
+DEFAULT_FIXED_PLAN = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
+_PREFILL_TOKENS = 4096  # prompt tokens in one forward, padding included
+_PREFILL_CHUNK = 512  # prompt tokens of one row in one forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRollout:
+    """One finished sequence as a learner wants it.
+
+    `features[i]` belongs to token i of prompt + completion; the last token has none.
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    temperature: float
+    features: Float[Tensor, "T W"] | None
+
+
+class Engine:
+    """Exact speculative generation with a transformers causal LM that stays its owner's.
+
+    Args:
+        model: a causal LM or a PEFT model of one; Llama, Qwen2, Qwen3, or Mistral without a window.
+        drafter: "eagle", "ngram", "none", a path to a saved EAGLE-3 head, or a `Drafter`.
+        speculation: "auto", "paper", "fixed", "off", or a `SpeculationPlan` used at every step.
+        max_num_seqs: sequences decoded together; others wait.
+        fixed_plan: the plan of "fixed".
+        compute_dtype: run under autocast in this type; None computes in the model's own.
+
+    Raises:
+        ValueError: the model, drafter or speculation cannot be used; the message names the remedy.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        drafter: str | Path | Drafter = "eagle",
+        speculation: str | SpeculationPlan = "auto",
+        max_num_seqs: int = 64,
+        fixed_plan: SpeculationPlan = DEFAULT_FIXED_PLAN,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.target = TargetModel(model, compute_dtype=compute_dtype)
+        self.drafter = build_drafter(drafter, self.target)
+        self.scheduler = Scheduler(max_num_seqs)
+        self.cache = self.target.build_cache(with_features=self.drafter.wants_features)
+        self.planner: Planner | None = None
+        self._speculation = "off" if self.drafter.name == "none" else speculation
+        self._fixed_plan = fixed_plan
+        self._check_speculation()
+        self.profile_s = 0.0
+        self.records: list[StepRecord] = []
+        self.on_step: list[Callable[[StepRecord], None]] = []
+        self.on_finish: list[Callable[[FinishedRollout], None]] = []
+        self._vocabulary = torch.arange(self.target.vocab_size, dtype=torch.int32, device=self.target.device)
+        self._prefixes: dict[tuple[int, ...], RowPrefix] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> Engine:
+        """Load a model (safetensors only) and build an engine around it; other arguments as for `Engine`."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=dtype, use_safetensors=True).to(device)
+        return cls(model, **kwargs)
+
+    def generate(
+        self,
+        prompt_token_ids: list[list[int]],
+        params: SamplingParams | list[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Generate one completion for each prompt.
+
+        Args:
+            prompt_token_ids: token ids of each prompt. Equal prompts are siblings: their prompt is
+                computed once.
+            params: one for all (request i takes the noise stream `stream + i`) or one for each.
+
+        Returns:
+            Completions in the order of the prompts, a function of model, prompt, params and seed alone.
+
+        Raises:
+            ValueError: a prompt is empty, too long or has ids out of range; nothing has been generated.
+            FloatingPointError: the model's logits are not finite; names request and position.
+        """
+        sequences = self._build_sequences(prompt_token_ids, params or SamplingParams())
+        self.records = []
+        if not sequences:
+            return []
+        try:
+            with self.target.rollout_mode():
+                self._ensure_planner().begin()
+                self.drafter.begin()
+                for sequence in sequences:
+                    self.scheduler.add(sequence)
+                while self.scheduler.has_work:
+                    record = self.step()
+                    self.records.append(record)
+                    for listener in self.on_step:
+                        listener(record)
+        finally:
+            self._reset()
+        return [
+            Completion(token_ids=s.token_ids, logprobs=s.logprobs, finish_reason=s.finish_reason or "length")
+            for s in sequences
+        ]
+
+    @property
+    def plan_name(self) -> str:
+        return self.planner.name if self.planner else str(self._speculation)
+
+    def step(self) -> StepRecord:
+        """Advance every running sequence by at least one token; call inside `target.rollout_mode`."""
+        started = time.perf_counter()
+        num_prefilled = self._prefill(self.scheduler.admit())
+        prefilled = time.perf_counter()
+        running = self.scheduler.running
+        context = self._build_context()
+        plan = self._ensure_planner().plan(self._plan_inputs())
+        draft = Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
+        drafted = time.perf_counter()
+        batch = self._layout(draft)
+        output = self.target.forward(batch, self.cache)
+        logits = self.target.compute_logits(output.last_hidden)
+        forwarded = time.perf_counter()
+        verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary)
+        num_emitted = self._commit(verdict, output, batch)
+        num_cached = sum(self.cache.lengths)
+        num_seqs = len(running)
+        self._retire()
+        finished = time.perf_counter()
+        offered, hits = count_hits(verdict)
+        record = StepRecord(
+            num_seqs=num_seqs,
+            num_waiting=len(self.scheduler.waiting),
+            plan=plan,
+            num_tokens=len(batch.token_ids),
+            num_emitted=num_emitted,
+            num_cached=num_cached,
+            num_prefilled=num_prefilled,
+            offered=offered,
+            hits=hits,
+            prefill_s=prefilled - started,
+            draft_s=drafted - prefilled,
+            target_s=forwarded - drafted,
+            verify_s=finished - forwarded,
+            step_s=finished - started,
+        )
+        self._ensure_planner().observe(record)
+        return record
+
+    def check(self) -> None:
+        """Assert the conservation laws of scheduler and cache."""
+        self.scheduler.check()
+        self.cache.check([sequence.num_cached for sequence in self.scheduler.running])
+
+    # -- the rooms behind `step` ---------------------------------------------------------------------
+
+    def _build_context(self) -> DraftContext:
+        running = self.scheduler.running
+        device = self.target.device
+        return DraftContext(
+            sequences=running,
+            sampling=SamplingBatch.build(running, device),
+            pending_token_ids=torch.tensor([s.pending_token_id for s in running], device=device),
+            cache=self.cache,
+        )
+
+    def _plan_inputs(self) -> PlanInputs:
+        return PlanInputs(
+            num_seqs=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_unread=self.drafter.count_unread(self.cache.lengths),
+        )
+
+    def _layout(self, draft: Draft) -> ForwardBatch:
+        """Room for the draft's nodes behind every running row."""
+        num_rows, width = draft.token_ids.shape
+        self.cache.reserve(num_rows, max(self.cache.lengths) + width)
+        device = self.target.device
+        return ForwardBatch.build(
+            token_ids=draft.token_ids,
+            num_nodes=draft.num_nodes,
+            visible=compute_ancestors(draft.parents),
+            rows=slice(0, num_rows),
+            row_numbers=torch.arange(num_rows, device=device),
+            lengths=torch.tensor(self.cache.lengths, device=device),
+            store=self.cache.keys,
+            dtype=self.target.dtype,
+        )
+
+    def _commit(self, verdict: Verdict, output: ForwardOutput, batch: ForwardBatch) -> int:
+        """Keep the walked paths: cache, features, tokens. Returns the number of tokens emitted."""
+        running = self.scheduler.running
+        self._check_finite(verdict)
+        counts = (verdict.num_accepted + 1).tolist()
+        if output.features is not None:
+            self._write_features(verdict, output.features, batch)
+        self.cache.commit(verdict.path, counts)
+        token_ids, logprobs = verdict.token_ids.tolist(), verdict.logprobs.tolist()
+        num_emitted = 0
+        for slot, (sequence, count) in enumerate(zip(running, counts, strict=True)):
+            kept = sequence.append(token_ids[slot][:count], logprobs[slot][:count])
+            self.cache.truncate(slot, sequence.num_cached)
+            self.drafter.observe(sequence, kept)
+            num_emitted += kept
+        return num_emitted
+
+    def _write_features(self, verdict: Verdict, features: Float[Tensor, "T W"], batch: ForwardBatch) -> None:
+        store = self.cache.features
+        assert store is not None
+        rows, depth = (verdict.path >= 0).nonzero(as_tuple=True)
+        lengths = torch.tensor(self.cache.lengths, device=features.device)
+        target = rows * store.capacity + lengths[rows] + depth
+        store.write(0, target, features[batch.row_starts[rows] + verdict.path[rows, depth]])
+
+    def _check_finite(self, verdict: Verdict) -> None:
+        if not bool(torch.isnan(verdict.logprobs).any()):
+            return
+        row, depth = torch.isnan(verdict.logprobs).nonzero()[0].tolist()
+        sequence = self.scheduler.running[row]
+        raise FloatingPointError(
+            f"the model's logits are not finite at request {sequence.request_id}, completion position "
+            f"{len(sequence.token_ids) + depth}; the weights have probably diverged: lower the learning rate and "
+            "resume from the last checkpoint"
+        )
+
+    def _retire(self) -> None:
+        """Hand out finished sequences and close their slots, highest first, so that each moves at most one row."""
+        running = self.scheduler.running
+        for slot in reversed([i for i, sequence in enumerate(running) if sequence.finish_reason]):
+            sequence = running[slot]
+            if self.on_finish:
+                rollout = self._build_rollout(slot, sequence)
+                for listener in self.on_finish:
+                    listener(rollout)
+            self._keep_prefix(slot, sequence)
+            self.drafter.release(slot, len(running) - 1)
+            self.cache.remove_row(slot)
+            self.scheduler.remove(slot)
+
+    def _build_rollout(self, slot: int, sequence: Sequence) -> FinishedRollout:
+        store = self.cache.features
+        return FinishedRollout(
+            prompt_ids=sequence.prompt_ids,
+            token_ids=sequence.token_ids,
+            temperature=sequence.params.temperature,
+            features=None if store is None else store.snapshot(slot, sequence.num_cached)[0],
+        )
+
+    # -- prompts -------------------------------------------------------------------------------------
+
+    def _prefill(self, admitted: list[Sequence]) -> int:
+        """Compute the prompts of new sequences, each once for all its siblings; returns tokens computed.
+
+        All but a prompt's last token is cached; the last is pending and becomes the first root.
+        """
+        if not admitted:
+            return 0
+        running = self.scheduler.running
+        first = len(running) - len(admitted)
+        self.cache.reserve(len(running), max(len(s.prompt_ids) for s in admitted) + 1)
+        self.cache.add_rows(len(admitted))
+        siblings: dict[tuple[int, ...], list[int]] = {}
+        for slot in range(first, len(running)):
+            siblings.setdefault(running[slot].group_key, []).append(slot)
+            self.drafter.observe(running[slot], 0)
+        leaders = [slots[0] for key, slots in siblings.items() if self._find_prefix(key, first) is None]
+        num_tokens = self._prefill_rows(leaders)
+        for key, slots in siblings.items():
+            prefix = self._find_prefix(key, first) or self.cache.snapshot(slots[0], len(key) - 1)
+            rest = [slot for slot in slots if self.cache.lengths[slot] < len(key) - 1]
+            self.cache.restore(rest, prefix)
+            if not self.scheduler.has_waiting_sibling(running[slots[0]]):
+                self._prefixes.pop(key, None)
+        return num_tokens
+
+    def _find_prefix(self, key: tuple[int, ...], num_old: int) -> RowPrefix | None:
+        """The cached prompt of a group: from a sibling that runs already, or kept aside."""
+        for slot, sequence in enumerate(self.scheduler.running[:num_old]):
+            if sequence.group_key == key:
+                return self.cache.snapshot(slot, len(key) - 1)
+        return self._prefixes.get(key)
+
+    def _keep_prefix(self, slot: int, sequence: Sequence) -> None:
+        """Before the last running sibling goes, keep the prompt for those that wait."""
+        key = sequence.group_key
+        if not self.scheduler.has_waiting_sibling(sequence):
+            return
+        if not any(other is not sequence and other.group_key == key for other in self.scheduler.running):
+            self._prefixes[key] = self.cache.snapshot(slot, len(key) - 1)
+
+    def _prefill_rows(self, slots: list[int]) -> int:
+        """Prompts of some rows, in forwards of bounded size; longest rows together."""
+        running, total = self.scheduler.running, 0
+        left = {slot: running[slot].prompt_ids[:-1] for slot in slots}
+        while left := {slot: ids for slot, ids in left.items() if ids}:
+            chosen, width = [], 0
+            for slot in sorted(left, key=lambda s: -len(left[s])):
+                width = width or min(len(left[slot]), _PREFILL_CHUNK)
+                if chosen and (len(chosen) + 1) * width > _PREFILL_TOKENS:
+                    break
+                chosen.append(slot)
+            chunks = [left[slot][:_PREFILL_CHUNK] for slot in chosen]
+            self._prefill_chunks(chosen, chunks)
+            for slot, chunk in zip(chosen, chunks, strict=True):
+                left[slot] = left[slot][len(chunk) :]
+                total += len(chunk)
+        return total
+
+    def _prefill_chunks(self, slots: list[int], chunks: list[list[int]]) -> None:
+        device = self.target.device
+        width = max(len(chunk) for chunk in chunks)
+        self.cache.reserve(len(self.cache.lengths), max(self.cache.lengths[slot] for slot in slots) + width)
+        rows = torch.tensor(slots, device=device)
+        batch = ForwardBatch.build(
+            token_ids=torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=device),
+            num_nodes=torch.tensor([len(chunk) for chunk in chunks], device=device),
+            visible=torch.ones(len(slots), width, width, dtype=torch.bool, device=device).tril(),
+            rows=rows,
+            row_numbers=rows,
+            lengths=torch.tensor([self.cache.lengths[slot] for slot in slots], device=device),
+            store=self.cache.keys,
+            dtype=self.target.dtype,
+        )
+        output = self.target.forward(batch, self.cache)
+        if self.cache.features is not None and output.features is not None:
+            self.cache.features.write(0, batch.write_index, output.features)
+        for slot, chunk in zip(slots, chunks, strict=True):
+            self.cache.lengths[slot] += len(chunk)
+
+    # -- requests ------------------------------------------------------------------------------------
+
+    def _build_sequences(
+        self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
+    ) -> list[Sequence]:
+        if isinstance(params, SamplingParams):
+            params = [replace(params, stream=params.stream + i) for i in range(len(prompts))]
+        if len(params) != len(prompts):
+            raise ValueError(f"got {len(prompts)} prompts but {len(params)} SamplingParams; give one, or one for each")
+        sequences = []
+        for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+            ids = check_prompt(prompt, index, self.target.vocab_size, self.target.max_position)
+            sequences.append(
+                Sequence(
+                    request_id=index,
+                    prompt_ids=ids,
+                    params=param,
+                    max_tokens=min(param.max_tokens, self.target.max_position - len(ids)),
+                    stream_key=stream_key(param.seed, param.stream),
+                )
+            )
+        return sequences
+
+    def _ensure_planner(self) -> Planner:
+        """The planner, its costs measured at first use."""
+        if self.planner is None:
+            started = time.perf_counter()
+            self.planner = build_planner(
+                self._speculation,
+                fixed=self._fixed_plan,
+                measure=lambda: measure_profile(self.target, self.drafter),
+            )
+            self.profile_s = time.perf_counter() - started
+        return self.planner
+
+    def restore_planner(self, name: str, state: Mapping[str, Any]) -> None:
+        """Go on with a saved planner's measurements; one of another kind is left out."""
+        planner: Planner | None = self.planner
+        if name == "auto" and self._speculation == "auto":
+            planner = AutoPlanner.from_state(state)
+        elif name == "paper" and self._speculation == "paper":
+            planner = PaperPlanner(capacity=float(state["capacity"]))
+        self.planner = planner
+
+    def _check_speculation(self) -> None:
+        if self._speculation not in ("auto", "paper"):
+            self.planner = build_planner(self._speculation, fixed=self._fixed_plan, measure=_no_measure)
+
+    def _reset(self) -> None:
+        """Leave nothing behind, whether the rollout ended or broke off."""
+        self.scheduler.abort()
+        self.cache.clear()
+        self._prefixes.clear()
+
+
+def _no_measure() -> Any:
+    raise AssertionError("this planner needs no measurement")
+
+
+def check_prompt(prompt: Iterable[int], index: int, vocab_size: int, max_position: int) -> list[int]:
+    """The prompt as a list of ints.
+
+    Raises:
+        ValueError: it is empty, leaves no room for a token, or has an id outside the vocabulary.
+    """
+    ids = [int(token_id) for token_id in prompt]
+    if not ids:
+        raise ValueError(f"prompt {index} is empty; give at least one token, e.g. the tokenizer's BOS")
+    if len(ids) >= max_position:
+        raise ValueError(
+            f"prompt {index} has {len(ids)} tokens and the model's context ends at {max_position}: no token can be "
+            "generated; shorten the prompt"
+        )
+    bad = next((i for i, token_id in enumerate(ids) if not 0 <= token_id < vocab_size), None)
+    if bad is not None:
+        raise ValueError(f"prompt {index} has token id {ids[bad]} at position {bad}, outside 0..{vocab_size - 1}")
+    return ids

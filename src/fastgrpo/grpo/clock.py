@@ -1,0 +1,47 @@
+"""Where the time of a training step goes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastgrpo.metrics import step_time_shares
+
+
+class StepClock(TrainerCallback):
+    """Times the parts of each training step and hands them out under `time/`.
+
+    Args:
+        log: called with each metric's name and value at the end of a step.
+    """
+
+    def __init__(self, log: Callable[[str, float], None]) -> None:
+        self._log = log
+        self._started: float | None = None
+        self._last_step_s: float | None = None
+        self.rollout_s = self.reward_s = self.learn_s = 0.0
+
+    def budget_s(self, share: float) -> float:
+        """Seconds that draft learning may take now: a share of the last step, or of this one so far."""
+        if self._last_step_s is None:
+            return share * (self.rollout_s + self.reward_s)
+        return share * self._last_step_s
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = time.perf_counter()
+        self.rollout_s = self.reward_s = self.learn_s = 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._started is None:
+            return
+        step_s = time.perf_counter() - self._started
+        if self.rollout_s:
+            self._last_step_s = step_s
+        update_s = step_s - self.rollout_s - self.reward_s - self.learn_s
+        shares = step_time_shares(self.rollout_s, self.learn_s, update_s, self.reward_s)
+        for key, value in shares.items():
+            self._log(key, value)

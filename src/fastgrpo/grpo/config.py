@@ -1,0 +1,88 @@
+"""The keys of a run: TRL's, and a few of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from fastgrpo.types import SpeculationPlan
+
+_SPECULATION = ("auto", "paper", "fixed", "off")
+
+
+@dataclass
+class FastGRPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` and the keys of speculative rollouts; every other key means what it means in TRL."""
+
+    speculation: str = field(
+        default="auto",
+        metadata={
+            "help": "How drafts are sized: `auto` (measured cost and acceptance decide, plain decoding included), "
+            "`paper` (FastGRPO's rule with a calibrated capacity), `fixed`, or `off`. Never changes the tokens."
+        },
+    )
+    drafter: str = field(
+        default="eagle",
+        metadata={"help": "`eagle` (a head trained online), `ngram`, `none`, or a folder with a saved EAGLE-3 head."},
+    )
+    num_draft_tokens: int = field(
+        default=8, metadata={"help": "Draft tokens of each sequence and step under `speculation=fixed`."}
+    )
+    draft_depth: int = field(default=3, metadata={"help": "Draft levels under `speculation=fixed`."})
+    draft_width: int = field(default=3, metadata={"help": "Children of a node under `speculation=fixed`."})
+    draft_learning_rate: float = field(default=1e-3, metadata={"help": "AdamW learning rate of the draft head."})
+    draft_time_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest share of a training step spent on draft learning, in [0, 1); 0 freezes the head. "
+            "Default: 0.1 on a CPU, 0.03 on a GPU."
+        },
+    )
+    max_num_seqs: int = field(default=64, metadata={"help": "Sequences decoded together; others wait for a slot."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.speculation not in _SPECULATION:
+            raise ValueError(f"speculation must be one of {', '.join(_SPECULATION)}, got '{self.speculation}'")
+        if self.draft_time_share is not None and not 0 <= self.draft_time_share < 1:
+            raise ValueError(f"draft_time_share must be in [0, 1), got {self.draft_time_share}")
+        if not self.draft_learning_rate > 0:
+            raise ValueError(
+                f"draft_learning_rate must be positive, got {self.draft_learning_rate}; "
+                "draft_time_share=0 freezes the head"
+            )
+        if self.max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
+        if self.speculation == "fixed":
+            _ = self.fixed_plan
+        check_config(self)
+
+    @property
+    def fixed_plan(self) -> SpeculationPlan:
+        return SpeculationPlan(depth=self.draft_depth, width=self.draft_width, num_draft_tokens=self.num_draft_tokens)
+
+
+def check_config(args: GRPOConfig) -> None:
+    """Refuse by name what our engine cannot do yet.
+
+    Raises:
+        ValueError: names the key and the remedy.
+    """
+    refused = {
+        "use_vllm": (args.use_vllm, "our engine generates from the trained weights themselves; set use_vllm=False"),
+        "use_transformers_continuous_batching": (
+            args.use_transformers_continuous_batching,
+            "our engine batches continuously by itself; leave it unset",
+        ),
+        "min_p": (args.min_p not in (None, 0, 0.0), "use top_p or top_k"),
+        "repetition_penalty": (
+            args.repetition_penalty not in (None, 1, 1.0),
+            "it makes a token depend on the whole text; leave it at 1.0",
+        ),
+        "cache_implementation": (args.cache_implementation is not None, "our engine has its own cache; leave it unset"),
+        "generation_kwargs": (bool(args.generation_kwargs), "use temperature, top_k, top_p, max_completion_length"),
+    }
+    for name, (is_set, remedy) in refused.items():
+        if is_set:
+            raise ValueError(f"{name}={getattr(args, name)!r} is not supported by FastGRPOTrainer: {remedy}")

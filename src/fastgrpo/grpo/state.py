@@ -1,0 +1,79 @@
+"""Draft state beside a checkpoint: head, draft optimiser, planner. Safetensors and JSON, nothing pickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.drafters.eagle_head import load_head
+from fastgrpo.engine import Engine
+from fastgrpo.learner import Learner
+
+
+def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
+    """Write head, draft optimiser and planner as safetensors and JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if engine.planner is not None:
+        state = {"name": engine.planner.name, "state": engine.planner.state_dict()}
+        (folder / "planner.json").write_text(json.dumps(state) + "\n")
+    if isinstance(engine.drafter, EagleDrafter):
+        engine.drafter.save(folder / "head")
+    if learner is None:
+        return
+    state = learner.state_dict()
+    tensors = {
+        f"{index}.{name}": value.detach().cpu().contiguous()
+        for index, moments in state["optimizer"]["state"].items()
+        for name, value in moments.items()
+    }
+    tensors |= {"generator": state["generator"], "token_counts": state["token_counts"].cpu()}
+    save_file(tensors, folder / "learner.safetensors")
+    record = {"num_updates": state["num_updates"], "param_groups": state["optimizer"]["param_groups"]}
+    (folder / "learner.json").write_text(json.dumps(record) + "\n")
+
+
+def load_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
+    """Read what `save_state` wrote.
+
+    Raises:
+        ValueError: a file is damaged or belongs to another model.
+    """
+    try:
+        if isinstance(engine.drafter, EagleDrafter) and (folder / "head").is_dir():
+            engine.drafter.head.load_state_dict(load_head(folder / "head", engine.target).state_dict())
+            engine.drafter.refresh()
+        if (folder / "planner.json").exists():
+            saved = json.loads((folder / "planner.json").read_text())
+            engine.restore_planner(saved["name"], saved["state"])
+        if learner is not None and (folder / "learner.json").exists():
+            learner.load_state_dict(_read_learner(folder))
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"the draft state in {folder} is damaged ({error}); remove the folder to start it afresh"
+        ) from error
+
+
+def _read_learner(folder: Path) -> dict[str, Any]:
+    record = json.loads((folder / "learner.json").read_text())
+    tensors = load_file(folder / "learner.safetensors")
+    generator, token_counts = tensors.pop("generator"), tensors.pop("token_counts")
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, moment = name.split(".", 1)
+        state.setdefault(int(index), {})[moment] = value
+    groups = [
+        {key: tuple(value) if key == "betas" else value for key, value in group.items()}
+        for group in record["param_groups"]
+    ]
+    return {
+        "optimizer": {"state": state, "param_groups": groups},
+        "generator": generator,
+        "token_counts": token_counts,
+        "num_updates": record["num_updates"],
+    }

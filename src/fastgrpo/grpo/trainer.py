@@ -1,0 +1,196 @@
+"""TRL's GRPO trainer with our engine in the place of its generation."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
+from trl.extras.profiling import profiling_context
+from trl.models import unwrap_model_for_generation
+
+from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.engine import Engine, FinishedRollout
+from fastgrpo.grpo.clock import StepClock
+from fastgrpo.grpo.config import FastGRPOConfig
+from fastgrpo.grpo.state import load_state, save_state
+from fastgrpo.learner import Learner
+from fastgrpo.metrics import rollout_metrics, summarise_rollout
+from fastgrpo.planner import AutoPlanner, PaperPlanner
+from fastgrpo.sampling import stream_key
+from fastgrpo.types import SamplingParams
+
+_STATE_FOLDER = "fastgrpo"  # inside a checkpoint
+
+
+class FastGRPOTrainer(GRPOTrainer):
+    """`trl.GRPOTrainer` whose completions come from `fastgrpo.Engine`; takes the same arguments.
+
+    Rollouts speculate with the policy being trained, so they are on-policy and exact; the draft head
+    learns between rollout and update. Head, its optimiser and the planner are saved with checkpoints.
+
+    Raises:
+        TypeError: `args` is not a `FastGRPOConfig`.
+        ValueError: the model or a setting is not supported; names it and the remedy.
+    """
+
+    _tag_names = ["trl", "grpo", "fastgrpo"]
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: FastGRPOConfig | None = None, **kwargs: Any) -> None:
+        if args is not None and not isinstance(args, FastGRPOConfig):
+            raise TypeError(f"args must be a FastGRPOConfig, got {type(args).__name__}; it takes the same keys")
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = FastGRPOConfig(f"{str(name).rstrip('/').split('/')[-1]}-FastGRPO")
+        super().__init__(model, reward_funcs, args, **kwargs)
+        if getattr(self, "_is_vlm", False):
+            raise ValueError("vision-language models are not supported by FastGRPOTrainer; use trl.GRPOTrainer")
+        if self.is_fsdp_enabled or getattr(self.accelerator.state, "zero_stage", None) == 3 or _is_zero3(self):
+            raise ValueError(
+                "weights sharded by FSDP or DeepSpeed ZeRO-3 are not supported by FastGRPOTrainer; "
+                "use DDP or ZeRO-2, or trl.GRPOTrainer"
+            )
+        self.engine = Engine(
+            self.accelerator.unwrap_model(self.model),
+            drafter=args.drafter,
+            speculation=args.speculation,
+            max_num_seqs=args.max_num_seqs,
+            fixed_plan=args.fixed_plan,
+            compute_dtype=_compute_dtype(args),
+        )
+        self.learner = self._build_learner(args)
+        self.engine.on_finish.extend([self._teach] if self.learner else [])
+        self._clock = StepClock(lambda key, value: self._metrics["train"][key].append(value))
+        self.add_callback(self._clock)
+        self._rollout_place = (-1, 0)  # (global step, generation calls within it)
+
+    def _build_learner(self, args: FastGRPOConfig) -> Learner | None:
+        share = args.draft_time_share
+        if share is None:
+            share = 0.1 if self.engine.target.device.type == "cpu" else 0.03
+        self._learn_share = share
+        if share == 0 or args.speculation == "off" or not isinstance(self.engine.drafter, EagleDrafter):
+            return None
+        return Learner(self.engine.drafter, learning_rate=args.draft_learning_rate, seed=args.seed)
+
+    def _teach(self, rollout: FinishedRollout) -> None:
+        if self.learner is not None and self.model.training:
+            self.learner.add(rollout)
+
+    # -- generation ----------------------------------------------------------------------------------
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
+    ) -> tuple[list[list[int]], None]:
+        if any(images is not None for images in (args[:1] or (kwargs.get("images"),))):
+            raise ValueError("image inputs are not supported by FastGRPOTrainer; use trl.GRPOTrainer")
+        started = time.perf_counter()
+        with (
+            profiling_context(self, "fastgrpo.generate"),
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ),
+        ):
+            completions = self.engine.generate(prompt_ids, self._build_params(len(prompt_ids)))
+        rollout_s = time.perf_counter() - started
+        self._clock.rollout_s += rollout_s
+        self._log_rollout(rollout_s)
+        return [completion.token_ids for completion in completions], None
+
+    def _build_params(self, count: int) -> list[SamplingParams]:
+        """Noise of its own for every completion of every process, call and step; the same after a resume."""
+        step, calls = self._rollout_place
+        calls = calls + 1 if step == self.state.global_step else 0
+        self._rollout_place = (self.state.global_step, calls)
+        seed = self.args.seed
+        for part in (self.state.global_step, calls, int(self.model.training), self.accelerator.process_index):
+            seed = stream_key(seed, part)
+        limit = self.max_completion_length or self.engine.target.max_position
+        return [
+            SamplingParams(
+                temperature=self.temperature,
+                top_k=self.top_k or 0,
+                top_p=self.top_p,
+                max_tokens=limit,
+                stop_token_ids=tuple(self.eos_token_ids),
+                seed=seed,
+                stream=index,
+            )
+            for index in range(count)
+        ]
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        started = time.perf_counter()
+        before = self._clock.rollout_s
+        output = super()._generate_and_score_completions(inputs)
+        self._clock.reward_s += time.perf_counter() - started - (self._clock.rollout_s - before)
+        if self.learner is not None and self.model.training:
+            report = self.learner.learn(self._clock.budget_s(self._learn_share))
+            self._clock.learn_s += report.learn_s
+            metrics = self._metrics["train"]
+            metrics["draft/loss"].append(report.loss)
+            metrics["draft/learn_s"].append(report.learn_s)
+            metrics["draft/num_tokens"].append(report.num_tokens)
+            metrics["draft/num_skipped"].append(report.num_skipped)
+        return output
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._calculate_rewards(*args, **kwargs)
+        except Exception as error:
+            names = ", ".join(self.reward_func_names)
+            error.add_note(
+                f"raised while computing rewards ({names}) at step {self.state.global_step}; nothing was trained on "
+                "this batch: correct the reward function and resume from the last checkpoint"
+            )
+            raise
+
+    def _log_rollout(self, rollout_s: float) -> None:
+        mode = "train" if self.model.training else "eval"
+        planner = self.engine.planner
+        capacity = None
+        if isinstance(planner, AutoPlanner):
+            capacity = planner.profile.capacity
+        elif isinstance(planner, PaperPlanner):
+            capacity = planner.capacity
+        summary = summarise_rollout(self.engine.records, rollout_s=rollout_s)
+        for key, value in rollout_metrics(summary, capacity=capacity).items():
+            self._metrics[mode][key].append(value)
+
+    # -- checkpoints ---------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Ours first, then TRL's: older checkpoints are only removed once the new one is whole."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        is_new = not folder.exists()
+        try:
+            if self.args.should_save:
+                save_state(folder / _STATE_FOLDER, self.engine, self.learner)
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            if is_new and self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            error.add_note(f"{folder} could not be written and was removed; earlier checkpoints are untouched")
+            raise
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / _STATE_FOLDER).is_dir():
+            load_state(Path(checkpoint) / _STATE_FOLDER, self.engine, self.learner)
+
+
+def _is_zero3(trainer: GRPOTrainer) -> bool:
+    plugin = getattr(trainer.args, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def _compute_dtype(args: GRPOConfig) -> torch.dtype | None:
+    """What TRL's own generation would autocast to."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

@@ -1,0 +1,93 @@
+"""Measured costs of this model on this machine: the planner's facts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastgrpo.model import ForwardBatch, TargetModel
+from fastgrpo.planner import HardwareProfile
+from fastgrpo.sampling import SamplingBatch, sample, stream_key
+from fastgrpo.types import SamplingParams, Sequence
+
+if TYPE_CHECKING:
+    from fastgrpo.drafters import Drafter
+
+_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_CONTEXT = 128  # cached tokens behind each measured row
+_REPEATS = 3
+
+
+def measure_profile(target: TargetModel, drafter: Drafter) -> HardwareProfile:
+    """Time target forwards, draft levels and sampling over a grid of tokens per forward.
+
+    Takes about a second on a small model. Call inside `target.rollout_mode`.
+    """
+    measure_level = getattr(drafter, "measure_level", None)
+    target_s, draft_s = [], []
+    for num_tokens in _GRID:
+        target_s.append(_measure(_build_forward(target, num_tokens), target.device))
+        if measure_level is not None:
+            draft_s.append(_measure(measure_level(num_tokens), target.device))
+    return HardwareProfile(
+        num_tokens=_GRID,
+        target_s=tuple(_rising(target_s)),
+        draft_s=tuple(_rising(draft_s)),
+        sample_s=_measure_sample_s(target),
+    )
+
+
+def _measure(run: Callable[[], object], device: torch.device) -> float:
+    """Median seconds after one warm-up."""
+    run()
+    times = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _rising(times: list[float]) -> list[float]:
+    """More tokens never cost less: noise that says otherwise is levelled."""
+    return [max(times[: i + 1]) for i in range(len(times))]
+
+
+def _build_forward(target: TargetModel, num_tokens: int) -> Callable[[], object]:
+    """A target forward of `num_tokens` rows with one token each, or of a few rows beyond 64 tokens."""
+    rows = min(num_tokens, 64)
+    width = num_tokens // rows
+    cache = target.build_cache(with_features=False)
+    cache.reserve(rows, _CONTEXT + width)
+    cache.add_rows(rows)
+    device = target.device
+    batch = ForwardBatch.build(
+        token_ids=torch.ones(rows, width, dtype=torch.int64, device=device),
+        num_nodes=torch.full((rows,), width, device=device),
+        visible=torch.ones(rows, width, width, dtype=torch.bool, device=device).tril(),
+        rows=slice(0, rows),
+        row_numbers=torch.arange(rows, device=device),
+        lengths=torch.full((rows,), _CONTEXT, device=device),
+        store=cache.keys,
+        dtype=target.dtype,
+    )
+    return lambda: target.compute_logits(target.forward(batch, cache).last_hidden)
+
+
+def _measure_sample_s(target: TargetModel) -> float:
+    """Seconds for each sampled row."""
+    rows = 16
+    sequences = [
+        Sequence(request_id=i, prompt_ids=[0], params=SamplingParams(), max_tokens=1, stream_key=stream_key(0, i))
+        for i in range(rows)
+    ]
+    batch = SamplingBatch.build(sequences, target.device)
+    logits = torch.zeros(rows, target.vocab_size, dtype=target.dtype, device=target.device)
+    vocabulary = torch.arange(target.vocab_size, dtype=torch.int32, device=target.device)
+    return _measure(lambda: sample(logits, batch, vocabulary), target.device) / rows

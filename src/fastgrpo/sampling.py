@@ -1,0 +1,200 @@
+"""The law: a token is argmax(warped target logits + noise(seed, position)).
+
+Drafts are ranked with the same noise and accepted iff they equal the target's token, so what is
+emitted depends on the model, the prompt, the sampling parameters and the seed, and on nothing
+else (Daliri, Musco, Suresh, arXiv:2408.07978). Greedy decoding is the same rule with zero noise.
+
+The noise is counter-based: the value for (stream, position, token) is a hash of the three, so a
+row is the same alone or in any batch, on any device, and needs no state. Two 32-bit words of a
+SplitMix64 key drive a three-multiply integer finaliser per token; 24 bits of it become a uniform.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastgrpo.types import Sequence
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MASK64 = 2**64 - 1
+_FINALISER = ((0x7FEB352D, 15), (0x846CA68B, 16), (0x9E3779B1, 15))  # (multiplier, shift)
+_NOISE_CHUNK_ELEMENTS = 4 * 49152  # keeps the integer passes inside a core's L2 cache
+
+
+def _signed(value: int, bits: int) -> int:
+    """The two's complement reading of an unsigned constant: torch integers are signed."""
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+def stream_key(seed: int, stream: int) -> int:
+    """The 64-bit key of one request's noise; distinct (seed, stream) pairs give unrelated keys."""
+
+    def mix(value: int) -> int:  # SplitMix64
+        value &= _MASK64
+        value = (value ^ (value >> 30)) * _MIX_1 & _MASK64
+        value = (value ^ (value >> 27)) * _MIX_2 & _MASK64
+        return value ^ (value >> 31)
+
+    return _signed(mix(mix(seed * _GOLDEN + 1) + stream * _GOLDEN + 2), 64)
+
+
+def _position_keys(stream_keys: Int[Tensor, " R"], positions: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
+    value = stream_keys + positions * _signed(_GOLDEN, 64)
+    value = (value ^ ((value >> 30) & (2**34 - 1))) * _signed(_MIX_1, 64)
+    value = (value ^ ((value >> 27) & (2**37 - 1))) * _signed(_MIX_2, 64)
+    return value ^ ((value >> 31) & (2**33 - 1))
+
+
+def _uniform(token_ids: Int[Tensor, " V"], low: Int[Tensor, "R 1"], high: Int[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
+    bits = token_ids ^ low
+    shifted = torch.empty_like(bits)
+    for multiplier, shift in _FINALISER:
+        bits.mul_(_signed(multiplier, 32))
+        torch.bitwise_right_shift(bits, shift, out=shifted)
+        bits.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))
+        if multiplier == _FINALISER[0][0]:
+            bits.bitwise_xor_(high)
+    return bits.bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+
+
+def gumbel_noise(
+    stream_keys: Int[Tensor, " R"], positions: Int[Tensor, " R"], token_ids: Int[Tensor, " V"]
+) -> Float[Tensor, "R V"]:
+    """Standard Gumbel noise, one row for each (stream, position), one column for each token id.
+
+    Args:
+        stream_keys: int64 keys from `stream_key`.
+        positions: int64, tokens of the completion before the one to be drawn.
+        token_ids: int32 ids of the columns, the whole vocabulary or any part of it.
+
+    Returns:
+        float32 noise; a value depends on its own (key, position, token id) only.
+    """
+    keys = _position_keys(stream_keys, positions)
+    low = ((keys << 32) >> 32).to(torch.int32)[:, None]
+    high = (keys >> 32).to(torch.int32)[:, None]
+    out = torch.empty(len(keys), len(token_ids), dtype=torch.float32, device=keys.device)
+    rows = max(1, _NOISE_CHUNK_ELEMENTS // max(1, len(token_ids)))
+    for start in range(0, len(keys), rows):
+        part = slice(start, start + rows)
+        out[part] = _uniform(token_ids, low[part], high[part]).log_().neg_().log_().neg_()
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingBatch:
+    """The sampling state of some sequences as tensors, one row each."""
+
+    stream_keys: Int[Tensor, " R"]  # int64
+    positions: Int[Tensor, " R"]  # int64, completion tokens emitted so far
+    temperature: Float[Tensor, " R"]
+    top_k: Int[Tensor, " R"]
+    top_p: Float[Tensor, " R"]
+    is_warped: bool  # some temperature is not 1
+    is_truncated: bool  # some top_k or top_p is active
+    is_noisy: bool  # some temperature is not 0
+
+    @staticmethod
+    def build(sequences: list[Sequence], device: torch.device) -> SamplingBatch:
+        params = [sequence.params for sequence in sequences]
+        return SamplingBatch(
+            stream_keys=torch.tensor([s.stream_key for s in sequences], dtype=torch.int64, device=device),
+            positions=torch.tensor([len(s.token_ids) for s in sequences], dtype=torch.int64, device=device),
+            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+            top_k=torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
+            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+            is_warped=any(p.temperature != 1 for p in params),
+            is_truncated=any(p.top_k > 0 or p.top_p < 1 for p in params),
+            is_noisy=any(p.temperature > 0 for p in params),
+        )
+
+    def rows(self, index: Int[Tensor, " R2"], advance: Int[Tensor, " R2"] | int = 0) -> SamplingBatch:
+        """The rows at `index`, `advance` tokens further along."""
+        return SamplingBatch(
+            stream_keys=self.stream_keys[index],
+            positions=self.positions[index] + advance,
+            temperature=self.temperature[index],
+            top_k=self.top_k[index],
+            top_p=self.top_p[index],
+            is_warped=self.is_warped,
+            is_truncated=self.is_truncated,
+            is_noisy=self.is_noisy,
+        )
+
+
+def scale_logits(logits: Float[Tensor, "R *n V"], batch: SamplingBatch) -> Float[Tensor, "R *n V"]:
+    """Logits divided by the temperature of their row, in float32 at least; greedy rows stay as they are."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if not batch.is_warped:
+        return logits
+    temperature = torch.where(batch.temperature > 0, batch.temperature, 1.0).to(logits.dtype)
+    return logits / temperature.view(-1, *[1] * (logits.dim() - 1))
+
+
+def truncate_logits(scaled: Float[Tensor, "R V"], batch: SamplingBatch) -> Float[Tensor, "R V"]:
+    """Top-k, then top-p, as in vLLM and transformers: tokens outside get -inf."""
+    if not batch.is_truncated:
+        return scaled
+    ordered, order = scaled.sort(dim=-1, descending=True)
+    num_tokens = scaled.shape[-1]
+    limit = torch.where(batch.top_k > 0, batch.top_k.clamp(max=num_tokens), num_tokens)
+    kth = ordered.gather(-1, limit[:, None] - 1)  # ties with the k-th value stay, as in transformers
+    ordered = ordered.masked_fill(ordered < kth, float("-inf"))
+    probs = ordered.softmax(-1)
+    before = probs.cumsum(-1) - probs
+    outside = (before >= batch.top_p.to(before.dtype)[:, None]) & (batch.top_p < 1)[:, None]
+    outside[:, 0] = False
+    ordered = ordered.masked_fill(outside, float("-inf"))
+    return torch.empty_like(scaled).scatter_(-1, order, ordered)
+
+
+def add_noise(scores: Float[Tensor, "R V"], batch: SamplingBatch, token_ids: Int[Tensor, " V"]) -> Float[Tensor, "R V"]:
+    """Scores plus the noise of each row's position; greedy rows get none."""
+    if not batch.is_noisy:
+        return scores
+    noise = gumbel_noise(batch.stream_keys, batch.positions, token_ids).to(scores.dtype)
+    if bool((batch.temperature == 0).any()):
+        noise *= (batch.temperature > 0)[:, None]
+    return noise.add_(scores)
+
+
+def sample(
+    logits: Float[Tensor, "R V"], batch: SamplingBatch, vocabulary: Int[Tensor, " V"]
+) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
+    """Draw one token a row by the law.
+
+    Args:
+        logits: raw target logits, any floating type.
+        batch: the rows' sampling state.
+        vocabulary: int32 arange over V on the same device.
+
+    Returns:
+        token ids int64, and their log-probabilities under softmax(logits / temperature); the
+        log-probability is NaN exactly where a row of logits has a NaN or +inf.
+    """
+    scaled = scale_logits(logits, batch)
+    token_ids = add_noise(truncate_logits(scaled, batch), batch, vocabulary).argmax(-1)
+    logprobs = scaled.gather(-1, token_ids[:, None])[:, 0] - scaled.logsumexp(-1)
+    return token_ids, logprobs
+
+
+def gumbel_noise_at(key: int, position: int, token_id: int) -> float:
+    """One value of `gumbel_noise` without tensors, for drafters that look at a few tokens."""
+    value = key + position * _GOLDEN & _MASK64
+    value = (value ^ value >> 30) * _MIX_1 & _MASK64
+    value = (value ^ value >> 27) * _MIX_2 & _MASK64
+    value ^= value >> 31
+    bits = (token_id ^ value) & 0xFFFFFFFF
+    for multiplier, shift in _FINALISER:
+        bits = bits * multiplier & 0xFFFFFFFF
+        bits ^= bits >> shift
+        if multiplier == _FINALISER[0][0]:
+            bits ^= value >> 32
+    return -math.log(-math.log(((bits & 0xFFFFFF) + 0.5) * 2.0**-24))

@@ -1,0 +1,75 @@
+"""Draft trees as tensors: topologically ordered nodes, node 0 is the root."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """What a drafter proposes for B sequences. Token ids only: the law needs no draft probabilities.
+
+    Nodes are in topological order (a parent comes before its children), siblings carry distinct
+    tokens and stand in the drafter's order of preference; node 0 is the pending token. Rows may
+    use fewer than N nodes.
+    """
+
+    token_ids: Int[Tensor, "B N"]
+    parents: Int[Tensor, "B N"]  # index of the parent; -1 for the root and for unused nodes
+    num_nodes: Int[Tensor, " B"]  # root included, at least 1
+
+    @staticmethod
+    def roots(pending_token_ids: Int[Tensor, " B"]) -> Draft:
+        """The empty draft: plain decoding."""
+        parents = torch.full_like(pending_token_ids, -1)[:, None]
+        return Draft(
+            token_ids=pending_token_ids[:, None],
+            parents=parents,
+            num_nodes=torch.ones_like(pending_token_ids),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.num_nodes.sum())
+
+    @property
+    def node_mask(self) -> Bool[Tensor, "B N"]:
+        """True where a node is in use."""
+        index = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        return index < self.num_nodes[:, None]
+
+
+def compute_ancestors(parents: Int[Tensor, "B N"]) -> Bool[Tensor, "B N N"]:
+    """`[b, i, j]` is True iff node j is node i or an ancestor of it."""
+    num_nodes = parents.shape[1]
+    index = torch.arange(num_nodes, device=parents.device)
+    ancestors = (index[:, None] == index)[None].repeat(parents.shape[0], 1, 1)
+    hop = parents
+    for _ in range(num_nodes - 1):
+        if not bool((hop >= 0).any()):
+            break
+        ancestors |= hop[:, :, None] == index
+        hop = torch.where(hop >= 0, parents.gather(1, hop.clamp(min=0)), -1)
+    return ancestors
+
+
+def compute_depths(ancestors: Bool[Tensor, "B N N"]) -> Int[Tensor, "B N"]:
+    """Distance of each node from the root."""
+    return ancestors.sum(-1) - 1
+
+
+def check_draft(draft: Draft) -> None:
+    """Assert the promises of `Draft`: order, distinct siblings, one root a row."""
+    token_ids, parents, num_nodes = draft.token_ids.tolist(), draft.parents.tolist(), draft.num_nodes.tolist()
+    for row, (tokens, links, count) in enumerate(zip(token_ids, parents, num_nodes, strict=True)):
+        assert 1 <= count <= len(tokens), f"row {row} uses {count} of {len(tokens)} nodes"
+        assert links[0] == -1, f"row {row}: the root has parent {links[0]}"
+        for node in range(1, count):
+            assert 0 <= links[node] < node, f"row {row}: node {node} has parent {links[node]}"
+        assert all(link == -1 for link in links[count:]), f"row {row}: an unused node has a parent"
+        edges = [(links[node], tokens[node]) for node in range(1, count)]
+        assert len(set(edges)) == len(edges), f"row {row}: two siblings carry the same token"

@@ -1,0 +1,180 @@
+"""The records everything else speaks in. No tensors, no torch: these are facts about a run.
+
+Axis letters used in tensor annotations throughout the package:
+
+| letter | axis                      | letter | axis                 |
+|--------|---------------------------|--------|----------------------|
+| B      | running sequences         | S      | cache positions      |
+| N      | tree nodes (root is 0)    | V      | vocabulary           |
+| D      | tree depth                | H      | hidden size          |
+| T      | packed tokens (a forward) | L      | layers               |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is sampled.
+
+    Args:
+        temperature: divides the logits; 0 is greedy decoding.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches this share, in (0, 1].
+        max_tokens: completion tokens at most, at least 1.
+        stop_token_ids: a completion ends with the first of these that is emitted.
+        seed: names the noise. The same seed, stream, prompt and model give the same tokens.
+        stream: the noise stream within the seed. One `SamplingParams` given for many prompts
+            is read as stream, stream + 1, ... in the order of the prompts.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_tokens: int = 128
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+    stream: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}; use 0 for greedy")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0, got {self.top_k}; use 0 to keep every token")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; use 1 to keep every token")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What one request produced.
+
+    `logprobs[i]` is the log-probability of `token_ids[i]` under the softmax of logits / temperature
+    (before top-k and top-p; at temperature 0, of the logits), which is what a GRPO loss recomputes.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+
+
+@dataclass(kw_only=True, eq=False)
+class Sequence:
+    """One request on its way through the engine: the only mutable record.
+
+    The last of `all_token_ids` is the pending token: emitted (or the last of the prompt) but not
+    yet in the cache. It is the root of every draft tree.
+    """
+
+    request_id: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    max_tokens: int  # params.max_tokens, or less where the model's context ends earlier
+    stream_key: int  # 64-bit key of this request's noise, see sampling.stream_key
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens in the cache: all but the pending one."""
+        return len(self.prompt_ids) + len(self.token_ids) - 1
+
+    @property
+    def pending_token_id(self) -> int:
+        return self.token_ids[-1] if self.token_ids else self.prompt_ids[-1]
+
+    @property
+    def all_token_ids(self) -> list[int]:
+        return self.prompt_ids + self.token_ids
+
+    @property
+    def group_key(self) -> tuple[int, ...]:
+        """Completions of one prompt are siblings; the prompt itself names the group."""
+        return tuple(self.prompt_ids)
+
+    def append(self, token_ids: list[int], logprobs: list[float]) -> int:
+        """Emit tokens up to the first that ends the sequence; returns how many were kept."""
+        for count, (token_id, logprob) in enumerate(zip(token_ids, logprobs, strict=True), start=1):
+            self.token_ids.append(token_id)
+            self.logprobs.append(logprob)
+            if token_id in self.params.stop_token_ids:
+                self.finish_reason = "stop"
+                return count
+            if len(self.token_ids) >= self.max_tokens:
+                self.finish_reason = "length"
+                return count
+        return len(token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationPlan:
+    """The shape of every draft tree of one step. `num_draft_tokens` 0 is plain decoding.
+
+    Args:
+        depth: draft levels, the longest path a draft can add.
+        width: children considered for a node, and nodes expanded on a level.
+        num_draft_tokens: nodes kept for verification in each tree, the root not counted.
+    """
+
+    depth: int = 0
+    width: int = 0
+    num_draft_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.depth, self.width, self.num_draft_tokens) < 0:
+            raise ValueError(f"a plan needs depth, width and num_draft_tokens >= 0, got {self}")
+        if (self.num_draft_tokens == 0) != (self.depth == 0 or self.width == 0):
+            raise ValueError(f"a plan is either all zero (plain decoding) or has no zero at all, got {self}")
+        if self.num_draft_tokens and self.num_draft_tokens < self.depth:
+            raise ValueError(
+                f"num_draft_tokens {self.num_draft_tokens} cannot fill a depth of {self.depth}; lower draft_depth"
+            )
+
+    @property
+    def is_plain(self) -> bool:
+        return self.num_draft_tokens == 0
+
+
+PLAIN = SpeculationPlan()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """Raw facts of one `Engine.step`. Planner, metrics and reports read it; nobody writes it.
+
+    For walked nodes of depth d, `offered[d][r]` counts those that had a draft child of sibling rank
+    r, and `hits[d][r]` those whose target chose it. Both end where no walked node had children.
+    """
+
+    num_seqs: int
+    num_waiting: int
+    plan: SpeculationPlan
+    num_tokens: int  # tokens in the target forward, roots included
+    num_emitted: int  # tokens emitted by this step
+    num_cached: int  # cache positions in use after the step, all sequences together
+    num_prefilled: int  # prompt tokens computed before this step's forward
+    offered: tuple[tuple[int, ...], ...]
+    hits: tuple[tuple[int, ...], ...]
+    prefill_s: float
+    draft_s: float
+    target_s: float  # the target forward, its output head included
+    verify_s: float  # sampling, walking and committing
+    step_s: float  # everything, prefill included
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens emitted per sequence and target forward, next token included."""
+        return self.num_emitted / self.num_seqs
