@@ -328,7 +328,8 @@ class Engine:
         running, total = self.scheduler.running, 0
         left = {slot: running[slot].prompt_ids[:-1] for slot in slots}
         while left := {slot: ids for slot, ids in left.items() if ids}:
-            chosen, width = [], 0
+            chosen: list[int] = []
+            width = 0
             for slot in sorted(left, key=lambda s: -len(left[s])):
                 width = width or min(len(left[slot]), _PREFILL_CHUNK)
                 if chosen and (len(chosen) + 1) * width > _PREFILL_TOKENS:

@@ -67,7 +67,7 @@ class Learner:
         self,
         drafter: EagleDrafter,
         *,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 2e-3,
         max_replay_bytes: int = 256 * 2**20,
         seed: int = 0,
     ) -> None:
@@ -100,7 +100,8 @@ class Learner:
         """
         started = time.perf_counter()
         self._count_tokens()
-        losses, num_tokens, num_skipped, num_updates = [], 0, 0, 0
+        losses: list[float] = []
+        num_tokens = num_skipped = num_updates = 0
         slowest = 0.0
         for batch in self._schedule():
             before = time.perf_counter()
@@ -159,7 +160,7 @@ class Learner:
         autocast = torch.autocast(target.device.type, torch.bfloat16) if half else contextlib.nullcontext()
         with torch.enable_grad(), autocast:
             losses = compute_draft_losses(head, self.drafter, batch)
-            total = sum(_UNROLL_DECAY**k * loss for k, loss in enumerate(losses))
+            total = torch.stack([_UNROLL_DECAY**k * loss for k, loss in enumerate(losses)]).sum()
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_([p for p in head.parameters() if p.requires_grad], 1.0)

@@ -179,7 +179,7 @@ class TargetModel:
         self.config = self.base.config
         check_supported(self.base)
         _check_peft(model)
-        self.decoder: nn.Module = self.base.model
+        self.decoder: Any = self.base.model
         weight = self.embed_tokens.weight
         self.compute_dtype = None if compute_dtype == weight.dtype else compute_dtype
         config = self.config
@@ -195,7 +195,7 @@ class TargetModel:
         return self.base.get_input_embeddings()
 
     @property
-    def lm_head(self) -> nn.Module:
+    def lm_head(self) -> Any:
         return self.base.get_output_embeddings()
 
     @property

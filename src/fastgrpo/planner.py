@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -40,7 +41,7 @@ class HardwareProfile:
 
     def __post_init__(self) -> None:
         grid = self.num_tokens
-        if len(grid) < 2 or any(b <= a for a, b in zip(grid, grid[1:], strict=False)) or grid[0] < 1:
+        if len(grid) < 2 or any(b <= a for a, b in itertools.pairwise(grid)) or grid[0] < 1:
             raise ValueError(f"a profile needs an increasing grid of at least two token counts, got {grid}")
         if len(self.target_s) != len(grid) or len(self.draft_s) not in (0, len(grid)):
             raise ValueError(f"a profile needs one time for each of {len(grid)} points, got {len(self.target_s)}")
@@ -89,7 +90,8 @@ class PlanInputs:
 class Planner(Protocol):
     """Decides each step's plan and hears what came of it."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def begin(self) -> None:
         """A rollout starts, perhaps with a better drafter."""
@@ -349,7 +351,9 @@ class AutoPlanner:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> AutoPlanner:
         """The planner that `state_dict` described."""
-        profile = {key: tuple(value) if isinstance(value, list) else value for key, value in state["profile"].items()}
+        profile: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in state["profile"].items()
+        }
         planner = cls(HardwareProfile(**profile))
         planner.acceptance.offered = [list(row) for row in state["offered"]]
         planner.acceptance.hits = [list(row) for row in state["hits"]]

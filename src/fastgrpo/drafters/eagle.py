@@ -156,7 +156,7 @@ class EagleDrafter:
             views.append(rows.unflatten(-1, (head.num_kv_heads, head.head_dim)).transpose(1, 2))
         packed = pack_queries(query.transpose(0, 1)[None].to(views[0].dtype), head.num_kv_heads, batch)
         mask = batch.mask.repeat(1, 1, head.num_heads // head.num_kv_heads, 1)
-        attended = F.scaled_dot_product_attention(packed, *views, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(packed, views[0], views[1], attn_mask=mask)
         return head.finish(hidden, unpack_outputs(attended, head.num_heads, batch)[0].flatten(1).to(hidden.dtype))
 
     def rank_level(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastgrpo.model import TargetModel
 
-DEFAULT_DRAFT_VOCAB_SIZE = 8192
+DEFAULT_DRAFT_VOCAB_SIZE = 4096
 _ARCHITECTURE = "LlamaForCausalLMEagle3"
 
 
@@ -68,6 +68,8 @@ class EagleHead(nn.Module):
     target ids of its rows in increasing order.
     """
 
+    draft_vocab: Tensor  # int32 target ids, increasing
+
     def __init__(self, target: TargetModel, *, draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE) -> None:
         super().__init__()
         config = target.config
@@ -83,7 +85,6 @@ class EagleHead(nn.Module):
         self.lm_head = nn.Linear(hidden, size, bias=False)
         self.lm_head.weight.requires_grad_(False)
         self.register_buffer("draft_vocab", torch.arange(size, dtype=torch.int32))
-        self.draft_vocab: Tensor
 
     @property
     def draft_vocab_size(self) -> int:
@@ -187,10 +188,10 @@ def load_head(folder: Path, target: TargetModel) -> EagleHead:
     tensors.pop("t2d", None)
     head = EagleHead(target, draft_vocab_size=len(offsets))
     tensors["draft_vocab"] = (offsets + torch.arange(len(offsets))).to(torch.int32)
-    expected = head.state_dict()
-    problems = sorted(set(expected) ^ set(tensors)) or [
+    wanted = head.state_dict()
+    problems = sorted(set(wanted) ^ set(tensors)) or [
         f"{name} is {tuple(tensors[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in expected.items()
+        for name, value in wanted.items()
         if tensors[name].shape != value.shape
     ]
     if problems:

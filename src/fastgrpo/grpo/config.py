@@ -31,7 +31,7 @@ class FastGRPOConfig(GRPOConfig):
     )
     draft_depth: int = field(default=3, metadata={"help": "Draft levels under `speculation=fixed`."})
     draft_width: int = field(default=3, metadata={"help": "Children of a node under `speculation=fixed`."})
-    draft_learning_rate: float = field(default=1e-3, metadata={"help": "AdamW learning rate of the draft head."})
+    draft_learning_rate: float = field(default=2e-3, metadata={"help": "AdamW learning rate of the draft head."})
     draft_time_share: float | None = field(
         default=None,
         metadata={

@@ -20,8 +20,8 @@ def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
     """Write head, draft optimiser and planner as safetensors and JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     if engine.planner is not None:
-        state = {"name": engine.planner.name, "state": engine.planner.state_dict()}
-        (folder / "planner.json").write_text(json.dumps(state) + "\n")
+        saved = {"name": engine.planner.name, "state": engine.planner.state_dict()}
+        (folder / "planner.json").write_text(json.dumps(saved) + "\n")
     if isinstance(engine.drafter, EagleDrafter):
         engine.drafter.save(folder / "head")
     if learner is None:

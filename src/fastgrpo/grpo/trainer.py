@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -38,7 +38,7 @@ class FastGRPOTrainer(GRPOTrainer):
         ValueError: the model or a setting is not supported; names it and the remedy.
     """
 
-    _tag_names = ["trl", "grpo", "fastgrpo"]
+    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "fastgrpo"]
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: FastGRPOConfig | None = None, **kwargs: Any) -> None:
         if args is not None and not isinstance(args, FastGRPOConfig):
