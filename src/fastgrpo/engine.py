@@ -220,6 +220,7 @@ class Engine:
             lengths=torch.tensor(self.cache.lengths, device=device),
             store=self.cache.keys,
             dtype=self.target.dtype,
+            num_repeats=self.target.num_repeats,
         )
 
     def _commit(self, verdict: Verdict, output: ForwardOutput, batch: ForwardBatch) -> int:
@@ -356,6 +357,7 @@ class Engine:
             lengths=torch.tensor([self.cache.lengths[slot] for slot in slots], device=device),
             store=self.cache.keys,
             dtype=self.target.dtype,
+            num_repeats=self.target.num_repeats,
         )
         output = self.target.forward(batch, self.cache)
         if self.cache.features is not None and output.features is not None:
@@ -370,6 +372,8 @@ class Engine:
     ) -> list[Sequence]:
         if isinstance(params, SamplingParams):
             params = [replace(params, stream=params.stream + i) for i in range(len(prompts))]
+        if prompts and isinstance(prompts[0], int):
+            raise ValueError("prompt_token_ids must be a list of prompts, got one prompt; wrap it in a list")
         if len(params) != len(prompts):
             raise ValueError(f"got {len(prompts)} prompts but {len(params)} SamplingParams; give one, or one for each")
         sequences = []

@@ -26,7 +26,7 @@ from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.engine import FinishedRollout
 
 _MAX_PAIRS = 1024  # of one rollout; its last ones are used
-_BATCH_PAIRS = 1024  # pairs of one optimiser step, padding included
+_BATCH_PAIRS = 512  # pairs of one optimiser step, padding included
 _UNROLL = 3  # steps on the head's own outputs
 _UNROLL_DECAY = 0.8
 

@@ -31,7 +31,7 @@ class ForwardBatch:
     read_length: int  # cache positions read, the new tokens included
     num_nodes: int  # N, the largest row
     pad_index: Int[Tensor, " T"] | None  # row * N + node of each token; None if no row is padded
-    mask: Float[Tensor, "B 1 N S"]  # additive
+    mask: Float[Tensor, "B 1 repN S"]  # additive, once for each query head that shares a key head
 
     @staticmethod
     def build(
@@ -44,6 +44,7 @@ class ForwardBatch:
         lengths: Int[Tensor, " B"],
         store: RowStore,
         dtype: torch.dtype,
+        num_repeats: int,
     ) -> ForwardBatch:
         """Lay out the nodes of each row behind its `lengths` cached positions.
 
@@ -55,6 +56,7 @@ class ForwardBatch:
             rows, row_numbers: the cache rows, as a slice where they are contiguous, and as a tensor.
             lengths: positions of those rows that every node sees.
             store: where the tokens will be written, for its capacity.
+            dtype, num_repeats: of the attention: its type, and query heads for each key head.
         """
         device = token_ids.device
         width, num_visible = visible.shape[1:]
@@ -80,7 +82,7 @@ class ForwardBatch:
             read_length=read_length,
             num_nodes=width,
             pad_index=None if bool(used.all()) else used.view(-1).nonzero()[:, 0],
-            mask=additive[:, None],
+            mask=additive[:, None].repeat(1, 1, num_repeats, 1),
         )
 
 
@@ -122,7 +124,7 @@ def tree_attention(
     query: Float[Tensor, "1 heads T d"],
     key: Float[Tensor, "B kv S d"],
     value: Float[Tensor, "B kv S d"],
-    attention_mask: Float[Tensor, "B 1 N S"],
+    attention_mask: Float[Tensor, "B 1 repN S"],
     *,
     tree_batch: ForwardBatch,
     scaling: float | None = None,
@@ -131,8 +133,7 @@ def tree_attention(
     """transformers' attention interface over packed nodes and ragged rows."""
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     packed = pack_queries(query.to(key.dtype), num_kv_heads, tree_batch)
-    mask = attention_mask.repeat(1, 1, num_heads // num_kv_heads, 1)
-    output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+    output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
     return unpack_outputs(output, num_heads, tree_batch), None
 
 
@@ -187,6 +188,7 @@ class TargetModel:
         self.hidden_size = int(config.hidden_size)
         self.vocab_size = int(weight.shape[0])
         self.num_kv_heads = int(config.num_key_value_heads)
+        self.num_repeats = int(config.num_attention_heads) // self.num_kv_heads
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.max_position = int(config.max_position_embeddings)
 

@@ -251,12 +251,13 @@ class AutoPlanner:
         max_num_tokens: int | None = None,
         trial_wait: int = 32,
         max_trial_wait: int = 512,
+        trial_floor: float = 0.85,
     ) -> None:
         self.profile = profile
         self.margin = margin
         self.max_num_tokens = max_num_tokens or 2 * profile.num_tokens[-1]
         self.acceptance = AcceptanceTable()
-        self.trial_wait, self.max_trial_wait = trial_wait, max_trial_wait
+        self.trial_wait, self.max_trial_wait, self.trial_floor = trial_wait, max_trial_wait, trial_floor
         self._wait = trial_wait
         self._plain_steps = trial_wait  # the first trial may come at once
         self._cost = {False: [_Ratio() for _ in range(12)], True: [_Ratio() for _ in range(12)]}
@@ -309,7 +310,7 @@ class AutoPlanner:
     def _trial(self, rates: dict[SpeculationPlan, float], plain_rate: float) -> SpeculationPlan:
         """Plain decoding, but for a cheap trial once in a while where speculation is near to paying."""
         cheapest = min(rates, key=lambda p: (p.num_draft_tokens, -rates[p]))
-        if self._plain_steps < self._wait or rates[cheapest] < 0.5 * plain_rate:
+        if self._plain_steps < self._wait or rates[cheapest] < self.trial_floor * plain_rate:
             return PLAIN
         self._wait = min(2 * self._wait, self.max_trial_wait)
         return cheapest

@@ -76,6 +76,7 @@ def _build_forward(target: TargetModel, num_tokens: int) -> Callable[[], object]
         lengths=torch.full((rows,), _CONTEXT, device=device),
         store=cache.keys,
         dtype=target.dtype,
+        num_repeats=target.num_repeats,
     )
     return lambda: target.compute_logits(target.forward(batch, cache).last_hidden)
 

@@ -135,6 +135,7 @@ class EagleDrafter:
             lengths=torch.tensor(self._num_read, device=device),
             store=self._keys,
             dtype=self.target.dtype,
+            num_repeats=self.target.num_repeats,
         )
         store = context.cache.features
         assert store is not None
@@ -155,8 +156,7 @@ class EagleDrafter:
             rows = store.data[0, batch.rows, : batch.read_length]
             views.append(rows.unflatten(-1, (head.num_kv_heads, head.head_dim)).transpose(1, 2))
         packed = pack_queries(query.transpose(0, 1)[None].to(views[0].dtype), head.num_kv_heads, batch)
-        mask = batch.mask.repeat(1, 1, head.num_heads // head.num_kv_heads, 1)
-        attended = F.scaled_dot_product_attention(packed, views[0], views[1], attn_mask=mask)
+        attended = F.scaled_dot_product_attention(packed, views[0], views[1], attn_mask=batch.mask)
         return head.finish(hidden, unpack_outputs(attended, head.num_heads, batch)[0].flatten(1).to(hidden.dtype))
 
     def rank_level(
@@ -194,6 +194,7 @@ class EagleDrafter:
             lengths=torch.zeros(rows, dtype=torch.int64, device=device),
             store=self._keys,
             dtype=self.target.dtype,
+            num_repeats=self.target.num_repeats,
         )
         return lambda: self.rank_level(self.forward(batch, hidden).view(rows, width, -1), noise_rows, 4)
 
@@ -267,6 +268,7 @@ class _TreeBuilder:
             lengths=self.lengths,
             store=store,
             dtype=self.drafter.target.dtype,
+            num_repeats=self.drafter.target.num_repeats,
         )
         return self.drafter.forward(batch, hidden.flatten(0, 1)).view(hidden.shape)
 

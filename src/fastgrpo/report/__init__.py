@@ -1,0 +1,21 @@
+"""What a run tells people: a live panel while it trains, a file, a figure and two tables afterwards."""
+
+from fastgrpo.report.figure import plot_run
+from fastgrpo.report.history import Baseline, LogRow, Measurement, RunHistory, load_run, save_run
+from fastgrpo.report.machine import describe_commit, describe_machine
+from fastgrpo.report.progress import LiveProgress
+from fastgrpo.report.summary import print_summary
+
+__all__ = [
+    "Baseline",
+    "LiveProgress",
+    "LogRow",
+    "Measurement",
+    "RunHistory",
+    "describe_commit",
+    "describe_machine",
+    "load_run",
+    "plot_run",
+    "print_summary",
+    "save_run",
+]

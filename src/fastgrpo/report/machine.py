@@ -1,0 +1,54 @@
+"""Where a run ran: every number that is published names its machine and its commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # Linux only; elsewhere the platform knows a coarser name
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU, usable cores, memory in GiB, accelerator (`None` without one) and the versions that matter."""
+    import torch
+
+    installed = {distribution.name for distribution in metadata.distributions()}
+    packages = [name for name in ("torch", "transformers", "trl") if name in installed]
+    has_affinity = hasattr(os, "sched_getaffinity")  # a container often gets a part of the machine
+    return {
+        "cpu": _cpu_model(),
+        "num_cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
+
+
+def describe_commit(path: str | Path) -> str:
+    """The short commit checked out at `path`, with `-dirty` where tracked files differ from it.
+
+    "unknown" where `path` is in no repository, the repository has no commit, or git is not installed.
+    """
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    command = [git, "-C", str(path), "describe", "--always", "--dirty", "--exclude=*"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else "unknown"
