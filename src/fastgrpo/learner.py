@@ -26,7 +26,8 @@ from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.engine import FinishedRollout
 
 _MAX_PAIRS = 1024  # of one rollout; its last ones are used
-_BATCH_PAIRS = 512  # pairs of one optimiser step, padding included
+_CONTEXT_PAIRS = 32  # prompt pairs kept before the completion
+_BATCH_PAIRS = 256  # pairs of one optimiser step, padding included
 _UNROLL = 3  # steps on the head's own outputs
 _UNROLL_DECAY = 0.8
 
@@ -86,6 +87,7 @@ class Learner:
             lr=learning_rate,
             betas=(0.9, 0.95),
             weight_decay=0.0,
+            fused=True,
         )
 
     def add(self, rollout: FinishedRollout) -> None:
@@ -196,7 +198,7 @@ class Learner:
 
 def _num_pairs(rollout: FinishedRollout) -> int:
     assert rollout.features is not None
-    return min(len(rollout.features) - 1, _MAX_PAIRS)
+    return min(len(rollout.token_ids) + _CONTEXT_PAIRS, len(rollout.features) - 1, _MAX_PAIRS)
 
 
 def _num_bytes(rollout: FinishedRollout) -> int:

@@ -12,7 +12,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
@@ -54,6 +54,16 @@ class HardwareProfile:
 
     def compute_draft_s(self, num_tokens: float) -> float:
         return _interpolate(self.num_tokens, self.draft_s, num_tokens) if self.draft_s else 0.0
+
+    def corrected(self, num_tokens: int, measured_s: float, *, rate: float = 0.1) -> HardwareProfile:
+        """The profile after one more measured forward: times near `num_tokens` (in octaves) move towards it.
+
+        One step moves a time by at most a factor 2 ** rate, so a stall does little harm.
+        """
+        ratio = min(max(measured_s / self.compute_target_s(num_tokens), 0.5), 2.0)
+        weights = [rate * 0.7 ** abs(math.log2(num_tokens / grid)) for grid in self.num_tokens]
+        times = [s * ratio**w for s, w in zip(self.target_s, weights, strict=True)]
+        return replace(self, target_s=tuple(itertools.accumulate(times, max)))
 
     @property
     def capacity(self) -> float:
@@ -234,11 +244,12 @@ class _Ratio:
 class AutoPlanner:
     """Takes the plan with the most expected tokens per second, and keeps learning whether that is true.
 
-    A plan must promise `margin` more than plain decoding. Costs and acceptance are corrected by real
-    steps: two ratios of measured to predicted step time (plain and speculating, by powers of two of the
-    running sequences), one of measured to predicted acceptance. When plain decoding is chosen although
-    the corrected promise was never tested here, or was refuted, a trial step is made after a wait that
-    doubles with each failure, so that what a bad drafter can cost stays bounded.
+    A plan must promise `margin` more than plain decoding. Every real step corrects the costs: the time of
+    its forward corrects the table near its number of tokens (plain steps, as sequences finish, visit what
+    trees would cost), the times of drafting and sampling their own ratios; so a wrong or stale profile
+    heals. Acceptance is corrected likewise. Where plain decoding is chosen although speculation is near to
+    paying, a cheap trial step is made after a wait that doubles each time, so that what a bad drafter can
+    cost stays bounded.
     """
 
     name = "auto"
@@ -260,7 +271,8 @@ class AutoPlanner:
         self.trial_wait, self.max_trial_wait, self.trial_floor = trial_wait, max_trial_wait, trial_floor
         self._wait = trial_wait
         self._plain_steps = trial_wait  # the first trial may come at once
-        self._cost = {False: [_Ratio() for _ in range(12)], True: [_Ratio() for _ in range(12)]}
+        self._draft_cost = _Ratio()
+        self._sample_cost = _Ratio()
         self._length = _Ratio(rate=0.05)
         self._expected: dict[SpeculationPlan, float] = {}
         self._age = 0
@@ -270,12 +282,15 @@ class AutoPlanner:
         """Seconds of a step with this plan."""
         batch, profile = inputs.num_seqs, self.profile
         emitted = batch * self._predict_length(plan)
-        seconds = profile.fixed_s + profile.sample_s * emitted
+        seconds = profile.fixed_s + profile.sample_s * emitted * self._sample_cost.value
         seconds += profile.compute_target_s(batch * (1 + plan.num_draft_tokens))
-        if not plan.is_plain:
-            seconds += profile.compute_draft_s(max(batch, emitted))
-            seconds += (plan.depth - 1) * profile.compute_draft_s(batch * plan.width)
-        return seconds * self._cost[not plan.is_plain][_bucket(batch)].value
+        return seconds + self._predict_draft_s(plan, batch) * self._draft_cost.value
+
+    def _predict_draft_s(self, plan: SpeculationPlan, batch: int) -> float:
+        if plan.is_plain:
+            return 0.0
+        reading = self.profile.compute_draft_s(batch * self._predict_length(plan))
+        return reading + (plan.depth - 1) * self.profile.compute_draft_s(batch * plan.width)
 
     def _predict_length(self, plan: SpeculationPlan) -> float:
         if plan.is_plain:
@@ -288,7 +303,7 @@ class AutoPlanner:
         """Tokens per second; the price of switching on is spread over the steps until it is asked again."""
         seconds = self.predict_step_s(plan, inputs)
         if not plan.is_plain and self._current.is_plain:
-            seconds += self.profile.compute_draft_s(inputs.num_unread) / self.trial_wait
+            seconds += self._draft_cost.value * self.profile.compute_draft_s(inputs.num_unread) / self.trial_wait
         return inputs.num_seqs * self._predict_length(plan) / seconds
 
     def plan(self, inputs: PlanInputs) -> SpeculationPlan:
@@ -316,17 +331,16 @@ class AutoPlanner:
         return cheapest
 
     def observe(self, record: StepRecord) -> None:
-        plan, inputs = record.plan, PlanInputs(num_seqs=record.num_seqs)
-        if not plan.is_plain and not record.offered:
-            return  # the drafter had nothing to offer: neither its cost nor its acceptance was seen
-        measured_s = record.draft_s + record.target_s + record.verify_s
-        predicted_s = self.predict_step_s(plan, inputs)
-        self._cost[not plan.is_plain][_bucket(record.num_seqs)].observe(measured_s, predicted_s)
-        if plan.is_plain:
-            return
-        gained = record.acceptance_length - 1
-        predicted = self._predict_length(plan) - 1
-        self._length.observe(gained + 0.1, predicted + 0.1)
+        plan = record.plan
+        self.profile = self.profile.corrected(record.num_tokens, record.target_s)
+        if self.profile.sample_s:
+            self._sample_cost.observe(record.verify_s, self.profile.sample_s * record.num_emitted)
+        if plan.is_plain or not record.offered:
+            return  # nothing was drafted, so neither the cost nor the acceptance of a draft was seen
+        predicted_s = self._predict_draft_s(plan, record.num_seqs)
+        if predicted_s:
+            self._draft_cost.observe(record.draft_s, predicted_s)
+        self._length.observe(record.acceptance_length - 0.9, self._predict_length(plan) - 0.9)
         self.acceptance.observe(record)
         self._age += 1
         if self._age % 8 == 0:
@@ -344,8 +358,8 @@ class AutoPlanner:
             "profile": asdict(self.profile),
             "offered": self.acceptance.offered,
             "hits": self.acceptance.hits,
-            "cost_plain": [ratio.value for ratio in self._cost[False]],
-            "cost_draft": [ratio.value for ratio in self._cost[True]],
+            "draft_cost": self._draft_cost.value,
+            "sample_cost": self._sample_cost.value,
             "length": self._length.value,
         }
 
@@ -358,15 +372,10 @@ class AutoPlanner:
         planner = cls(HardwareProfile(**profile))
         planner.acceptance.offered = [list(row) for row in state["offered"]]
         planner.acceptance.hits = [list(row) for row in state["hits"]]
-        for key, name in ((False, "cost_plain"), (True, "cost_draft")):
-            for ratio, value in zip(planner._cost[key], state[name], strict=True):
-                ratio.value = float(value)
+        planner._draft_cost.value = float(state["draft_cost"])
+        planner._sample_cost.value = float(state["sample_cost"])
         planner._length.value = float(state["length"])
         return planner
-
-
-def _bucket(num_seqs: int) -> int:
-    return min(int(math.log2(max(num_seqs, 1))), 11)
 
 
 def build_planner(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -42,7 +41,7 @@ def measure_profile(target: TargetModel, drafter: Drafter) -> HardwareProfile:
 
 
 def _measure(run: Callable[[], object], device: torch.device) -> float:
-    """Median seconds after one warm-up."""
+    """Least seconds of a few runs after one warm-up: other work on the machine only ever adds."""
     run()
     times = []
     for _ in range(_REPEATS):
@@ -51,7 +50,7 @@ def _measure(run: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return min(times)
 
 
 def _rising(times: list[float]) -> list[float]:

@@ -66,6 +66,7 @@ class FastGRPOTrainer(GRPOTrainer):
         self.engine.on_finish.extend([self._teach] if self.learner else [])
         self._clock = StepClock(lambda key, value: self._metrics["train"][key].append(value))
         self.add_callback(self._clock)
+        self._is_training_rollout = False
         self._rollout_place = (-1, 0)  # (global step, generation calls within it)
 
     def _build_learner(self, args: FastGRPOConfig) -> Learner | None:
@@ -78,7 +79,7 @@ class FastGRPOTrainer(GRPOTrainer):
         return Learner(self.engine.drafter, learning_rate=args.draft_learning_rate, seed=args.seed)
 
     def _teach(self, rollout: FinishedRollout) -> None:
-        if self.learner is not None and self.model.training:
+        if self.learner is not None and self._is_training_rollout:
             self.learner.add(rollout)
 
     # -- generation ----------------------------------------------------------------------------------
@@ -89,6 +90,7 @@ class FastGRPOTrainer(GRPOTrainer):
         if any(images is not None for images in (args[:1] or (kwargs.get("images"),))):
             raise ValueError("image inputs are not supported by FastGRPOTrainer; use trl.GRPOTrainer")
         started = time.perf_counter()
+        self._is_training_rollout = self.model.training  # the engine itself runs in evaluation mode
         with (
             profiling_context(self, "fastgrpo.generate"),
             unwrap_model_for_generation(
@@ -108,6 +110,7 @@ class FastGRPOTrainer(GRPOTrainer):
         """Noise of its own for every completion of every process, call and step; the same after a resume."""
         step, calls = self._rollout_place
         calls = calls + 1 if step == self.state.global_step else 0
+        self._is_training_rollout = False
         self._rollout_place = (self.state.global_step, calls)
         seed = self.args.seed
         for part in (self.state.global_step, calls, int(self.model.training), self.accelerator.process_index):

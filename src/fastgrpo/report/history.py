@@ -88,25 +88,30 @@ def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def save_run(history: RunHistory, directory: str | Path) -> Path:
-    """Write `directory/run.json`, whole or not at all, and return its path. `nan` is written as null.
+def write_json(content: Mapping[str, Any], path: Path, *, indent: int | None = None) -> None:
+    """Write a JSON file, whole or not at all. `nan` is written as null.
 
     Raises:
-        TypeError: `history` holds something that is no number, text, list or mapping.
+        TypeError: `content` holds something that is no number, text, list or mapping.
     """
-    content = {
-        "format": RUN_FORMAT,
-        "version": RUN_VERSION,
-        "meta": _as_json(history.meta),
-        "log_rows": _as_json(history.log_rows),
-        "rollouts": _as_json({step: [asdict(record) for record in kept] for step, kept in history.rollouts.items()}),
-    }
-    path = Path(directory) / "run.json"
-    text = json.dumps(content, allow_nan=False)
+    text = json.dumps(_as_json(content), allow_nan=False, indent=indent)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text + "\n", encoding="utf-8")
     unfinished.replace(path)
+
+
+def save_run(history: RunHistory, directory: str | Path) -> Path:
+    """Write `directory/run.json`, as `write_json` does, and return its path."""
+    path = Path(directory) / "run.json"
+    content = {
+        "format": RUN_FORMAT,
+        "version": RUN_VERSION,
+        "meta": history.meta,
+        "log_rows": history.log_rows,
+        "rollouts": {step: [asdict(record) for record in kept] for step, kept in history.rollouts.items()},
+    }
+    write_json(content, path)
     return path
 
 

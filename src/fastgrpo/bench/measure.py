@@ -1,0 +1,112 @@
+"""Rollouts that take turns, and what is read off them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.engine import Engine
+from fastgrpo.metrics import compute_ratio
+from fastgrpo.report import describe_commit, describe_machine
+from fastgrpo.types import SamplingParams, StepRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutResult:
+    """One measured rollout: its completions, its seconds, and its engine steps where it had any."""
+
+    token_ids: list[list[int]]
+    generation_s: float
+    records: list[StepRecord] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(ids) for ids in self.token_ids)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.generation_s
+
+
+def measure_rollout(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> RolloutResult:
+    """Generate once; a calibration that happened to fall into it is not counted."""
+    calibrated_s = engine.profile_s
+    started = time.perf_counter()
+    completions = engine.generate(prompts, params)
+    generation_s = time.perf_counter() - started - (engine.profile_s - calibrated_s)
+    token_ids = [completion.token_ids for completion in completions]
+    return RolloutResult(token_ids=token_ids, generation_s=generation_s, records=engine.records)
+
+
+def interleave(
+    engines: Mapping[str, Engine],
+    prompts: list[list[int]],
+    build_params: Callable[[int], SamplingParams],
+    repeats: int,
+) -> dict[str, list[RolloutResult]]:
+    """`repeats` rollouts of each engine, A B C A B C: what else the machine does hits all alike.
+
+    Args:
+        build_params: from the number of the repeat to what all engines are given in it.
+    """
+    results: dict[str, list[RolloutResult]] = {name: [] for name in engines}
+    for repeat in range(repeats):
+        for name, engine in engines.items():
+            results[name].append(measure_rollout(engine, prompts, build_params(repeat)))
+    return results
+
+
+def compute_median(values: Iterable[float]) -> float:
+    return statistics.median(values)
+
+
+def compute_equal_share(ours: Sequence[RolloutResult], theirs: Sequence[RolloutResult]) -> float:
+    """Share of the completions, in [0, 1], that are equal token for token."""
+    pairs = [
+        (left, right)
+        for a, b in zip(ours, theirs, strict=True)
+        for left, right in zip(a.token_ids, b.token_ids, strict=True)
+    ]
+    return compute_ratio(sum(left == right for left, right in pairs), len(pairs))
+
+
+def compute_rate(records: Iterable[StepRecord], *, max_num_seqs: int) -> float:
+    """Tokens per second of the engine steps with at most `max_num_seqs` sequences: the tail of a rollout."""
+    tail = [record for record in records if record.num_seqs <= max_num_seqs]
+    return compute_ratio(sum(record.num_emitted for record in tail), sum(record.step_s for record in tail))
+
+
+def break_down(records: Iterable[StepRecord]) -> list[dict[str, float]]:
+    """Engine steps by powers of two of their live sequences, most first: `num_seqs` 8 stands for 8 to 15."""
+    buckets: dict[int, list[StepRecord]] = {}
+    for record in records:
+        buckets.setdefault(1 << (record.num_seqs.bit_length() - 1), []).append(record)
+    return [_describe_bucket(least, buckets[least]) for least in sorted(buckets, reverse=True)]
+
+
+def _describe_bucket(least: int, records: list[StepRecord]) -> dict[str, float]:
+    emitted = sum(record.num_emitted for record in records)
+    num_forwards = sum(record.num_seqs for record in records)
+    return {
+        "num_seqs": least,
+        "num_steps": len(records),
+        "tokens_per_s": emitted / sum(record.step_s for record in records),
+        "step_ms": 1000 * compute_median(record.step_s for record in records),
+        "nodes_per_sequence": sum(record.num_tokens for record in records) / num_forwards,
+        "acceptance_length": emitted / num_forwards,
+        "share_speculating": sum(not record.plan.is_plain for record in records) / len(records),
+    }
+
+
+def describe_run(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a published number must name."""
+    return {
+        "command": command,
+        "commit": describe_commit(Path(__file__).parent),
+        "machine": describe_machine(),
+        "settings": dict(settings),
+    }

@@ -1,0 +1,190 @@
+"""`fastgrpo bench rollout`: the engine alone, its ways to speculate in turn."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from fastgrpo.bench.measure import (
+    RolloutResult,
+    break_down,
+    compute_equal_share,
+    compute_median,
+    describe_run,
+    interleave,
+    measure_rollout,
+)
+from fastgrpo.data import build_task_dataset
+from fastgrpo.drafters import Drafter
+from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.drafters.eagle_head import EagleHead
+from fastgrpo.engine import Engine
+from fastgrpo.learner import Learner
+from fastgrpo.loading import (
+    encode_prompts,
+    find_stop_token_ids,
+    load_model,
+    load_tokenizer,
+    quiet_libraries,
+    resolve_device,
+    resolve_model,
+)
+from fastgrpo.metrics import compute_ratio
+from fastgrpo.model import TargetModel
+from fastgrpo.options import RolloutOptions
+from fastgrpo.report import write_json
+from fastgrpo.types import SamplingParams
+
+BASELINE = "off"
+
+
+def run_rollout_bench(options: RolloutOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+    """Measure, print and, where `options.output` says so, write the results; returns them.
+
+    Raises:
+        ValueError: the model, the drafter or the task cannot be used.
+    """
+    console = console or Console()
+    quiet_libraries()
+    path = resolve_model(options.model)
+    model = load_model(path, dtype=options.dtype, device=resolve_device(options.device))
+    warmup, prompts, params = _build_requests(options, model, load_tokenizer(path))
+    head, learned = _warm_up(options, model, warmup, params)
+    engines = {name: _build_engine(options, model, name, head) for name in options.speculation}
+
+    def build_params(repeat: int) -> SamplingParams:
+        return dataclasses.replace(params, seed=options.seed + repeat)
+
+    for engine in engines.values():  # calibration, first touches, and auto's own acceptance: not measured
+        measure_rollout(engine, prompts, build_params(options.repeats))
+    results = interleave(engines, prompts, build_params, options.repeats)
+    result = describe_run(command, dataclasses.asdict(options)) | {
+        "warmup": learned,
+        "workload": _describe_workload(next(iter(results.values())), params.max_tokens),
+        "variants": {name: _describe_variant(name, results) for name in results},
+    }
+    _print(result, console)
+    if options.output is not None:
+        write_json(result, options.output, indent=1)
+        console.print(f"written: {options.output}", markup=False, highlight=False, soft_wrap=True)
+    return result
+
+
+def _build_requests(
+    options: RolloutOptions, model: PreTrainedModel, tokenizer: Any
+) -> tuple[list[list[list[int]]], list[list[int]], SamplingParams]:
+    """Prompts of each warm-up rollout, the measured ones, and how they are sampled."""
+    assert options.task is not None and options.max_tokens is not None  # set by the record itself
+    count = options.num_prompts
+    dataset = build_task_dataset(options.task, size=count * (1 + options.warmup_steps), seed=options.seed)
+    encoded = encode_prompts(tokenizer, dataset["prompt"])
+    rollouts = [
+        [ids for ids in encoded[start : start + count] for _ in range(options.num_generations)]
+        for start in range(0, len(encoded), count)
+    ]
+    params = SamplingParams(
+        temperature=options.temperature,
+        max_tokens=options.max_tokens,
+        stop_token_ids=find_stop_token_ids(model, tokenizer),
+    )
+    return rollouts[1:], rollouts[0], params
+
+
+def _build_engine(options: RolloutOptions, model: PreTrainedModel, speculation: str, head: EagleHead | None) -> Engine:
+    """The variant's engine; plain decoding keeps no features either, it is as good as we have it."""
+    drafter: str | Drafter = options.drafter
+    if speculation == BASELINE:
+        drafter = "none"
+    elif head is not None:
+        drafter = EagleDrafter(TargetModel(model), head=head)
+    return Engine(model, drafter=drafter, speculation=speculation, max_num_seqs=options.max_num_seqs)
+
+
+def _warm_up(
+    options: RolloutOptions, model: PreTrainedModel, rollouts: list[list[list[int]]], params: SamplingParams
+) -> tuple[EagleHead | None, list[dict[str, float]]]:
+    """The head all variants share, after it has learnt on rollouts of other prompts."""
+    if options.drafter != "eagle":
+        return None, []
+    engine = Engine(model, drafter=options.head or "eagle", max_num_seqs=options.max_num_seqs)
+    assert isinstance(engine.drafter, EagleDrafter)
+    learner = Learner(engine.drafter, seed=options.seed)
+    engine.on_finish.append(learner.add)
+    learned = []
+    for step, prompts in enumerate(rollouts, start=1):
+        result = measure_rollout(engine, prompts, dataclasses.replace(params, seed=options.seed - step))
+        report = learner.learn(options.warmup_learn_s)
+        emitted, forwards = (sum(getattr(r, name) for r in result.records) for name in ("num_emitted", "num_seqs"))
+        learned.append({"loss": report.loss, "learn_s": report.learn_s, "acceptance_length": emitted / forwards})
+    return engine.drafter.head, learned
+
+
+def _describe_workload(results: Sequence[RolloutResult], max_tokens: int) -> dict[str, float]:
+    lengths = sorted(len(ids) for result in results for ids in result.token_ids)
+    mean = sum(lengths) / len(lengths)
+    return {
+        "num_completions": len(lengths),
+        "mean_length": mean,
+        "median_length": compute_median(lengths),
+        "max_length": lengths[-1],
+        "max_tokens": max_tokens,
+        "cap_over_mean": max_tokens / mean,
+    }
+
+
+def _describe_variant(name: str, results: dict[str, list[RolloutResult]]) -> dict[str, Any]:
+    own, baseline = results[name], results.get(BASELINE)
+    records = list(chain.from_iterable(result.records for result in own))
+    described: dict[str, Any] = {
+        "generation_s": compute_median(result.generation_s for result in own),
+        "tokens_per_s": compute_median(result.tokens_per_s for result in own),
+        "acceptance_length": compute_ratio(
+            sum(record.num_emitted for record in records), sum(record.num_seqs for record in records)
+        ),
+        "each": [{"generation_s": result.generation_s, "num_tokens": result.num_tokens} for result in own],
+        "by_concurrency": break_down(records),
+    }
+    if baseline is not None:
+        pairs = zip(own, baseline, strict=True)
+        described[f"ratio_to_{BASELINE}"] = compute_median(a.tokens_per_s / b.tokens_per_s for a, b in pairs)
+        described[f"share_equal_to_{BASELINE}"] = compute_equal_share(own, baseline)
+    return described
+
+
+def _print(result: dict[str, Any], console: Console) -> None:
+    load = result["workload"]
+    console.print(
+        f"{load['num_completions']} completions, {load['mean_length']:.0f} tokens in the mean, "
+        f"{load['max_length']} at most; the cap of {load['max_tokens']} is {load['cap_over_mean']:.1f} times the mean",
+        highlight=False,
+    )
+    table = Table(title="rollouts, medians", title_justify="left")
+    for heading in ("speculation", "tokens/s", "seconds", "acceptance length", f"x vs {BASELINE}", f"= {BASELINE}"):
+        table.add_column(heading, justify="left" if heading == "speculation" else "right")
+    for name, own in result["variants"].items():
+        ratio, share = own.get(f"ratio_to_{BASELINE}"), own.get(f"share_equal_to_{BASELINE}")
+        compared = ("-", "-") if ratio is None else (f"{ratio:.2f}", f"{share:.0%}")
+        speed = (f"{own['tokens_per_s']:.1f}", f"{own['generation_s']:.2f}", f"{own['acceptance_length']:.2f}")
+        table.add_row(name, *speed, *compared)
+    console.print(table)
+    console.print(_build_concurrency_table(result["variants"]))
+
+
+def _build_concurrency_table(variants: dict[str, Any]) -> Table:
+    """Tokens per second of each variant by live sequences, with the nodes it gave each of them."""
+    table = Table(title="tokens/s (nodes per sequence) by live sequences", title_justify="left")
+    table.add_column("live", justify="right")
+    for name in variants:
+        table.add_column(name, justify="right")
+    rows = {name: {int(row["num_seqs"]): row for row in own["by_concurrency"]} for name, own in variants.items()}
+    for least in sorted({least for own in rows.values() for least in own}, reverse=True):
+        cells = (own.get(least) for own in rows.values())
+        shown = [f"{c['tokens_per_s']:.1f} ({c['nodes_per_sequence']:.1f})" if c else "-" for c in cells]
+        table.add_row(f"{least}-{2 * least - 1}" if least > 1 else "1", *shown)
+    return table

@@ -1,0 +1,91 @@
+"""`fastgrpo generate`: completions of a model, by the engine alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+
+from fastgrpo.data import load_prompts
+from fastgrpo.engine import Engine
+from fastgrpo.loading import (
+    encode_prompts,
+    find_stop_token_ids,
+    load_model,
+    load_tokenizer,
+    quiet_libraries,
+    resolve_device,
+    resolve_model,
+)
+from fastgrpo.metrics import summarise_rollout
+from fastgrpo.options import GenerateOptions
+from fastgrpo.types import Completion, SamplingParams
+
+
+def run_generate(options: GenerateOptions, console: Console | None = None) -> None:
+    """Print the completions, a closing line, and write `options.output` where it is given.
+
+    Raises:
+        ValueError: a prompt, the model or a setting cannot be used; nothing has been generated.
+        OSError: a file is missing or cannot be written.
+    """
+    console = console or Console(highlight=False)
+    params = SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+    prompts: list[Any] = list(load_prompts(options.prompts)["prompt"]) if options.prompts else list(options.prompt)
+    prompts = [prompt for prompt in prompts for _ in range(options.num_generations)]
+    quiet_libraries()
+    path = resolve_model(options.model)
+    tokenizer = load_tokenizer(path)
+    encoded = encode_prompts(tokenizer, prompts, raw=options.raw)
+    model = load_model(path, dtype=options.dtype, device=resolve_device(options.device))
+    engine = Engine(model, drafter=options.drafter, speculation=options.speculation, max_num_seqs=options.max_num_seqs)
+    started = time.perf_counter()
+    params = dataclasses.replace(params, stop_token_ids=find_stop_token_ids(model, tokenizer))
+    completions = engine.generate(encoded, params)
+    generation_s = time.perf_counter() - started - engine.profile_s
+    rows = [_build_row(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+    _print(rows, console)
+    console.print(_build_closing_line(engine, rows, generation_s), style="bold", soft_wrap=True)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        console.print(f"written: {options.output}", markup=False, soft_wrap=True)
+
+
+def _build_row(tokenizer: Any, prompt: Any, completion: Completion) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "completion": tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+        "finish_reason": completion.finish_reason,
+        "token_ids": completion.token_ids,
+        "logprobs": completion.logprobs,
+    }
+
+
+def _print(rows: Iterable[dict[str, Any]], console: Console) -> None:
+    for index, row in enumerate(rows):
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        console.rule(f"{index + 1}: {len(row['token_ids'])} tokens, {row['finish_reason']}", align="left")
+        console.print(prompt, style="dim", markup=False)
+        console.print(row["completion"], markup=False)
+    console.rule()
+
+
+def _build_closing_line(engine: Engine, rows: list[dict[str, Any]], generation_s: float) -> str:
+    summary = summarise_rollout(engine.records, rollout_s=generation_s)
+    calibration = f"; calibrated once in {engine.profile_s:.1f} s" if engine.profile_s else ""
+    return (
+        f"{len(rows)} completions, {summary.num_tokens_emitted} tokens in {generation_s:.2f} s: "
+        f"{summary.tokens_per_s:.1f} tokens/s, acceptance length {summary.acceptance_length:.2f} tokens per sequence "
+        f"and forward (drafter {engine.drafter.name}, speculation {engine.plan_name}){calibration}"
+    )

@@ -1,0 +1,96 @@
+"""A training that is watched live and reported at its end."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastgrpo.engine import Engine
+from fastgrpo.grpo.trainer import FastGRPOTrainer
+from fastgrpo.report import LiveProgress, RunHistory, plot_run, print_summary, save_run
+from fastgrpo.types import StepRecord
+
+
+class ReportCallback(TrainerCallback):
+    """Shows a training while it runs, and keeps the engine steps of its first and its last rollout.
+
+    Args:
+        engine: the trainer's.
+        progress: what shows them.
+    """
+
+    def __init__(self, engine: Engine, progress: LiveProgress) -> None:
+        self.rollouts: dict[int, list[StepRecord]] = {}
+        self.is_updating = False  # between the two ends of an optimiser step
+        self._progress = progress
+        self._records: list[StepRecord] = []
+        engine.on_step.append(self._observe)
+
+    def _observe(self, record: StepRecord) -> None:
+        self._records.append(record)
+        self._progress.rollout_step(record)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._progress.start(state.max_steps, first_step=state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._records = []
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.is_updating = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.is_updating = False
+        if self._records:
+            first = min(self.rollouts, default=state.global_step)
+            kept = self.rollouts.get(first, self._records)
+            self.rollouts = {first: kept, state.global_step: self._records}
+        self._records = []
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._progress.training_step({**(logs or {}), "step": state.global_step})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._progress.stop()
+
+
+def attach_report(trainer: FastGRPOTrainer, progress: LiveProgress) -> ReportCallback:
+    """Show this training with `progress`; transformers' own printing goes. Train with `disable_tqdm`."""
+    callback = ReportCallback(trainer.engine, progress)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(callback)
+    return callback
+
+
+def write_report(history: RunHistory, directory: Path, console: Console) -> None:
+    """Print the tables, write `run.json`, and `run.png` where matplotlib is installed; say where they are."""
+    print_summary(history, console)
+    written = [save_run(history, directory)]
+    if not history.training_rows:
+        console.print("no step was logged: no plot (see logging_steps)", style="yellow")
+    elif importlib.util.find_spec("matplotlib") is None:
+        console.print("no plot without matplotlib: pip install matplotlib", style="yellow")
+    else:
+        written.append(directory / "run.png")
+        plot_run(history, written[-1])
+    console.print("written: " + ", ".join(str(path) for path in written), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,92 @@
+"""What commands load: a model by name, its tokenizer, and prompts as the model wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from fastgrpo.data import load_demo_model_dir
+
+DEMO_MODEL = "demo"
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to our own lines."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def resolve_model(name: str) -> str:
+    """The folder or hub id behind a model's name.
+
+    Raises:
+        ValueError: the demo model is asked for and no source has it.
+    """
+    if name != DEMO_MODEL:
+        return name
+    try:
+        return str(load_demo_model_dir())
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        ValueError: `cuda` is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU; use device=cpu")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def load_model(path: str, *, dtype: str, device: torch.device) -> PreTrainedModel:
+    """A causal LM in safetensors; `dtype` auto keeps the type it is saved in.
+
+    Raises:
+        OSError: there is no such model, or it has no safetensors.
+    """
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).to(device)
+
+
+def load_tokenizer(path: str) -> Any:
+    return AutoTokenizer.from_pretrained(path)
+
+
+def encode_prompts(
+    tokenizer: Any, prompts: Iterable[str | list[dict[str, Any]]], *, raw: bool = False
+) -> list[list[int]]:
+    """Token ids of texts or chats, through the tokenizer's chat template where it has one.
+
+    Args:
+        prompts: a text is one user message.
+        raw: take texts as they are, without the template.
+
+    Raises:
+        ValueError: a list of messages, but no template that may turn it into text.
+    """
+    has_template = tokenizer.chat_template is not None and not raw
+    encoded = []
+    for index, prompt in enumerate(prompts):
+        if has_template:
+            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        elif isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            reason = "--raw leaves it out" if raw else "this tokenizer has none"
+            raise ValueError(f"prompt {index} is a list of messages and needs a chat template: {reason}; give text")
+        encoded.append(list(ids))
+    return encoded
+
+
+def find_stop_token_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
+    """What ends a completion: the end tokens of the generation config and of the tokenizer."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    known = ids if isinstance(ids, list) else [ids]
+    return tuple(sorted({int(i) for i in (*known, tokenizer.eos_token_id) if i is not None}))

@@ -1,0 +1,253 @@
+"""What the commands take: one record for each, read from the command line. Light: no torch, no trl."""
+
+from __future__ import annotations
+
+import argparse
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+SPECULATION = ("auto", "off", "paper", "fixed")
+TRAINING_VARIANTS = ("trl", "off", "auto", "paper", "fixed")
+LONG_TAIL_TASK, LONG_TAIL_MAX_TOKENS = "gsm_symbolic", 512  # the cap is at least 3 times the mean length
+
+Record = TypeVar("Record")
+
+
+def about(help: str, *, choices: tuple[str, ...] = (), many: bool = False) -> dict[str, Any]:
+    """What makes a field an option of the command line; the help adds its default, unless that is None.
+
+    Args:
+        help: what it does, with its unit.
+        choices: the words it takes; a tuple of words takes several, parted by commas.
+        many: takes several arguments, parted by spaces.
+    """
+    return {"help": help, "choices": choices, "many": many}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is trained, on what, and how: the demo's settings, which `bench e2e` shares."""
+
+    model: str = field(default="demo", metadata=about("model: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct"))
+    dtype: str = field(default="bfloat16", metadata=about("type of the base weights", choices=DTYPES))
+    task: str = field(default="chain_sum", metadata=about("reasoning-gym task that makes prompts and checks answers"))
+    prompts_per_step: int = field(default=4, metadata=about("prompts in a training step"))
+    num_generations: int = field(default=8, metadata=about("completions for each prompt (the group of GRPO)"))
+    max_completion_length: int = field(default=96, metadata=about("longest completion, in tokens"))
+    temperature: float = field(default=1.0, metadata=about("sampling temperature, above 0"))
+    learning_rate: float = field(default=2e-4, metadata=about("AdamW learning rate of the policy"))
+    lora_rank: int = field(
+        default=16, metadata=about("rank of LoRA on all linear layers (alpha is twice the rank); 0 trains all weights")
+    )
+    format_weight: float = field(
+        default=0.0, metadata=about("weight of the reward for ending with 'The answer is ...'; 0 leaves it out")
+    )
+    drafter: str = field(
+        default="eagle", metadata=about("eagle (a head trained online), ngram, none, or a folder with a saved head")
+    )
+    max_num_seqs: int = field(default=64, metadata=about("sequences decoded together; others wait for a slot"))
+    seed: int = field(default=0, metadata=about("seed of weights, data and noise"))
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "prompts_per_step", "max_completion_length", "max_num_seqs")
+        _check_positive(self, "temperature", "learning_rate")
+        if self.num_generations < 2:
+            raise ValueError(f"num_generations must be at least 2 to compare completions, got {self.num_generations}")
+        if min(self.lora_rank, self.format_weight) < 0:
+            raise ValueError(f"lora_rank and format_weight must be >= 0, got {self.lora_rank}, {self.format_weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(Workload):
+    """`fastgrpo demo`."""
+
+    steps: int = field(default=15, metadata=about("training steps"))
+    repeats: int = field(default=2, metadata=about("rollouts of each kind measured before and after the training"))
+    speculation: str = field(default="auto", metadata=about("how drafts are sized", choices=SPECULATION))
+    output: Path = field(default=Path("runs/demo"), metadata=about("folder for run.json and run.png"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "steps", "repeats")
+
+
+@dataclass(frozen=True, kw_only=True)
+class E2EOptions(Workload):
+    """`fastgrpo bench e2e`."""
+
+    steps: int = field(
+        default=10, metadata=about("training steps of each variant; the first is left out of the medians")
+    )
+    variants: tuple[str, ...] = field(
+        default=("trl", "off", "auto"),
+        metadata=about(
+            "trainers that step in turn, parted by commas: trl (TRL's GRPOTrainer, transformers generation), or "
+            "FastGRPOTrainer with this speculation",
+            choices=TRAINING_VARIANTS,
+        ),
+    )
+    memory: bool = field(
+        default=False, metadata=about("also train 3 steps of each variant in a process of its own for its peak memory")
+    )
+    output: Path | None = field(
+        default=None, metadata=about("JSON file for the results; without it they are only printed")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    """`fastgrpo bench rollout`."""
+
+    model: str = field(default="demo", metadata=about("model: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct"))
+    device: str = field(
+        default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
+    )
+    dtype: str = field(default="bfloat16", metadata=about("type of the weights", choices=DTYPES))
+    long_tail: bool = field(
+        default=False, metadata=about("a workload whose concurrency falls to 1: other defaults for task and max-tokens")
+    )
+    task: str | None = field(
+        default=None, metadata=about(f"reasoning-gym task (default: chain_sum; {LONG_TAIL_TASK} with --long-tail)")
+    )
+    num_prompts: int = field(default=4, metadata=about("prompts in a rollout"))
+    num_generations: int = field(default=8, metadata=about("completions for each prompt"))
+    max_tokens: int | None = field(
+        default=None,
+        metadata=about(f"longest completion, in tokens (default: 96; {LONG_TAIL_MAX_TOKENS} with --long-tail)"),
+    )
+    temperature: float = field(default=1.0, metadata=about("sampling temperature; 0 is greedy"))
+    speculation: tuple[str, ...] = field(
+        default=SPECULATION, metadata=about("variants that roll out in turn, parted by commas", choices=SPECULATION)
+    )
+    drafter: str = field(default="eagle", metadata=about("eagle, ngram, or none"))
+    head: Path | None = field(
+        default=None, metadata=about("folder with a saved EAGLE-3 head (default: one started from the target)")
+    )
+    warmup_steps: int = field(
+        default=0, metadata=about("rollouts of other prompts on which the eagle head learns first")
+    )
+    warmup_learn_s: float = field(default=10.0, metadata=about("learning after each warm-up rollout, in seconds"))
+    repeats: int = field(default=3, metadata=about("measured rollouts of each variant, after one that is not measured"))
+    max_num_seqs: int = field(default=64, metadata=about("sequences decoded together"))
+    seed: int = field(default=0, metadata=about("seed of prompts and noise; repeat r takes seed + r"))
+    output: Path | None = field(
+        default=None, metadata=about("JSON file for the results; without it they are only printed")
+    )
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_prompts", "num_generations", "repeats", "max_num_seqs")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
+        if self.head is not None and self.drafter != "eagle":
+            raise ValueError(f"a saved head is drafted with by drafter=eagle, got drafter={self.drafter}")
+        object.__setattr__(self, "task", self.task or (LONG_TAIL_TASK if self.long_tail else "chain_sum"))
+        object.__setattr__(self, "max_tokens", self.max_tokens or (LONG_TAIL_MAX_TOKENS if self.long_tail else 96))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """`fastgrpo generate`."""
+
+    model: str = field(default="demo", metadata=about("model: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct"))
+    prompt: tuple[str, ...] = field(default=(), metadata=about("prompts, each an argument of its own", many=True))
+    prompts: Path | None = field(
+        default=None, metadata=about("JSONL file of objects with 'prompt': text, or a list of chat messages")
+    )
+    raw: bool = field(default=False, metadata=about("give the text to the model as it is, without its chat template"))
+    num_generations: int = field(default=1, metadata=about("completions for each prompt"))
+    max_tokens: int = field(default=128, metadata=about("longest completion, in tokens"))
+    temperature: float = field(default=1.0, metadata=about("divides the logits; 0 is greedy"))
+    top_k: int = field(default=0, metadata=about("keep this many of the most likely tokens; 0 keeps all"))
+    top_p: float = field(default=1.0, metadata=about("keep the most likely tokens up to this probability, in (0, 1]"))
+    seed: int = field(default=0, metadata=about("names the noise: the same seed gives the same tokens"))
+    drafter: str = field(default="ngram", metadata=about("ngram, eagle, none, or a folder with a saved EAGLE-3 head"))
+    speculation: str = field(
+        default="auto", metadata=about("how drafts are sized; never changes the tokens", choices=SPECULATION)
+    )
+    max_num_seqs: int = field(default=64, metadata=about("sequences decoded together; others wait for a slot"))
+    device: str = field(
+        default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
+    )
+    dtype: str = field(
+        default="auto",
+        metadata=about("type of the weights; auto keeps the type they are saved in", choices=("auto", *DTYPES)),
+    )
+    output: Path | None = field(default=None, metadata=about("JSONL file for the completions, one object for each"))
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_generations")
+        if bool(self.prompt) == bool(self.prompts):
+            raise ValueError("give prompts: either --prompt TEXT ... or --prompts FILE.jsonl")
+
+
+def _check_positive(record: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(record, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(record, name)}")
+
+
+def add_options(parser: argparse.ArgumentParser, record: type) -> None:
+    """One `--option` for each field of a record that says what it is `about`."""
+    hints = get_type_hints(record)
+    for entry in fields(record):
+        hint, help, choices = hints[entry.name], entry.metadata["help"], entry.metadata["choices"]
+        if choices:
+            help = f"{help}: {', '.join(choices)}"
+        if entry.default is not None and entry.default != () and entry.default is not False:
+            shown = ",".join(entry.default) if isinstance(entry.default, tuple) else entry.default
+            help = f"{help} (default: {shown})"
+        keywords: dict[str, Any] = {"dest": entry.name, "default": entry.default, "help": help}
+        if hint is bool:
+            keywords |= {"action": "store_true"}
+        elif entry.metadata["many"]:
+            keywords |= {"nargs": "+", "metavar": "TEXT"}
+        else:
+            keywords |= {"type": _build_reader(hint, choices), "metavar": _metavar(hint)}
+        parser.add_argument(f"--{entry.name.replace('_', '-')}", **keywords)
+
+
+def read_options(record: type[Record], namespace: argparse.Namespace) -> Record:
+    """The record that `add_options` described.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    values = {entry.name: getattr(namespace, entry.name) for entry in fields(record)}  # type: ignore[arg-type]
+    return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _plain_type(hint: Any) -> type:
+    """`X` of `X | None`."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    plain: type = hint
+    return plain
+
+
+def _metavar(hint: Any) -> str:
+    names = {int: "N", float: "X", Path: "PATH", str: "NAME"}
+    return names.get(_plain_type(hint), "NAME,...")
+
+
+def _build_reader(hint: Any, choices: tuple[str, ...]) -> Callable[[str], Any]:
+    """From an argument's text to its value; argparse shows what an `ArgumentTypeError` says."""
+    kind = _plain_type(hint)
+
+    def read(text: str) -> Any:
+        words = text.split(",") if get_origin(kind) is tuple else [text]
+        for word in words if choices else ():
+            if word not in choices:
+                raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(choices)}")
+        return tuple(words) if get_origin(kind) is tuple else kind(text)
+
+    read.__name__ = getattr(kind, "__name__", "value")
+    return read

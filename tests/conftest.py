@@ -1,0 +1,251 @@
+"""What the laws are tested with: tiny random models, a plain Hugging Face loop, drafters that know the answer.
+
+Shapes in the signatures of tensor functions are checked while the tests run (jaxtyping and beartype).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import hypothesis
+import jaxtyping
+
+CHECKED_MODULES = ("sampling", "tree", "verify", "model", "learner", "drafters.drafter", "drafters.eagle")
+CHECKED_MODULES += ("drafters.ngram",)
+jaxtyping.install_import_hook([f"fastgrpo.{name}" for name in CHECKED_MODULES], "beartype.beartype")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
+
+from fastgrpo.drafters import DraftContext  # noqa: E402
+from fastgrpo.planner import AutoPlanner, HardwareProfile  # noqa: E402
+from fastgrpo.sampling import SamplingBatch, sample, stream_key  # noqa: E402
+from fastgrpo.tree import Draft, check_draft  # noqa: E402
+from fastgrpo.types import Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord  # noqa: E402
+
+torch.set_num_threads(1)  # pytest-xdist runs one worker a core
+
+hypothesis.settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, MAX_POSITION = 120, 32, 3, 128
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Twice as fast, for tests of many rollouts of a kind that others run with the check."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# -- models --------------------------------------------------------------------------------------------
+
+
+def build_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A random model whose distributions are far from flat and from certain.
+
+    transformers' norms compute in float32 whatever the model's type; in float64 they are replaced by
+    torch's own, so that equality can be asked to nine digits.
+    """
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 64,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": MAX_POSITION,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if family == "mistral":
+        settings["sliding_window"] = None
+    config = CONFIG_MAPPING[family](**(settings | overrides))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    model = model.to(dtype).eval()
+    return _widen_norms(model) if dtype == torch.float64 else model
+
+
+def _widen_norms(model: PreTrainedModel) -> PreTrainedModel:
+    norms = [(name, m) for name, m in model.named_modules() if type(m).__name__.endswith("RMSNorm")]
+    for name, norm in norms:
+        parent, _, child = name.rpartition(".")
+        wide = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, dtype=norm.weight.dtype)
+        wide.weight = norm.weight
+        setattr(model.get_submodule(parent), child, wide)
+    return model
+
+
+shared_model = functools.cache(build_model)  # for tests that leave the weights alone
+
+
+# -- the law, without any of our cache, tree or engine code -----------------------------------------------
+
+
+def reference_generate(
+    model: PreTrainedModel, prompt: tuple[int, ...], params: SamplingParams, stream: int
+) -> Completion:
+    """One whole forward of the unmodified model for each token, then the sampling law."""
+    sequence = Sequence(
+        request_id=0,
+        prompt_ids=list(prompt),
+        params=params,
+        max_tokens=min(params.max_tokens, model.config.max_position_embeddings - len(prompt)),
+        stream_key=stream_key(params.seed, stream),
+    )
+    vocabulary = torch.arange(model.config.vocab_size, dtype=torch.int32)
+    with torch.no_grad():
+        while sequence.finish_reason is None:
+            logits = model(input_ids=torch.tensor([sequence.all_token_ids]), use_cache=False).logits[0, -1:]
+            token_id, logprob = sample(logits, SamplingBatch.build([sequence], logits.device), vocabulary)
+            sequence.append(token_id.tolist(), logprob.tolist())
+    return Completion(
+        token_ids=sequence.token_ids, logprobs=sequence.logprobs, finish_reason=sequence.finish_reason or "length"
+    )
+
+
+expected_completion = functools.cache(reference_generate)  # for models from `shared_model`
+
+
+def expected_tokens(
+    model: PreTrainedModel, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
+) -> list[list[int]]:
+    """Reference tokens of a whole batch, the streams numbered as `Engine.generate` numbers them."""
+    if isinstance(params, SamplingParams):
+        streams = [(params, params.stream + index) for index in range(len(prompts))]
+    else:
+        streams = [(each, each.stream) for each in params]
+    return [
+        expected_completion(model, tuple(prompt), each, stream).token_ids
+        for prompt, (each, stream) in zip(prompts, streams, strict=True)
+    ]
+
+
+# -- drafters that know what the target will say ---------------------------------------------------------
+
+Answers = Mapping[tuple[tuple[int, ...], int], list[int]]  # (prompt, stream key) -> completion
+
+
+def build_answers(
+    model: PreTrainedModel, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
+) -> Answers:
+    """The reference completions by what names a request."""
+    tokens = expected_tokens(model, prompts, params)
+    if isinstance(params, SamplingParams):
+        keys = [stream_key(params.seed, params.stream + index) for index in range(len(prompts))]
+    else:
+        keys = [stream_key(each.seed, each.stream) for each in params]
+    return {(tuple(prompt), key): known for prompt, key, known in zip(prompts, keys, tokens, strict=True)}
+
+
+class _KnowingDrafter:
+    """Looks the target's choices up; subclasses decide what to make of them."""
+
+    wants_features = False
+
+    def __init__(self, answers: Answers) -> None:
+        self.answers = answers
+
+    def begin(self) -> None:
+        pass
+
+    def count_unread(self, lengths: list[int]) -> int:
+        return 0
+
+    def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
+        pass
+
+    def release(self, slot: int, last_slot: int) -> None:
+        pass
+
+    def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
+        trees = []
+        for sequence in context.sequences:
+            known = self.answers[tuple(sequence.prompt_ids), sequence.stream_key]
+            ahead = known[len(sequence.token_ids) : len(sequence.token_ids) + plan.depth]
+            trees.append([(sequence.pending_token_id, -1), *self.grow(ahead, plan)])
+        width = max(len(tree) for tree in trees)
+        padded = torch.tensor([tree + [(0, -1)] * (width - len(tree)) for tree in trees])
+        draft = Draft(
+            token_ids=padded[..., 0], parents=padded[..., 1], num_nodes=torch.tensor([len(tree) for tree in trees])
+        )
+        check_draft(draft)
+        return draft
+
+    def grow(self, ahead: list[int], plan: SpeculationPlan) -> list[tuple[int, int]]:
+        """(token, parent) of the draft nodes, given the target's next choices."""
+        raise NotImplementedError
+
+
+class OracleDrafter(_KnowingDrafter):
+    """The right continuation, padded with wrong siblings that stand before it, so its rank is never first."""
+
+    name = "oracle"
+
+    def grow(self, ahead: list[int], plan: SpeculationPlan) -> list[tuple[int, int]]:
+        nodes: list[tuple[int, int]] = []
+        parent, spare = 0, plan.num_draft_tokens - len(ahead)
+        for token_id in ahead:
+            for sibling in range(1, min(plan.width - 1, spare) + 1):
+                nodes.append(((token_id + sibling) % VOCAB_SIZE, parent))
+                spare -= 1
+            nodes.append((token_id, parent))
+            parent = len(nodes)
+        return nodes
+
+
+class AlwaysWrongDrafter(_KnowingDrafter):
+    """Full trees in which no child of the root is the target's choice."""
+
+    name = "always_wrong"
+
+    def grow(self, ahead: list[int], plan: SpeculationPlan) -> list[tuple[int, int]]:
+        nodes: list[tuple[int, int]] = []
+        frontier = [0]
+        for depth in range(plan.depth):
+            wrong = ahead[depth] + 1 if depth < len(ahead) else depth
+            level = []
+            for parent in frontier[: plan.width]:
+                for sibling in range(plan.width):
+                    if len(nodes) < plan.num_draft_tokens:
+                        nodes.append(((wrong + sibling) % VOCAB_SIZE, parent))
+                        level.append(len(nodes))
+            frontier = level
+        return nodes
+
+
+# -- a machine whose times are computed, not measured ------------------------------------------------------
+
+# A small CPU: flat up to the knee near 64 tokens, then linear.
+SMALL_CPU = HardwareProfile(
+    num_tokens=(1, 8, 32, 64, 128, 256),
+    target_s=(0.060, 0.064, 0.075, 0.100, 0.190, 0.370),
+    draft_s=(0.002, 0.002, 0.003, 0.005, 0.009, 0.018),
+)
+
+
+class SyntheticClockPlanner(AutoPlanner):
+    """`auto` on a machine that takes exactly `speed` times what its profile says: the same decisions in every run."""
+
+    def __init__(self, profile: HardwareProfile = SMALL_CPU, *, speed: float = 1.0) -> None:
+        super().__init__(profile)
+        self.speed = speed
+
+    def observe(self, record: StepRecord) -> None:
+        draft_s = self.profile.compute_draft_s(record.num_seqs) * record.plan.depth
+        target_s = self.profile.compute_target_s(record.num_tokens)
+        super().observe(replace(record, draft_s=draft_s * self.speed, target_s=target_s * self.speed, verify_s=0.0))
