@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from fastgrpo.cache import RowPrefix
 from fastgrpo.drafters import Drafter, build_drafter
@@ -60,7 +60,7 @@ class Engine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         *,
         drafter: str | Path | Drafter = "eagle",
         speculation: str | SpeculationPlan = "auto",
@@ -372,7 +372,7 @@ class Engine:
     ) -> list[Sequence]:
         if isinstance(params, SamplingParams):
             params = [replace(params, stream=params.stream + i) for i in range(len(prompts))]
-        if prompts and isinstance(prompts[0], int):
+        if any(isinstance(prompt, int) for prompt in prompts):
             raise ValueError("prompt_token_ids must be a list of prompts, got one prompt; wrap it in a list")
         if len(params) != len(prompts):
             raise ValueError(f"got {len(prompts)} prompts but {len(params)} SamplingParams; give one, or one for each")

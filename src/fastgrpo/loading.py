@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ DEMO_MODEL = "demo"
 
 def quiet_libraries() -> None:
     """Leave the terminal to our own lines."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

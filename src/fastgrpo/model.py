@@ -174,10 +174,10 @@ class TargetModel:
         ValueError: the family, attention kind, RoPE kind or PEFT method is not supported; names it.
     """
 
-    def __init__(self, model: PreTrainedModel, *, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype | None = None) -> None:
         self.model = model
-        self.base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.config = self.base.config
+        self.base = base_model_of(model)
+        self.config: Any = self.base.config
         check_supported(self.base)
         _check_peft(model)
         self.decoder: Any = self.base.model
@@ -281,6 +281,11 @@ class TargetModel:
 
     def compute_logits(self, hidden: Float[Tensor, "T H"]) -> Float[Tensor, "T V"]:
         return self.lm_head(hidden)
+
+
+def base_model_of(model: Any) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ def _build_keys(workload: Workload, steps: int, output_dir: Path) -> dict[str, A
         "learning_rate": workload.learning_rate,
         "lr_scheduler_type": "constant",
         "beta": 0.0,
+        "use_cpu": not torch.accelerator.is_available(),
         "bf16": workload.dtype == "bfloat16",
         "fp16": workload.dtype == "float16",
         "gradient_checkpointing": False,  # the model is small: recomputing costs more than it saves

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
@@ -70,6 +71,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
     first.add_argument("--config")
     named, rest = first.parse_known_args(argv)
     parser = _Parser(RECORDS, add_help=False, allow_abbrev=False)
+    if not torch.accelerator.is_available():
+        parser.set_defaults(use_cpu=True)  # else TRL's own default for bf16 asks for it
     if named.config is not None:
         config = read_config(Path(named.config))
         environment = config.pop("env", None) or {}

@@ -110,7 +110,6 @@ class FastGRPOTrainer(GRPOTrainer):
         """Noise of its own for every completion of every process, call and step; the same after a resume."""
         step, calls = self._rollout_place
         calls = calls + 1 if step == self.state.global_step else 0
-        self._is_training_rollout = False
         self._rollout_place = (self.state.global_step, calls)
         seed = self.args.seed
         for part in (self.state.global_step, calls, int(self.model.training), self.accelerator.process_index):

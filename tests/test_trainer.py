@@ -1,0 +1,261 @@
+"""Law 4: training with speculation is training without it, bit for bit; and what must survive a break."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fastgrpo import FastGRPOConfig, FastGRPOTrainer
+from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.grpo.state import load_state
+from fastgrpo.planner import AutoPlanner, HardwareProfile
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789+?= :"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {"<eos>": 0, "<unk>": 1, **{c: i + 2 for i, c in enumerate(CHARACTERS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def build_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(CHARACTERS) + 2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def count_reward(completion_ids: list[list[int]], **_: object) -> list[float]:
+    return [float(sum(token % 7 for token in ids) % 5) for ids in completion_ids]
+
+
+def build_trainer(
+    folder: Path, *, reward=count_reward, chat: bool = True, peft: bool = False, **keys
+) -> FastGRPOTrainer:
+    questions = [f"what is {i}+{i}?" for i in range(32)]
+    prompts = [[{"role": "user", "content": q}] for q in questions] if chat else questions
+    settings = {
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 10,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    trainer = FastGRPOTrainer(
+        build_model(),
+        reward,
+        FastGRPOConfig(str(folder), **(settings | keys)),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        eval_dataset=Dataset.from_dict({"prompt": prompts[:8]}),
+        processing_class=build_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if peft else None,
+    )
+    if keys.get("speculation", "auto") == "auto":  # a machine on which speculation pays, without timing this one
+        grid = (1, 2, 4, 8, 16, 32, 64)
+        flat = HardwareProfile(num_tokens=grid, target_s=(1.0,) * 7, draft_s=(1e-3,) * 7, sample_s=1e-6)
+        trainer.engine.planner = AutoPlanner(flat)
+    return trainer
+
+
+def weights_of(trainer: FastGRPOTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, f"weights differ: {different[:3]}"
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_speculation_leaves_training_bit_identical(tmp_path: Path, peft: bool) -> None:
+    ends, drafted = {}, {}
+    for speculation in ("off", "fixed", "auto"):
+        trainer = build_trainer(tmp_path / speculation, speculation=speculation, peft=peft)
+        start = weights_of(trainer)
+        trainer.train()
+        ends[speculation] = weights_of(trainer)
+        rows = trainer.state.log_history
+        drafted[speculation] = sum(row.get("plan/num_draft_tokens") or 0 for row in rows)
+        assert any(not torch.equal(start[name], value) for name, value in ends[speculation].items()), (
+            "nothing was learnt"
+        )
+    assert_same_weights(ends["off"], ends["fixed"])
+    assert_same_weights(ends["off"], ends["auto"])
+    assert drafted["off"] == 0 and drafted["fixed"] > 0 and drafted["auto"] > 0
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_iterations": 2},
+        {"steps_per_generation": 2, "gradient_accumulation_steps": 2, "loss_type": "grpo"},
+        {"loss_type": "dr_grpo", "beta": 0.04, "peft": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
+        {"chat": False, "eval_strategy": "steps", "eval_steps": 2, "drafter": "ngram", "max_num_seqs": 3},
+    ],
+)
+def test_trl_settings_keep_their_meaning(tmp_path: Path, keys: dict) -> None:
+    ends = []
+    for speculation in ("off", "fixed"):
+        trainer = build_trainer(tmp_path / speculation, speculation=speculation, **keys)
+        trainer.train()
+        ends.append(weights_of(trainer))
+    assert_same_weights(*ends)
+    assert any((row.get("draft/num_tokens") or 0) > 0 for row in trainer.state.log_history) or "drafter" in keys
+    logged = {key for row in trainer.state.log_history for key in row}
+    assert {
+        "rollout/spec_accept_length",
+        "rollout/tokens_per_s",
+        "time/rollout_share",
+        "plan/num_draft_tokens",
+    } <= logged
+
+
+def test_resume_continues_where_it_stopped(tmp_path: Path) -> None:
+    whole = build_trainer(tmp_path / "run", save_strategy="steps", save_steps=2)
+    whole.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    resumed = build_trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_weights(weights_of(whole), weights_of(resumed))
+    assert not list(checkpoint.rglob("*.pkl")) and (checkpoint / "fastgrpo" / "head" / "model.safetensors").exists()
+
+
+def test_head_optimiser_and_planner_are_restored(tmp_path: Path) -> None:
+    whole = build_trainer(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=2)
+    whole.train()
+    restored = build_trainer(tmp_path / "other")
+    load_state(tmp_path / "run" / "checkpoint-2" / "fastgrpo", restored.engine, restored.learner)
+    assert isinstance(whole.engine.drafter, EagleDrafter) and isinstance(restored.engine.drafter, EagleDrafter)
+    heads = [trainer.engine.drafter.head.state_dict() for trainer in (whole, restored)]
+    for head in heads:
+        head.pop("lm_head.weight")  # always the policy's own rows, and the two policies differ here
+    assert_same_weights(*heads)
+    first, second = whole.learner.state_dict(), restored.learner.state_dict()
+    assert first["num_updates"] == second["num_updates"] > 0
+    assert torch.equal(first["token_counts"], second["token_counts"])
+    for index, moments in first["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, second["optimizer"]["state"][index][name])
+    assert json.dumps(whole.engine.planner.state_dict()) == json.dumps(restored.engine.planner.state_dict())
+
+
+def test_damaged_state_is_named(tmp_path: Path) -> None:
+    build_trainer(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    (checkpoint / "fastgrpo" / "head" / "model.safetensors").write_bytes(b"no tensors here")
+    with pytest.raises(ValueError, match="head"):
+        build_trainer(tmp_path / "other").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build_trainer(tmp_path / "run", save_strategy="steps", save_steps=1, save_total_limit=1)
+    save = trainer._save_optimizer_and_scheduler
+
+    def fill_disk(output_dir: str) -> None:
+        if trainer.state.global_step == 2:
+            raise OSError(28, "No space left on device")
+        save(output_dir)
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", fill_disk)
+    with pytest.raises(OSError, match="No space left") as caught:
+        trainer.train()
+    assert "earlier checkpoints are untouched" in caught.value.__notes__[0]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    build_trainer(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_interrupt_in_a_rollout_leaves_the_model_whole(tmp_path: Path) -> None:
+    trainer = build_trainer(tmp_path / "run", peft=True)
+    before = weights_of(trainer)
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    trainer.engine.on_step.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert_same_weights(before, weights_of(trainer))
+    assert trainer.model.training and not trainer.engine.scheduler.has_work
+    trainer.engine.on_step.remove(interrupt)
+    trainer.train()
+
+
+def test_wrong_rewards_are_named(tmp_path: Path) -> None:
+    def too_few(completions: list, **_: object) -> list[float]:
+        return [1.0] * (len(completions) - 1)
+
+    def broken(completions: list, **_: object) -> list[float]:
+        raise RuntimeError("judge unreachable")
+
+    for reward, message in ((too_few, "too_few.* returned 7"), (broken, "judge unreachable")):
+        with pytest.raises((ValueError, RuntimeError), match=message) as caught:
+            build_trainer(tmp_path / "run", reward=reward).train()
+        assert reward.__name__ in caught.value.__notes__[0]
+
+
+async def async_reward(completions: list, **_: object) -> list[float]:
+    return [float(len(c[0]["content"])) for c in completions]
+
+
+def test_several_rewards_sync_and_async(tmp_path: Path) -> None:
+    trainer = build_trainer(tmp_path / "run", reward=[count_reward, async_reward], max_steps=1)
+    trainer.train()
+    assert "rewards/async_reward/mean" in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"use_vllm": True}, "use_vllm"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"speculation": "maybe"}, "speculation"),
+        ({"draft_time_share": 1.5}, "draft_time_share"),
+        ({"draft_learning_rate": 0.0}, "draft_learning_rate"),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"speculation": "fixed", "draft_depth": 9, "num_draft_tokens": 3}, "draft_depth"),
+        ({"drafter": "no-such-folder"}, "drafter"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(tmp_path: Path, keys: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_trainer(tmp_path / "run", **keys)
+
+
+def test_foreign_config_is_refused(tmp_path: Path) -> None:
+    from trl import GRPOConfig
+
+    with pytest.raises(TypeError, match="FastGRPOConfig"):
+        FastGRPOTrainer(build_model(), count_reward, GRPOConfig(str(tmp_path), bf16=False, use_cpu=True))
