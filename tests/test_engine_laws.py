@@ -393,8 +393,8 @@ def test_auto_notices_an_always_wrong_drafter():
     has_tried = [not record.plan.is_plain for record in engine.records]
     assert any(has_tried[:50]), "a planner that never tries cannot know"
     assert sum(has_tried[100:]) <= 6
-    seconds = [planner.profile.compute_target_s(record.num_tokens) for record in engine.records]
-    assert sum(seconds[100:]) <= 1.01 * 300 * planner.profile.compute_target_s(2)
+    seconds = [planner.compute_step_s(record) for record in engine.records]
+    assert sum(seconds[100:]) <= 1.01 * 300 * planner.machine.compute_target_s(2)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

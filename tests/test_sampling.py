@@ -207,10 +207,10 @@ def test_noise_without_tensors_is_the_same(key, position, token_id):
 
 
 def test_streams_have_keys_of_their_own():
-    keys = {stream_key(seed, stream) for seed in range(-2, 200) for stream in range(200)}
-    assert len(keys) == 202 * 200
+    keys = [stream_key(seed, stream) for seed in range(-2, 100) for stream in range(200)]
+    assert len(set(keys)) == 102 * 200
     assert all(-(2**63) <= key < 2**63 for key in keys)
-    bits = np.array([[key >> bit & 1 for bit in range(64)] for key in list(keys)[:5000]])
+    bits = np.array([[key >> bit & 1 for bit in range(64)] for key in keys[::4]])
     assert np.abs(bits.mean(0) - 0.5).max() < 0.04
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastgrpo.engine import Engine
 from fastgrpo.types import Completion, SamplingParams, SpeculationPlan
 
 if TYPE_CHECKING:
+    from fastgrpo.engine import Engine
     from fastgrpo.grpo import FastGRPOConfig, FastGRPOTrainer
 
 __version__ = "0.1.0"
@@ -26,7 +26,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The trainer is imported when it is asked for: the engine alone does not need TRL."""
+    """Engine and trainer are imported when they are asked for: planners need no torch, the engine no TRL."""
+    if name == "Engine":
+        from fastgrpo.engine import Engine
+
+        return Engine
     if name in ("FastGRPOConfig", "FastGRPOTrainer"):
         from fastgrpo import grpo
 

@@ -13,21 +13,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fastgrpo.cache import RowPrefix
 from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.model import ForwardBatch, ForwardOutput, TargetModel
 from fastgrpo.planner import AutoPlanner, PaperPlanner, PlanInputs, Planner, build_planner
+from fastgrpo.prefill import Prefiller
 from fastgrpo.profiler import measure_profile
 from fastgrpo.sampling import SamplingBatch, stream_key
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.tree import Draft, compute_ancestors
-from fastgrpo.types import PLAIN, Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
+from fastgrpo.types import Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
 from fastgrpo.verify import Verdict, count_hits, verify
 
 DEFAULT_FIXED_PLAN = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
-_PREFILL_TOKENS = 4096  # prompt tokens in one forward, padding included
-_PREFILL_CHUNK = 512  # prompt tokens of one row in one forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +70,7 @@ class Engine:
         self.drafter = build_drafter(drafter, self.target)
         self.scheduler = Scheduler(max_num_seqs)
         self.cache = self.target.build_cache(with_features=self.drafter.wants_features)
+        self.prefiller = Prefiller(self.target, self.cache, self.scheduler)
         self.planner: Planner | None = None
         self._speculation = "off" if self.drafter.name == "none" else speculation
         self._fixed_plan = fixed_plan
@@ -81,7 +80,6 @@ class Engine:
         self.on_step: list[Callable[[StepRecord], None]] = []
         self.on_finish: list[Callable[[FinishedRollout], None]] = []
         self._vocabulary = torch.arange(self.target.vocab_size, dtype=torch.int32, device=self.target.device)
-        self._prefixes: dict[tuple[int, ...], RowPrefix] = {}
 
     @classmethod
     def from_pretrained(
@@ -145,7 +143,7 @@ class Engine:
     def step(self) -> StepRecord:
         """Advance every running sequence by at least one token; call inside `target.rollout_mode`."""
         started = time.perf_counter()
-        num_prefilled = self._prefill(self.scheduler.admit())
+        num_prefilled = self._admit()
         prefilled = time.perf_counter()
         running = self.scheduler.running
         context = self._build_context()
@@ -188,6 +186,13 @@ class Engine:
         self.cache.check([sequence.num_cached for sequence in self.scheduler.running])
 
     # -- the rooms behind `step` ---------------------------------------------------------------------
+
+    def _admit(self) -> int:
+        """Let waiting sequences in and compute their prompts; returns the prompt tokens computed."""
+        admitted = self.scheduler.admit()
+        for sequence in admitted:
+            self.drafter.observe(sequence, 0)
+        return self.prefiller.prefill(admitted)
 
     def _build_context(self) -> DraftContext:
         running = self.scheduler.running
@@ -268,7 +273,7 @@ class Engine:
                 rollout = self._build_rollout(slot, sequence)
                 for listener in self.on_finish:
                     listener(rollout)
-            self._keep_prefix(slot, sequence)
+            self.prefiller.keep(slot, sequence)
             self.drafter.release(slot, len(running) - 1)
             self.cache.remove_row(slot)
             self.scheduler.remove(slot)
@@ -281,89 +286,6 @@ class Engine:
             temperature=sequence.params.temperature,
             features=None if store is None else store.snapshot(slot, sequence.num_cached)[0],
         )
-
-    # -- prompts -------------------------------------------------------------------------------------
-
-    def _prefill(self, admitted: list[Sequence]) -> int:
-        """Compute the prompts of new sequences, each once for all its siblings; returns tokens computed.
-
-        All but a prompt's last token is cached; the last is pending and becomes the first root.
-        """
-        if not admitted:
-            return 0
-        running = self.scheduler.running
-        first = len(running) - len(admitted)
-        self.cache.reserve(len(running), max(len(s.prompt_ids) for s in admitted) + 1)
-        self.cache.add_rows(len(admitted))
-        siblings: dict[tuple[int, ...], list[int]] = {}
-        for slot in range(first, len(running)):
-            siblings.setdefault(running[slot].group_key, []).append(slot)
-            self.drafter.observe(running[slot], 0)
-        leaders = [slots[0] for key, slots in siblings.items() if self._find_prefix(key, first) is None]
-        num_tokens = self._prefill_rows(leaders)
-        for key, slots in siblings.items():
-            prefix = self._find_prefix(key, first) or self.cache.snapshot(slots[0], len(key) - 1)
-            rest = [slot for slot in slots if self.cache.lengths[slot] < len(key) - 1]
-            self.cache.restore(rest, prefix)
-            if not self.scheduler.has_waiting_sibling(running[slots[0]]):
-                self._prefixes.pop(key, None)
-        return num_tokens
-
-    def _find_prefix(self, key: tuple[int, ...], num_old: int) -> RowPrefix | None:
-        """The cached prompt of a group: from a sibling that runs already, or kept aside."""
-        for slot, sequence in enumerate(self.scheduler.running[:num_old]):
-            if sequence.group_key == key:
-                return self.cache.snapshot(slot, len(key) - 1)
-        return self._prefixes.get(key)
-
-    def _keep_prefix(self, slot: int, sequence: Sequence) -> None:
-        """Before the last running sibling goes, keep the prompt for those that wait."""
-        key = sequence.group_key
-        if not self.scheduler.has_waiting_sibling(sequence):
-            return
-        if not any(other is not sequence and other.group_key == key for other in self.scheduler.running):
-            self._prefixes[key] = self.cache.snapshot(slot, len(key) - 1)
-
-    def _prefill_rows(self, slots: list[int]) -> int:
-        """Prompts of some rows, in forwards of bounded size; longest rows together."""
-        running, total = self.scheduler.running, 0
-        left = {slot: running[slot].prompt_ids[:-1] for slot in slots}
-        while left := {slot: ids for slot, ids in left.items() if ids}:
-            chosen: list[int] = []
-            width = 0
-            for slot in sorted(left, key=lambda s: -len(left[s])):
-                width = width or min(len(left[slot]), _PREFILL_CHUNK)
-                if chosen and (len(chosen) + 1) * width > _PREFILL_TOKENS:
-                    break
-                chosen.append(slot)
-            chunks = [left[slot][:_PREFILL_CHUNK] for slot in chosen]
-            self._prefill_chunks(chosen, chunks)
-            for slot, chunk in zip(chosen, chunks, strict=True):
-                left[slot] = left[slot][len(chunk) :]
-                total += len(chunk)
-        return total
-
-    def _prefill_chunks(self, slots: list[int], chunks: list[list[int]]) -> None:
-        device = self.target.device
-        width = max(len(chunk) for chunk in chunks)
-        self.cache.reserve(len(self.cache.lengths), max(self.cache.lengths[slot] for slot in slots) + width)
-        rows = torch.tensor(slots, device=device)
-        batch = ForwardBatch.build(
-            token_ids=torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=device),
-            num_nodes=torch.tensor([len(chunk) for chunk in chunks], device=device),
-            visible=torch.ones(len(slots), width, width, dtype=torch.bool, device=device).tril(),
-            rows=rows,
-            row_numbers=rows,
-            lengths=torch.tensor([self.cache.lengths[slot] for slot in slots], device=device),
-            store=self.cache.keys,
-            dtype=self.target.dtype,
-            num_repeats=self.target.num_repeats,
-        )
-        output = self.target.forward(batch, self.cache)
-        if self.cache.features is not None and output.features is not None:
-            self.cache.features.write(0, batch.write_index, output.features)
-        for slot, chunk in zip(slots, chunks, strict=True):
-            self.cache.lengths[slot] += len(chunk)
 
     # -- requests ------------------------------------------------------------------------------------
 
@@ -419,7 +341,7 @@ class Engine:
         """Leave nothing behind, whether the rollout ended or broke off."""
         self.scheduler.abort()
         self.cache.clear()
-        self._prefixes.clear()
+        self.prefiller.clear()
 
 
 def _no_measure() -> Any:

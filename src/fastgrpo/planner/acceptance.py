@@ -1,0 +1,53 @@
+"""How likely drafts are accepted, by depth and sibling rank, and what a tree of a given shape yields."""
+
+from __future__ import annotations
+
+import heapq
+
+from fastgrpo.types import SpeculationPlan, StepRecord
+
+MAX_DEPTH, MAX_WIDTH = 8, 8
+
+
+class AcceptanceTable:
+    """The chance that the target chooses the child of sibling rank r of a walked node at depth d.
+
+    Counts decay, so that the table follows a changing drafter; a weak prior fills what is unknown.
+    """
+
+    def __init__(self, *, prior: float = 0.3, prior_weight: float = 4.0, decay: float = 0.98) -> None:
+        self.prior, self.prior_weight, self.decay = prior, prior_weight, decay
+        self.offered = [[0.0] * MAX_WIDTH for _ in range(MAX_DEPTH)]
+        self.hits = [[0.0] * MAX_WIDTH for _ in range(MAX_DEPTH)]
+
+    def observe(self, record: StepRecord) -> None:
+        for depth, (offered, hits) in enumerate(zip(record.offered, record.hits, strict=True)):
+            for rank, (trials, count) in enumerate(zip(offered, hits, strict=True)):
+                if depth < MAX_DEPTH and rank < MAX_WIDTH:
+                    self.offered[depth][rank] = self.decay * self.offered[depth][rank] + trials
+                    self.hits[depth][rank] = self.decay * self.hits[depth][rank] + count
+
+    def rate(self, depth: int, rank: int) -> float:
+        """Acceptance rate in [0, 1]; the prior of a depth is the level above, of a rank a fall by half."""
+        prior = self.prior * 0.5**rank if depth == 0 else self.rate(depth - 1, rank)
+        weight = self.prior_weight
+        return (self.hits[depth][rank] + weight * prior) / (self.offered[depth][rank] + weight)
+
+    def compute_rates(self) -> list[list[float]]:
+        return [[self.rate(depth, rank) for rank in range(MAX_WIDTH)] for depth in range(MAX_DEPTH)]
+
+
+def compute_expected_length(plan: SpeculationPlan, rates: list[list[float]]) -> float:
+    """Expected tokens per sequence and forward: one, plus the best `num_draft_tokens` path chances of the tree."""
+    heap: list[tuple[float, int]] = [(-rate, 1) for rate in rates[0][: plan.width]] if plan.depth else []
+    heapq.heapify(heap)
+    total = 1.0
+    for _ in range(plan.num_draft_tokens):
+        if not heap:
+            break
+        chance, depth = heapq.heappop(heap)
+        total -= chance
+        if depth < plan.depth:
+            for rate in rates[depth][: plan.width]:
+                heapq.heappush(heap, (chance * rate, depth + 1))
+    return total

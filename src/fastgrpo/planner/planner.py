@@ -1,0 +1,34 @@
+"""What every planner is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fastgrpo.types import SpeculationPlan, StepRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanInputs:
+    """What the engine knows before a step."""
+
+    num_seqs: int
+    num_waiting: int = 0
+    num_unread: int = 0  # tokens the drafter has not read yet: the price of switching on
+
+
+class Planner(Protocol):
+    """Decides each step's plan and hears what came of it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def begin(self) -> None:
+        """A rollout starts, perhaps with a better drafter."""
+        ...
+
+    def plan(self, inputs: PlanInputs) -> SpeculationPlan: ...
+
+    def observe(self, record: StepRecord) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...

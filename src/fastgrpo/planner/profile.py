@@ -1,0 +1,78 @@
+"""What forwards cost, as a function of their tokens."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareProfile:
+    """Measured seconds by tokens per forward, for one model on one machine.
+
+    Args:
+        num_tokens: increasing grid of tokens per forward.
+        target_s: seconds of a target forward (output head included) at each grid point.
+        draft_s: seconds of one draft level at each grid point; empty without a neural drafter.
+        sample_s: seconds to sample, walk and commit one emitted token.
+        fixed_s: seconds of a step that depend on nothing.
+
+    Raises:
+        ValueError: fewer than two points, an unordered grid, or a time that is not finite and positive.
+    """
+
+    num_tokens: tuple[int, ...]
+    target_s: tuple[float, ...]
+    draft_s: tuple[float, ...] = ()
+    sample_s: float = 0.0
+    fixed_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        grid = self.num_tokens
+        if len(grid) < 2 or any(b <= a for a, b in itertools.pairwise(grid)) or grid[0] < 1:
+            raise ValueError(f"a profile needs an increasing grid of at least two token counts, got {grid}")
+        if len(self.target_s) != len(grid) or len(self.draft_s) not in (0, len(grid)):
+            raise ValueError(f"a profile needs one time for each of {len(grid)} points, got {len(self.target_s)}")
+        times = (*self.target_s, *self.draft_s)
+        if any(not math.isfinite(s) or s <= 0 for s in times) or min(self.sample_s, self.fixed_s) < 0:
+            raise ValueError(f"profile times must be finite and positive, got {times}")
+
+    def compute_target_s(self, num_tokens: float) -> float:
+        return _interpolate(self.num_tokens, self.target_s, num_tokens)
+
+    def compute_draft_s(self, num_tokens: float) -> float:
+        return _interpolate(self.num_tokens, self.draft_s, num_tokens) if self.draft_s else 0.0
+
+    def corrected(self, num_tokens: int, measured_s: float, *, rate: float = 0.1) -> HardwareProfile:
+        """The profile after one more measured forward: times near `num_tokens` (in octaves) move towards it.
+
+        One step moves a time by at most a factor 2 ** rate, so a stall does little harm.
+        """
+        ratio = min(max(measured_s / self.compute_target_s(num_tokens), 0.5), 2.0)
+        weights = [rate * 0.7 ** abs(math.log2(num_tokens / grid)) for grid in self.num_tokens]
+        times = [s * ratio**w for s, w in zip(self.target_s, weights, strict=True)]
+        return replace(self, target_s=tuple(itertools.accumulate(times, max)))
+
+    @property
+    def capacity(self) -> float:
+        """Tokens per forward at the knee: where the large-batch slope, continued, leaves the one-token time.
+
+        The paper's C_peak, calibrated; the largest grid point where the time never rises that far.
+        """
+        slope = (self.target_s[-1] - self.target_s[-2]) / (self.num_tokens[-1] - self.num_tokens[-2])
+        if slope <= 0:
+            return float(self.num_tokens[-1])
+        intercept = self.target_s[-1] - slope * self.num_tokens[-1]
+        knee = (self.target_s[0] - intercept) / slope
+        return min(max(knee, 1.0), float(self.num_tokens[-1]))
+
+
+def _interpolate(grid: tuple[int, ...], values: tuple[float, ...], at: float) -> float:
+    """Piecewise linear, continued with the last slope (never falling) beyond the grid."""
+    right = min(max(bisect.bisect_left(grid, at), 1), len(grid) - 1)
+    slope = (values[right] - values[right - 1]) / (grid[right] - grid[right - 1])
+    if at > grid[-1]:
+        return values[-1] + max(slope, 0.0) * (at - grid[-1])
+    return max(values[right - 1] + slope * (at - grid[right - 1]), min(values))
