@@ -45,7 +45,7 @@ def unchecked_shapes() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-# -- models --------------------------------------------------------------------------------------------
+# -- models --------------------------------------------------------------------------------------------------
 
 
 def build_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: object) -> PreTrainedModel:
@@ -92,7 +92,7 @@ def _widen_norms(model: PreTrainedModel) -> PreTrainedModel:
 shared_model = functools.cache(build_model)  # for tests that leave the weights alone
 
 
-# -- the law, without any of our cache, tree or engine code -----------------------------------------------
+# -- the law, without any of our cache, tree or engine code --------------------------------------------------
 
 
 def reference_generate(
@@ -134,7 +134,7 @@ def expected_tokens(
     ]
 
 
-# -- drafters that know what the target will say ---------------------------------------------------------
+# -- drafters that know what the target will say -------------------------------------------------------------
 
 Answers = Mapping[tuple[tuple[int, ...], int], list[int]]  # (prompt, stream key) -> completion
 
@@ -227,7 +227,7 @@ class AlwaysWrongDrafter(_KnowingDrafter):
         return nodes
 
 
-# -- a machine whose times are computed, not measured ------------------------------------------------------
+# -- a machine whose times are computed, not measured --------------------------------------------------------
 
 # A small CPU: flat up to the knee near 64 tokens, then linear.
 SMALL_CPU = HardwareProfile(

@@ -174,7 +174,7 @@ TestCacheAndScheduler = CacheAndScheduler.TestCase
 TestCacheAndScheduler.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)
 
 
-# -- the parts ----------------------------------------------------------------------------------------------------
+# -- the parts -----------------------------------------------------------------------------------------------
 
 
 def test_room_for_more_rows_keeps_longer_ones():

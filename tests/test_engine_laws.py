@@ -24,7 +24,7 @@ from conftest import (
     expected_tokens,
     shared_model,
 )
-from fastgrpo import engine as engine_module
+from fastgrpo import prefill as prefill_module
 from fastgrpo.drafters import Drafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.ngram import NgramDrafter
@@ -115,7 +115,7 @@ def assert_nothing_is_left(engine: Engine) -> None:
     assert engine.cache.num_bytes == 0
 
 
-# -- law 1 -------------------------------------------------------------------------------------------------
+# -- law 1 ---------------------------------------------------------------------------------------------------
 
 
 # Speculation does nothing without a drafter, and a drafter nothing without speculation but keep features.
@@ -298,7 +298,7 @@ def test_a_one_token_prompt_among_long_ones():
         assert [c.token_ids for c in engine.generate(prompts, params)] == expected_tokens(model, prompts, params)
 
 
-# -- prompts ---------------------------------------------------------------------------------------------------
+# -- prompts -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 5, 64])
@@ -316,8 +316,8 @@ def test_each_prompt_is_computed_once(max_num_seqs, drafter):
 
 @pytest.mark.parametrize(("chunk", "tokens"), [(1, 1), (5, 12), (8, 64), (512, 4096)])
 def test_long_prompts_are_computed_in_parts(monkeypatch, chunk, tokens):
-    monkeypatch.setattr(engine_module, "_PREFILL_CHUNK", chunk)
-    monkeypatch.setattr(engine_module, "_PREFILL_TOKENS", tokens)
+    monkeypatch.setattr(prefill_module, "_PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(prefill_module, "_PREFILL_TOKENS", tokens)
     model, params = shared_model("qwen2"), SamplingParams(max_tokens=8)
     prompts = [list(range(50)), [1] * 17, [2] * 5, [7], list(range(50))]
     engine = build_engine(model, "eagle", CHAIN)
@@ -325,7 +325,7 @@ def test_long_prompts_are_computed_in_parts(monkeypatch, chunk, tokens):
     assert sum(record.num_prefilled for record in engine.records) == 49 + 16 + 4
 
 
-# -- law 3 -----------------------------------------------------------------------------------------------------
+# -- law 3 ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
@@ -343,7 +343,7 @@ def test_logprobs_equal_a_plain_forward_of_the_finished_sequence(family, dtype, 
         assert torch.tensor(completion.logprobs, dtype=dtype).sub(expected).abs().max() < tolerance
 
 
-# -- law 5 -----------------------------------------------------------------------------------------------------
+# -- law 5 ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("depth", [1, 3, 7])
@@ -407,7 +407,7 @@ def test_auto_keeps_an_oracle():
     assert sum(record.plan.is_plain for record in engine.records) < 8
 
 
-# -- the facts of a step ---------------------------------------------------------------------------------------------
+# -- the facts of a step -------------------------------------------------------------------------------------
 
 
 def test_step_records_add_up():

@@ -144,7 +144,7 @@ def test_logprobs_tell_logits_that_are_not_finite(bad):
         assert torch.isnan(logprobs).tolist() == [False, False, True, False]
 
 
-# -- the noise -------------------------------------------------------------------------------------------------
+# -- the noise -----------------------------------------------------------------------------------------------
 
 
 def test_noise_is_standard_gumbel():
@@ -221,7 +221,7 @@ def test_advancing_a_row_is_moving_its_position():
     assert rows.stream_keys.tolist() == batch.stream_keys[[2, 0]].tolist()
 
 
-# -- truncation --------------------------------------------------------------------------------------------------
+# -- truncation ----------------------------------------------------------------------------------------------
 
 
 @given(

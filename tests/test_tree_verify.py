@@ -91,7 +91,7 @@ def test_check_draft_finds_what_is_broken(change, message):
         check_draft(replace(sound, **change))
 
 
-# -- the walk ---------------------------------------------------------------------------------------------------
+# -- the walk ------------------------------------------------------------------------------------------------
 
 
 def build_batch(count: int, settings: list[SamplingParams], positions: list[int]) -> SamplingBatch:

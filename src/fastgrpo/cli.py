@@ -46,10 +46,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(error: Exception, message: str) -> int:
-    if os.environ.get(DEBUG_ENV) == "1":
+    notes = getattr(error, "__notes__", [])
+    is_of_a_reward = bool(notes) and not isinstance(error, OSError)  # its author needs to see where
+    if os.environ.get(DEBUG_ENV) == "1" or is_of_a_reward:
         raise error
-    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
-    print(f"fastgrpo: error: {message}{notes}", file=sys.stderr)
+    print("\n".join((f"fastgrpo: error: {message}", *notes)), file=sys.stderr)
     return USER_ERROR
 
 

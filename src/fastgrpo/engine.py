@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from fastgrpo.attention import ForwardBatch
 from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.drafters.drafter import DraftContext
-from fastgrpo.model import ForwardBatch, ForwardOutput, TargetModel
+from fastgrpo.model import ForwardOutput, TargetModel
 from fastgrpo.planner import AutoPlanner, PaperPlanner, PlanInputs, Planner, build_planner
 from fastgrpo.prefill import Prefiller
 from fastgrpo.profiler import measure_profile

@@ -15,11 +15,16 @@ from fastgrpo.data import load_demo_model_dir
 DEMO_MODEL = "demo"
 
 
+def quiet_progress() -> None:
+    """No progress bars but ours, and no warnings about what TRL and transformers pass to each other."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    logging.disable_progress_bar()
+
+
 def quiet_libraries() -> None:
     """Leave the terminal to our own lines."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    quiet_progress()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def resolve_model(name: str) -> str:

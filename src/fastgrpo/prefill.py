@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fastgrpo.attention import ForwardBatch
 from fastgrpo.cache import RowPrefix, SlotCache
-from fastgrpo.model import ForwardBatch, TargetModel
+from fastgrpo.model import TargetModel
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.types import Sequence
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastgrpo.model import ForwardBatch, TargetModel
+from fastgrpo.attention import ForwardBatch
+from fastgrpo.model import TargetModel
 from fastgrpo.planner import HardwareProfile
 from fastgrpo.sampling import SamplingBatch, sample, stream_key
 from fastgrpo.types import SamplingParams, Sequence

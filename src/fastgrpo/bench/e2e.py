@@ -42,8 +42,9 @@ class _Phases:
 class _Variant:
     """One trainer, and a row for each of its steps."""
 
-    def __init__(self, name: str, options: E2EOptions, baton: Baton, output_dir: Path) -> None:
+    def __init__(self, name: str, options: E2EOptions, baton: Baton, output_dir: Path, console: Console) -> None:
         self.rows: list[dict[str, float]] = []
+        self._name, self._steps, self._console = name, options.steps, console
         self._phases = _Phases()
         timed = _time_phases(find_trainer_class(name), self)
         self.trainer = build_trainer(
@@ -79,6 +80,8 @@ class _Variant:
                 ),
             }
         )
+        place = f"{self._name:>5} step {len(self.rows)}/{self._steps}"
+        self._console.print(f"{place}: {step_s:.1f} s, of it generation {phases.generation_s:.1f} s", highlight=False)
 
 
 def _time_phases(trainer_class: type[Any], variant: _Variant) -> type[Any]:
@@ -111,7 +114,7 @@ def run_e2e_bench(options: E2EOptions, command: str, console: Console | None = N
     console = console or Console()
     quiet_libraries()
     memory = _measure_memory(options, console) if options.memory else {}  # first: this process is still small
-    rows = _train_in_turn(options)
+    rows = _train_in_turn(options, console)
     medians = {name: _compute_medians(own) for name, own in rows.items()}
     result = describe_run(command, dataclasses.asdict(options)) | {
         "medians": medians,
@@ -128,12 +131,12 @@ def run_e2e_bench(options: E2EOptions, command: str, console: Console | None = N
     return result
 
 
-def _train_in_turn(options: E2EOptions) -> dict[str, list[dict[str, float]]]:
+def _train_in_turn(options: E2EOptions, console: Console) -> dict[str, list[dict[str, float]]]:
     """The rows of each variant's steps."""
     names = list(dict.fromkeys(options.variants))
     baton = Baton(names)
     with tempfile.TemporaryDirectory() as folder:
-        variants = {name: _Variant(name, options, baton, Path(folder) / name) for name in names}
+        variants = {name: _Variant(name, options, baton, Path(folder) / name, console) for name in names}
         runners: dict[str, Callable[[], object]] = {name: own.trainer.train for name, own in variants.items()}
         run_in_turn(baton, runners)
     return {name: own.rows for name, own in variants.items()}

@@ -16,10 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgrpo.attention import ForwardBatch, pack_queries, unpack_outputs
 from fastgrpo.cache import RowStore
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.eagle_head import DEFAULT_DRAFT_VOCAB_SIZE, EagleHead, load_head, save_head, start_from_target
-from fastgrpo.model import ForwardBatch, TargetModel, pack_queries, unpack_outputs
+from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch, add_noise, scale_logits
 from fastgrpo.tree import Draft
 from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan

@@ -20,7 +20,7 @@ from trl.scripts.utils import DatasetConfig
 
 from fastgrpo.grpo.config import FastGRPOConfig
 
-_CONVERTED = ("int", "float", "string_to_bool")  # argparse types that check text, and only text
+_STRICT = {"int": "int", "float": "float", "string_to_bool": "bool"}  # argparse types, and how people call them
 
 
 @dataclass
@@ -112,24 +112,35 @@ def name_nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _check_config(parser: argparse.ArgumentParser, config: dict[str, Any], path: str) -> dict[str, Any]:
-    """The values of a config file as argparse's defaults: it converts and checks those that are text."""
+    """The values of a config file as argparse's defaults, converted and checked as its options would be."""
     actions = {action.dest: action for action in reversed(parser._actions)}  # `--no_x` stands behind `--x`
-    checked = {}
-    for key, value in config.items():
+    for key in config:
         if key not in actions:
             raise ValueError(f"{path}: unknown key '{key}'{name_nearest(str(key), [*actions, 'env'])}")
-        action = actions[key]
-        if action.nargs == "+" and isinstance(value, str):
-            value = [value]
-        elif getattr(action.type, "__name__", "") in _CONVERTED and not isinstance(value, bool | None):
-            value = str(value)
-        elif isinstance(value, bool) and getattr(action.type, "__name__", "") in ("int", "float"):
-            raise ValueError(f"{path}: {key} must be a number, got {value}")
-        if action.choices and value is not None and str(value) not in map(str, action.choices):
-            raise ValueError(f"{path}: {key} must be one of {', '.join(map(str, action.choices))}, got {value!r}")
-        checked[key] = value
-    _check_mixture(checked.get("datasets"), path)
-    return checked
+    _check_mixture(config.get("datasets"), path)
+    return {key: _convert(actions[key], value, f"{path}: {key}") for key, value in config.items()}
+
+
+def _convert(action: argparse.Action, value: Any, where: str) -> Any:
+    """A YAML value as the option's own; mappings, and what has no strict type, pass as they are."""
+    if value is None:
+        return None
+    if action.nargs == "+":
+        values = value if isinstance(value, list) else [value]
+        return [_convert_one(action, each, where) for each in values]
+    return _convert_one(action, value, where)
+
+
+def _convert_one(action: argparse.Action, value: Any, where: str) -> Any:
+    kind = getattr(action.type, "__name__", "")
+    if kind in _STRICT and callable(action.type):
+        try:
+            value = action.type(str(value))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{where}: {str(value)!r} is no {_STRICT[kind]}") from error
+    if action.choices and str(value) not in map(str, action.choices):
+        raise ValueError(f"{where} must be one of {', '.join(map(str, action.choices))}, got {value!r}")
+    return value
 
 
 def _check_mixture(entries: Any, path: str) -> None:

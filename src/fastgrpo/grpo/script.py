@@ -20,7 +20,7 @@ from fastgrpo.data import build_task_dataset, load_prompts
 from fastgrpo.grpo.arguments import Arguments, format_help, name_nearest, parse_arguments
 from fastgrpo.grpo.reporting import ReportCallback, attach_report, write_report
 from fastgrpo.grpo.trainer import FastGRPOTrainer
-from fastgrpo.loading import resolve_model
+from fastgrpo.loading import quiet_progress, resolve_model
 from fastgrpo.report import LiveProgress, RunHistory, describe_commit, describe_machine
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def run_training(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(format_help(), end="")
         return
+    quiet_progress()
     arguments = parse_arguments(argv)
     trainer = build_trainer(arguments)
     is_main = trainer.is_world_process_zero()

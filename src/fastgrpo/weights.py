@@ -1,0 +1,58 @@
+"""The weights of a rollout: adapters folded in and linear weights cast, the trained storage untouched."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def merged_weights(model: nn.Module, compute_dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Fold adapters into copies of the base weights, and cast linear weights, for as long as it lasts.
+
+    The parameters' own storage is set aside, not written, so that what is trained is bit-identical
+    afterwards. Costs one copy of the weights it touches.
+    """
+    saved: list[tuple[nn.Parameter, Tensor]] = []
+    tuners = _mergeable_tuners(model)
+    try:
+        for layer in tuners:
+            for parameter in layer.get_base_layer().parameters(recurse=False):
+                saved.append((parameter, parameter.data))
+                parameter.data = parameter.data.clone()
+            layer.merge()
+        if compute_dtype is not None:
+            for parameter in _castable_weights(model):
+                saved.append((parameter, parameter.data))
+                parameter.data = parameter.data.to(compute_dtype)
+        yield
+    finally:
+        for layer in tuners:
+            layer.merged_adapters.clear()
+        for parameter, data in reversed(saved):
+            parameter.data = data
+
+
+def _mergeable_tuners(model: nn.Module) -> list[Any]:
+    """LoRA layers over floating-point weights; quantised bases decode with their adapters unmerged."""
+    if not hasattr(model, "peft_config"):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return [
+        layer
+        for layer in tuners
+        if not layer.disable_adapters and not layer.merged and layer.get_base_layer().weight.is_floating_point()
+    ]
+
+
+def _castable_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights that only ever enter a matrix product; a tied embedding does not."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return [p for m in linear for p in m.parameters(recurse=False) if id(p) not in embeddings]

@@ -1,0 +1,160 @@
+"""The benchmarks on a tiny model: they end, take turns, and write what they promise. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fastgrpo.bench.baton import Baton, run_in_turn
+from fastgrpo.bench.measure import RolloutResult, break_down, compute_equal_share, compute_rate
+from fastgrpo.cli import main
+from fastgrpo.report import load_run
+from fastgrpo.types import PLAIN, StepRecord
+from tiny import save_tiny_model
+
+TINY_WORKLOAD = [
+    "--prompts-per-step",
+    "2",
+    "--num-generations",
+    "2",
+    "--max-completion-length",
+    "6",
+    "--dtype",
+    "float32",
+]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def build_record(num_seqs: int, num_emitted: int, step_s: float) -> StepRecord:
+    return StepRecord(
+        num_seqs=num_seqs, num_waiting=0, plan=PLAIN, num_tokens=num_seqs, num_emitted=num_emitted, num_cached=0,
+        num_prefilled=0, offered=(), hits=(), prefill_s=0.0, draft_s=0.0, target_s=step_s, verify_s=0.0, step_s=step_s,
+    )  # fmt: skip
+
+
+def test_steps_are_counted_by_their_live_sequences() -> None:
+    records = [build_record(9, 9, 0.3), build_record(8, 16, 0.1), build_record(1, 3, 0.5)]
+    wide, narrow = break_down(records)
+    assert (wide["num_seqs"], wide["num_steps"], narrow["num_seqs"]) == (8, 2, 1)
+    assert wide["tokens_per_s"] == pytest.approx(25 / 0.4)
+    assert wide["acceptance_length"] == pytest.approx(25 / 17)
+    assert wide["step_ms"] == pytest.approx(200)
+    assert compute_rate(records, max_num_seqs=4) == pytest.approx(6)
+
+
+def test_equal_completions_are_counted() -> None:
+    ours = [RolloutResult(token_ids=[[1, 2], [3]], generation_s=1.0)]
+    theirs = [RolloutResult(token_ids=[[1, 2], [4]], generation_s=2.0)]
+    assert compute_equal_share(ours, theirs) == 0.5
+    assert (ours[0].num_tokens, ours[0].tokens_per_s) == (3, 3.0)
+
+
+def test_the_baton_lets_one_run_at_a_time_in_order() -> None:
+    turns: list[str] = []
+    inside = threading.Lock()
+    baton = Baton(["a", "b", "c"])
+
+    def build_runner(name: str, steps: int) -> object:
+        def run() -> None:
+            for step in range(steps):
+                assert inside.acquire(blocking=False)
+                turns.append(name)
+                time.sleep(0.001)
+                inside.release()
+                if step + 1 < steps:
+                    baton.hand_over(name)
+                    baton.take(name)
+
+        return run
+
+    run_in_turn(baton, {"a": build_runner("a", 3), "b": build_runner("b", 1), "c": build_runner("c", 2)})
+    assert turns == ["a", "b", "c", "a", "c", "a"]
+
+
+def test_a_runner_that_fails_stops_the_others() -> None:
+    baton = Baton(["a", "b"])
+
+    def wait() -> None:
+        baton.hand_over("a")
+        baton.take("a")
+
+    def fail() -> None:
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        run_in_turn(baton, {"a": wait, "b": fail})
+
+
+def test_rollout_writes_what_it_measured(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rollout.json"
+    argv = ["bench", "rollout", "--model", str(model_dir), "--dtype", "float32", "--device", "cpu", "--max-tokens", "8"]
+    argv += ["--num-prompts", "2", "--num-generations", "3", "--repeats", "1", "--warmup-steps", "1"]
+    assert main([*argv, "--warmup-learn-s", "0.1", "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["command"].startswith("fastgrpo bench rollout --model")
+    assert {"cpu", "num_cores", "torch", "transformers"} <= result["machine"].keys()
+    assert {"commit", "settings", "workload"} <= result.keys()
+    assert len(result["warmup"]) == 1
+    assert list(result["variants"]) == ["auto", "off", "paper", "fixed"]
+    for own in result["variants"].values():
+        assert own["share_equal_to_off"] == 1  # float32 on a tiny model: nothing is decided by rounding
+        assert own["tokens_per_s"] > 0
+        assert {"num_seqs", "tokens_per_s", "step_ms", "nodes_per_sequence"} <= own["by_concurrency"][0].keys()
+    assert result["variants"]["off"]["acceptance_length"] == 1
+    assert "x vs off" in capsys.readouterr().out
+
+
+def test_e2e_trains_all_variants_in_turn(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "e2e.json"
+    argv = ["bench", "e2e", "--model", str(model_dir), *TINY_WORKLOAD, "--variants", "trl,off,fixed", "--steps", "2"]
+    assert main([*argv, "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert list(result["steps"]) == ["trl", "off", "fixed"]
+    for rows in result["steps"].values():
+        assert len(rows) == 2
+        assert all(row["step_s"] >= row["generation_s"] + row["score_s"] + row["learn_s"] for row in rows)
+    lengths = {name: [row["num_tokens"] for row in rows] for name, rows in result["steps"].items()}
+    assert lengths["off"] == lengths["fixed"]  # the same tokens
+    named = {(entry["measure"], entry["variant"], entry["baseline"]) for entry in result["ratios"]}
+    assert ("generation_s", "fixed", "trl") in named
+    assert ("step_s", "fixed", "off") in named
+    assert result["peak_memory"]["rss_bytes"] > 2**20
+    assert "vs trl" in capsys.readouterr().out
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own(model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "e2e.json"
+    argv = ["bench", "e2e", "--model", str(model_dir), *TINY_WORKLOAD, "--variants", "off", "--steps", "1", "--memory"]
+    ballast = b"x" * 2**29  # this process is large: what it starts must not inherit its peak
+    assert main([*argv, "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert 2**26 < result["memory"]["off"]["rss_bytes"] < result["peak_memory"]["rss_bytes"] - len(ballast) // 2
+
+
+def test_the_demo_ends_with_a_report_that_names_its_baselines(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["demo", "--model", str(model_dir), *TINY_WORKLOAD, "--steps", "2", "--repeats", "1"]
+    assert main([*argv, "--output", str(tmp_path / "run")]) == 0
+    run = load_run(tmp_path / "run")
+    assert len(run.training_rows) == 2
+    names = [entry["name"] for entry in run.meta["baseline"]]
+    assert names == [
+        "TRL's transformers generation, untrained",
+        "TRL's transformers generation, trained",
+        "our engine, speculation off",
+        "our engine, speculation off, tail",
+    ]
+    assert all(entry["ours"]["tokens_per_s"] > 0 for entry in run.meta["baseline"][:3])
+    text = capsys.readouterr().out
+    assert text.startswith("A language model")
+    assert "completions are the same, token for token" in text
+    assert (tmp_path / "run" / "run.png").is_file()

@@ -1,0 +1,228 @@
+"""Bad input gets a clear error before anything runs, and the engine can be used afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import (
+    MAX_POSITION,
+    VOCAB_SIZE,
+    OracleDrafter,
+    build_answers,
+    build_model,
+    expected_completion,
+    expected_tokens,
+    shared_model,
+)
+from fastgrpo import Completion, Engine, SamplingParams, SpeculationPlan
+from fastgrpo.drafters.ngram import NgramDrafter
+
+TREE = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
+GOOD = [3, 1, 4]
+PARAMS = SamplingParams(max_tokens=8, seed=6)
+
+
+def assert_usable(engine: Engine) -> None:
+    """Nothing is left of what went wrong."""
+    engine.check()
+    assert not engine.scheduler.has_work
+    assert engine.cache.num_bytes == 0
+    tokens = [completion.token_ids for completion in engine.generate([GOOD, [7], GOOD], PARAMS)]
+    assert tokens == expected_tokens(shared_model("llama"), [GOOD, [7], GOOD], PARAMS)
+
+
+# -- requests ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([GOOD, []], "prompt 1 is empty"),
+        ([[1] * MAX_POSITION], "prompt 0 has 128 tokens and the model's context ends at 128: no token can be"),
+        ([GOOD, [1] * 500], "prompt 1 has 500 tokens"),
+        ([[1, 2, VOCAB_SIZE]], "prompt 0 has token id 120 at position 2, outside 0..119"),
+        ([GOOD, GOOD, [-1]], "prompt 2 has token id -1 at position 0, outside 0..119"),
+        (GOOD, "must be a list of prompts, got one prompt; wrap it in a list"),
+    ],
+)
+def test_bad_prompts_are_named(prompts, message):
+    engine = Engine(shared_model("llama"), drafter="ngram", speculation=TREE)
+    engine.on_step.append(lambda record: pytest.fail("something was generated"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        engine.generate(prompts, PARAMS)
+    engine.on_step.clear()
+    assert_usable(engine)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        ([GOOD, GOOD], [PARAMS], "got 2 prompts but 1 SamplingParams"),
+        ([GOOD], [PARAMS, PARAMS], "got 1 prompts but 2 SamplingParams"),
+        ([GOOD], [], "got 1 prompts but 0 SamplingParams"),
+    ],
+)
+def test_the_number_of_params_must_fit(prompts, params, message):
+    engine = Engine(shared_model("llama"), drafter="none")
+    with pytest.raises(ValueError, match=message):
+        engine.generate(prompts, params)
+    assert_usable(engine)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"max_tokens": -5}, "max_tokens must be at least 1, got -5"),
+        ({"temperature": -0.1}, "temperature must be a finite number >= 0, got -0.1; use 0 for greedy"),
+        ({"temperature": math.nan}, "temperature must be a finite number >= 0, got nan"),
+        ({"temperature": math.inf}, "temperature must be a finite number >= 0, got inf"),
+        ({"top_p": 0.0}, "top_p must be in (0, 1], got 0.0"),
+        ({"top_p": 1.5}, "top_p must be in (0, 1], got 1.5"),
+        ({"top_p": -0.5}, "top_p must be in (0, 1], got -0.5"),
+        ({"top_p": math.nan}, "top_p must be in (0, 1], got nan"),
+        ({"top_k": -1}, "top_k must be >= 0, got -1"),
+    ],
+)
+def test_bad_sampling_params_are_named(setting, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SamplingParams(**setting)
+
+
+def test_sampling_params_are_not_changed_afterwards():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PARAMS.temperature = 2.0
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor])
+def test_prompts_may_be_any_sequence_of_ids(kind):
+    engine = Engine(shared_model("llama"), drafter="none")
+    completions = engine.generate([kind(GOOD)], PARAMS)
+    assert [c.token_ids for c in completions] == expected_tokens(shared_model("llama"), [GOOD], PARAMS)
+    assert all(type(token_id) is int for token_id in completions[0].token_ids)
+    assert all(type(logprob) is float for logprob in completions[0].logprobs)
+
+
+def test_stop_tokens_may_be_a_list():
+    assert SamplingParams(stop_token_ids=[1, 2]) == SamplingParams(stop_token_ids=(1, 2))
+
+
+# -- engines -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"drafter": "eagel"}, "drafter must be eagle, ngram, none, or a folder with a saved head; got 'eagel'"),
+        ({"drafter": "/no/such/folder"}, "got '/no/such/folder'"),
+        ({"drafter": "ngram", "speculation": "fast"}, "speculation must be one of auto, paper, fixed, off"),
+        ({"drafter": "none", "speculation": "fast"}, "speculation must be one of auto, paper, fixed, off"),
+        ({"drafter": "none", "max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Engine(shared_model("llama"), **settings)
+
+
+def test_an_engine_from_a_folder(tmp_path):
+    model = shared_model("qwen2", torch.float32)
+    model.save_pretrained(tmp_path)
+    engine = Engine.from_pretrained(tmp_path, drafter="ngram", speculation="fixed", max_num_seqs=2)
+    completions = engine.generate([GOOD, [7]], PARAMS)
+    assert all(isinstance(completion, Completion) for completion in completions)
+    assert [c.token_ids for c in completions] == expected_tokens(model, [GOOD, [7]], PARAMS)
+
+
+def test_a_folder_with_pickled_weights_is_refused(tmp_path, monkeypatch):
+    model = shared_model("llama", torch.float32)
+    model.config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("something was unpickled"))
+    with pytest.raises(OSError, match="safetensors"):
+        Engine.from_pretrained(tmp_path, drafter="none")
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises((OSError, ValueError), match="nowhere"):
+        Engine.from_pretrained(tmp_path / "nowhere", drafter="none")
+
+
+# -- what breaks on the way ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("plan", ["off", TREE], ids=["off", "tree"])
+def test_logits_that_are_not_finite_name_request_and_position(plan, temperature):
+    """The embedding of one token is broken, and so the first logits after it: the whole tree that drafts it is lost."""
+    params = dataclasses.replace(PARAMS, temperature=temperature)
+    prompts = [GOOD, [7], [9, 9]]
+    answers = build_answers(shared_model("llama"), prompts, params)
+    tokens = expected_tokens(shared_model("llama"), prompts, params)
+    position, poison = next(
+        (place, token_id)
+        for place, token_id in enumerate(tokens[1])
+        if place >= 2 and all(token_id not in other for other in (*prompts, tokens[0], tokens[2], tokens[1][:place]))
+    )
+    model = build_model("llama")
+    drafter = OracleDrafter(answers) if plan == TREE else NgramDrafter()
+    engine = Engine(model, drafter=drafter, speculation=plan)
+    healthy = model.model.embed_tokens.weight.data[poison].clone()
+    model.model.embed_tokens.weight.data[poison] = math.nan
+    message = r"the model's logits are not finite at request 1, completion position (\d+);"
+    with pytest.raises(FloatingPointError, match=message) as caught:
+        engine.generate(prompts, params)
+    depth = 0 if plan == "off" else plan.depth
+    assert position + 1 - depth <= int(re.search(message, str(caught.value))[1]) <= position + 1
+    model.model.embed_tokens.weight.data[poison] = healthy
+    engine.drafter = NgramDrafter()
+    assert_usable(engine)
+
+
+@pytest.mark.parametrize("drafter", ["none", "ngram", "eagle"])
+def test_weights_that_have_diverged_stop_at_the_first_token(drafter):
+    model = build_model("llama")
+    engine = Engine(model, drafter=drafter, speculation="off" if drafter == "none" else TREE)
+    healthy = model.lm_head.weight.data.clone()
+    model.lm_head.weight.data[5] = math.inf
+    with pytest.raises(FloatingPointError, match="request 0, completion position 0"):
+        engine.generate([GOOD, [7]], PARAMS)
+    model.lm_head.weight.data = healthy
+    assert_usable(engine)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["propose", "on_step", "on_finish"])
+def test_an_engine_survives_what_breaks_a_rollout(where, error):
+    engine = Engine(shared_model("llama"), drafter="ngram", speculation=TREE, max_num_seqs=2)
+    propose = engine.drafter.propose
+
+    def fail(*args: object) -> None:
+        raise error("broken")
+
+    if where == "propose":
+        engine.drafter.propose = fail
+    else:
+        getattr(engine, where).append(fail)
+    with pytest.raises(error, match="broken"):
+        engine.generate([GOOD] * 5, PARAMS)
+    engine.drafter.propose = propose
+    engine.on_step.clear()
+    engine.on_finish.clear()
+    assert_usable(engine)
+
+
+def test_a_stop_token_that_is_never_said_changes_nothing():
+    engine = Engine(shared_model("llama"), drafter="none")
+    expected = expected_completion(shared_model("llama"), tuple(GOOD), PARAMS, 0)
+    spare = next(token_id for token_id in range(VOCAB_SIZE) if token_id not in expected.token_ids)
+    stopped = engine.generate([GOOD], dataclasses.replace(PARAMS, stop_token_ids=(spare, 10**6, -1)))[0]
+    assert stopped.token_ids == expected.token_ids
+    assert stopped.finish_reason == "length"

@@ -1,0 +1,282 @@
+"""The adapter leaves the model as it found it, runs it as transformers would, and refuses what it would run wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from conftest import VOCAB_SIZE, build_model, expected_tokens, reference_generate, shared_model
+from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.engine import Engine, FinishedRollout
+from fastgrpo.model import TargetModel
+from fastgrpo.types import SamplingParams, SpeculationPlan
+from fastgrpo.weights import merged_weights
+
+TREE = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
+PROMPTS = [[3, 1, 4, 1, 5], [7], [3, 1, 4, 1, 5], list(range(20))]
+PARAMS = SamplingParams(max_tokens=10, seed=4)
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def build_lora(family: str = "llama", dtype: torch.dtype = torch.float64, **settings: object) -> nn.Module:
+    """A model with a random adapter that matters."""
+    settings = {"r": 4, "lora_alpha": 16, "target_modules": ALL_LINEAR, "init_lora_weights": False} | settings
+    base = build_model(family, dtype, tie_word_embeddings=bool(settings.pop("is_tied", False)))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return get_peft_model(base, LoraConfig(**settings))
+
+
+def copy_weights(model: nn.Module) -> dict[str, tuple[torch.Tensor, int]]:
+    return {name: (value.detach().clone(), value.data_ptr()) for name, value in model.state_dict().items()}
+
+
+def assert_same_weights(model: nn.Module, before: dict[str, tuple[torch.Tensor, int]]) -> None:
+    """The same bits in the same storage, so that an optimiser goes on where it was."""
+    now = model.state_dict()
+    assert now.keys() == before.keys()
+    for name, (value, pointer) in before.items():
+        assert now[name].dtype == value.dtype
+        assert torch.equal(now[name], value), name
+        assert now[name].data_ptr() == pointer, name
+
+
+def reference_tokens(model: nn.Module, params: SamplingParams = PARAMS) -> list[list[int]]:
+    """Without merging and without memory of earlier weights."""
+    return [reference_generate(model, tuple(p), params, params.stream + i).token_ids for i, p in enumerate(PROMPTS)]
+
+
+# -- adapters ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.5},
+        {"use_rslora": True, "bias": "all"},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+        {"target_modules": ["lm_head", "embed_tokens", "q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"], "is_tied": True},
+    ],
+    ids=["all_linear", "dropout", "rslora_bias", "dora", "modules_to_save", "untied_ends", "tied_embedding"],
+)
+def test_tokens_with_merged_lora_are_those_without_merging(settings):
+    model = build_lora(**settings)
+    model.train()
+    before = copy_weights(model)
+    engine = Engine(model, drafter="eagle", speculation=TREE)
+    tokens = [c.token_ids for c in engine.generate(PROMPTS, PARAMS)]
+    assert_same_weights(model, before)
+    assert not any(getattr(module, "merged", False) for module in model.modules())
+    model.eval()
+    assert tokens == reference_tokens(model)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_every_family_decodes_with_its_adapter(family):
+    model = build_lora(family)
+    before = copy_weights(model)
+    tokens = [c.token_ids for c in Engine(model, drafter="ngram", speculation=TREE).generate(PROMPTS, PARAMS)]
+    assert_same_weights(model, before)
+    assert tokens == reference_tokens(model.eval())
+    with model.disable_adapter():
+        assert tokens != reference_tokens(model)
+
+
+def test_rollouts_follow_weights_that_are_trained_in_between():
+    model = build_lora()
+    engine = Engine(model, drafter="eagle", speculation=TREE)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    seen = []
+    for _ in range(3):
+        seen.append([c.token_ids for c in engine.generate(PROMPTS, PARAMS)])
+        assert seen[-1] == reference_tokens(model.eval())
+        loss = model.train()(input_ids=torch.tensor([list(range(20))]), labels=torch.tensor([list(range(20))])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_a_disabled_adapter_stays_disabled():
+    model = build_lora().eval()
+    engine = Engine(model, drafter="none")
+    with model.disable_adapter():
+        tokens = [c.token_ids for c in engine.generate(PROMPTS, PARAMS)]
+        assert tokens == reference_tokens(model)
+    assert tokens != [c.token_ids for c in engine.generate(PROMPTS, PARAMS)]
+
+
+# -- whatever happens inside ---------------------------------------------------------------------------------
+
+
+def describe(model: nn.Module) -> tuple:
+    flags = [module.training for module in model.modules()]
+    return flags, model.config._attn_implementation, [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_model_is_put_back(error, dtype):
+    model = build_lora("qwen2", torch.float32, lora_dropout=0.1)
+    model.train()
+    model.base_model.model.model.layers[1].eval()  # a frozen part stays as its owner left it
+    state, before = describe(model), copy_weights(model)
+    engine = Engine(model, drafter="eagle", speculation=TREE, compute_dtype=dtype)
+
+    def interrupt(_: object) -> None:
+        assert all(layer.merged for layer in model.modules() if hasattr(layer, "merged_adapters"))
+        if error is not None and len(engine.records) == 2:
+            raise error("in the middle")
+
+    engine.on_step.append(interrupt)
+    if error is None:
+        engine.generate(PROMPTS, PARAMS)
+    else:
+        with pytest.raises(error, match="in the middle"):
+            engine.generate(PROMPTS, PARAMS)
+    assert_same_weights(model, before)
+    assert describe(model) == state
+    engine.on_step.clear()
+    engine.check()
+    assert engine.cache.num_bytes == 0
+    assert len(engine.generate(PROMPTS, PARAMS)) == len(PROMPTS)
+    assert_same_weights(model, before)
+
+
+def test_an_interrupt_while_merging_is_undone(monkeypatch):
+    model = build_lora()
+    before = copy_weights(model)
+    layers = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layers[3], "merge", interrupt)
+    with pytest.raises(KeyboardInterrupt), merged_weights(model):
+        raise AssertionError("never reached")
+    assert_same_weights(model, before)
+    assert not any(layer.merged for layer in layers)
+
+
+def test_gradient_checkpointing_and_gradients_are_left_alone():
+    model = build_model("llama", torch.float32).train()
+    model.gradient_checkpointing_enable()
+    ids = torch.tensor([list(range(20))])
+    model(input_ids=ids, labels=ids).loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    Engine(model, drafter="eagle", speculation=TREE).generate(PROMPTS, PARAMS)
+    assert model.is_gradient_checkpointing
+    assert model.training
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+# -- types ---------------------------------------------------------------------------------------------------
+
+
+def test_computing_in_bfloat16_is_near_to_float32():
+    """Near-ties may flip a token; log-probs of the same tokens differ by rounding only."""
+    model = build_model("llama", torch.float32)
+    engine = Engine(model, drafter="eagle", speculation=TREE, compute_dtype=torch.bfloat16)
+    finished: list[FinishedRollout] = []
+    engine.on_finish.append(finished.append)
+    for prompt, completion in zip(PROMPTS, engine.generate(PROMPTS, PARAMS), strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert (torch.tensor(completion.logprobs) - expected).abs().max() < 0.3
+    assert {rollout.features.dtype for rollout in finished} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("drafter", ["none", "ngram", "eagle"])
+def test_a_bfloat16_model_runs(drafter):
+    model = build_model("qwen3", torch.bfloat16)
+    completions = Engine(model, drafter=drafter, speculation=TREE).generate(PROMPTS, PARAMS)
+    assert all(len(c.token_ids) == 10 for c in completions)
+    assert torch.tensor([c.logprobs for c in completions]).isfinite().all()
+
+
+# -- features ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "num_layers", "layers"), [("llama", 3, (2, 1, 0)), ("qwen3", 6, (2, 3, 3))])
+@pytest.mark.parametrize("speculation", ["off", TREE], ids=["off", "tree"])
+def test_features_are_those_of_a_plain_forward(family, num_layers, layers, speculation):
+    model = shared_model(family, num_hidden_layers=num_layers)
+    engine = Engine(model, drafter="eagle", speculation=speculation, max_num_seqs=3)
+    assert engine.target.feature_layers == layers
+    finished: list[FinishedRollout] = []
+    engine.on_finish.append(finished.append)
+    completions = engine.generate(PROMPTS, PARAMS)
+    assert [c.token_ids for c in completions] == expected_tokens(model, PROMPTS, PARAMS)
+    assert len(finished) == len(PROMPTS)
+    for rollout in finished:
+        ids = torch.tensor([rollout.prompt_ids + rollout.token_ids[:-1]])
+        with torch.no_grad():
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        expected = torch.cat([states[layer][0] for layer in layers] + [states[-1][0]], -1)
+        torch.testing.assert_close(rollout.features, expected, rtol=0, atol=1e-9)
+
+
+def test_no_features_are_kept_for_drafters_that_want_none():
+    model = shared_model("llama")
+    engine = Engine(model, drafter="ngram", speculation=TREE)
+    finished: list[FinishedRollout] = []
+    engine.on_finish.append(finished.append)
+    engine.generate(PROMPTS, PARAMS)
+    assert [rollout.features for rollout in finished] == [None] * len(PROMPTS)
+    assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+
+
+# -- refusals ------------------------------------------------------------------------------------------------
+
+
+def build_gpt2() -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=1, n_head=2))
+
+
+def build_prompt_tuned() -> nn.Module:
+    return get_peft_model(
+        build_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, token_dim=32)
+    )
+
+
+def rope(rope_type: str, **settings: object) -> dict[str, object]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0, **settings}}
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (build_gpt2, "model family 'gpt2' is not supported; supported are llama, qwen2, qwen3, mistral"),
+        (lambda: build_model("mistral", sliding_window=16), "'mistral' model with sliding_window=16"),
+        (
+            lambda: build_model("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1),
+            "'qwen2' model with sliding_window=16",
+        ),
+        (lambda: build_model("llama", **rope("dynamic")), "rope_type 'dynamic' is not supported"),
+        (
+            lambda: build_model("llama", **rope("longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4)),
+            "rope_type 'longrope' is not supported",
+        ),
+        (build_prompt_tuned, r"PEFT adapter 'default' \(PromptTuningConfig\) prepends virtual tokens"),
+    ],
+    ids=["gpt2", "mistral_window", "qwen2_window", "dynamic_rope", "longrope", "prompt_tuning"],
+)
+def test_what_would_run_wrongly_is_refused_by_name(build: Callable[[], nn.Module], message: str):
+    with pytest.raises(ValueError, match=message):
+        Engine(build(), drafter="none")
+
+
+def test_a_drafter_may_belong_to_another_adapter_of_the_same_model():
+    model = shared_model("llama")
+    engine = Engine(model, drafter=EagleDrafter(TargetModel(model)), speculation=TREE)
+    assert [c.token_ids for c in engine.generate(PROMPTS, PARAMS)] == expected_tokens(model, PROMPTS, PARAMS)

@@ -1,0 +1,406 @@
+"""The planner decides from counted facts alone; what it decides is the best of its grid, and mistakes cost little."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastgrpo
+from conftest import SMALL_CPU, SyntheticClockPlanner
+from fastgrpo.planner import (
+    AcceptanceTable,
+    AutoPlanner,
+    FixedPlanner,
+    HardwareProfile,
+    PaperPlanner,
+    PlanInputs,
+    build_planner,
+    compute_expected_length,
+)
+from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
+from fastgrpo.planner.auto import _GRID as GRID
+from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
+
+FLAT = HardwareProfile(num_tokens=(1, 64, 512), target_s=(0.020, 0.0201, 0.021), draft_s=(0.001, 0.001, 0.0011))
+
+
+def build_record(plan: SpeculationPlan, num_seqs: int, **facts: object) -> StepRecord:
+    settings = {
+        "num_seqs": num_seqs,
+        "num_waiting": 0,
+        "plan": plan,
+        "num_tokens": num_seqs * (1 + plan.num_draft_tokens),
+        "num_emitted": num_seqs,
+        "num_cached": 100 * num_seqs,
+        "num_prefilled": 0,
+        "offered": ((num_seqs,) * plan.width,) if plan.depth else (),
+        "hits": ((0,) * plan.width,) if plan.depth else (),
+        "prefill_s": 0.0,
+        "draft_s": 0.0,
+        "target_s": 0.01,
+        "verify_s": 0.0,
+        "step_s": 0.01,
+    }
+    return StepRecord(**(settings | facts))
+
+
+def play_step(plan: SpeculationPlan, num_seqs: int, chance: float, rng: random.Random) -> StepRecord:
+    """One step in which each walked node's first child is right with `chance`, its other children never."""
+    offered, hits, num_emitted, walkers = [], [], num_seqs, num_seqs
+    for _ in range(plan.depth):
+        if not walkers:
+            break
+        accepted = sum(rng.random() < chance for _ in range(walkers))
+        offered.append((walkers,) * plan.width)
+        hits.append((accepted, *[0] * (plan.width - 1)))
+        num_emitted += accepted
+        walkers = accepted
+    return build_record(plan, num_seqs, num_emitted=num_emitted, offered=tuple(offered), hits=tuple(hits))
+
+
+def play(planner: SyntheticClockPlanner, num_steps: int, num_seqs: int, chance: float) -> list[StepRecord]:
+    """A rollout on the planner's machine."""
+    rng, records = random.Random(0), []
+    planner.begin()
+    for _ in range(num_steps):
+        records.append(play_step(planner.plan(PlanInputs(num_seqs=num_seqs)), num_seqs, chance, rng))
+        planner.observe(records[-1])
+    return records
+
+
+def compute_speed(planner: SyntheticClockPlanner, records: list[StepRecord]) -> float:
+    """Tokens per second relative to plain decoding."""
+    seconds = sum(planner.compute_step_s(record) for record in records)
+    plain_s = sum(planner.speed * planner.machine.compute_target_s(r.num_seqs) for r in records)
+    return sum(r.num_emitted for r in records) / seconds / (sum(r.num_seqs for r in records) / plain_s)
+
+
+# -- purity --------------------------------------------------------------------------------------------------
+
+
+def test_planner_types_and_metrics_import_no_torch():
+    """Loaded without the package's own __init__, which brings the engine."""
+    folder = str(Path(fastgrpo.__file__).parent)
+    code = (
+        "import sys, types\n"
+        f"package = types.ModuleType('fastgrpo'); package.__path__ = [{folder!r}]\n"
+        "sys.modules['fastgrpo'] = package\n"
+        "import fastgrpo.planner, fastgrpo.types, fastgrpo.metrics\n"
+        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.5, 0.9])
+def test_the_same_facts_give_the_same_plans(chance):
+    histories = [play(SyntheticClockPlanner(), 120, 4, chance) for _ in range(2)]
+    assert histories[0] == histories[1]
+
+
+# -- the paper's rule ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "num_verify", "width", "depth"),
+    [(64, 2, 1, 3), (32, 5, 4, 3), (16, 10, 8, 3), (8, 20, 8, 4), (4, 40, 8, 5), (1, 160, 8, 5)],
+)
+def test_the_papers_schedule(num_seqs, num_verify, width, depth):
+    """Capacity 160; the root counts in N_verify, and levels that cannot be filled are not drafted."""
+    plan = PaperPlanner(capacity=160).plan(PlanInputs(num_seqs=num_seqs))
+    assert plan.num_draft_tokens == num_verify - 1
+    assert plan.width == width
+    assert plan.depth == min(depth, num_verify - 1)
+
+
+@pytest.mark.parametrize("num_seqs", [81, 100, 160, 1000])
+def test_the_papers_rule_decodes_plainly_without_room_for_a_node(num_seqs):
+    assert PaperPlanner(capacity=160).plan(PlanInputs(num_seqs=num_seqs)) == PLAIN
+
+
+@given(capacity=st.floats(1, 5000), num_seqs=st.integers(1, 512))
+def test_the_papers_rule_stays_within_capacity(capacity, num_seqs):
+    plan = PaperPlanner(capacity=capacity).plan(PlanInputs(num_seqs=num_seqs))
+    assert plan.is_plain or num_seqs * (1 + plan.num_draft_tokens) <= capacity
+    assert plan.num_draft_tokens <= plan.width + plan.width**2 * max(plan.depth - 1, 0)
+
+
+def test_a_capacity_below_one_token_is_refused():
+    with pytest.raises(ValueError, match=r"capacity must be at least 1 token, got 0\.5"):
+        PaperPlanner(capacity=0.5)
+
+
+# -- expected length -----------------------------------------------------------------------------------------
+
+
+def enumerate_chances(plan: SpeculationPlan, rates: list[list[float]]) -> list[float]:
+    """The path chance of every node of the full tree."""
+    return [
+        math.prod(rates[level][rank] for level, rank in enumerate(path))
+        for depth in range(1, plan.depth + 1)
+        for path in itertools.product(range(plan.width), repeat=depth)
+    ]
+
+
+@given(
+    depth=st.integers(1, 4),
+    width=st.integers(1, 3),
+    extra=st.integers(0, 20),
+    rates=st.lists(st.lists(st.floats(0, 0.5), min_size=3, max_size=3), min_size=4, max_size=4),
+)
+def test_expected_length_is_that_of_the_best_tree(depth, width, extra, rates):
+    """One, and the largest path chances: a parent's is never below its child's, so they form a tree."""
+    plan = SpeculationPlan(depth=depth, width=width, num_draft_tokens=depth + extra)
+    best = sorted(enumerate_chances(plan, rates), reverse=True)[: plan.num_draft_tokens]
+    assert compute_expected_length(plan, rates) == pytest.approx(1 + sum(best))
+
+
+def test_expected_length_at_the_ends():
+    zero, one = [[0.0] * MAX_WIDTH] * MAX_DEPTH, [[1.0] + [0.0] * (MAX_WIDTH - 1)] * MAX_DEPTH
+    assert compute_expected_length(PLAIN, one) == 1
+    for plan in GRID:
+        assert compute_expected_length(plan, zero) == 1
+        assert compute_expected_length(plan, one) == 1 + plan.depth
+
+
+def test_acceptance_rates_are_counted_and_forget():
+    table = AcceptanceTable()
+    assert table.rate(0, 0) == pytest.approx(0.3)
+    plan = SpeculationPlan(depth=1, width=2, num_draft_tokens=2)
+    for _ in range(300):
+        table.observe(build_record(plan, 10, offered=((10, 10),), hits=((7, 2),)))
+    assert table.rate(0, 0) == pytest.approx(0.7, abs=0.01)
+    assert table.rate(0, 1) == pytest.approx(0.2, abs=0.01)
+    for _ in range(300):
+        table.observe(build_record(plan, 10, offered=((10, 10),), hits=((1, 0),)))
+    assert table.rate(0, 0) == pytest.approx(0.1, abs=0.02)
+    assert all(0 <= rate <= 1 for row in table.compute_rates() for rate in row)
+
+
+# -- the best of the grid ------------------------------------------------------------------------------------
+
+
+@given(
+    num_seqs=st.integers(1, 200),
+    num_waiting=st.integers(0, 50),
+    chance=st.floats(0, 0.95),
+    slope=st.floats(0, 0.01),
+    draft_s=st.floats(0, 0.01),
+)
+def test_the_chosen_plan_promises_most(num_seqs, num_waiting, chance, slope, draft_s):
+    """A fresh planner with a known table, against tokens per second computed for each plan in turn."""
+    profile = HardwareProfile(
+        num_tokens=(1, 64, 256),
+        target_s=(0.02, 0.02 + slope, 0.02 + 20 * slope),
+        draft_s=(draft_s + 1e-6,) * 3,
+        sample_s=1e-5,
+    )
+    planner = AutoPlanner(profile)
+    planner.acceptance.offered = [[1e9] * MAX_WIDTH for _ in range(MAX_DEPTH)]
+    planner.acceptance.hits = [[1e9 * chance * 0.5**rank for rank in range(MAX_WIDTH)] for _ in range(MAX_DEPTH)]
+    rates = [[min(1.0, chance * 0.5**rank) for rank in range(MAX_WIDTH)]] * MAX_DEPTH
+
+    def tokens_per_s(plan: SpeculationPlan) -> float:
+        length = compute_expected_length(plan, rates)
+        seconds = profile.compute_target_s(num_seqs * (1 + plan.num_draft_tokens)) + 1e-5 * num_seqs * length
+        if not plan.is_plain:
+            seconds += plan.depth * profile.compute_draft_s(num_seqs)
+        return num_seqs * length / seconds
+
+    fitting = [p for p in GRID if num_seqs * (1 + p.num_draft_tokens) <= planner.max_num_tokens]
+    chosen = planner.plan(PlanInputs(num_seqs=num_seqs, num_waiting=num_waiting))
+    plain, best = tokens_per_s(PLAIN), max([tokens_per_s(plan) for plan in fitting], default=0.0)
+    if not chosen.is_plain:
+        assert chosen in fitting
+    if best > planner.margin * plain * 1.001:
+        assert tokens_per_s(chosen) == pytest.approx(best, rel=1e-6)
+    elif best < planner.margin * plain * 0.999 and not chosen.is_plain:
+        fewest = min(plan.num_draft_tokens for plan in fitting)
+        assert chosen.num_draft_tokens == fewest, "a trial is as cheap as can be"
+
+
+# -- mistakes cost little ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("machine", [SMALL_CPU, FLAT], ids=["small_cpu", "flat"])
+@pytest.mark.parametrize("speed", [0.2, 1.0, 5.0])
+@pytest.mark.parametrize("num_seqs", [1, 8, 32, 64])
+def test_a_useless_drafter_is_dropped_whatever_the_profile_said(machine, speed, num_seqs):
+    """Also where the machine is five times slower or faster than when it was measured."""
+    planner = SyntheticClockPlanner(machine, speed=speed)
+    records = play(planner, 600, num_seqs, chance=0.0)
+    has_tried = [not record.plan.is_plain for record in records]
+    assert sum(has_tried[:100]) <= 60
+    assert sum(has_tried[100:]) <= 8
+    assert compute_speed(planner, records[100:]) > 0.98
+
+
+def test_trials_become_rarer_and_start_again_with_the_next_rollout():
+    planner = SyntheticClockPlanner(FLAT)
+    play(planner, 200, 1, chance=0.0)
+    records = play(planner, 1500, 1, chance=0.0)
+    trials = [index for index, record in enumerate(records) if not record.plan.is_plain]
+    assert 1 <= len(trials) <= 8
+    waits = [b - a for a, b in itertools.pairwise(trials)]
+    assert waits == sorted(waits)
+    again = play(planner, 100, 1, chance=0.0)
+    assert any(not record.plan.is_plain for record in again)
+
+
+def test_a_drafter_that_became_good_is_noticed():
+    planner = SyntheticClockPlanner()
+    play(planner, 300, 2, chance=0.0)
+    records = play(planner, 600, 2, chance=0.9)
+    assert compute_speed(planner, records[300:]) > 2
+
+
+@pytest.mark.parametrize("num_seqs", [1, 4, 16, 32, 64])
+@pytest.mark.parametrize("chance", [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
+def test_auto_never_loses_to_plain_decoding_once_calibrated(num_seqs, chance):
+    planner = SyntheticClockPlanner(speed=1.3)
+    play(planner, 150, num_seqs, chance)
+    records = play(planner, 400, num_seqs, chance)
+    assert compute_speed(planner, records) > 0.98
+
+
+@pytest.mark.parametrize(("num_seqs", "least"), [(1, 2.5), (4, 2.0), (16, 1.1)])
+def test_a_good_drafter_is_used_where_there_is_room(num_seqs, least):
+    planner = SyntheticClockPlanner()
+    records = play(planner, 300, num_seqs, chance=0.85)
+    assert compute_speed(planner, records[50:]) > least
+
+
+def test_a_step_without_drafts_says_nothing_about_acceptance():
+    planner = AutoPlanner(FLAT)
+    before = planner.acceptance.compute_rates()
+    planner.observe(build_record(GRID[0], 4, offered=(), hits=()))
+    assert planner.acceptance.compute_rates() == before
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_the_predicted_step_time_follows_the_measured_one(factor):
+    planner, plan = SyntheticClockPlanner(SMALL_CPU, speed=factor), GRID[5]
+    for _ in range(400):
+        planner.observe(build_record(plan, 4, offered=((4, 0),), hits=((2, 0),), num_emitted=6))
+    record = build_record(plan, 4)
+    assert planner.predict_step_s(plan, PlanInputs(num_seqs=4)) == pytest.approx(
+        planner.compute_step_s(record), rel=0.1
+    )
+
+
+@pytest.mark.parametrize("num_emitted", [12, 15, 18])
+def test_the_predicted_length_follows_the_measured_one(num_emitted):
+    """Stop tokens cut accepted paths, so what is emitted can be less than what was accepted."""
+    planner, plan = AutoPlanner(FLAT), SpeculationPlan(depth=1, width=1, num_draft_tokens=1)
+    for _ in range(800):
+        planner.observe(build_record(plan, 10, num_emitted=num_emitted, offered=((10,),), hits=((8,),)))
+    assert planner._predict_length(plan) == pytest.approx(num_emitted / 10, abs=0.03)
+
+
+# -- profiles ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_tokens": (1,), "target_s": (1.0,), "draft_s": ()}, "at least two token counts"),
+        ({"num_tokens": (1, 1, 2)}, "increasing grid"),
+        ({"num_tokens": (4, 2, 8)}, "increasing grid"),
+        ({"num_tokens": (0, 1, 2)}, "increasing grid"),
+        ({"target_s": (1.0, 2.0)}, "one time for each of 3 points, got 2"),
+        ({"draft_s": (1.0, 2.0)}, "one time for each of 3 points"),
+        ({"target_s": (1.0, math.nan, 2.0)}, "finite and positive"),
+        ({"target_s": (1.0, 0.0, 2.0)}, "finite and positive"),
+        ({"draft_s": (1.0, -1.0, 2.0)}, "finite and positive"),
+        ({"draft_s": (1.0, math.inf, 2.0)}, "finite and positive"),
+        ({"sample_s": -1.0}, "finite and positive"),
+        ({"sample_s": math.nan}, "finite and positive"),
+        ({"fixed_s": math.inf}, "finite and positive"),
+    ],
+)
+def test_impossible_profiles_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(FLAT, **change)
+
+
+@given(st.floats(1, 600))
+def test_times_are_interpolated_and_continued(num_tokens):
+    profile = HardwareProfile(num_tokens=(1, 10, 100), target_s=(1.0, 1.9, 10.9))
+    assert profile.compute_target_s(num_tokens) == pytest.approx(0.9 + 0.1 * num_tokens)
+    assert profile.compute_draft_s(num_tokens) == 0
+
+
+@given(knee=st.integers(2, 200), flat_s=st.floats(1e-4, 1))
+def test_the_capacity_of_a_roofline_is_its_knee(knee, flat_s):
+    """Memory-bound up to the knee, compute-bound beyond."""
+    grid = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    times = tuple(flat_s * max(1.0, num_tokens / knee) for num_tokens in grid)
+    assert HardwareProfile(num_tokens=grid, target_s=times).capacity == pytest.approx(knee)
+
+
+def test_the_capacity_where_the_time_never_rises_or_always_does():
+    assert HardwareProfile(num_tokens=(1, 64), target_s=(1.0, 1.0)).capacity == 64
+    assert HardwareProfile(num_tokens=(1, 2, 4), target_s=(1.0, 2.0, 4.0)).capacity == 1
+
+
+# -- keys and checkpoints ------------------------------------------------------------------------------------
+
+
+def test_the_planner_behind_a_key():
+    fixed = SpeculationPlan(depth=1, width=1, num_draft_tokens=1)
+
+    def refuse() -> HardwareProfile:
+        raise AssertionError("measured without need")
+
+    assert build_planner("off", fixed=fixed, measure=refuse) == FixedPlanner()
+    assert build_planner("off", fixed=fixed, measure=refuse).name == "off"
+    assert build_planner("fixed", fixed=fixed, measure=refuse).plan(PlanInputs(num_seqs=900)) == fixed
+    assert build_planner(GRID[3], fixed=fixed, measure=refuse).plan(PlanInputs(num_seqs=1)) == GRID[3]
+    assert build_planner("paper", fixed=fixed, measure=lambda: SMALL_CPU).state_dict() == {
+        "capacity": SMALL_CPU.capacity
+    }
+    assert build_planner("auto", fixed=fixed, measure=lambda: SMALL_CPU).name == "auto"
+    with pytest.raises(ValueError, match="one of auto, paper, fixed, off, or a SpeculationPlan, got 'fast'"):
+        build_planner("fast", fixed=fixed, measure=refuse)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"depth": -1, "width": 1, "num_draft_tokens": 1}, ">= 0"),
+        ({"depth": 1, "width": 0, "num_draft_tokens": 1}, "all zero"),
+        ({"depth": 1, "width": 1, "num_draft_tokens": 0}, "all zero"),
+        ({"depth": 3, "width": 1, "num_draft_tokens": 2}, "cannot fill a depth of 3"),
+    ],
+)
+def test_impossible_plans_are_refused(plan, message):
+    with pytest.raises(ValueError, match=message):
+        SpeculationPlan(**plan)
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.6])
+def test_a_restored_planner_goes_on_as_if_nothing_had_happened(chance):
+    planner = SyntheticClockPlanner(speed=1.7)
+    play(planner, 137, 3, chance)
+    state = json.loads(json.dumps(planner.state_dict()))
+    restored = AutoPlanner.from_state(state)
+    assert restored.state_dict() == planner.state_dict()
+    twin = SyntheticClockPlanner(speed=1.7)
+    vars(twin).update(vars(restored))
+    assert play(twin, 100, 3, chance) == play(planner, 100, 3, chance)
+
+
+def test_state_is_plain_json():
+    assert json.loads(json.dumps(PaperPlanner(capacity=12.5).state_dict())) == {"capacity": 12.5}
+    assert FixedPlanner().state_dict() == {}
+    assert asdict(SMALL_CPU)["num_tokens"] == SMALL_CPU.num_tokens
