@@ -13,7 +13,7 @@ from dataclasses import replace
 import hypothesis
 import jaxtyping
 
-CHECKED_MODULES = ("tree", "verify", "model", "learner", "drafters.drafter", "drafters.eagle", "drafters.ngram")
+CHECKED_MODULES = ("attention", "tree", "verify", "model", "prefill", "learner", "drafters.drafter", "drafters.eagle")
 jaxtyping.install_import_hook([f"fastgrpo.{name}" for name in CHECKED_MODULES], "beartype.beartype")
 
 import pytest  # noqa: E402

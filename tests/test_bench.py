@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
+import multiprocessing
 from pathlib import Path
 
 import pytest
 
-from fastgrpo.bench.baton import Baton, run_in_turn
 from fastgrpo.bench.measure import RolloutResult, break_down, compute_equal_share, compute_rate
+from fastgrpo.bench.worker import read_peak_rss_bytes, run_worker
 from fastgrpo.cli import main
+from fastgrpo.options import E2EOptions
 from fastgrpo.report import load_run
 from fastgrpo.types import PLAIN, StepRecord
 from tiny import save_tiny_model
@@ -57,42 +57,6 @@ def test_equal_completions_are_counted() -> None:
     assert (ours[0].num_tokens, ours[0].tokens_per_s) == (3, 3.0)
 
 
-def test_the_baton_lets_one_run_at_a_time_in_order() -> None:
-    turns: list[str] = []
-    inside = threading.Lock()
-    baton = Baton(["a", "b", "c"])
-
-    def build_runner(name: str, steps: int) -> object:
-        def run() -> None:
-            for step in range(steps):
-                assert inside.acquire(blocking=False)
-                turns.append(name)
-                time.sleep(0.001)
-                inside.release()
-                if step + 1 < steps:
-                    baton.hand_over(name)
-                    baton.take(name)
-
-        return run
-
-    run_in_turn(baton, {"a": build_runner("a", 3), "b": build_runner("b", 1), "c": build_runner("c", 2)})
-    assert turns == ["a", "b", "c", "a", "c", "a"]
-
-
-def test_a_runner_that_fails_stops_the_others() -> None:
-    baton = Baton(["a", "b"])
-
-    def wait() -> None:
-        baton.hand_over("a")
-        baton.take("a")
-
-    def fail() -> None:
-        raise ValueError("broken")
-
-    with pytest.raises(ValueError, match="broken"):
-        run_in_turn(baton, {"a": wait, "b": fail})
-
-
 def test_rollout_writes_what_it_measured(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rollout.json"
     argv = ["bench", "rollout", "--model", str(model_dir), "--dtype", "float32", "--device", "cpu", "--max-tokens", "8"]
@@ -114,29 +78,29 @@ def test_rollout_writes_what_it_measured(model_dir: Path, tmp_path: Path, capsys
 
 def test_e2e_trains_all_variants_in_turn(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "e2e.json"
-    argv = ["bench", "e2e", "--model", str(model_dir), *TINY_WORKLOAD, "--variants", "trl,off,fixed", "--steps", "2"]
+    argv = ["bench", "e2e", "--model", str(model_dir), *TINY_WORKLOAD, "--variants", "trl,fixed", "--steps", "2"]
+    ballast = bytearray(b"x" * 2**29)  # this process is large: those it starts must not inherit its peak
     assert main([*argv, "--output", str(path)]) == 0
     result = json.loads(path.read_text())
-    assert list(result["steps"]) == ["trl", "off", "fixed"]
+    assert list(result["steps"]) == ["trl", "fixed"]
     for rows in result["steps"].values():
         assert len(rows) == 2
         assert all(row["step_s"] >= row["generation_s"] + row["score_s"] + row["learn_s"] for row in rows)
-    lengths = {name: [row["num_tokens"] for row in rows] for name, rows in result["steps"].items()}
-    assert lengths["off"] == lengths["fixed"]  # the same tokens
     named = {(entry["measure"], entry["variant"], entry["baseline"]) for entry in result["ratios"]}
-    assert ("generation_s", "fixed", "trl") in named
-    assert ("step_s", "fixed", "off") in named
-    assert result["peak_memory"]["rss_bytes"] > 2**20
-    assert "vs trl" in capsys.readouterr().out
+    assert {("generation_s", "fixed", "trl"), ("step_s", "fixed", "trl"), ("rss_bytes", "fixed", "trl")} <= named
+    for peak in result["peak_memory"].values():
+        assert 2**26 < peak["rss_bytes"] < read_peak_rss_bytes() - len(ballast) // 2
+    text = capsys.readouterr().out
+    places = [text.index(f"step {step}/2 {name}: ") for step in (1, 2) for name in ("trl", "fixed")]
+    assert places == sorted(places)
 
 
-def test_peak_memory_is_that_of_a_process_of_its_own(model_dir: Path, tmp_path: Path) -> None:
-    path = tmp_path / "e2e.json"
-    argv = ["bench", "e2e", "--model", str(model_dir), *TINY_WORKLOAD, "--variants", "off", "--steps", "1", "--memory"]
-    ballast = b"x" * 2**29  # this process is large: what it starts must not inherit its peak
-    assert main([*argv, "--output", str(path)]) == 0
-    result = json.loads(path.read_text())
-    assert 2**26 < result["memory"]["off"]["rss_bytes"] < result["peak_memory"]["rss_bytes"] - len(ballast) // 2
+def test_a_worker_says_what_does_not_fit(model_dir: Path) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    run_worker("fixed", E2EOptions(model=str(model_dir), drafter="nowhere"), theirs)
+    failure, message = ours.recv()
+    assert failure is ValueError
+    assert message.startswith("fixed: drafter must be eagle, ngram, none")
 
 
 def test_the_demo_ends_with_a_report_that_names_its_baselines(

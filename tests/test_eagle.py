@@ -7,7 +7,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,10 @@ from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.learner import Learner, _collate, compute_draft_losses, compute_outputs
 from fastgrpo.model import TargetModel
+from fastgrpo.planner import PlanInputs
 from fastgrpo.sampling import SamplingBatch, sample, stream_key
 from fastgrpo.tree import check_draft, compute_ancestors, compute_depths
-from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
+from fastgrpo.types import PLAIN, SamplingParams, Sequence, SpeculationPlan, StepRecord
 
 PROMPTS = [[3, 1, 4, 1, 5], [7, 7], list(range(12)), [9, 8, 7, 6]]
 
@@ -144,6 +145,64 @@ def test_drafts_keep_their_promises_and_their_plan(plan, temperature):
         assert draft.num_nodes.max() <= 1 + plan.num_draft_tokens
         assert compute_depths(compute_ancestors(draft.parents)).max() <= plan.depth
         assert draft.token_ids[:, 1:].max() < 50
+
+
+@dataclass
+class _EveryOtherStep:
+    """Speculates at every `period`-th step, so that the drafter must catch up."""
+
+    fixed: SpeculationPlan
+    period: int
+    name: str = "fixed"
+    num_steps: int = 0
+
+    def begin(self) -> None:
+        self.num_steps = 0
+
+    def plan(self, inputs: PlanInputs) -> SpeculationPlan:
+        self.num_steps += 1
+        return PLAIN if self.num_steps % self.period else self.fixed
+
+    def observe(self, record: StepRecord) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+
+def collect_drafts(model: PreTrainedModel, max_num_seqs: int, period: int) -> dict[tuple[int, int], tuple]:
+    """Every draft of a rollout whose rows come and go, by sequence and position."""
+    drafter = build_drafter_for(model, draft_vocab_size=90)
+    planner = _EveryOtherStep(SpeculationPlan(depth=3, width=3, num_draft_tokens=8), period)
+    engine = Engine(model, drafter=drafter, speculation="off", max_num_seqs=max_num_seqs)
+    engine.planner = planner
+    propose, drafts = drafter.propose, {}
+
+    def keep(context: DraftContext, plan: SpeculationPlan) -> object:
+        draft = propose(context, plan)
+        for row, sequence in enumerate(context.sequences):
+            count = int(draft.num_nodes[row])
+            key = (sequence.stream_key, len(sequence.token_ids))
+            drafts[key] = (draft.token_ids[row, :count].tolist(), draft.parents[row, :count].tolist())
+        return draft
+
+    drafter.propose = keep
+    params = [SamplingParams(max_tokens=4 + 7 * (index % 4), stream=index) for index in range(10)]
+    engine.generate([PROMPTS[index % len(PROMPTS)] for index in range(10)], params)
+    return drafts
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(("max_num_seqs", "period"), [(1, 1), (3, 1), (64, 1), (3, 2), (64, 3)])
+def test_a_draft_does_not_depend_on_the_rows_beside_it_or_on_when_it_is_asked(max_num_seqs, period):
+    """Tokens are exact whatever is drafted; only this tells whether the drafter's own rows move rightly."""
+    model = shared_model("llama")
+    drafts, expected = collect_drafts(model, max_num_seqs, period), collect_drafts(model, 4, 1)
+    shared = drafts.keys() & expected.keys()
+    assert len(shared) >= 10
+    assert {key: drafts[key] for key in shared} == {key: expected[key] for key in shared}
+    if period == 1:
+        assert drafts.keys() == expected.keys()
 
 
 def test_drafts_are_ranked_with_the_noise_of_their_position():

@@ -203,7 +203,7 @@ def test_a_row_is_the_same_beyond_the_chunk_of_one_pass():
 @given(key=INT64, position=st.integers(0, 2**20), token_id=st.integers(0, 2**20))
 def test_noise_without_tensors_is_the_same(key, position, token_id):
     noise = gumbel_noise(torch.tensor([key]), torch.tensor([position]), torch.tensor([token_id], dtype=torch.int32))
-    assert gumbel_noise_at(key, position, token_id) == pytest.approx(noise.item(), rel=1e-4, abs=1e-5)
+    assert gumbel_noise_at(key, position, token_id) == pytest.approx(noise.item(), rel=1e-4, abs=1e-4)
 
 
 def test_streams_have_keys_of_their_own():

@@ -56,9 +56,10 @@ class RowStore:
         """
         if num_rows <= self.num_rows and length <= self.capacity:
             return
-        capacity = -(-length // _BLOCK) * _BLOCK
-        grown = self.data.new_zeros(self.data.shape[0], num_rows, capacity, self.data.shape[3])
         kept = self.data[:, :used_rows, :used_length]
+        capacity = -(-max(length, kept.shape[2]) // _BLOCK) * _BLOCK
+        num_rows = max(num_rows, kept.shape[1])
+        grown = self.data.new_zeros(self.data.shape[0], num_rows, capacity, self.data.shape[3])
         grown[:, : kept.shape[1], : kept.shape[2]] = kept
         self.data = grown
 

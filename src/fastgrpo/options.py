@@ -91,9 +91,6 @@ class E2EOptions(Workload):
             choices=TRAINING_VARIANTS,
         ),
     )
-    memory: bool = field(
-        default=False, metadata=about("also train 3 steps of each variant in a process of its own for its peak memory")
-    )
     output: Path | None = field(
         default=None, metadata=about("JSON file for the results; without it they are only printed")
     )

@@ -19,7 +19,14 @@ from torch.nn import functional as F
 from fastgrpo.attention import ForwardBatch, pack_queries, unpack_outputs
 from fastgrpo.cache import RowStore
 from fastgrpo.drafters.drafter import DraftContext
-from fastgrpo.drafters.eagle_head import DEFAULT_DRAFT_VOCAB_SIZE, EagleHead, load_head, save_head, start_from_target
+from fastgrpo.drafters.eagle_head import (
+    DEFAULT_DRAFT_VOCAB_SIZE,
+    EagleHead,
+    build_head,
+    load_head,
+    save_head,
+    start_from_target,
+)
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch, add_noise, scale_logits
 from fastgrpo.tree import Draft
@@ -52,10 +59,7 @@ class EagleDrafter:
         self.target = target
         self.temperature_scale = temperature_scale
         if head is None:
-            generator = torch.random.get_rng_state()
-            torch.manual_seed(0)  # the head's start must not depend on, nor disturb, the run's generator
-            head = EagleHead(target, draft_vocab_size=draft_vocab_size)
-            torch.random.set_rng_state(generator)
+            head = build_head(target, draft_vocab_size)
             start_from_target(head, target)
         self.head = head.to(target.device)
         width = target.num_kv_heads * target.head_dim

@@ -170,24 +170,58 @@ def save_head(head: EagleHead, folder: Path, target: TargetModel) -> None:
     (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
+def build_head(target: TargetModel, draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE) -> EagleHead:
+    """A random head, always the same one; the run's generators are neither read nor moved."""
+    with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return EagleHead(target, draft_vocab_size=draft_vocab_size)
+
+
 def load_head(folder: Path, target: TargetModel) -> EagleHead:
     """Read and check a saved head against its target; see `EagleDrafter.load`."""
     try:
         config = json.loads((folder / "config.json").read_text())
         tensors = load_file(folder / "model.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"no readable draft head in {folder}: {error}") from error
-    if config.get("architectures") != [_ARCHITECTURE]:
-        raise ValueError(f"{folder} holds {config.get('architectures')}, not an EAGLE-3 head ({_ARCHITECTURE})")
-    for key, expected in (("hidden_size", target.hidden_size), ("vocab_size", target.vocab_size)):
-        if config.get(key) != expected:
-            raise ValueError(f"the head in {folder} has {key} {config.get(key)}, the target has {expected}")
+    if not isinstance(config, dict) or config.get("architectures") != [_ARCHITECTURE]:
+        found = config.get("architectures") if isinstance(config, dict) else config
+        raise ValueError(f"{folder} holds {found}, not an EAGLE-3 head ({_ARCHITECTURE})")
+    _check_config(config, folder, target)
     if "d2t" not in tensors or "lm_head.weight" not in tensors:
         raise ValueError(f"the head in {folder} lacks d2t or lm_head.weight; export it again")
-    offsets = tensors.pop("d2t")
-    tensors.pop("t2d", None)
-    head = EagleHead(target, draft_vocab_size=len(offsets))
-    tensors["draft_vocab"] = (offsets + torch.arange(len(offsets))).to(torch.int32)
+    for name in ("t2d", "embed_tokens.weight"):  # said again by d2t, and by the target
+        tensors.pop(name, None)
+    tensors["draft_vocab"] = _read_vocabulary(tensors.pop("d2t"), folder, target.vocab_size)
+    head = build_head(target, len(tensors["draft_vocab"]))
+    _check_tensors(tensors, head, folder)
+    head.load_state_dict(tensors)
+    return head
+
+
+def _check_config(config: dict[str, object], folder: Path, target: TargetModel) -> None:
+    wanted = {
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "num_attention_heads": int(target.config.num_attention_heads),
+        "num_key_value_heads": target.num_kv_heads,
+        "head_dim": target.head_dim,
+        "num_hidden_layers": 1,
+    }
+    for key, expected in wanted.items():
+        if config.get(key, expected) != expected:
+            raise ValueError(f"the head in {folder} has {key} {config.get(key)}, the target has {expected}")
+
+
+def _read_vocabulary(offsets: Tensor, folder: Path, vocab_size: int) -> Tensor:
+    """Target ids of the draft vocabulary from d2t's offsets."""
+    ids = offsets.long() + torch.arange(len(offsets))
+    if len(ids) == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) != len(ids):
+        raise ValueError(f"the head in {folder} has a d2t that repeats a token or leaves 0..{vocab_size - 1}")
+    return ids.to(torch.int32)
+
+
+def _check_tensors(tensors: dict[str, Tensor], head: EagleHead, folder: Path) -> None:
     wanted = head.state_dict()
     problems = sorted(set(wanted) ^ set(tensors)) or [
         f"{name} is {tuple(tensors[name].shape)}, expected {tuple(value.shape)}"
@@ -199,5 +233,3 @@ def load_head(folder: Path, target: TargetModel) -> EagleHead:
     broken = next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
     if broken is not None:
         raise ValueError(f"the head in {folder} has values that are not finite in {broken}")
-    head.load_state_dict(tensors)
-    return head
