@@ -13,7 +13,10 @@ from dataclasses import replace
 import hypothesis
 import jaxtyping
 
-CHECKED_MODULES = ("attention", "tree", "verify", "model", "prefill", "learner", "drafters.drafter", "drafters.eagle")
+CHECKED_MODULES = (
+    *("attention", "cache", "sampling", "tree", "verify", "model", "weights", "prefill", "learner"),
+    *("drafters.drafter", "drafters.eagle", "drafters.eagle_head", "drafters.ngram"),
+)
 jaxtyping.install_import_hook([f"fastgrpo.{name}" for name in CHECKED_MODULES], "beartype.beartype")
 
 import pytest  # noqa: E402

@@ -20,7 +20,7 @@ _BLOCK = 64  # positions are allocated in blocks of this many
 class RowPrefix:
     """The first positions of a row, kept aside for siblings that still wait."""
 
-    parts: tuple[Float[Tensor, "L S W"], ...]
+    parts: tuple[Float[Tensor, "_ S _"], ...]  # one for each store
 
 
 class RowStore:

@@ -17,7 +17,7 @@ from fastgrpo.attention import ForwardBatch
 from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.model import ForwardOutput, TargetModel
-from fastgrpo.planner import AutoPlanner, PaperPlanner, PlanInputs, Planner, build_planner
+from fastgrpo.planner import AutoPlanner, FixedPlanner, PaperPlanner, PlanInputs, Planner, build_planner
 from fastgrpo.prefill import Prefiller
 from fastgrpo.profiler import measure_profile
 from fastgrpo.sampling import SamplingBatch, stream_key
@@ -73,9 +73,11 @@ class Engine:
         self.cache = self.target.build_cache(with_features=self.drafter.wants_features)
         self.prefiller = Prefiller(self.target, self.cache, self.scheduler)
         self.planner: Planner | None = None
-        self._speculation = "off" if self.drafter.name == "none" else speculation
         self._fixed_plan = fixed_plan
+        self._speculation = speculation
         self._check_speculation()
+        if self.drafter.name == "none":
+            self._speculation, self.planner = "off", FixedPlanner()
         self.profile_s = 0.0
         self.records: list[StepRecord] = []
         self.on_step: list[Callable[[StepRecord], None]] = []
@@ -115,7 +117,7 @@ class Engine:
             ValueError: a prompt is empty, too long or has ids out of range; nothing has been generated.
             FloatingPointError: the model's logits are not finite; names request and position.
         """
-        sequences = self._build_sequences(prompt_token_ids, params or SamplingParams())
+        sequences = self._build_sequences(prompt_token_ids, SamplingParams() if params is None else params)
         self.records = []
         if not sequences:
             return []

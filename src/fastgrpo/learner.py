@@ -39,7 +39,7 @@ class LearnReport:
     loss: float  # KL to the target over the draft vocabulary, nats a token, first unroll step
     num_tokens: int  # completion tokens learnt from, repetitions counted
     num_updates: int
-    num_skipped: int  # batches with a non-finite loss or gradient
+    num_skipped: int  # batches with a non-finite loss or gradient, and rollouts with such features
     learn_s: float
 
 
@@ -78,6 +78,7 @@ class Learner:
         self.learning_rate = learning_rate
         self.max_replay_bytes = max_replay_bytes
         self.num_updates = 0
+        self._num_dropped = 0
         self._new: list[FinishedRollout] = []
         self._replay: deque[FinishedRollout] = deque()
         self._token_counts = torch.zeros(drafter.target.vocab_size, dtype=torch.int64, device=drafter.target.device)
@@ -91,9 +92,13 @@ class Learner:
         )
 
     def add(self, rollout: FinishedRollout) -> None:
-        """Take a finished rollout; an engine's `on_finish` listener."""
-        if rollout.features is not None and len(rollout.features) >= 2:
+        """Take a finished rollout; an engine's `on_finish` listener. Features that overflowed teach nothing."""
+        if rollout.features is None or len(rollout.features) < 2:
+            return
+        if bool(torch.isfinite(rollout.features).all()):
             self._new.append(rollout)
+        else:
+            self._num_dropped += 1
 
     def learn(self, budget_s: float) -> LearnReport:
         """Learn from the new rollouts, then from replayed ones while time is left.
@@ -103,7 +108,8 @@ class Learner:
         started = time.perf_counter()
         self._count_tokens()
         losses: list[float] = []
-        num_tokens = num_skipped = num_updates = 0
+        num_tokens = num_updates = 0
+        num_skipped, self._num_dropped = self._num_dropped, 0
         slowest = 0.0
         for batch in self._schedule():
             before = time.perf_counter()

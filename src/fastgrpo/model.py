@@ -81,7 +81,7 @@ class TargetModel:
         self.max_position = int(config.max_position_embeddings)
 
     @property
-    def embed_tokens(self) -> nn.Embedding:
+    def embed_tokens(self) -> Any:
         return self.base.get_input_embeddings()
 
     @property

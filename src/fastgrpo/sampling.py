@@ -6,7 +6,9 @@ else (Daliri, Musco, Suresh, arXiv:2408.07978). Greedy decoding is the same rule
 
 The noise is counter-based: the value for (stream, position, token) is a hash of the three, so a
 row is the same alone or in any batch, on any device, and needs no state. Two 32-bit words of a
-SplitMix64 key drive a three-multiply integer finaliser per token; 24 bits of it become a uniform.
+SplitMix64 key drive a three-multiply integer finaliser per token; 31 bits of it become a uniform w,
+and -log(-log(1 - w)) the noise: floats are densest near 0, so large noise, which decides between rare
+tokens, is resolved to 2^-31, and neither end is infinite.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK64 = 2**64 - 1
 _FINALISER = ((0x7FEB352D, 15), (0x846CA68B, 16), (0x9E3779B1, 15))  # (multiplier, shift)
+_UNIFORM_SCALE = 2.0**-31 - 2.0**-55  # a float32 below 2^-31: rounding up to 2^31 still gives less than 1
 _NOISE_CHUNK_ELEMENTS = 4 * 49152  # keeps the integer passes inside a core's L2 cache
 
 
@@ -33,16 +36,18 @@ def _signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
+def _mix(value: int) -> int:
+    """SplitMix64's finaliser."""
+    value &= _MASK64
+    value = (value ^ (value >> 30)) * _MIX_1 & _MASK64
+    value = (value ^ (value >> 27)) * _MIX_2 & _MASK64
+    return value ^ (value >> 31)
+
+
 def stream_key(seed: int, stream: int) -> int:
     """The 64-bit key of one request's noise; distinct (seed, stream) pairs give unrelated keys."""
 
-    def mix(value: int) -> int:  # SplitMix64
-        value &= _MASK64
-        value = (value ^ (value >> 30)) * _MIX_1 & _MASK64
-        value = (value ^ (value >> 27)) * _MIX_2 & _MASK64
-        return value ^ (value >> 31)
-
-    return _signed(mix(mix(seed * _GOLDEN + 1) + stream * _GOLDEN + 2), 64)
+    return _signed(_mix(_mix(seed * _GOLDEN + 1) + stream * _GOLDEN + 2), 64)
 
 
 def _position_keys(stream_keys: Int[Tensor, " R"], positions: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
@@ -52,7 +57,7 @@ def _position_keys(stream_keys: Int[Tensor, " R"], positions: Int[Tensor, " R"])
     return value ^ ((value >> 31) & (2**33 - 1))
 
 
-def _uniform(token_ids: Int[Tensor, " V"], low: Int[Tensor, "R 1"], high: Int[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
+def _hash(token_ids: Int[Tensor, " V"], low: Int[Tensor, "R 1"], high: Int[Tensor, "R 1"]) -> Int[Tensor, "R V"]:
     bits = token_ids ^ low
     shifted = torch.empty_like(bits)
     for multiplier, shift in _FINALISER:
@@ -61,7 +66,13 @@ def _uniform(token_ids: Int[Tensor, " V"], low: Int[Tensor, "R 1"], high: Int[Te
         bits.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))
         if multiplier == _FINALISER[0][0]:
             bits.bitwise_xor_(high)
-    return bits.bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+    return bits
+
+
+def _gumbel(bits: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Finite standard Gumbel noise from 32 random bits, which are overwritten."""
+    uniform = bits.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(_UNIFORM_SCALE)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 def gumbel_noise(
@@ -84,7 +95,7 @@ def gumbel_noise(
     rows = max(1, _NOISE_CHUNK_ELEMENTS // max(1, len(token_ids)))
     for start in range(0, len(keys), rows):
         part = slice(start, start + rows)
-        out[part] = _uniform(token_ids, low[part], high[part]).log_().neg_().log_().neg_()
+        out[part] = _gumbel(_hash(token_ids, low[part], high[part]))
     return out
 
 
@@ -187,14 +198,11 @@ def sample(
 
 def gumbel_noise_at(key: int, position: int, token_id: int) -> float:
     """One value of `gumbel_noise` without tensors, for drafters that look at a few tokens."""
-    value = key + position * _GOLDEN & _MASK64
-    value = (value ^ value >> 30) * _MIX_1 & _MASK64
-    value = (value ^ value >> 27) * _MIX_2 & _MASK64
-    value ^= value >> 31
+    value = _mix(key + position * _GOLDEN)
     bits = (token_id ^ value) & 0xFFFFFFFF
     for multiplier, shift in _FINALISER:
         bits = bits * multiplier & 0xFFFFFFFF
         bits ^= bits >> shift
         if multiplier == _FINALISER[0][0]:
             bits ^= value >> 32
-    return -math.log(-math.log(((bits & 0xFFFFFF) + 0.5) * 2.0**-24))
+    return -math.log(-math.log1p(-((bits & 0x7FFFFFFF) + 0.5) * _UNIFORM_SCALE))

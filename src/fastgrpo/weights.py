@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,16 +39,24 @@ def merged_weights(model: nn.Module, compute_dtype: torch.dtype | None = None) -
 
 
 def _mergeable_tuners(model: nn.Module) -> list[Any]:
-    """LoRA layers over floating-point weights; quantised bases decode with their adapters unmerged."""
+    """LoRA layers over floating-point weights of their own.
+
+    Quantised bases decode with their adapters unmerged, and so do tied ones: folding the adapter of an
+    embedding into a weight that the output head shares would change the head.
+    """
     if not hasattr(model, "peft_config"):
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    num_owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     return [
         layer
         for layer in tuners
-        if not layer.disable_adapters and not layer.merged and layer.get_base_layer().weight.is_floating_point()
+        if not layer.disable_adapters
+        and not layer.merged
+        and layer.get_base_layer().weight.is_floating_point()
+        and num_owners[id(layer.get_base_layer().weight)] == 1
     ]
 
 

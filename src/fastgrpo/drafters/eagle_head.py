@@ -112,7 +112,7 @@ class EagleHead(nn.Module):
         return self.lm_head(self.norm(output))
 
 
-def rotate(x: Float[Tensor, "*n heads d"], cos: Float[Tensor, "*n d"], sin: Float[Tensor, "*n d"]) -> Tensor:
+def rotate(x: Float[Tensor, "*n heads d"], cos: Float[Tensor, "*#n d"], sin: Float[Tensor, "*#n d"]) -> Tensor:
     """Rotary position embedding in transformers' half-split convention."""
     first, second = x.chunk(2, -1)
     cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)

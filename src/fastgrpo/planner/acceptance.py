@@ -27,6 +27,12 @@ class AcceptanceTable:
                     self.offered[depth][rank] = self.decay * self.offered[depth][rank] + trials
                     self.hits[depth][rank] = self.decay * self.hits[depth][rank] + count
 
+    def forget(self, keep: float) -> None:
+        """Weigh down what was counted so far."""
+        for table in (self.offered, self.hits):
+            for row in table:
+                row[:] = [count * keep for count in row]
+
     def rate(self, depth: int, rank: int) -> float:
         """Acceptance rate in [0, 1]; the prior of a depth is the level above, of a rank a fall by half."""
         prior = self.prior * 0.5**rank if depth == 0 else self.rate(depth - 1, rank)

@@ -27,7 +27,8 @@ class _Ratio:
         self.value, self.rate = value, rate
 
     def observe(self, measured: float, predicted: float) -> None:
-        ratio = min(max(measured / (predicted * self.value), 0.5), 2.0)
+        """`predicted` is what this ratio was already applied to."""
+        ratio = min(max(measured / predicted, 0.5), 2.0)
         self.value = min(max(self.value * ratio**self.rate, 0.1), 10.0)
 
 
@@ -124,10 +125,11 @@ class AutoPlanner:
         plan = record.plan
         self.profile = self.profile.corrected(record.num_tokens, record.target_s)
         if self.profile.sample_s:
-            self._sample_cost.observe(record.verify_s, self.profile.sample_s * record.num_emitted)
+            predicted_s = self.profile.sample_s * record.num_emitted * self._sample_cost.value
+            self._sample_cost.observe(record.verify_s, predicted_s)
         if plan.is_plain or not record.offered:
             return  # nothing was drafted, so neither the cost nor the acceptance of a draft was seen
-        predicted_s = self._predict_draft_s(plan, record.num_seqs)
+        predicted_s = self._predict_draft_s(plan, record.num_seqs) * self._draft_cost.value
         if predicted_s:
             self._draft_cost.observe(record.draft_s, predicted_s)
         self._length.observe(record.acceptance_length - 0.9, self._predict_length(plan) - 0.9)
@@ -141,6 +143,7 @@ class AutoPlanner:
     def begin(self) -> None:
         self._wait = self.trial_wait
         self._current = PLAIN
+        self.acceptance.forget(0.7)  # a drafter once useless may have learnt
         self._expected.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,6 +154,8 @@ class AutoPlanner:
             "draft_cost": self._draft_cost.value,
             "sample_cost": self._sample_cost.value,
             "length": self._length.value,
+            "plain_steps": self._plain_steps,
+            "age": self._age,
         }
 
     @classmethod
@@ -165,4 +170,5 @@ class AutoPlanner:
         planner._draft_cost.value = float(state["draft_cost"])
         planner._sample_cost.value = float(state["sample_cost"])
         planner._length.value = float(state["length"])
+        planner._plain_steps, planner._age = int(state["plain_steps"]), int(state["age"])
         return planner

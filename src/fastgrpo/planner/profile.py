@@ -36,8 +36,9 @@ class HardwareProfile:
         if len(self.target_s) != len(grid) or len(self.draft_s) not in (0, len(grid)):
             raise ValueError(f"a profile needs one time for each of {len(grid)} points, got {len(self.target_s)}")
         times = (*self.target_s, *self.draft_s)
-        if any(not math.isfinite(s) or s <= 0 for s in times) or min(self.sample_s, self.fixed_s) < 0:
-            raise ValueError(f"profile times must be finite and positive, got {times}")
+        extra = (self.sample_s, self.fixed_s)  # these may be zero
+        if not all(math.isfinite(s) and s > 0 for s in times) or not all(math.isfinite(s) and s >= 0 for s in extra):
+            raise ValueError(f"profile times must be finite and positive, got {(*times, *extra)}")
 
     def compute_target_s(self, num_tokens: float) -> float:
         return _interpolate(self.num_tokens, self.target_s, num_tokens)
