@@ -16,30 +16,34 @@ def merged_weights(model: nn.Module, compute_dtype: torch.dtype | None = None) -
     """Fold adapters into copies of the base weights, and cast linear weights, for as long as it lasts.
 
     The parameters' own storage is set aside, not written, so that what is trained is bit-identical
-    afterwards. Costs one copy of the weights it touches.
+    afterwards. A merged layer is taken out of its wrapper, whose forward costs more than a small
+    product. Costs one copy of the weights it touches.
     """
     saved: list[tuple[nn.Parameter, Tensor]] = []
-    tuners = _mergeable_tuners(model)
+    places = _mergeable_tuners(model)
     try:
-        for layer in tuners:
+        for _, _, layer in places:
             for parameter in layer.get_base_layer().parameters(recurse=False):
                 saved.append((parameter, parameter.data))
                 parameter.data = parameter.data.clone()
             layer.merge()
+        for parent, name, layer in places:
+            setattr(parent, name, layer.get_base_layer())
         if compute_dtype is not None:
             for parameter in _castable_weights(model):
                 saved.append((parameter, parameter.data))
                 parameter.data = parameter.data.to(compute_dtype)
         yield
     finally:
-        for layer in tuners:
+        for parent, name, layer in places:
+            setattr(parent, name, layer)
             layer.merged_adapters.clear()
         for parameter, data in reversed(saved):
             parameter.data = data
 
 
-def _mergeable_tuners(model: nn.Module) -> list[Any]:
-    """LoRA layers over floating-point weights of their own.
+def _mergeable_tuners(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """(parent, name, layer) of the LoRA layers over floating-point weights of their own.
 
     Quantised bases decode with their adapters unmerged, and so do tied ones: folding the adapter of an
     embedding into a weight that the output head shares would change the head.
@@ -48,12 +52,13 @@ def _mergeable_tuners(model: nn.Module) -> list[Any]:
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     num_owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     return [
-        layer
-        for layer in tuners
-        if not layer.disable_adapters
+        (parent, name, layer)
+        for parent, name, layer in children
+        if isinstance(layer, BaseTunerLayer)
+        and not layer.disable_adapters
         and not layer.merged
         and layer.get_base_layer().weight.is_floating_point()
         and num_owners[id(layer.get_base_layer().weight)] == 1
