@@ -10,6 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastgrpo.metrics import step_time_shares
 
+_LEARN_SHARE_OF_ROLLOUT = 0.25
+
 
 class StepClock(TrainerCallback):
     """Times the parts of each training step and hands them out under `time/`.
@@ -25,10 +27,12 @@ class StepClock(TrainerCallback):
         self.rollout_s = self.reward_s = self.learn_s = 0.0
 
     def budget_s(self, share: float) -> float:
-        """Seconds that draft learning may take now: a share of the last step, or of this one so far."""
-        if self._last_step_s is None:
-            return share * (self.rollout_s + self.reward_s)
-        return share * self._last_step_s
+        """Seconds that draft learning may take now: a share of the last step, or of this one so far.
+
+        Never more than a quarter of the rollout, about what a good head saves of it.
+        """
+        step_s = self.rollout_s + self.reward_s if self._last_step_s is None else self._last_step_s
+        return min(share * step_s, _LEARN_SHARE_OF_ROLLOUT * self.rollout_s)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
