@@ -13,7 +13,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 SPECULATION = ("auto", "off", "paper", "fixed")
 TRAINING_VARIANTS = ("trl", "off", "auto", "paper", "fixed")
-LONG_TAIL_TASK, LONG_TAIL_MAX_TOKENS = "gsm_symbolic", 512  # the cap is at least 3 times the mean length
+MAX_TOKENS, LONG_TAIL_MAX_TOKENS = 96, 320  # of chain_sum; the second is about 5 times its mean length
 
 Record = TypeVar("Record")
 
@@ -109,17 +109,17 @@ class RolloutOptions:
         default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
     )
     dtype: str = field(default="bfloat16", metadata=about("type of the weights", choices=DTYPES))
+    task: str = field(default="chain_sum", metadata=about("reasoning-gym task that makes the prompts"))
     long_tail: bool = field(
-        default=False, metadata=about("a workload whose concurrency falls to 1: other defaults for task and max-tokens")
-    )
-    task: str | None = field(
-        default=None, metadata=about(f"reasoning-gym task (default: chain_sum; {LONG_TAIL_TASK} with --long-tail)")
+        default=False, metadata=about("a workload with stragglers: the cap is at least 3 times the mean length")
     )
     num_prompts: int = field(default=4, metadata=about("prompts in a rollout"))
     num_generations: int = field(default=8, metadata=about("completions for each prompt"))
     max_tokens: int | None = field(
         default=None,
-        metadata=about(f"longest completion, in tokens (default: 96; {LONG_TAIL_MAX_TOKENS} with --long-tail)"),
+        metadata=about(
+            f"longest completion, in tokens (default: {MAX_TOKENS}; {LONG_TAIL_MAX_TOKENS} with --long-tail)"
+        ),
     )
     temperature: float = field(default=1.0, metadata=about("sampling temperature; 0 is greedy"))
     speculation: tuple[str, ...] = field(
@@ -146,8 +146,8 @@ class RolloutOptions:
             raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
         if self.head is not None and self.drafter != "eagle":
             raise ValueError(f"a saved head is drafted with by drafter=eagle, got drafter={self.drafter}")
-        object.__setattr__(self, "task", self.task or (LONG_TAIL_TASK if self.long_tail else "chain_sum"))
-        object.__setattr__(self, "max_tokens", self.max_tokens or (LONG_TAIL_MAX_TOKENS if self.long_tail else 96))
+        if self.max_tokens is None:
+            object.__setattr__(self, "max_tokens", LONG_TAIL_MAX_TOKENS if self.long_tail else MAX_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,7 @@ def _build_requests(
     options: RolloutOptions, model: PreTrainedModel, tokenizer: Any
 ) -> tuple[list[list[list[int]]], list[list[int]], SamplingParams]:
     """Prompts of each warm-up rollout, the measured ones, and how they are sampled."""
-    assert options.task is not None and options.max_tokens is not None  # set by the record itself
+    assert options.max_tokens is not None  # set by the record itself
     count = options.num_prompts
     dataset = build_task_dataset(options.task, size=count * (1 + options.warmup_steps), seed=options.seed)
     encoded = encode_prompts(tokenizer, dataset["prompt"])
