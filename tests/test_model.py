@@ -211,7 +211,7 @@ def test_a_bfloat16_model_runs(drafter):
 @pytest.mark.parametrize("speculation", ["off", TREE], ids=["off", "tree"])
 def test_features_are_those_of_a_plain_forward(family, num_layers, layers, speculation):
     model = shared_model(family, num_hidden_layers=num_layers)
-    engine = Engine(model, drafter="eagle", speculation=speculation, max_num_seqs=3)
+    engine = Engine(model, drafter=EagleDrafter(TargetModel(model)), speculation=speculation, max_num_seqs=3)
     assert engine.target.feature_layers == layers
     finished: list[FinishedRollout] = []
     engine.on_finish.append(finished.append)
@@ -280,3 +280,8 @@ def test_a_drafter_may_belong_to_another_adapter_of_the_same_model():
     model = shared_model("llama")
     engine = Engine(model, drafter=EagleDrafter(TargetModel(model)), speculation=TREE)
     assert [c.token_ids for c in engine.generate(PROMPTS, PARAMS)] == expected_tokens(model, PROMPTS, PARAMS)
+
+
+def test_without_speculation_a_named_drafter_keeps_no_features():
+    engine = Engine(build_model("llama", torch.float32), drafter="eagle", speculation="off")
+    assert engine.cache.features is None and engine.drafter.name == "none"

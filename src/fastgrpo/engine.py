@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.drafters.drafter import DraftContext
+from fastgrpo.drafters.none import NoDrafter
 from fastgrpo.model import ForwardOutput, TargetModel
 from fastgrpo.planner import AutoPlanner, FixedPlanner, PaperPlanner, PlanInputs, Planner, build_planner
 from fastgrpo.prefill import Prefiller
@@ -69,6 +70,8 @@ class Engine:
     ) -> None:
         self.target = TargetModel(model, compute_dtype=compute_dtype)
         self.drafter = build_drafter(drafter, self.target)
+        if speculation == "off" and isinstance(drafter, str | Path):
+            self.drafter = NoDrafter()  # a named drafter is checked all the same, but keeps no features
         self.scheduler = Scheduler(max_num_seqs)
         self.cache = self.target.build_cache(with_features=self.drafter.wants_features)
         self.prefiller = Prefiller(self.target, self.cache, self.scheduler)

@@ -176,7 +176,7 @@ class FastGRPOTrainer(GRPOTrainer):
             if self.args.should_save:
                 save_state(folder / _STATE_FOLDER, self.engine, self.learner)
             super()._save_checkpoint(model, trial)
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             if is_new and self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             error.add_note(f"{folder} could not be written and was removed; earlier checkpoints are untouched")

@@ -58,16 +58,12 @@ class HardwareProfile:
 
     @property
     def capacity(self) -> float:
-        """Tokens per forward at the knee: where the large-batch slope, continued, leaves the one-token time.
+        """Tokens per forward at the knee of the roofline: one-token time times the best rate of the grid.
 
-        The paper's C_peak, calibrated; the largest grid point where the time never rises that far.
+        The paper's C_peak, calibrated: what the machine could compute while it reads the weights once.
         """
-        slope = (self.target_s[-1] - self.target_s[-2]) / (self.num_tokens[-1] - self.num_tokens[-2])
-        if slope <= 0:
-            return float(self.num_tokens[-1])
-        intercept = self.target_s[-1] - slope * self.num_tokens[-1]
-        knee = (self.target_s[0] - intercept) / slope
-        return min(max(knee, 1.0), float(self.num_tokens[-1]))
+        best_per_s = max(n / s for n, s in zip(self.num_tokens, self.target_s, strict=True))
+        return min(max(self.target_s[0] * best_per_s, 1.0), float(self.num_tokens[-1]))
 
 
 def _interpolate(grid: tuple[int, ...], values: tuple[float, ...], at: float) -> float:
