@@ -203,6 +203,10 @@ def test_live_progress_survives_any_row(row: dict[str, Any]) -> None:
         progress.training_step(row)
         progress.stop()
         progress.stop()
+        progress.start(3)
+        progress.training_step({"reward": 0.5, "step": 1})  # still shows what can be shown
+        progress.stop()
+        assert "0.5" in read_text(console)
 
 
 def test_a_log_file_has_one_plain_line_for_each_training_step() -> None:

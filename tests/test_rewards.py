@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -93,9 +94,10 @@ def test_math_reward_reads_anything(text):
     "text", ["=" * 200_000, "#" * 200_000, "answer is " * 20_000, "1," * 100_000, "\\boxed{" * 30_000]
 )
 def test_long_repetitive_text_is_read_in_linear_time(text):
-    _answer_rewards(text)
-    _answer_rewards(text, answer="north")
-    format_reward([""], [text])
+    started = time.process_time()
+    rewards = [*_answer_rewards(text), *_answer_rewards(text, answer="north"), *format_reward([""], [text])]
+    assert all(0 <= reward <= 1 for reward in rewards)
+    assert time.process_time() - started < 20, "a quadratic reading takes minutes"
 
 
 def test_answer_reward_is_all_or_nothing():
