@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.bench.measure import RolloutResult, break_down, compute_equal_share, compute_rate
+from fastgrpo.bench.measure import RolloutResult, break_down, compute_equal_share, match_rates
 from fastgrpo.bench.worker import read_peak_rss_bytes, run_worker
 from fastgrpo.cli import main
 from fastgrpo.options import E2EOptions
@@ -35,7 +35,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build_record(num_seqs: int, num_emitted: int, step_s: float) -> StepRecord:
     return StepRecord(
-        num_seqs=num_seqs, num_waiting=0, plan=PLAIN, num_tokens=num_seqs, num_emitted=num_emitted, num_cached=0,
+        num_seqs=num_seqs, num_waiting=0, plan=PLAIN, num_tokens=num_seqs, num_emitted=num_emitted, num_read=0,
         num_prefilled=0, offered=(), hits=(), prefill_s=0.0, draft_s=0.0, target_s=step_s, verify_s=0.0, step_s=step_s,
     )  # fmt: skip
 
@@ -47,7 +47,18 @@ def test_steps_are_counted_by_their_live_sequences() -> None:
     assert wide["tokens_per_s"] == pytest.approx(25 / 0.4)
     assert wide["acceptance_length"] == pytest.approx(25 / 17)
     assert wide["step_ms"] == pytest.approx(200)
-    assert compute_rate(records, max_num_seqs=4) == pytest.approx(6)
+
+
+def test_matched_rates_ignore_who_the_stragglers_are() -> None:
+    plain = [build_record(4, 4, 0.4), build_record(4, 4, 0.6), build_record(1, 1, 0.2)]
+    same = [build_record(1, 1, 0.2)] * 7 + [build_record(4, 4, 0.5)] * 3  # as fast, but a longer tail
+    assert match_rates(same, plain).gain == pytest.approx(1)
+    twice = [build_record(4, 8, 0.5), build_record(1, 2, 0.2)]
+    assert match_rates(twice, plain).gain == pytest.approx(2)
+    tail = match_rates([*same, build_record(4, 40, 0.5)], plain, max_num_seqs=1)
+    assert (tail.own, tail.baseline) == (pytest.approx(5), pytest.approx(5))
+    between = match_rates([build_record(2, 2, 0.3)], plain)
+    assert between.gain == pytest.approx(1), "0.2 s at 1 and 0.5 s at 4 live sequences make 0.3 s at 2"
 
 
 def test_equal_completions_are_counted() -> None:
@@ -100,7 +111,7 @@ def test_a_worker_says_what_does_not_fit(model_dir: Path) -> None:
     run_worker("fixed", E2EOptions(model=str(model_dir), drafter="nowhere"), theirs)
     failure, message = ours.recv()
     assert failure is ValueError
-    assert message.startswith("fixed: drafter must be eagle, ngram, none")
+    assert message.startswith("fixed: drafter must be eagle, eagle-new, ngram, none")
 
 
 def test_the_demo_ends_with_a_report_that_names_its_baselines(

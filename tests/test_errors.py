@@ -120,7 +120,10 @@ def test_stop_tokens_may_be_a_list():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"drafter": "eagel"}, "drafter must be eagle, ngram, none, or a folder with a saved head; got 'eagel'"),
+        (
+            {"drafter": "eagel"},
+            "drafter must be eagle, eagle-new, ngram, none, or a folder with a saved head; got 'eagel'",
+        ),
         ({"drafter": "/no/such/folder"}, "got '/no/such/folder'"),
         ({"drafter": "ngram", "speculation": "fast"}, "speculation must be one of auto, paper, fixed, off"),
         ({"drafter": "none", "speculation": "fast"}, "speculation must be one of auto, paper, fixed, off"),

@@ -28,7 +28,7 @@ def step_records(draw: st.DrawFn, plain: bool | None = None) -> StepRecord:
         plan=plan,
         num_tokens=num_seqs * (1 + plan.num_draft_tokens),
         num_emitted=draw(st.integers(num_seqs, num_seqs * (1 + plan.depth))),
-        num_cached=draw(st.integers(0, 10_000)),
+        num_read=draw(st.integers(0, 10_000)),
         num_prefilled=draw(st.integers(0, 1_000)),
         offered=((num_seqs, num_seqs),) * plan.depth,
         hits=((0, 0),) * plan.depth,
@@ -64,6 +64,7 @@ def test_speculating_steps_only_give_one_acceptance_length(records: list[StepRec
     summary = summarise_rollout(records, rollout_s=1.0)
     assert summary.acceptance_length_speculating == summary.acceptance_length >= 1
     assert 0 <= summary.acceptance_rate <= 1
+    assert summary.first_draft_rate == 0, "no record here has a hit"
     # what a sequence emits is its next token and the accepted share of its draft
     assert summary.acceptance_length == pytest.approx(1 + summary.acceptance_rate * summary.mean_draft_tokens)
 

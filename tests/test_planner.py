@@ -41,7 +41,7 @@ def build_record(plan: SpeculationPlan, num_seqs: int, **facts: object) -> StepR
         "plan": plan,
         "num_tokens": num_seqs * (1 + plan.num_draft_tokens),
         "num_emitted": num_seqs,
-        "num_cached": 100 * num_seqs,
+        "num_read": 100 * num_seqs,
         "num_prefilled": 0,
         "offered": ((num_seqs,) * plan.width,) if plan.depth else (),
         "hits": ((0,) * plan.width,) if plan.depth else (),
@@ -338,6 +338,35 @@ def test_times_are_interpolated_and_continued(num_tokens):
     profile = HardwareProfile(num_tokens=(1, 10, 100), target_s=(1.0, 1.9, 10.9))
     assert profile.compute_target_s(num_tokens) == pytest.approx(0.9 + 0.1 * num_tokens)
     assert profile.compute_draft_s(num_tokens) == 0
+
+
+@pytest.mark.parametrize("stale", [0.3, 3.0])
+def test_the_price_of_reading_heals_from_plain_steps(stale):
+    """Rollouts whose contexts grow while sequences finish tell both apart: what a token and what a position costs."""
+    grid, read_s = (1, 2, 4, 8, 16, 32, 64), 2.5e-6
+    truth = HardwareProfile(num_tokens=grid, target_s=tuple(0.03 + 0.0005 * n for n in grid), read_s=read_s)
+    profile = replace(truth, read_s=stale * read_s)
+    for _ in range(12):
+        for length in range(100, 400, 2):
+            num_seqs = max(1, 32 - length // 10)
+            measured_s = truth.compute_target_s(num_seqs, num_seqs * length)
+            profile = profile.corrected(num_seqs, measured_s, num_read=num_seqs * length)
+    for num_seqs, length in ((4, 300), (16, 150), (24, 110)):
+        expected_s = truth.compute_target_s(num_seqs, num_seqs * length)
+        assert profile.compute_target_s(num_seqs, num_seqs * length) == pytest.approx(expected_s, rel=0.05)
+
+
+def test_long_contexts_make_drafts_pay():
+    """What is read once for a sequence is shared by all the nodes of its tree."""
+    profile = HardwareProfile(
+        num_tokens=(1, 32, 64, 128), target_s=(0.04, 0.05, 0.06, 0.09), draft_s=(0.003,) * 4, read_s=2.5e-6
+    )
+    planner = AutoPlanner(profile)
+    planner.acceptance.offered = [[1e9] * MAX_WIDTH for _ in range(MAX_DEPTH)]
+    planner.acceptance.hits = [[1e9 * 0.25 * 0.5**rank for rank in range(MAX_WIDTH)] for _ in range(MAX_DEPTH)]
+    short, long = (PlanInputs(num_seqs=32, num_read=32 * length) for length in (16, 4096))
+    assert planner.plan(short).num_draft_tokens <= 1, "plain, or the cheapest trial"
+    assert planner.plan(long).num_draft_tokens > 1
 
 
 @given(knee=st.integers(2, 200), flat_s=st.floats(1e-4, 1))

@@ -44,7 +44,7 @@ def build_step(num_seqs: int, num_draft_tokens: int, acceptance_length: float, n
         plan=plan,
         num_tokens=num_tokens,
         num_emitted=max(num_seqs, round(num_seqs * (acceptance_length if depth else 1))),
-        num_cached=num_seqs * 100,
+        num_read=num_seqs * 100,
         num_prefilled=0,
         offered=((num_seqs, num_seqs),) * depth,
         hits=((num_seqs, 0),) * depth,

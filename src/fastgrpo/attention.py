@@ -13,6 +13,10 @@ from transformers import AttentionInterface
 from fastgrpo.cache import RowStore
 
 ATTENTION_NAME = "fastgrpo_tree"
+READ_BLOCK = 16
+"""Rows are read up to a multiple of this. A partly filled last block is summed in another order, so
+without it a row's half-precision result would depend on the length of its neighbours (PyTorch's CPU
+kernel; measured in dev/LOG.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,7 @@ class ForwardBatch:
     write_index: Int[Tensor, " T"]  # flat cache index of each token
     row_starts: Int[Tensor, " B"]  # first packed token of each row
     rows: slice | Int[Tensor, " B"]  # cache rows read
-    read_length: int  # cache positions read, the new tokens included
+    read_length: int  # cache positions read, the new tokens included; a multiple of READ_BLOCK
     num_nodes: int  # N, the largest row
     pad_index: Int[Tensor, " T"] | None  # row * N + node of each token; None if no row is padded
     mask: Float[Tensor, "B 1 repN S"]  # additive, once for each query head that shares a key head
@@ -59,7 +63,7 @@ class ForwardBatch:
         index = torch.arange(width, device=device)
         used = index < num_nodes[:, None]
         offset = num_visible - width
-        read_length = int((lengths + num_nodes).max()) + offset
+        read_length = -(-(int((lengths + num_nodes).max()) + offset) // READ_BLOCK) * READ_BLOCK
         slot = torch.arange(read_length, device=device)
         node = slot - lengths[:, None]  # node that a slot holds
         is_node = (node >= 0) & (node < num_visible)

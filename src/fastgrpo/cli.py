@@ -1,4 +1,4 @@
-"""The command line: `fastgrpo demo | train | generate | bench rollout | bench e2e`.
+"""The command line: `fastgrpo demo | train | generate | draft train | bench rollout | bench e2e`.
 
 What a command needs is imported when it runs, so that `--help` is quick.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from fastgrpo.options import (
     DemoOptions,
+    DraftTrainOptions,
     E2EOptions,
     GenerateOptions,
     RolloutOptions,
@@ -74,6 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "demo", "train SmolLM2-135M on a task and time its rollouts beside TRL's", DemoOptions, _run_demo)
     commands.add_parser("train", help="train as a YAML file says; takes every key of `trl grpo`", add_help=False)
     _add(commands, "generate", "complete prompts with a model", GenerateOptions, _run_generate)
+    draft = commands.add_parser("draft", help="draft models").add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
+    _add(draft, "train", "train an EAGLE-3 head on the target's own answers", DraftTrainOptions, _run_draft_train)
     bench = commands.add_parser("bench", help="measure this machine").add_subparsers(
         title="benchmarks", metavar="BENCHMARK", required=True
     )
@@ -106,6 +111,13 @@ def _run_generate(arguments: argparse.Namespace, command: str) -> None:
     from fastgrpo.generate import run_generate
 
     run_generate(options)
+
+
+def _run_draft_train(arguments: argparse.Namespace, command: str) -> None:
+    options = read_options(DraftTrainOptions, arguments)
+    from fastgrpo.pretrain import run_draft_training
+
+    run_draft_training(options, command)
 
 
 def _run_rollout(arguments: argparse.Namespace, command: str) -> None:

@@ -13,9 +13,9 @@ from fastgrpo.bench.measure import (
     RolloutResult,
     compute_equal_share,
     compute_median,
-    compute_rate,
     describe_run,
     interleave,
+    match_rates,
 )
 from fastgrpo.bench.training import build_trainer, measure_stock_rollout, select_prompts
 from fastgrpo.engine import Engine
@@ -23,7 +23,7 @@ from fastgrpo.grpo.reporting import attach_report, write_report
 from fastgrpo.loading import quiet_libraries
 from fastgrpo.options import DemoOptions
 from fastgrpo.report import Baseline, LiveProgress, Measurement, RunHistory
-from fastgrpo.types import SamplingParams
+from fastgrpo.types import SamplingParams, StepRecord
 
 STOCK, PLAIN, OURS = "trl", "off", "ours"
 STOCK_NAME = "TRL's transformers generation"
@@ -123,6 +123,7 @@ def build_baselines(first: Results, last: Results) -> list[Baseline]:
 
     TRL draws other tokens than we do, so only tokens per second are compared with it.
     """
+    tail = match_rates(_steps(last[OURS]), _steps(last[PLAIN]), max_num_seqs=_tail_size(last[PLAIN]))
     return [
         Baseline(
             name=f"{STOCK_NAME}, untrained",
@@ -145,9 +146,9 @@ def build_baselines(first: Results, last: Results) -> list[Baseline]:
         ),
         Baseline(
             name=f"{PLAIN_NAME}, tail",
-            tokens_per_s=_tail_rate(last[PLAIN]),
-            ours=Measurement(tokens_per_s=_tail_rate(last[OURS])),
-            note=f"trained, engine steps with at most {_tail_size(last[PLAIN])} live sequences",
+            tokens_per_s=tail.baseline,
+            ours=Measurement(tokens_per_s=tail.own),
+            note=f"trained, at most {_tail_size(last[PLAIN])} live sequences, as many in each",
         ),
     ]
 
@@ -165,9 +166,8 @@ def _tail_size(results: list[RolloutResult]) -> int:
     return max(1, len(results[0].token_ids) // 8)
 
 
-def _tail_rate(results: list[RolloutResult]) -> float:
-    size = _tail_size(results)
-    return compute_median(compute_rate(result.records, max_num_seqs=size) for result in results)
+def _steps(results: list[RolloutResult]) -> list[StepRecord]:
+    return [record for result in results for record in result.records]
 
 
 def describe_equality(results: Results) -> str:

@@ -48,7 +48,8 @@ class Engine:
 
     Args:
         model: a causal LM or a PEFT model of one; Llama, Qwen2, Qwen3, or Mistral without a window.
-        drafter: "eagle", "ngram", "none", a path to a saved EAGLE-3 head, or a `Drafter`.
+        drafter: "eagle" (the head shipped for the model, if there is one), "eagle-new" (never the shipped one),
+            "ngram", "none", a path to a saved EAGLE-3 head, or a `Drafter`.
         speculation: "auto", "paper", "fixed", "off", or a `SpeculationPlan` used at every step.
         max_num_seqs: sequences decoded together; others wait.
         fixed_plan: the plan of "fixed".
@@ -153,7 +154,8 @@ class Engine:
         prefilled = time.perf_counter()
         running = self.scheduler.running
         context = self._build_context()
-        plan = self._ensure_planner().plan(self._plan_inputs())
+        num_read = len(running) * max(self.cache.lengths)
+        plan = self._ensure_planner().plan(self._plan_inputs(num_read))
         draft = Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
         drafted = time.perf_counter()
         batch = self._layout(draft)
@@ -162,7 +164,6 @@ class Engine:
         forwarded = time.perf_counter()
         verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary)
         num_emitted = self._commit(verdict, output, batch)
-        num_cached = sum(self.cache.lengths)
         num_seqs = len(running)
         self._retire()
         finished = time.perf_counter()
@@ -173,7 +174,7 @@ class Engine:
             plan=plan,
             num_tokens=len(batch.token_ids),
             num_emitted=num_emitted,
-            num_cached=num_cached,
+            num_read=num_read,
             num_prefilled=num_prefilled,
             offered=offered,
             hits=hits,
@@ -210,10 +211,11 @@ class Engine:
             cache=self.cache,
         )
 
-    def _plan_inputs(self) -> PlanInputs:
+    def _plan_inputs(self, num_read: int) -> PlanInputs:
         return PlanInputs(
             num_seqs=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
+            num_read=num_read,
             num_unread=self.drafter.count_unread(self.cache.lengths),
         )
 

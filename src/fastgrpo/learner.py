@@ -2,8 +2,9 @@
 
 No target forward: features and final hidden states were kept when tokens were verified. The head is
 unrolled on its own outputs as it is when it drafts (training-time test of EAGLE-3, arXiv:2503.01840)
-and follows the target's distribution at the rollout's temperature, which is what acceptance under
-shared noise rewards. All completions teach, zero-variance groups included.
+and follows the target's distribution at the rollout's temperature: Kullback-Leibler divergence plus
+total variation, which bounds the acceptance under shared noise. All completions teach, zero-variance
+groups included.
 """
 
 from __future__ import annotations
@@ -21,22 +22,29 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgrpo.attention import ForwardBatch
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.engine import FinishedRollout
+from fastgrpo.model import TargetModel
 
 _MAX_PAIRS = 1024  # of one rollout; its last ones are used
 _CONTEXT_PAIRS = 32  # prompt pairs kept before the completion
 _BATCH_PAIRS = 256  # pairs of one optimiser step, padding included
 _UNROLL = 3  # steps on the head's own outputs
 _UNROLL_DECAY = 0.8
+_VARIATION_WEIGHT = 1.0  # of the total variation beside the divergence
+_WARMUP_UPDATES = 20
+_NEW_RATE, _TRAINED_RATE = 2e-3, 3e-4
+_LOSS_CHUNK_ELEMENTS = 32 * 4096
+_RANKS = 4  # sibling ranks whose acceptance is measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnReport:
     """What one call of `Learner.learn` did."""
 
-    loss: float  # KL to the target over the draft vocabulary, nats a token, first unroll step
+    loss: float  # divergence (nats a token) plus total variation over the draft vocabulary, first unroll step
     num_tokens: int  # completion tokens learnt from, repetitions counted
     num_updates: int
     num_skipped: int  # batches with a non-finite loss or gradient, and rollouts with such features
@@ -59,7 +67,8 @@ class Learner:
 
     Args:
         drafter: its head is trained in float32; the drafting copy is refreshed afterwards.
-        learning_rate: of AdamW, constant after a short warm-up.
+        learning_rate: of AdamW, constant after a short warm-up; None takes 2e-3 for a new head and 3e-4 for
+            one that was trained before, which a larger rate makes worse.
         max_replay_bytes: rollouts kept for replay; the oldest go first.
         seed: of the replay's own generator; the run's generators are never touched.
     """
@@ -68,10 +77,12 @@ class Learner:
         self,
         drafter: EagleDrafter,
         *,
-        learning_rate: float = 2e-3,
+        learning_rate: float | None = None,
         max_replay_bytes: int = 256 * 2**20,
         seed: int = 0,
     ) -> None:
+        if learning_rate is None:
+            learning_rate = _TRAINED_RATE if drafter.was_trained else _NEW_RATE
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"draft_learning_rate must be a positive number, got {learning_rate}")
         self.drafter = drafter
@@ -115,7 +126,7 @@ class Learner:
             before = time.perf_counter()
             if losses and before - started + slowest > budget_s:
                 break
-            loss, count = self._update(batch)
+            loss, count = self.update(batch)
             slowest = max(slowest, time.perf_counter() - before)
             num_skipped += not math.isfinite(loss)
             if math.isfinite(loss):
@@ -160,13 +171,14 @@ class Learner:
         for index in torch.randperm(len(batches), generator=self._generator).tolist():
             yield batches[index]
 
-    def _update(self, rollouts: list[FinishedRollout]) -> tuple[float, int]:
-        """One optimiser step; returns the first unroll step's loss and the completion tokens used."""
+    def update(self, rollouts: list[FinishedRollout]) -> tuple[float, int]:
+        """One optimiser step; returns the first unroll step's loss and the completion tokens used.
+
+        A batch whose loss or gradient is not finite changes nothing and returns (nan, 0).
+        """
         head, target = self.drafter.head, self.drafter.target
         batch = _collate(rollouts, target.hidden_size, target.device)
-        half = target.dtype in (torch.bfloat16, torch.float16)
-        autocast = torch.autocast(target.device.type, torch.bfloat16) if half else contextlib.nullcontext()
-        with torch.enable_grad(), autocast:
+        with torch.enable_grad(), _autocast(target):
             losses = compute_draft_losses(head, self.drafter, batch)
             total = torch.stack([_UNROLL_DECAY**k * loss for k, loss in enumerate(losses)]).sum()
         self._optimizer.zero_grad(set_to_none=True)
@@ -176,7 +188,7 @@ class Learner:
             return math.nan, 0
         self.num_updates += 1
         for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate * min(1.0, self.num_updates / 20)
+            group["lr"] = self.learning_rate * min(1.0, self.num_updates / _WARMUP_UPDATES)
         self._optimizer.step()
         return float(losses[0].detach()), int(batch.weights.sum())
 
@@ -200,6 +212,12 @@ class Learner:
         self._generator.set_state(state["generator"])
         self._token_counts.copy_(state["token_counts"])
         self.num_updates = int(state["num_updates"])
+
+
+def _autocast(target: TargetModel) -> contextlib.AbstractContextManager[None]:
+    """Half-precision products where the target computes so."""
+    half = target.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(target.device.type, torch.bfloat16) if half else contextlib.nullcontext()
 
 
 def _num_pairs(rollout: FinishedRollout) -> int:
@@ -235,23 +253,118 @@ def _collate(rollouts: list[FinishedRollout], hidden_size: int, device: torch.de
 
 
 def compute_draft_losses(head: EagleHead, drafter: EagleDrafter, batch: _Batch) -> list[Tensor]:
-    """KL from the target to the draft distribution for each unroll step, averaged over completion tokens.
+    """How far the draft distribution is from the target's for each unroll step, averaged over completion tokens.
 
     Step 0 uses true features; step k replaces the feature of pair i by the head's own output for pair
     i - 1 of step k - 1, and sees true keys only up to i - k, as the node at depth k + 1 of a draft does.
     """
     rows = head.lm_head.weight.detach()
     mask = batch.weights > 0
-    scale = batch.temperature[:, None].expand_as(mask)[mask][:, None]
+    scale = batch.temperature[:, None].expand_as(mask)[mask]
     with torch.no_grad():
-        log_p = (F.linear(batch.target_hidden[mask].to(rows.dtype), rows).float() / scale).log_softmax(-1)
-        p = log_p.exp()
+        target_logits = F.linear(batch.target_hidden[mask].to(rows.dtype), rows)
     losses = []
     for step, output in enumerate(compute_outputs(head, drafter, batch)):
-        log_q = (head.compute_logits(output[mask]).float() / scale).log_softmax(-1)
         valid = _reachable(mask, step)
-        losses.append(((p * (log_p - log_q)).sum(-1) * valid).sum() / valid.sum().clamp(min=1))
+        weights = valid / valid.sum().clamp(min=1)
+        losses.append(_DraftLoss.apply(head.compute_logits(output[mask]), target_logits, scale, weights))
     return losses
+
+
+class _DraftLoss(torch.autograd.Function):
+    """Weighted sum over rows of divergence and total variation, its gradient found in the same pass.
+
+    A few rows at a time: what lies between logits and gradient never leaves a core's cache, and no
+    float32 tensor of all rows exists.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Float[Tensor, "M V"],
+        target_logits: Float[Tensor, "M V"],
+        temperature: Float[Tensor, " M"],
+        weights: Float[Tensor, " M"],
+    ) -> Float[Tensor, ""]:
+        gradient = torch.empty_like(logits)
+        total = weights.new_zeros(())
+        rows = max(1, _LOSS_CHUNK_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+        for part in (slice(start, start + rows) for start in range(0, len(logits), rows)):
+            scale, weight = temperature[part, None], weights[part, None]
+            log_p, log_q = ((x[part].float() / scale).log_softmax(-1) for x in (target_logits, logits))
+            p, q = log_p.exp(), log_q.exp()
+            difference = q - p
+            sign = difference.sign()
+            divergence = torch.linalg.vecdot(p, log_p.sub_(log_q))
+            variation = torch.linalg.vecdot(sign, difference) / 2
+            total += ((divergence + _VARIATION_WEIGHT * variation) * weight[:, 0]).sum()
+            sign -= torch.linalg.vecdot(q, sign)[:, None]
+            difference.addcmul_(q, sign, value=_VARIATION_WEIGHT / 2)
+            gradient[part] = difference.mul_(weight / scale)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0].to(gradient.dtype), None, None, None
+
+
+@torch.no_grad()
+def measure_acceptance(
+    drafter: EagleDrafter, rollouts: list[FinishedRollout], *, seed: int = 0
+) -> Float[Tensor, "depth rank"]:
+    """The chance that the target chooses the child of sibling rank r of a walked node at depth d.
+
+    Tokens are drawn anew from the target's distribution at every position of the rollouts, with noise
+    that the draft is ranked with: what verification would do, without a target forward.
+    """
+    head, target = drafter.head, drafter.target
+    generator = torch.Generator(target.device).manual_seed(seed)
+    offered = torch.zeros(_UNROLL)
+    hits = torch.zeros(_UNROLL, _RANKS)
+    vocab = head.draft_vocab.long()
+    for batch in (_collate([rollout], target.hidden_size, target.device) for rollout in rollouts):
+        mask = batch.weights > 0
+        logits = target.compute_logits(batch.target_hidden[mask].to(target.lm_head.weight.dtype)).float()
+        noise = -torch.empty_like(logits).exponential_(generator=generator).log_()
+        chosen = (logits / batch.temperature[0] + noise).argmax(-1)
+        for depth, output in enumerate(_compute_all_outputs(head, drafter, batch)):
+            scores = head.compute_logits(output[mask]).float() / batch.temperature[0] + noise[:, vocab]
+            ranked = vocab[scores.topk(min(_RANKS, len(vocab)), dim=-1).indices]
+            valid = _reachable(mask, depth)
+            offered[depth] += valid.sum().cpu()
+            hits[depth, : ranked.shape[1]] += ((ranked == chosen[:, None]) * valid[:, None]).sum(0).cpu()
+    return hits / offered.clamp(min=1)[:, None]
+
+
+def _compute_all_outputs(head: EagleHead, drafter: EagleDrafter, batch: _Batch) -> list[Tensor]:
+    with _autocast(drafter.target):
+        return list(compute_outputs(head, drafter, batch))
+
+
+@torch.no_grad()
+def compute_features(target: TargetModel, prompt_ids: list[int], token_ids: list[int]) -> Float[Tensor, "T W"]:
+    """Features of all but the last token of a finished text, by one target forward; call in `rollout_mode`."""
+    ids, device = (prompt_ids + token_ids)[:-1], target.device
+    cache = target.build_cache(with_features=True)
+    cache.reserve(1, len(ids))
+    cache.add_rows(1)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    batch = ForwardBatch.build(
+        token_ids=torch.tensor([ids], device=device),
+        num_nodes=zero + len(ids),
+        visible=torch.ones(1, len(ids), len(ids), dtype=torch.bool, device=device).tril(),
+        rows=slice(0, 1),
+        row_numbers=zero,
+        lengths=zero,
+        store=cache.keys,
+        dtype=target.dtype,
+        num_repeats=target.num_repeats,
+    )
+    features = target.forward(batch, cache).features
+    assert features is not None
+    return features
 
 
 def compute_outputs(head: EagleHead, drafter: EagleDrafter, batch: _Batch) -> Iterable[Float[Tensor, "B T H"]]:

@@ -28,6 +28,7 @@ class RolloutSummary:
     acceptance_length: float  # tokens emitted per sequence and target forward, plain steps included
     acceptance_length_speculating: float  # the same over the steps with a plan that is not plain
     acceptance_rate: float  # accepted / verified draft tokens, in [0, 1]
+    first_draft_rate: float  # chance that a tree's best first token is the target's choice: the drafter's own merit
     share_speculating: float  # share of the steps that speculated, in [0, 1]
     mean_draft_tokens: float  # draft tokens verified per sequence and target forward, plain steps included
     prefill_s: float
@@ -66,6 +67,7 @@ def summarise_rollout(records: Sequence[StepRecord], *, rollout_s: float) -> Rol
     num_verified = sum(record.num_tokens for record in records)
     num_draft_tokens = num_verified - num_forwards
     speculating = [record for record in records if not record.plan.is_plain]
+    drafted = [record for record in speculating if record.offered]
     prefill_s = sum(record.prefill_s for record in records)
     draft_s = sum(record.draft_s for record in records)
     target_s = sum(record.target_s for record in records)
@@ -79,6 +81,9 @@ def summarise_rollout(records: Sequence[StepRecord], *, rollout_s: float) -> Rol
         acceptance_length=_acceptance_length(records),
         acceptance_length_speculating=_acceptance_length(speculating),
         acceptance_rate=compute_ratio(num_emitted - num_forwards, num_draft_tokens),
+        first_draft_rate=compute_ratio(
+            sum(record.hits[0][0] for record in drafted), sum(record.offered[0][0] for record in drafted)
+        ),
         share_speculating=compute_ratio(len(speculating), len(records)),
         mean_draft_tokens=compute_ratio(num_draft_tokens, num_forwards),
         prefill_s=prefill_s,
@@ -101,6 +106,7 @@ def rollout_metrics(summary: RolloutSummary, *, capacity: float | None) -> dict[
         "rollout/spec_accept_length": summary.acceptance_length,
         "rollout/spec_accept_length_speculating": summary.acceptance_length_speculating,
         "rollout/spec_accept_rate": summary.acceptance_rate,
+        "rollout/spec_first_draft_rate": summary.first_draft_rate,
         "rollout/tokens_per_s": summary.tokens_per_s,
         "rollout/target_s": summary.target_s,
         "rollout/draft_s": summary.draft_s,

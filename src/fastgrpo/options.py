@@ -48,7 +48,11 @@ class Workload:
         default=0.0, metadata=about("weight of the reward for ending with 'The answer is ...'; 0 leaves it out")
     )
     drafter: str = field(
-        default="eagle", metadata=about("eagle (a head trained online), ngram, none, or a folder with a saved head")
+        default="eagle",
+        metadata=about(
+            "eagle (a head trained online; begins with the shipped one where there is one), eagle-new (begins from "
+            "the target's own weights), ngram, none, or a folder with a saved head"
+        ),
     )
     max_num_seqs: int = field(default=64, metadata=about("sequences decoded together; others wait for a slot"))
     seed: int = field(default=0, metadata=about("seed of weights, data and noise"))
@@ -125,7 +129,9 @@ class RolloutOptions:
     speculation: tuple[str, ...] = field(
         default=SPECULATION, metadata=about("variants that roll out in turn, parted by commas", choices=SPECULATION)
     )
-    drafter: str = field(default="eagle", metadata=about("eagle, ngram, or none"))
+    drafter: str = field(
+        default="eagle", metadata=about("eagle, eagle-new (the shipped head left out), ngram, or none")
+    )
     head: Path | None = field(
         default=None, metadata=about("folder with a saved EAGLE-3 head (default: one started from the target)")
     )
@@ -146,8 +152,53 @@ class RolloutOptions:
             raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
         if self.head is not None and self.drafter != "eagle":
             raise ValueError(f"a saved head is drafted with by drafter=eagle, got drafter={self.drafter}")
+        if self.drafter not in ("eagle", "eagle-new", "ngram", "none"):
+            raise ValueError(f"drafter must be eagle, eagle-new, ngram or none, got '{self.drafter}'")
         if self.max_tokens is None:
             object.__setattr__(self, "max_tokens", LONG_TAIL_MAX_TOKENS if self.long_tail else MAX_TOKENS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftTrainOptions:
+    """`fastgrpo draft train`."""
+
+    model: str = field(
+        default="demo", metadata=about("target: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct")
+    )
+    output: Path = field(
+        default=Path("runs/draft"), metadata=about("folder for the head and the run's state; the same one goes on")
+    )
+    data: Path | None = field(
+        default=None, metadata=about("JSONL file of objects with 'prompt': text, or a list of chat messages")
+    )
+    task: tuple[str, ...] = field(
+        default=("chain_sum",),
+        metadata=about("reasoning-gym tasks that make the prompts, parted by commas; not used with --data"),
+    )
+    num_prompts: int = field(default=512, metadata=about("prompts of all tasks together; not used with --data"))
+    num_generations: int = field(default=4, metadata=about("answers of the target to each prompt"))
+    max_prompt_length: int = field(default=1024, metadata=about("longer prompts are left out, in tokens"))
+    max_tokens: int = field(default=256, metadata=about("longest answer, in tokens"))
+    temperature: float = field(default=1.0, metadata=about("of the answers; train at the one you will roll out with"))
+    updates: int = field(default=4000, metadata=about("optimiser steps, of about 512 tokens each"))
+    learning_rate: float = field(default=2e-3, metadata=about("peak AdamW learning rate of the head"))
+    head: Path | None = field(
+        default=None, metadata=about("folder with a head to begin with (default: the target's own last layer)")
+    )
+    compact: bool = field(
+        default=False, metadata=about("save in bfloat16 without output rows, which are the target's own")
+    )
+    feature_cache_gib: float = field(default=4.0, metadata=about("memory for features that are used again, in GiB"))
+    max_num_seqs: int = field(default=64, metadata=about("sequences decoded together"))
+    device: str = field(
+        default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
+    )
+    dtype: str = field(default="bfloat16", metadata=about("type of the target's weights", choices=DTYPES))
+    seed: int = field(default=0, metadata=about("seed of prompts, noise and order"))
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_prompts", "num_generations", "max_prompt_length", "max_tokens", "updates")
+        _check_positive(self, "temperature", "learning_rate", "feature_cache_gib", "max_num_seqs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +217,9 @@ class GenerateOptions:
     top_k: int = field(default=0, metadata=about("keep this many of the most likely tokens; 0 keeps all"))
     top_p: float = field(default=1.0, metadata=about("keep the most likely tokens up to this probability, in (0, 1]"))
     seed: int = field(default=0, metadata=about("names the noise: the same seed gives the same tokens"))
-    drafter: str = field(default="ngram", metadata=about("ngram, eagle, none, or a folder with a saved EAGLE-3 head"))
+    drafter: str = field(
+        default="ngram", metadata=about("ngram, eagle, eagle-new, none, or a folder with a saved EAGLE-3 head")
+    )
     speculation: str = field(
         default="auto", metadata=about("how drafts are sized; never changes the tokens", choices=SPECULATION)
     )

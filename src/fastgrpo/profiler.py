@@ -18,25 +18,28 @@ if TYPE_CHECKING:
     from fastgrpo.drafters import Drafter
 
 _GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_CONTEXT = 128  # cached tokens behind each measured row
+_ROWS = 8  # sequences that share the tokens of a measured forward
+_READ_ROWS, _READ_CONTEXTS = 16, (32, 512)  # forwards whose difference prices a cached position
 _REPEATS = 3
 
 
 def measure_profile(target: TargetModel, drafter: Drafter) -> HardwareProfile:
-    """Time target forwards, draft levels and sampling over a grid of tokens per forward.
+    """Time target forwards, draft levels and sampling over a grid of tokens per forward; price cached positions.
 
     Takes about a second on a small model. Call inside `target.rollout_mode`.
     """
     measure_level = getattr(drafter, "measure_level", None)
     target_s, draft_s = [], []
     for num_tokens in _GRID:
-        target_s.append(_measure(_build_forward(target, num_tokens), target.device))
+        rows = min(num_tokens, _ROWS)
+        target_s.append(_measure(_build_forward(target, rows, num_tokens // rows), target.device))
         if measure_level is not None:
             draft_s.append(_measure(measure_level(num_tokens), target.device))
     return HardwareProfile(
         num_tokens=_GRID,
         target_s=tuple(_rising(target_s)),
         draft_s=tuple(_rising(draft_s)),
+        read_s=_measure_read_s(target),
         sample_s=_measure_sample_s(target),
     )
 
@@ -59,12 +62,18 @@ def _rising(times: list[float]) -> list[float]:
     return [max(times[: i + 1]) for i in range(len(times))]
 
 
-def _build_forward(target: TargetModel, num_tokens: int) -> Callable[[], object]:
-    """A target forward of `num_tokens` rows with one token each, or of a few rows beyond 64 tokens."""
-    rows = min(num_tokens, 64)
-    width = num_tokens // rows
+def _measure_read_s(target: TargetModel) -> float:
+    """Seconds for each cached position of one row."""
+    short_s, long_s = (
+        _measure(_build_forward(target, _READ_ROWS, 1, context), target.device) for context in _READ_CONTEXTS
+    )
+    return max(long_s - short_s, 0.0) / (_READ_ROWS * (_READ_CONTEXTS[1] - _READ_CONTEXTS[0]))
+
+
+def _build_forward(target: TargetModel, rows: int, width: int, context: int = 1) -> Callable[[], object]:
+    """A target forward of `rows` sequences with `width` tokens each behind `context` cached ones."""
     cache = target.build_cache(with_features=False)
-    cache.reserve(rows, _CONTEXT + width)
+    cache.reserve(rows, context + width)
     cache.add_rows(rows)
     device = target.device
     batch = ForwardBatch.build(
@@ -73,7 +82,7 @@ def _build_forward(target: TargetModel, num_tokens: int) -> Callable[[], object]
         visible=torch.ones(rows, width, width, dtype=torch.bool, device=device).tril(),
         rows=slice(0, rows),
         row_numbers=torch.arange(rows, device=device),
-        lengths=torch.full((rows,), _CONTEXT, device=device),
+        lengths=torch.full((rows,), context, device=device),
         store=cache.keys,
         dtype=target.dtype,
         num_repeats=target.num_repeats,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,18 +75,63 @@ def compute_equal_share(ours: Sequence[RolloutResult], theirs: Sequence[RolloutR
     return compute_ratio(sum(left == right for left, right in pairs), len(pairs))
 
 
-def compute_rate(records: Iterable[StepRecord], *, max_num_seqs: int) -> float:
-    """Tokens per second of the engine steps with at most `max_num_seqs` sequences: the tail of a rollout."""
-    tail = [record for record in records if record.num_seqs <= max_num_seqs]
-    return compute_ratio(sum(record.num_emitted for record in tail), sum(record.step_s for record in tail))
+@dataclass(frozen=True, kw_only=True)
+class MatchedRates:
+    """Tokens per second of some engine steps, and of baseline steps that would draw as many tokens."""
+
+    own: float
+    baseline: float
+
+    @property
+    def gain(self) -> float:
+        return compute_ratio(self.own, self.baseline)
 
 
-def break_down(records: Iterable[StepRecord]) -> list[dict[str, float]]:
-    """Engine steps by powers of two of their live sequences, most first: `num_seqs` 8 stands for 8 to 15."""
+def match_rates(
+    own: Iterable[StepRecord], baseline: Iterable[StepRecord], *, max_num_seqs: int | None = None
+) -> MatchedRates:
+    """Compare two kinds of rollout whose completions differ: like numbers of live sequences with like.
+
+    A step of ours with n live sequences that emitted e tokens is held against e / n plain steps with n live
+    sequences, at the mean seconds such steps of the baseline took (interpolated where it had none). Prompts
+    are left out on both sides.
+
+    Args:
+        own, baseline: engine steps; the baseline's decode plainly.
+        max_num_seqs: only steps of ours with at most this many live sequences, the tail; None takes all.
+    """
+    seconds: dict[int, list[float]] = {}
+    for record in baseline:
+        seconds.setdefault(record.num_seqs, []).append(record.step_s - record.prefill_s)
+    times = sorted((num_seqs, statistics.fmean(each)) for num_seqs, each in seconds.items())
+    compared = [record for record in own if max_num_seqs is None or record.num_seqs <= max_num_seqs]
+    num_emitted = sum(record.num_emitted for record in compared)
+    own_s = sum(record.step_s - record.prefill_s for record in compared)
+    baseline_s = sum(record.acceptance_length * _interpolate(times, record.num_seqs) for record in compared)
+    return MatchedRates(own=compute_ratio(num_emitted, own_s), baseline=compute_ratio(num_emitted, baseline_s))
+
+
+def _interpolate(points: list[tuple[int, float]], at: int) -> float:
+    """Linear between the points, level beyond them."""
+    for (left, low), (right, high) in itertools.pairwise(points):
+        if left <= at <= right:
+            return low + (high - low) * (at - left) / (right - left)
+    return points[0][1] if at < points[0][0] else points[-1][1]
+
+
+def break_down(records: Iterable[StepRecord], baseline: Iterable[StepRecord] | None = None) -> list[dict[str, float]]:
+    """Engine steps by powers of two of their live sequences, most first: `num_seqs` 8 stands for 8 to 15.
+
+    With the plain steps of a baseline, each row has its `gain` over them (`match_rates`).
+    """
+    plain = None if baseline is None else list(baseline)
     buckets: dict[int, list[StepRecord]] = {}
     for record in records:
         buckets.setdefault(1 << (record.num_seqs.bit_length() - 1), []).append(record)
-    return [_describe_bucket(least, buckets[least]) for least in sorted(buckets, reverse=True)]
+    rows = [_describe_bucket(least, buckets[least]) for least in sorted(buckets, reverse=True)]
+    if plain is None:
+        return rows
+    return [row | {"gain": match_rates(buckets[int(row["num_seqs"])], plain).gain} for row in rows]
 
 
 def _describe_bucket(least: int, records: list[StepRecord]) -> dict[str, float]:

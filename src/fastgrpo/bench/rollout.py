@@ -18,6 +18,7 @@ from fastgrpo.bench.measure import (
     compute_median,
     describe_run,
     interleave,
+    match_rates,
     measure_rollout,
 )
 from fastgrpo.data import build_task_dataset
@@ -110,9 +111,9 @@ def _warm_up(
     options: RolloutOptions, model: PreTrainedModel, rollouts: list[list[list[int]]], params: SamplingParams
 ) -> tuple[EagleHead | None, list[dict[str, float]]]:
     """The head all variants share, after it has learnt on rollouts of other prompts."""
-    if options.drafter != "eagle":
+    if options.drafter not in ("eagle", "eagle-new"):
         return None, []
-    engine = Engine(model, drafter=options.head or "eagle", max_num_seqs=options.max_num_seqs)
+    engine = Engine(model, drafter=options.head or options.drafter, max_num_seqs=options.max_num_seqs)
     assert isinstance(engine.drafter, EagleDrafter)
     learner = Learner(engine.drafter, seed=options.seed)
     engine.on_finish.append(learner.add)
@@ -148,12 +149,14 @@ def _describe_variant(name: str, results: dict[str, list[RolloutResult]]) -> dic
             sum(record.num_emitted for record in records), sum(record.num_seqs for record in records)
         ),
         "each": [{"generation_s": result.generation_s, "num_tokens": result.num_tokens} for result in own],
-        "by_concurrency": break_down(records),
     }
-    if baseline is not None:
+    steps = None if baseline is None else list(chain.from_iterable(result.records for result in baseline))
+    described["by_concurrency"] = break_down(records, steps)
+    if baseline is not None and steps is not None:
         pairs = zip(own, baseline, strict=True)
         described[f"ratio_to_{BASELINE}"] = compute_median(a.tokens_per_s / b.tokens_per_s for a, b in pairs)
         described[f"share_equal_to_{BASELINE}"] = compute_equal_share(own, baseline)
+        described[f"matched_ratio_to_{BASELINE}"] = match_rates(records, steps).gain
     return described
 
 
@@ -165,26 +168,39 @@ def _print(result: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     table = Table(title="rollouts, medians", title_justify="left")
-    for heading in ("speculation", "tokens/s", "seconds", "acceptance length", f"x vs {BASELINE}", f"= {BASELINE}"):
+    compared_headings = (f"x vs {BASELINE}", "matched", f"= {BASELINE}")
+    for heading in ("speculation", "tokens/s", "seconds", "acceptance length", *compared_headings):
         table.add_column(heading, justify="left" if heading == "speculation" else "right")
     for name, own in result["variants"].items():
-        ratio, share = own.get(f"ratio_to_{BASELINE}"), own.get(f"share_equal_to_{BASELINE}")
-        compared = ("-", "-") if ratio is None else (f"{ratio:.2f}", f"{share:.0%}")
+        compared = _show_comparison(own)
         speed = (f"{own['tokens_per_s']:.1f}", f"{own['generation_s']:.2f}", f"{own['acceptance_length']:.2f}")
         table.add_row(name, *speed, *compared)
     console.print(table)
     console.print(_build_concurrency_table(result["variants"]))
 
 
+def _show_comparison(own: dict[str, Any]) -> tuple[str, str, str]:
+    """Whole rollouts, steps with as many live sequences, share of equal completions; each against the baseline."""
+    if f"ratio_to_{BASELINE}" not in own:
+        return "-", "-", "-"
+    ratio, matched = own[f"ratio_to_{BASELINE}"], own[f"matched_ratio_to_{BASELINE}"]
+    return f"{ratio:.2f}", f"{matched:.2f}", f"{own[f'share_equal_to_{BASELINE}']:.0%}"
+
+
+def _show_bucket(row: dict[str, float]) -> str:
+    gain = f" {row['gain']:.2f}x" if "gain" in row else ""
+    return f"{row['tokens_per_s']:.1f} ({row['nodes_per_sequence']:.1f}){gain}"
+
+
 def _build_concurrency_table(variants: dict[str, Any]) -> Table:
     """Tokens per second of each variant by live sequences, with the nodes it gave each of them."""
-    table = Table(title="tokens/s (nodes per sequence) by live sequences", title_justify="left")
+    table = Table(title="tokens/s (nodes per sequence), x vs plain, by live sequences", title_justify="left")
     table.add_column("live", justify="right")
     for name in variants:
         table.add_column(name, justify="right")
     rows = {name: {int(row["num_seqs"]): row for row in own["by_concurrency"]} for name, own in variants.items()}
     for least in sorted({least for own in rows.values() for least in own}, reverse=True):
         cells = (own.get(least) for own in rows.values())
-        shown = [f"{c['tokens_per_s']:.1f} ({c['nodes_per_sequence']:.1f})" if c else "-" for c in cells]
+        shown = [_show_bucket(cell) if cell else "-" for cell in cells]
         table.add_row(f"{least}-{2 * least - 1}" if least > 1 else "1", *shown)
     return table

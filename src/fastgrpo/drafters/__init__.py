@@ -14,7 +14,9 @@ __all__ = ["DraftContext", "Drafter", "build_drafter"]
 
 
 def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter:
-    """The drafter behind a `drafter` key: eagle, ngram, none, a folder with a saved head, or a `Drafter`.
+    """The drafter behind a `drafter` key: eagle, eagle-new, ngram, none, a folder with a head, or a `Drafter`.
+
+    "eagle" begins with the head that ships for the target where there is one, "eagle-new" never does.
 
     Raises:
         ValueError: neither a known name nor a folder that holds a head that fits the target.
@@ -30,9 +32,11 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
 
         return NgramDrafter()
     from fastgrpo.drafters.eagle import EagleDrafter
+    from fastgrpo.drafters.eagle_head import find_shipped_head
 
-    if drafter == "eagle":
-        return EagleDrafter(target)
+    if drafter in ("eagle", "eagle-new"):
+        shipped = find_shipped_head(target) if drafter == "eagle" else None
+        return EagleDrafter.load(shipped, target) if shipped else EagleDrafter(target)
     if Path(drafter).is_dir():
         return EagleDrafter.load(Path(drafter), target)
-    raise ValueError(f"drafter must be eagle, ngram, none, or a folder with a saved head; got '{drafter}'")
+    raise ValueError(f"drafter must be eagle, eagle-new, ngram, none, or a folder with a saved head; got '{drafter}'")

@@ -40,7 +40,7 @@ class EagleDrafter:
 
     Args:
         target: the model to draft for; its embedding, RoPE and output rows are used.
-        head: trained weights; None starts from the target's own.
+        head: trained weights; None starts from the target's own, and `was_trained` is False.
         draft_vocab_size: rows of the reduced output head.
         temperature_scale: tau of the chance softmax((log q + noise) / tau) that a candidate is chosen.
     """
@@ -58,10 +58,13 @@ class EagleDrafter:
     ) -> None:
         self.target = target
         self.temperature_scale = temperature_scale
+        self.was_trained = head is not None
         if head is None:
             head = build_head(target, draft_vocab_size)
             start_from_target(head, target)
         self.head = head.to(target.device)
+        if target.dtype in (torch.bfloat16, torch.float16):
+            self.head.lm_head.to(target.dtype)  # not trained: a copy of the target's rows as they are
         width = target.num_kv_heads * target.head_dim
         self._keys = RowStore(num_layers=1, width=width, dtype=target.dtype, device=target.device)
         self._values = RowStore(num_layers=1, width=width, dtype=target.dtype, device=target.device)

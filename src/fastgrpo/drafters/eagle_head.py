@@ -19,6 +19,8 @@ from fastgrpo.model import TargetModel
 
 DEFAULT_DRAFT_VOCAB_SIZE = 4096
 _ARCHITECTURE = "LlamaForCausalLMEagle3"
+_FINGERPRINT = "target_final_norm"
+_SHIPPED = Path(__file__).parent.parent / "heads"
 
 
 class RMSNorm(nn.Module):
@@ -109,7 +111,7 @@ class EagleHead(nn.Module):
 
     def compute_logits(self, output: Float[Tensor, "*n H"]) -> Float[Tensor, "*n V"]:
         """Logits over the draft vocabulary."""
-        return self.lm_head(self.norm(output))
+        return self.lm_head(self.norm(output).to(self.lm_head.weight.dtype))
 
 
 def rotate(x: Float[Tensor, "*n heads d"], cos: Float[Tensor, "*#n d"], sin: Float[Tensor, "*#n d"]) -> Tensor:
@@ -138,11 +140,18 @@ def start_from_target(head: EagleHead, target: TargetModel) -> None:
         head.midlayer.self_attn.o_proj.weight.copy_(last.self_attn.o_proj.weight)
 
 
-def save_head(head: EagleHead, folder: Path, target: TargetModel) -> None:
-    """Write `config.json` and `model.safetensors` in the EAGLE-3 layout."""
+def save_head(head: EagleHead, folder: Path, target: TargetModel, *, compact: bool = False) -> None:
+    """Write `config.json` and `model.safetensors` in the EAGLE-3 layout.
+
+    Args:
+        compact: bfloat16, and without the output rows, which the target has itself: half the size, for
+            heads that ship with a package.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = target.config
     tensors = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items() if k != "draft_vocab"}
+    if compact:
+        tensors = {name: value.bfloat16() for name, value in tensors.items() if name != "lm_head.weight"}
     vocab = head.draft_vocab.long().cpu()
     tensors["d2t"] = vocab - torch.arange(len(vocab))
     tensors["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill_(0, vocab, True)
@@ -165,9 +174,33 @@ def save_head(head: EagleHead, folder: Path, target: TargetModel) -> None:
         "tie_word_embeddings": False,
         "vocab_size": target.vocab_size,
         "draft_vocab_size": head.draft_vocab_size,
-        "torch_dtype": str(next(head.parameters()).dtype).removeprefix("torch."),
+        "torch_dtype": str(tensors["fc.weight"].dtype).removeprefix("torch."),
+        _FINGERPRINT: _take_fingerprint(target),
     }
     (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def find_shipped_head(target: TargetModel) -> Path | None:
+    """The folder of the head that comes with this package for this target, if there is one.
+
+    A target is known by its shape and by its final norm, which training LoRA leaves as it is and
+    quantising too.
+    """
+    for folder in sorted(_SHIPPED.glob("*")):
+        config = json.loads((folder / "config.json").read_text())
+        try:
+            _check_config(config, folder, target)
+        except ValueError:
+            continue
+        known, own = torch.tensor(config[_FINGERPRINT]), torch.tensor(_take_fingerprint(target))
+        if bool((own - known).norm() < 0.05 * known.norm()):
+            return folder
+    return None
+
+
+def _take_fingerprint(target: TargetModel) -> list[float]:
+    """The first values of the final norm's weight."""
+    return [round(float(value), 4) for value in target.decoder.norm.weight.detach()[:32]]
 
 
 def build_head(target: TargetModel, draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE) -> EagleHead:
@@ -188,12 +221,14 @@ def load_head(folder: Path, target: TargetModel) -> EagleHead:
         found = config.get("architectures") if isinstance(config, dict) else config
         raise ValueError(f"{folder} holds {found}, not an EAGLE-3 head ({_ARCHITECTURE})")
     _check_config(config, folder, target)
-    if "d2t" not in tensors or "lm_head.weight" not in tensors:
-        raise ValueError(f"the head in {folder} lacks d2t or lm_head.weight; export it again")
+    if "d2t" not in tensors:
+        raise ValueError(f"the head in {folder} lacks d2t; export it again")
     for name in ("t2d", "embed_tokens.weight"):  # said again by d2t, and by the target
         tensors.pop(name, None)
     tensors["draft_vocab"] = _read_vocabulary(tensors.pop("d2t"), folder, target.vocab_size)
     head = build_head(target, len(tensors["draft_vocab"]))
+    if "lm_head.weight" not in tensors:  # a compact head: they are the target's own
+        tensors["lm_head.weight"] = target.lm_head.weight.detach()[tensors["draft_vocab"].long()]
     _check_tensors(tensors, head, folder)
     head.load_state_dict(tensors)
     return head

@@ -24,14 +24,24 @@ class FastGRPOConfig(GRPOConfig):
     )
     drafter: str = field(
         default="eagle",
-        metadata={"help": "`eagle` (a head trained online), `ngram`, `none`, or a folder with a saved EAGLE-3 head."},
+        metadata={
+            "help": "`eagle` (a head trained online; begins with the shipped one where this package has one for the "
+            "model), `eagle-new` (begins from the target's own weights), `ngram`, `none`, or a folder with a saved "
+            "EAGLE-3 head, which is trained online too."
+        },
     )
     num_draft_tokens: int = field(
         default=8, metadata={"help": "Draft tokens of each sequence and step under `speculation=fixed`."}
     )
     draft_depth: int = field(default=3, metadata={"help": "Draft levels under `speculation=fixed`."})
     draft_width: int = field(default=3, metadata={"help": "Children of a node under `speculation=fixed`."})
-    draft_learning_rate: float = field(default=2e-3, metadata={"help": "AdamW learning rate of the draft head."})
+    draft_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "AdamW learning rate of the draft head. Default: 3e-4 for a head that was trained before (shipped, "
+            "or from a folder), 2e-3 for a new one."
+        },
+    )
     draft_time_share: float | None = field(
         default=None,
         metadata={
@@ -47,7 +57,7 @@ class FastGRPOConfig(GRPOConfig):
             raise ValueError(f"speculation must be one of {', '.join(_SPECULATION)}, got '{self.speculation}'")
         if self.draft_time_share is not None and not 0 <= self.draft_time_share < 1:
             raise ValueError(f"draft_time_share must be in [0, 1), got {self.draft_time_share}")
-        if not self.draft_learning_rate > 0:
+        if self.draft_learning_rate is not None and not self.draft_learning_rate > 0:
             raise ValueError(
                 f"draft_learning_rate must be positive, got {self.draft_learning_rate}; "
                 "draft_time_share=0 freezes the head"

@@ -74,7 +74,7 @@ class AutoPlanner:
         batch, profile = inputs.num_seqs, self.profile
         emitted = batch * self._predict_length(plan)
         seconds = profile.fixed_s + profile.sample_s * emitted * self._sample_cost.value
-        seconds += profile.compute_target_s(batch * (1 + plan.num_draft_tokens))
+        seconds += profile.compute_target_s(batch * (1 + plan.num_draft_tokens), inputs.num_read)
         return seconds + self._predict_draft_s(plan, batch) * self._draft_cost.value
 
     def _predict_draft_s(self, plan: SpeculationPlan, batch: int) -> float:
@@ -123,7 +123,7 @@ class AutoPlanner:
 
     def observe(self, record: StepRecord) -> None:
         plan = record.plan
-        self.profile = self.profile.corrected(record.num_tokens, record.target_s)
+        self.profile = self.profile.corrected(record.num_tokens, record.target_s, num_read=record.num_read)
         if self.profile.sample_s:
             predicted_s = self.profile.sample_s * record.num_emitted * self._sample_cost.value
             self._sample_cost.observe(record.verify_s, predicted_s)

@@ -14,6 +14,7 @@ class PlanInputs:
 
     num_seqs: int
     num_waiting: int = 0
+    num_read: int = 0  # cached positions that attention will read, padding of shorter rows included
     num_unread: int = 0  # tokens the drafter has not read yet: the price of switching on
 
 

@@ -1,4 +1,4 @@
-"""What forwards cost, as a function of their tokens."""
+"""What forwards cost: a function of their tokens, and a price for every cached position they read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class HardwareProfile:
 
     Args:
         num_tokens: increasing grid of tokens per forward.
-        target_s: seconds of a target forward (output head included) at each grid point.
+        target_s: seconds of a target forward (output head included) at each grid point, nothing cached.
+        read_s: seconds a target forward takes longer for each cached position it reads.
         draft_s: seconds of one draft level at each grid point; empty without a neural drafter.
         sample_s: seconds to sample, walk and commit one emitted token.
         fixed_s: seconds of a step that depend on nothing.
@@ -26,6 +27,7 @@ class HardwareProfile:
     num_tokens: tuple[int, ...]
     target_s: tuple[float, ...]
     draft_s: tuple[float, ...] = ()
+    read_s: float = 0.0
     sample_s: float = 0.0
     fixed_s: float = 0.0
 
@@ -36,25 +38,30 @@ class HardwareProfile:
         if len(self.target_s) != len(grid) or len(self.draft_s) not in (0, len(grid)):
             raise ValueError(f"a profile needs one time for each of {len(grid)} points, got {len(self.target_s)}")
         times = (*self.target_s, *self.draft_s)
-        extra = (self.sample_s, self.fixed_s)  # these may be zero
+        extra = (self.read_s, self.sample_s, self.fixed_s)  # these may be zero
         if not all(math.isfinite(s) and s > 0 for s in times) or not all(math.isfinite(s) and s >= 0 for s in extra):
             raise ValueError(f"profile times must be finite and positive, got {(*times, *extra)}")
 
-    def compute_target_s(self, num_tokens: float) -> float:
-        return _interpolate(self.num_tokens, self.target_s, num_tokens)
+    def compute_target_s(self, num_tokens: float, num_read: float = 0.0) -> float:
+        return _interpolate(self.num_tokens, self.target_s, num_tokens) + self.read_s * num_read
 
     def compute_draft_s(self, num_tokens: float) -> float:
         return _interpolate(self.num_tokens, self.draft_s, num_tokens) if self.draft_s else 0.0
 
-    def corrected(self, num_tokens: int, measured_s: float, *, rate: float = 0.1) -> HardwareProfile:
+    def corrected(self, num_tokens: int, measured_s: float, *, num_read: int = 0, rate: float = 0.1) -> HardwareProfile:
         """The profile after one more measured forward: times near `num_tokens` (in octaves) move towards it.
 
-        One step moves a time by at most a factor 2 ** rate, so a stall does little harm.
+        Tokens and reading share the blame as they share the time; the price of a position, which every
+        forward sees, may move faster. One step moves a time by at most a factor 2 ** rate (a position's
+        price, 2 ** (3 * rate)), so a stall does little harm.
         """
-        ratio = min(max(measured_s / self.compute_target_s(num_tokens), 0.5), 2.0)
-        weights = [rate * 0.7 ** abs(math.log2(num_tokens / grid)) for grid in self.num_tokens]
+        predicted_s = self.compute_target_s(num_tokens, num_read)
+        ratio = min(max(measured_s / predicted_s, 0.5), 2.0)
+        share = self.read_s * num_read / predicted_s
+        read_s = self.read_s * ratio ** (rate * min(10 * share, 3))
+        weights = [rate * (1 - share) * 0.7 ** abs(math.log2(num_tokens / grid)) for grid in self.num_tokens]
         times = [s * ratio**w for s, w in zip(self.target_s, weights, strict=True)]
-        return replace(self, target_s=tuple(itertools.accumulate(times, max)))
+        return replace(self, target_s=tuple(itertools.accumulate(times, max)), read_s=read_s)
 
     @property
     def capacity(self) -> float:

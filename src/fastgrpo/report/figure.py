@@ -64,9 +64,9 @@ def _prepare_panel(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 
 def _plot_smoothed(axes: Axes, rows: Sequence[LogRow], key: str, colour: str, label: str, linestyle: str = "-") -> None:
-    """Every step faint, and bold the mean over a window of a tenth of the run."""
+    """Every step faint, and bold the mean over a window of a fifth of the run."""
     steps, values = _training_steps(rows), [read_number(row, key) for row in rows]
-    window = max(1, len(rows) // 10)
+    window = max(1, len(rows) // 5)
     smooth = [compute_mean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
     if window > 1:
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
@@ -90,6 +90,13 @@ def _plot_acceptance(axes: Axes, rows: Sequence[LogRow]) -> None:
         if any(math.isfinite(read_number(row, key)) for row in rows):
             _plot_smoothed(axes, rows, key, colour, label, linestyle)
     axes.axhline(1, color=GREY, linestyle=":", linewidth=1.6, label="plain decoding")
+    key = "rollout/spec_first_draft_rate"
+    if any(math.isfinite(read_number(row, key)) for row in rows):
+        rate_axes = axes.twinx()
+        rate_axes.set_ylim(0, 1)
+        rate_axes.set_ylabel("first draft token accepted (share)", color=GREEN)
+        rate_axes.spines[["top", "left"]].set_visible(False)
+        _plot_smoothed(rate_axes, rows, key, GREEN, "first draft token accepted")
     axes.legend(frameon=False, loc="best")
 
 

@@ -38,6 +38,7 @@ def print_summary(history: RunHistory, console: Console | None = None) -> None:
     for label, key in (
         ("reward", "reward"),
         ("acceptance length (tokens / sequence / forward)", "rollout/spec_accept_length"),
+        ("first draft token accepted (share)", "rollout/spec_first_draft_rate"),
         ("rollout speed (tokens/s)", "rollout/tokens_per_s"),
         ("completion length (tokens)", "completions/mean_length"),
         ("training step (s)", "step_time"),

@@ -1,0 +1,327 @@
+"""`fastgrpo draft train`: a draft head learns from the target's own answers, before any training run.
+
+First the target answers prompts, then the head learns from the answers in random order, several times
+over, with a learning rate that falls to nothing. Both parts are written down as they go, and a run that
+was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+import shutil
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastgrpo.data import build_task_dataset, load_prompts
+from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.drafters.eagle_head import load_head, save_head
+from fastgrpo.engine import Engine, FinishedRollout
+from fastgrpo.grpo.state import load_state, save_state
+from fastgrpo.learner import Learner, compute_features, measure_acceptance
+from fastgrpo.loading import (
+    encode_prompts,
+    find_stop_token_ids,
+    load_model,
+    load_tokenizer,
+    quiet_libraries,
+    resolve_device,
+    resolve_model,
+)
+from fastgrpo.model import TargetModel
+from fastgrpo.options import DraftTrainOptions
+from fastgrpo.planner import compute_expected_length
+from fastgrpo.report import describe_commit, describe_machine, write_json
+from fastgrpo.types import SamplingParams, SpeculationPlan
+
+_ROUND = 64  # prompts answered between two writes
+_BATCH_PAIRS = 512  # of one optimiser step
+_LEAST_RATE = 0.02  # of the peak learning rate, at the end
+_SAVE_EVERY = 250  # updates
+_HELD_OUT = 32  # answers kept back to measure acceptance on
+_MIN_ANSWER = 4  # tokens; shorter answers teach nothing
+_SHOWN_PLANS = (
+    SpeculationPlan(depth=1, width=2, num_draft_tokens=2),
+    SpeculationPlan(depth=3, width=1, num_draft_tokens=3),
+    SpeculationPlan(depth=3, width=3, num_draft_tokens=8),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One completion of the target, as it stands in `answers.jsonl`."""
+
+    source: str  # task, or the file of prompts
+    prompt_ids: list[int]
+    token_ids: list[int]
+
+
+def run_draft_training(options: DraftTrainOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+    """Train and save a head; returns what was measured on answers it did not learn from.
+
+    Raises:
+        ValueError: the model, a task, the prompts or the output folder cannot be used.
+    """
+    console = console or Console()
+    quiet_libraries()
+    folder = options.output
+    _claim(folder, options)
+    path = resolve_model(options.model)
+    model = load_model(path, dtype=options.dtype, device=resolve_device(options.device))
+    answers = _draw_answers(options, model, load_tokenizer(path), folder / "answers.jsonl", console)
+    training = _Training(options, model, answers)
+    result = training.run(folder, console)
+    result |= {
+        "command": command,
+        "commit": describe_commit(Path(__file__).parent),
+        "machine": describe_machine(),
+        "settings": dataclasses.asdict(options),
+        "num_answers": len(answers),
+        "num_tokens": sum(len(answer.token_ids) for answer in answers),
+    }
+    save_head(training.drafter.head, folder / "head", training.drafter.target, compact=options.compact)
+    write_json(result, folder / "result.json", indent=1)
+    _say(console, f"written: {folder / 'head'} (use it as drafter={folder / 'head'})")
+    return result
+
+
+def _claim(folder: Path, options: DraftTrainOptions) -> None:
+    """Take an empty folder, or go on in one that holds the same run."""
+    wanted = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    known = folder / "settings.json"
+    if known.exists():
+        found = json.loads(known.read_text())
+        different = next((key for key in wanted if found.get(key) != wanted[key]), None)
+        if different is not None:
+            raise ValueError(
+                f"{folder} holds a run with {different}={found.get(different)!r}, asked for "
+                f"{wanted[different]!r}; choose another --output, or the same settings to go on"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no draft training; choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(wanted, known, indent=1)
+
+
+# -- the target's answers --------------------------------------------------------------------------------------
+
+
+def _draw_answers(
+    options: DraftTrainOptions, model: PreTrainedModel, tokenizer: Any, path: Path, console: Console
+) -> list[Answer]:
+    """Answers to every prompt: those on file, then the missing ones."""
+    requests = _build_requests(options, tokenizer)
+    answers = _read_answers(path)
+    engine = Engine(model, drafter="none", speculation="off", max_num_seqs=options.max_num_seqs)
+    params = SamplingParams(
+        temperature=options.temperature,
+        max_tokens=options.max_tokens,
+        stop_token_ids=find_stop_token_ids(model, tokenizer),
+        seed=options.seed,
+    )
+    started, drawn = time.monotonic(), 0
+    for start in range(len(answers), len(requests), _ROUND * options.num_generations):
+        part = requests[start : start + _ROUND * options.num_generations]
+        completions = engine.generate([ids for _, ids in part], dataclasses.replace(params, stream=start))
+        new = [
+            Answer(source=source, prompt_ids=ids, token_ids=completion.token_ids)
+            for (source, ids), completion in zip(part, completions, strict=True)
+        ]
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(dataclasses.asdict(answer)) + "\n" for answer in new)
+        answers += new
+        drawn += sum(len(answer.token_ids) for answer in new)
+        rate = drawn / (time.monotonic() - started)
+        _say(console, f"answers {len(answers)} of {len(requests)}, {rate:.0f} tokens/s")
+    return answers
+
+
+def _build_requests(options: DraftTrainOptions, tokenizer: Any) -> list[tuple[str, list[int]]]:
+    """(source, prompt) of every answer, siblings side by side, sources mixed."""
+    if options.data is not None:
+        chats = [(str(options.data), prompt) for prompt in load_prompts(options.data)["prompt"]]
+    else:
+        count = -(-options.num_prompts // len(options.task))
+        chats = [
+            (task, prompt)
+            for task in options.task
+            for prompt in build_task_dataset(task, size=count, seed=options.seed)["prompt"]
+        ]
+    encoded = encode_prompts(tokenizer, [prompt for _, prompt in chats])
+    requests = [
+        (source, ids) for (source, _), ids in zip(chats, encoded, strict=True) if len(ids) <= options.max_prompt_length
+    ]
+    if not requests:
+        raise ValueError(f"no prompt has at most max_prompt_length={options.max_prompt_length} tokens; raise it")
+    random.Random(options.seed).shuffle(requests)
+    return [request for request in requests for _ in range(options.num_generations)]
+
+
+def _read_answers(path: Path) -> list[Answer]:
+    """What stands on file; a line that was cut off by a stop is drawn again."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    whole = lines[:-1]
+    if lines[-1]:
+        path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+    try:
+        return [Answer(**json.loads(line)) for line in whole]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to draw the answers again") from error
+
+
+# -- learning from them ----------------------------------------------------------------------------------------
+
+
+class _Training:
+    """The learner over all answers, with features computed by the target when they are needed."""
+
+    def __init__(self, options: DraftTrainOptions, model: PreTrainedModel, answers: list[Answer]) -> None:
+        self.options = options
+        target = TargetModel(model)
+        head = None if options.head is None else load_head(options.head, target)
+        self.drafter = EagleDrafter(target, head=head)
+        self.learner = Learner(self.drafter, learning_rate=options.learning_rate, seed=options.seed)
+        self.engine = Engine(model, drafter=self.drafter, speculation="off")  # what the state is saved with
+        kept = [answer for answer in answers if len(answer.token_ids) >= _MIN_ANSWER]
+        self.held_out, self.answers = kept[: min(_HELD_OUT, len(kept) // 10)], kept[min(_HELD_OUT, len(kept) // 10) :]
+        if not self.answers:
+            raise ValueError(f"no answer has {_MIN_ANSWER} tokens to learn from; raise max_tokens")
+        self._features: OrderedDict[int, Tensor] = OrderedDict()
+        self._num_bytes = 0
+
+    def run(self, folder: Path, console: Console) -> dict[str, Any]:
+        """Learn, saving as it goes; returns the acceptance on what was kept back."""
+        state = folder / "state"
+        _restore(state)
+        if state.is_dir():
+            load_state(state, self.engine, self.learner)
+        elif self.options.head is None:
+            self._select_vocabulary()
+        first, total = self.learner.num_updates, self.options.updates
+        started = time.monotonic()
+        with self.drafter.target.rollout_mode():
+            _say(console, f"{len(self.answers)} answers to learn from; at first {_describe(self.measure())}")
+            batches = itertools.islice(self._batches(), first, None)
+            for number, indices in zip(range(first, total), batches, strict=False):
+                self.learner.learning_rate = self.options.learning_rate * _anneal(number / total)
+                loss, _ = self.learner.update([self._build_rollout(index) for index in indices])
+                done = number + 1
+                if done % _SAVE_EVERY == 0 or done == total:
+                    _save(state, self.engine, self.learner)
+                    left_s = (time.monotonic() - started) / (done - first) * (total - done)
+                    _say(
+                        console,
+                        f"update {done} of {total}, loss {loss:.2f}, {_describe(self.measure())}, {left_s:.0f} s left",
+                    )
+            after = self.measure()
+        return {"acceptance": after.tolist(), "num_held_out": len(self.held_out), "updates": total}
+
+    def measure(self) -> Tensor:
+        """Acceptance by depth and rank on the answers kept back."""
+        rollouts = [self._compute_rollout(answer) for answer in self.held_out or self.answers[:1]]
+        self.drafter.refresh()
+        return measure_acceptance(self.drafter, rollouts)
+
+    def _select_vocabulary(self) -> None:
+        ids = torch.tensor([token_id for answer in self.answers for token_id in answer.token_ids])
+        counts = torch.bincount(ids, minlength=self.drafter.target.vocab_size)
+        self.drafter.select_vocabulary(counts.to(self.drafter.target.device))
+        self.drafter.refresh()
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Answers of like length together, in random order, again and again; the same ones after a resume."""
+        for epoch in itertools.count():
+            shuffler = random.Random(self.options.seed + epoch)
+            order = sorted(
+                range(len(self.answers)), key=lambda i: len(self.answers[i].token_ids) * shuffler.uniform(0.9, 1.1)
+            )
+            batches = list(_fill(order, [len(answer.token_ids) for answer in self.answers]))
+            shuffler.shuffle(batches)
+            yield from batches
+
+    def _build_rollout(self, index: int) -> FinishedRollout:
+        if index in self._features:
+            self._features.move_to_end(index)
+        else:
+            features = self._compute_rollout(self.answers[index]).features
+            assert features is not None
+            self._features[index] = features
+            self._num_bytes += features.nbytes
+            while self._num_bytes > self.options.feature_cache_gib * 2**30 and len(self._features) > 1:
+                self._num_bytes -= self._features.popitem(last=False)[1].nbytes
+        return self._as_rollout(self.answers[index], self._features[index])
+
+    def _compute_rollout(self, answer: Answer) -> FinishedRollout:
+        return self._as_rollout(answer, compute_features(self.drafter.target, answer.prompt_ids, answer.token_ids))
+
+    def _as_rollout(self, answer: Answer, features: Tensor) -> FinishedRollout:
+        return FinishedRollout(
+            prompt_ids=answer.prompt_ids,
+            token_ids=answer.token_ids,
+            temperature=self.options.temperature,
+            features=features,
+        )
+
+
+def _fill(order: Iterable[int], lengths: list[int]) -> Iterator[list[int]]:
+    """Batches of at most `_BATCH_PAIRS` padded tokens, in the given order."""
+    batch: list[int] = []
+    width = 0
+    for index in order:
+        width = max(width, lengths[index])
+        if batch and (len(batch) + 1) * width > _BATCH_PAIRS:
+            yield batch
+            batch, width = [], lengths[index]
+        batch.append(index)
+    yield batch
+
+
+def _anneal(progress: float) -> float:
+    """Half a cosine from 1 to `_LEAST_RATE`; the learner warms up by itself."""
+    return _LEAST_RATE + (1 - _LEAST_RATE) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _save(state: Path, engine: Engine, learner: Learner) -> None:
+    """The state before is kept until the new one is whole."""
+    fresh, old = state.with_suffix(".new"), state.with_suffix(".old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_state(fresh, engine, learner)
+    shutil.rmtree(old, ignore_errors=True)
+    if state.is_dir():
+        state.rename(old)
+    fresh.rename(state)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(state: Path) -> None:
+    """A stop between the two renames of `_save` left the state under its old name."""
+    if not state.is_dir() and state.with_suffix(".old").is_dir():
+        state.with_suffix(".old").rename(state)
+
+
+def _describe(acceptance: Tensor) -> str:
+    rates = acceptance.tolist()
+    lengths = (compute_expected_length(plan, rates) for plan in _SHOWN_PLANS)
+    shown = ", ".join(
+        f"{length:.2f} ({plan.num_draft_tokens} nodes, depth {plan.depth})"
+        for plan, length in zip(_SHOWN_PLANS, lengths, strict=True)
+    )
+    return f"first draft accepted {rates[0][0]:.0%}; expected tokens a forward {shown}"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

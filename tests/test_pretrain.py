@@ -1,0 +1,197 @@
+"""A head learns before any run: what is drawn and learnt survives a stop, and ships where it fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import build_model, shared_model
+from fastgrpo import pretrain
+from fastgrpo.cli import main
+from fastgrpo.drafters import build_drafter, eagle_head
+from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.drafters.eagle_head import find_shipped_head, load_head, save_head
+from fastgrpo.engine import Engine, FinishedRollout
+from fastgrpo.learner import Learner, compute_features, measure_acceptance
+from fastgrpo.model import TargetModel
+from fastgrpo.options import DraftTrainOptions
+from fastgrpo.types import SamplingParams, SpeculationPlan
+from tiny import save_tiny_model
+
+CHAIN = SpeculationPlan(depth=3, width=1, num_draft_tokens=3)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def build_options(model_dir: Path, output: Path, **settings: object) -> DraftTrainOptions:
+    defaults = {"dtype": "float32", "device": "cpu", "num_prompts": 6, "num_generations": 2, "max_tokens": 16}
+    return DraftTrainOptions(model=str(model_dir), output=output, **(defaults | {"updates": 12} | settings))
+
+
+def read_head(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "head" / "model.safetensors")
+
+
+# -- a run -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_leaves_a_head_that_drafts_better(model_dir: Path, tmp_path: Path) -> None:
+    argv = ["draft", "train", "--model", str(model_dir), "--dtype", "float32", "--task", "chain_sum,gcd"]
+    argv += ["--num-prompts", "12", "--max-tokens", "24", "--updates", "40", "--output", str(tmp_path / "run")]
+    assert main(argv) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == result["num_answers"] == 48
+    assert {answer["source"] for answer in answers} == {"chain_sum", "gcd"}
+    assert result["command"] == " ".join(["fastgrpo", *argv])
+    engine = Engine.from_pretrained(model_dir, drafter=tmp_path / "run" / "head", speculation=CHAIN, device="cpu")
+    fresh = Engine.from_pretrained(model_dir, drafter="eagle-new", speculation=CHAIN, device="cpu")
+    prompts = [answer["prompt_ids"] for answer in answers[:8]]
+    lengths = []
+    for each in (engine, fresh):
+        each.generate(prompts, SamplingParams(max_tokens=32, seed=9))
+        lengths.append(sum(r.num_emitted for r in each.records) / sum(r.num_seqs for r in each.records))
+    assert lengths[0] > lengths[1] + 0.1
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "_SAVE_EVERY", 5)
+    monkeypatch.setattr(pretrain, "_ROUND", 3)
+    pretrain.run_draft_training(build_options(model_dir, tmp_path / "whole"), "")
+    options = build_options(model_dir, tmp_path / "stopped")
+    draw, update = Engine.generate, Learner.update
+    calls = {"draw": 0, "update": 0}
+
+    def stop_at(name: str, number: int, function: object) -> object:
+        def wrapped(*args: object) -> object:
+            calls[name] += 1
+            if calls[name] == number:
+                raise KeyboardInterrupt
+            return function(*args)
+
+        return wrapped
+
+    monkeypatch.setattr(Engine, "generate", stop_at("draw", 2, draw))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run_draft_training(options, "")
+    path = tmp_path / "stopped" / "answers.jsonl"
+    assert len(path.read_text().splitlines()) == 6
+    path.write_text(path.read_text() + '{"source": "cha')  # the stop came while a line was written
+    monkeypatch.setattr(Learner, "update", stop_at("update", 8, update))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run_draft_training(options, "")
+    pretrain.run_draft_training(options, "")
+    assert path.read_text() == (tmp_path / "whole" / "answers.jsonl").read_text()
+    whole, stopped = read_head(tmp_path / "whole"), read_head(tmp_path / "stopped")
+    assert whole.keys() == stopped.keys()
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_prompts_come_from_a_file_too(model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n{"prompt": "two"}\n{"prompt": "' + "x" * 50 + '"}\n')
+    options = build_options(model_dir, tmp_path / "run", data=path, max_prompt_length=40, updates=2)
+    assert pretrain.run_draft_training(options, "")["num_answers"] == 4, "the third prompt is too long"
+
+
+def test_what_cannot_be_trained_is_refused(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = build_options(model_dir, tmp_path / "done", updates=1)
+    pretrain.run_draft_training(done, "")
+    with pytest.raises(ValueError, match=r"holds a run with seed=0, asked for 1; choose another --output"):
+        pretrain.run_draft_training(build_options(model_dir, tmp_path / "done", updates=1, seed=1), "")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty and holds no draft training"):
+        pretrain.run_draft_training(build_options(model_dir, tmp_path / "foreign"), "")
+    with pytest.raises(ValueError, match="no prompt has at most max_prompt_length=3 tokens"):
+        pretrain.run_draft_training(build_options(model_dir, tmp_path / "short", max_prompt_length=3), "")
+    (tmp_path / "done" / "answers.jsonl").write_text('{"token_ids": "none"}\n')
+    with pytest.raises(ValueError, match=r"is damaged .* remove it to draw the answers again"):
+        pretrain.run_draft_training(done, "")
+    assert main(["draft", "train", "--updates", "0"]) == 2
+    assert "updates must be above 0, got 0" in capsys.readouterr().err
+
+
+# -- what the measure says -------------------------------------------------------------------------------------
+
+
+def collect(drafter: EagleDrafter, count: int, speculation: str | SpeculationPlan) -> tuple[Engine, list]:
+    engine = Engine(drafter.target.model, drafter=drafter, speculation=speculation)
+    rollouts: list[FinishedRollout] = []
+    engine.on_finish.append(rollouts.append)
+    engine.generate([[3, 1, 4, 1, index % 50] for index in range(count)], SamplingParams(max_tokens=48, seed=7))
+    return engine, rollouts
+
+
+def test_measured_acceptance_is_that_of_real_drafts() -> None:
+    drafter = EagleDrafter(TargetModel(shared_model("llama")))
+    engine, rollouts = collect(drafter, 48, CHAIN)
+    expected = measure_acceptance(drafter, rollouts)
+    for depth in range(CHAIN.depth):
+        steps = [record for record in engine.records if len(record.offered) > depth]
+        offered = sum(record.offered[depth][0] for record in steps)
+        hits = sum(record.hits[depth][0] for record in steps)
+        deviation = 4 * (0.25 / offered) ** 0.5
+        assert hits / offered == pytest.approx(float(expected[depth, 0]), abs=deviation + 0.02)
+
+
+def test_features_of_a_text_are_those_of_its_rollout() -> None:
+    drafter = EagleDrafter(TargetModel(shared_model("qwen2")))
+    _, rollouts = collect(drafter, 3, "off")
+    with drafter.target.rollout_mode():
+        for rollout in rollouts:
+            features = compute_features(drafter.target, rollout.prompt_ids, rollout.token_ids)
+            assert torch.allclose(features, rollout.features, atol=1e-9)
+
+
+# -- heads that ship -------------------------------------------------------------------------------------------
+
+
+def test_a_head_ships_for_its_target_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("llama", torch.float32, seed=5)
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.linspace(0.5, 1.5, len(model.model.norm.weight)))
+    drafter = EagleDrafter(TargetModel(model))
+    with torch.no_grad():
+        drafter.head.fc.weight.add_(1.0)
+    save_head(drafter.head, tmp_path / "mine", drafter.target, compact=True)
+    assert find_shipped_head(drafter.target) is None
+    monkeypatch.setattr(eagle_head, "_SHIPPED", tmp_path)
+    assert find_shipped_head(drafter.target) == tmp_path / "mine"
+    shipped, fresh = (build_drafter(name, drafter.target) for name in ("eagle", "eagle-new"))
+    assert isinstance(shipped, EagleDrafter) and isinstance(fresh, EagleDrafter)
+    assert torch.allclose(shipped.head.fc.weight, drafter.head.fc.weight, rtol=2**-8)
+    assert torch.equal(shipped.head.lm_head.weight, drafter.head.lm_head.weight), "output rows are the target's"
+    assert not torch.allclose(fresh.head.fc.weight, drafter.head.fc.weight, rtol=0.1)
+    other = build_model("llama", torch.float32, seed=6)  # the same shape, another model
+    assert find_shipped_head(TargetModel(other)) is None
+
+
+def test_heads_in_the_package_are_small_and_whole() -> None:
+    folders = sorted(eagle_head._SHIPPED.glob("*"))
+    assert [folder.name for folder in folders] == ["smollm2-135m-instruct"]
+    for folder in folders:
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= 12 * 10**6
+        config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+        assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+        assert tensors["fc.weight"].shape == (config["hidden_size"], 3 * config["hidden_size"])
+        assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
+
+
+def test_a_compact_head_loads_like_any(tmp_path: Path) -> None:
+    drafter = EagleDrafter(TargetModel(shared_model("llama")))
+    save_head(drafter.head, tmp_path / "full", drafter.target)
+    save_head(drafter.head, tmp_path / "compact", drafter.target, compact=True)
+    full, compact = (load_head(tmp_path / name, drafter.target).state_dict() for name in ("full", "compact"))
+    assert "lm_head.weight" not in load_file(tmp_path / "compact" / "model.safetensors")
+    for name, value in full.items():
+        assert torch.allclose(value.float(), compact[name].float(), rtol=2**-8), name
