@@ -369,6 +369,16 @@ def test_long_contexts_make_drafts_pay():
     assert planner.plan(long).num_draft_tokens > 1
 
 
+def test_what_speculation_saved_is_known():
+    """Steps that take what the profile says, at two tokens a sequence, against plain steps for as many."""
+    planner = AutoPlanner(SMALL_CPU)
+    plan = SpeculationPlan(depth=2, width=1, num_draft_tokens=2)
+    plain_s = planner.predict_step_s(PLAIN, PlanInputs(num_seqs=4, num_read=400))
+    records = [build_record(plan, 4, num_emitted=8, step_s=0.09, prefill_s=0.01), build_record(PLAIN, 4, step_s=9.0)]
+    assert planner.estimate_saved_s(records) == pytest.approx(2 * plain_s - 0.08)
+    assert planner.estimate_saved_s([build_record(plan, 4, num_emitted=4, step_s=0.09)]) < 0
+
+
 @given(knee=st.integers(2, 200), flat_s=st.floats(1e-4, 1))
 def test_the_capacity_of_a_roofline_is_its_knee(knee, flat_s):
     """Memory-bound up to the knee, compute-bound beyond."""

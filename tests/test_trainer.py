@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastgrpo import FastGRPOConfig, FastGRPOTrainer
 from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.grpo.clock import StepClock
 from fastgrpo.grpo.state import load_state
 from fastgrpo.planner import AutoPlanner, HardwareProfile
 
@@ -259,3 +260,13 @@ def test_foreign_config_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match="FastGRPOConfig"):
         FastGRPOTrainer(build_model(), count_reward, GRPOConfig(str(tmp_path), bf16=False, use_cpu=True))
+
+
+def test_learning_takes_a_share_of_the_step_and_of_what_it_saves() -> None:
+    clock = StepClock(lambda key, value: None)
+    clock.rollout_s, clock.reward_s = 8.0, 2.0
+    assert clock.budget_s(0.1) == pytest.approx(1.0), "of the step so far"
+    assert clock.budget_s(0.9) == pytest.approx(2.0), "a quarter of the rollout at most"
+    assert clock.budget_s(0.1, saved_s=0.6) == pytest.approx(0.3), "half of what was saved"
+    assert clock.budget_s(0.1, saved_s=-5.0) == 0
+    assert clock.budget_s(0.1, saved_s=50.0) == pytest.approx(1.0)

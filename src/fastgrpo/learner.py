@@ -34,7 +34,7 @@ _BATCH_PAIRS = 256  # pairs of one optimiser step, padding included
 _UNROLL = 3  # steps on the head's own outputs
 _UNROLL_DECAY = 0.8
 _VARIATION_WEIGHT = 1.0  # of the total variation beside the divergence
-_WARMUP_UPDATES = 20
+_WARMUP_UPDATES, _YOUNG_UPDATES = 20, 300
 _NEW_RATE, _TRAINED_RATE = 2e-3, 3e-4
 _LOSS_CHUNK_ELEMENTS = 32 * 4096
 _RANKS = 4  # sibling ranks whose acceptance is measured
@@ -101,6 +101,11 @@ class Learner:
             weight_decay=0.0,
             fused=True,
         )
+
+    @property
+    def is_young(self) -> bool:
+        """The head began from nothing and has hardly learnt yet: what it costs now, it saves later."""
+        return not self.drafter.was_trained and self.num_updates < _YOUNG_UPDATES
 
     def add(self, rollout: FinishedRollout) -> None:
         """Take a finished rollout; an engine's `on_finish` listener. Features that overflowed teach nothing."""

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastgrpo.metrics import step_time_shares
 
-_LEARN_SHARE_OF_ROLLOUT = 0.25
+_LEARN_SHARE_OF_ROLLOUT, _LEARN_SHARE_OF_SAVING = 0.25, 0.5
 
 
 class StepClock(TrainerCallback):
@@ -26,13 +26,19 @@ class StepClock(TrainerCallback):
         self._last_step_s: float | None = None
         self.rollout_s = self.reward_s = self.learn_s = 0.0
 
-    def budget_s(self, share: float) -> float:
+    def budget_s(self, share: float, saved_s: float | None = None) -> float:
         """Seconds that draft learning may take now: a share of the last step, or of this one so far.
 
         Never more than a quarter of the rollout, about what a good head saves of it.
+
+        Args:
+            share: of the step, in [0, 1).
+            saved_s: what speculation saved in this step's rollout; learning then takes at most half of it.
+                None where nobody knows, or where a head is still too young to save anything.
         """
         step_s = self.rollout_s + self.reward_s if self._last_step_s is None else self._last_step_s
-        return min(share * step_s, _LEARN_SHARE_OF_ROLLOUT * self.rollout_s)
+        budget_s = min(share * step_s, _LEARN_SHARE_OF_ROLLOUT * self.rollout_s)
+        return budget_s if saved_s is None else min(budget_s, max(saved_s, 0.0) * _LEARN_SHARE_OF_SAVING)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -67,6 +67,7 @@ class FastGRPOTrainer(GRPOTrainer):
         self._clock = StepClock(lambda key, value: self._metrics["train"][key].append(value))
         self.add_callback(self._clock)
         self._is_training_rollout = False
+        self._saved_s: float | None = None
         self._rollout_place = (-1, 0)  # (global step, generation calls within it)
 
     def _build_learner(self, args: FastGRPOConfig) -> Learner | None:
@@ -134,7 +135,7 @@ class FastGRPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         self._clock.reward_s += time.perf_counter() - started - (self._clock.rollout_s - before)
         if self.learner is not None and self.model.training:
-            report = self.learner.learn(self._clock.budget_s(self._learn_share))
+            report = self.learner.learn(self._clock.budget_s(self._learn_share, self._saved_s))
             self._clock.learn_s += report.learn_s
             metrics = self._metrics["train"]
             metrics["draft/loss"].append(report.loss)
@@ -162,9 +163,17 @@ class FastGRPOTrainer(GRPOTrainer):
             capacity = planner.profile.capacity
         elif isinstance(planner, PaperPlanner):
             capacity = planner.capacity
+        self._saved_s = self._estimate_saved_s()
         summary = summarise_rollout(self.engine.records, rollout_s=rollout_s)
         for key, value in rollout_metrics(summary, capacity=capacity).items():
             self._metrics[mode][key].append(value)
+
+    def _estimate_saved_s(self) -> float | None:
+        """What the last rollout won by speculation; None while the head is young and for planners that cannot say."""
+        planner = self.engine.planner
+        if self.learner is None or self.learner.is_young or not isinstance(planner, AutoPlanner):
+            return None
+        return planner.estimate_saved_s(self.engine.records)
 
     # -- checkpoints ---------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -139,6 +139,16 @@ class AutoPlanner:
             self._expected.clear()
         if record.acceptance_length > 1.5:
             self._wait = self.trial_wait
+
+    def estimate_saved_s(self, records: Iterable[StepRecord]) -> float:
+        """Seconds that the speculating steps saved over plain decoding of the same tokens; negative if they lost."""
+        speculating = [record for record in records if not record.plan.is_plain]
+        plain_s = sum(
+            record.acceptance_length
+            * self.predict_step_s(PLAIN, PlanInputs(num_seqs=record.num_seqs, num_read=record.num_read))
+            for record in speculating
+        )
+        return plain_s - sum(record.step_s - record.prefill_s for record in speculating)
 
     def begin(self) -> None:
         self._wait = self.trial_wait
