@@ -279,8 +279,7 @@ def compute_draft_losses(head: EagleHead, drafter: EagleDrafter, batch: _Batch) 
 class _DraftLoss(torch.autograd.Function):
     """Weighted sum over rows of divergence and total variation, its gradient found in the same pass.
 
-    A few rows at a time: what lies between logits and gradient never leaves a core's cache, and no
-    float32 tensor of all rows exists.
+    On a CPU a few rows at a time: what lies between logits and gradient never leaves a core's cache.
     """
 
     @staticmethod
