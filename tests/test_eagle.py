@@ -16,16 +16,18 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from conftest import HIDDEN_SIZE, VOCAB_SIZE, build_model, shared_model
-from fastgrpo import learner as learner_module
+from fastgrpo import draft_loss, unroll
+from fastgrpo.draft_loss import DraftLoss
 from fastgrpo.drafters import DraftContext, build_drafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine, FinishedRollout
-from fastgrpo.learner import Learner, _collate, compute_draft_losses, compute_outputs
+from fastgrpo.learner import Learner, compute_draft_losses
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import PlanInputs
 from fastgrpo.sampling import SamplingBatch, sample, stream_key
 from fastgrpo.tree import check_draft, compute_ancestors, compute_depths
 from fastgrpo.types import PLAIN, SamplingParams, Sequence, SpeculationPlan, StepRecord
+from fastgrpo.unroll import NUM_STEPS, collate, compute_outputs, count_pairs, pack
 
 PROMPTS = [[3, 1, 4, 1, 5], [7, 7], list(range(12)), [9, 8, 7, 6]]
 
@@ -95,25 +97,30 @@ def draft_chains(drafter: EagleDrafter, rollout: FinishedRollout, num_pairs: int
     return outputs
 
 
+@pytest.mark.parametrize("is_short", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_the_head_is_trained_on_what_it_computes_when_it_drafts(family):
+def test_the_head_is_trained_on_what_it_computes_when_it_drafts(family, is_short):
     """Unroll step k at pair i is the output at depth k + 1 of a chain behind the first i - k + 1 pairs."""
     model = build_model(family, torch.float32)
     drafter = build_drafter_for(model)
-    rollout = collect_rollouts(model, 1)[0]
+    other, rollout = collect_rollouts(model, 4)[1:4:2] if is_short else collect_rollouts(model, 3)[:3:2]
     with torch.no_grad():
         for parameter in drafter.head.parameters():  # away from the start, where much is zero
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    batch = _collate([rollout], HIDDEN_SIZE, torch.device("cpu"))
+    batch = collate([other, rollout], drafter.target, torch.float32)
+    count = len(rollout.prompt_ids) - 2  # of its pairs, two are unrolled before those that teach, the others only read
+    first = count_pairs(other) - max(count - 2, 0)  # where its pair 0 would stand among the unrolled ones
     with torch.no_grad():
-        steps = [output[0] for output in compute_outputs(drafter.head, drafter, batch)]
-    assert len(steps) == 3
-    length = steps[0].shape[0]
-    assert length == len(rollout.features) - 1
-    for num_pairs in (1, 2, 5, length - 3):
+        steps = compute_outputs(drafter.head, drafter.target, batch)
+    assert len(steps) == NUM_STEPS
+    length = len(rollout.features) - 1
+    for num_pairs in (max(count - 1, 1), count + 1, count + 4, length - 2):
         outputs = draft_chains(drafter, rollout, num_pairs, len(steps))
         for depth, output in enumerate(outputs):
-            torch.testing.assert_close(output, steps[depth][num_pairs - 1 + depth], rtol=1e-4, atol=1e-4)
+            pair = num_pairs - 1 + depth
+            if pair >= count:
+                assert batch.is_reachable[depth, first + pair]
+                torch.testing.assert_close(output, steps[depth, first + pair], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -217,7 +224,7 @@ def test_drafts_are_ranked_with_the_noise_of_their_position():
     batch = SamplingBatch.build(sequences, torch.device("cpu"))
     hidden = torch.randn(50, 1, HIDDEN_SIZE, dtype=torch.float64)
     chance, tokens = drafter.rank_level(hidden, batch, 3)
-    logits = drafter._fast.compute_logits(hidden)[:, 0]
+    logits = drafter.fast_head.compute_logits(hidden)[:, 0]
     expected, _ = sample(logits, batch, torch.arange(VOCAB_SIZE, dtype=torch.int32))
     assert torch.equal(tokens[:, 0, 0], expected)
     assert (chance[..., :-1] >= chance[..., 1:]).all()
@@ -229,24 +236,25 @@ def test_drafts_are_ranked_with_the_noise_of_their_position():
 
 @pytest.mark.parametrize("chunk", [1, 100, 10**6])
 def test_the_loss_and_its_gradient_are_those_of_the_formula(chunk, monkeypatch):
-    monkeypatch.setattr(learner_module, "_LOSS_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(draft_loss, "_CHUNK_ELEMENTS", chunk)
     generator = torch.Generator().manual_seed(0)
-    logits, target = (3 * torch.randn(7, 50, generator=generator) for _ in range(2))
-    temperature, weights = torch.rand(7, generator=generator) + 0.5, torch.rand(7, generator=generator)
+    logits, target = (3 * torch.randn(*shape, generator=generator) for shape in ((3, 7, 50), (7, 50)))
+    temperature, weights = torch.rand(7, generator=generator) + 0.5, torch.rand(3, 7, generator=generator)
+    scale = torch.tensor([1.0, 2.0, 0.5])
     gradients, values = [], []
     for is_ours in (True, False):
         leaf = logits.clone().requires_grad_(True)
         if is_ours:
-            loss = learner_module._DraftLoss.apply(leaf, target, temperature, weights)
+            losses = DraftLoss.apply(leaf, target, temperature, weights)
         else:
             log_q, log_p = ((x / temperature[:, None]).log_softmax(-1) for x in (leaf, target))
             divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
             variation = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
-            loss = ((divergence + variation) * weights).sum()
-        (2 * loss).backward()
+            losses = ((divergence + variation) * weights).sum(-1)
+        (losses @ scale).backward()
         gradients.append(leaf.grad)
-        values.append(float(loss.detach()))
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
+        values.append(losses.detach())
+    assert torch.allclose(*values, rtol=1e-5)
     assert torch.allclose(*gradients, atol=1e-6)
 
 
@@ -255,17 +263,40 @@ def test_the_loss_on_a_fixed_batch_falls(dtype):
     model = build_model("llama", dtype)
     drafter = build_drafter_for(model)
     rollouts = collect_rollouts(model, 8)
-    batch = _collate(rollouts, HIDDEN_SIZE, torch.device("cpu"))
+    batch = collate(rollouts, drafter.target, torch.float32)
     with torch.no_grad():
-        before = [float(loss) for loss in compute_draft_losses(drafter.head, drafter, batch)]
+        before = [float(loss) for loss in compute_draft_losses(drafter.head, drafter.target, batch)]
     learner = build_learner(drafter, rollouts, learning_rate=1e-2)
     reports = [learner.learn(budget_s=5.0) for _ in range(6)]
     with torch.no_grad():
-        after = [float(loss) for loss in compute_draft_losses(drafter.head, drafter, batch)]
+        after = [float(loss) for loss in compute_draft_losses(drafter.head, drafter.target, batch)]
     assert all(b < 0.7 * a for a, b in zip(before, after, strict=True))
     assert reports[-1].loss < reports[0].loss
     assert sum(report.num_updates for report in reports) == learner.num_updates
     assert all(report.num_skipped == 0 and report.num_tokens > 0 for report in reports)
+
+
+def test_a_long_completion_teaches_its_end(monkeypatch):
+    """Bounded memory: of a completion longer than the limit, the last pairs teach and those before them are read."""
+    model = shared_model("llama", torch.float32)
+    rollout = collect_rollouts(model, 1)[0]
+    drafter = build_drafter_for(model)
+    whole = collate([rollout], drafter.target, torch.float32)
+    monkeypatch.setattr(unroll, "_MAX_PAIRS", 9)
+    part = collate([rollout], drafter.target, torch.float32)
+    assert int(part.is_taught.sum()) == 9
+    end = count_pairs(rollout)
+    taught = part.is_taught.nonzero()[:, 0]
+    assert torch.equal(taught, torch.arange(end - 9, end))
+    with torch.no_grad():
+        outputs = [compute_outputs(drafter.head, drafter.target, batch) for batch in (whole, part)]
+    last = int(whole.is_taught.nonzero()[-1])
+    torch.testing.assert_close(outputs[1][:, end - 9 : end], outputs[0][:, last - 8 : last + 1], rtol=1e-4, atol=1e-4)
+
+
+def test_batches_are_full_but_never_over():
+    assert pack([], [], 10) == []
+    assert pack(list("abcde"), [4, 6, 1, 12, 3], 10) == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
 def test_learning_raises_acceptance():

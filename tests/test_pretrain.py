@@ -16,10 +16,12 @@ from fastgrpo.drafters import build_drafter, eagle_head
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_head import find_shipped_head, load_head, save_head
 from fastgrpo.engine import Engine, FinishedRollout
-from fastgrpo.learner import Learner, compute_features, measure_acceptance
+from fastgrpo.learner import Learner
 from fastgrpo.model import TargetModel
 from fastgrpo.options import DraftTrainOptions
+from fastgrpo.pretrain import compute_features
 from fastgrpo.types import SamplingParams, SpeculationPlan
+from fastgrpo.unroll import measure_acceptance
 from tiny import save_tiny_model
 
 CHAIN = SpeculationPlan(depth=3, width=1, num_draft_tokens=3)

@@ -15,21 +15,23 @@ import random
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastgrpo.attention import ForwardBatch
 from fastgrpo.data import build_task_dataset, load_prompts
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_head import load_head, save_head
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.state import load_state, save_state
-from fastgrpo.learner import Learner, compute_features, measure_acceptance
+from fastgrpo.learner import Learner
 from fastgrpo.loading import (
     encode_prompts,
     find_stop_token_ids,
@@ -44,6 +46,7 @@ from fastgrpo.options import DraftTrainOptions
 from fastgrpo.planner import compute_expected_length
 from fastgrpo.report import describe_commit, describe_machine, write_json
 from fastgrpo.types import SamplingParams, SpeculationPlan
+from fastgrpo.unroll import measure_acceptance, pack
 
 _ROUND = 64  # prompts answered between two writes
 _BATCH_PAIRS = 512  # of one optimiser step
@@ -243,15 +246,11 @@ class _Training:
         self.drafter.refresh()
 
     def _batches(self) -> Iterator[list[int]]:
-        """Answers of like length together, in random order, again and again; the same ones after a resume."""
+        """Answers in random order, again and again; the same ones after a resume."""
         for epoch in itertools.count():
-            shuffler = random.Random(self.options.seed + epoch)
-            order = sorted(
-                range(len(self.answers)), key=lambda i: len(self.answers[i].token_ids) * shuffler.uniform(0.9, 1.1)
-            )
-            batches = list(_fill(order, [len(answer.token_ids) for answer in self.answers]))
-            shuffler.shuffle(batches)
-            yield from batches
+            order = list(range(len(self.answers)))
+            random.Random(self.options.seed + epoch).shuffle(order)
+            yield from pack(order, [len(self.answers[index].token_ids) for index in order], _BATCH_PAIRS)
 
     def _build_rollout(self, index: int) -> FinishedRollout:
         if index in self._features:
@@ -277,17 +276,28 @@ class _Training:
         )
 
 
-def _fill(order: Iterable[int], lengths: list[int]) -> Iterator[list[int]]:
-    """Batches of at most `_BATCH_PAIRS` padded tokens, in the given order."""
-    batch: list[int] = []
-    width = 0
-    for index in order:
-        width = max(width, lengths[index])
-        if batch and (len(batch) + 1) * width > _BATCH_PAIRS:
-            yield batch
-            batch, width = [], lengths[index]
-        batch.append(index)
-    yield batch
+@torch.no_grad()
+def compute_features(target: TargetModel, prompt_ids: list[int], token_ids: list[int]) -> Float[Tensor, "T W"]:
+    """Features of all but the last token of a finished text, by one target forward; call in `rollout_mode`."""
+    ids, device = (prompt_ids + token_ids)[:-1], target.device
+    cache = target.build_cache(with_features=True)
+    cache.reserve(1, len(ids))
+    cache.add_rows(1)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    batch = ForwardBatch.build(
+        token_ids=torch.tensor([ids], device=device),
+        num_nodes=zero + len(ids),
+        visible=torch.ones(1, len(ids), len(ids), dtype=torch.bool, device=device).tril(),
+        rows=slice(0, 1),
+        row_numbers=zero,
+        lengths=zero,
+        store=cache.keys,
+        dtype=target.dtype,
+        num_repeats=target.num_repeats,
+    )
+    features = target.forward(batch, cache).features
+    assert features is not None
+    return features
 
 
 def _anneal(progress: float) -> float:

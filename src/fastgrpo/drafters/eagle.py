@@ -76,7 +76,7 @@ class EagleDrafter:
         with torch.no_grad():
             rows = self.target.lm_head.weight[self.head.draft_vocab.long()]
             self.head.lm_head.weight.copy_(rows)
-        self._fast = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
+        self.fast_head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
 
     def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
         """Draft from the most counted tokens; among equals those drafted already, then low ids, stay.
@@ -149,12 +149,12 @@ class EagleDrafter:
         assert store is not None
         rows = index.repeat_interleave(num_nodes)
         features = store.flat(0)[rows * store.capacity + batch.positions, : 3 * self.target.hidden_size]
-        hidden = self._fast.fc(features.to(self.target.dtype))
+        hidden = self.fast_head.fc(features.to(self.target.dtype))
         return self.forward(batch, hidden)[batch.row_starts + num_nodes - 1]
 
     def forward(self, batch: ForwardBatch, hidden: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
         """One pass of the head over packed pairs, keys and values written behind each row."""
-        head, target = self._fast, self.target
+        head, target = self.fast_head, self.target
         embedded = target.embed_tokens(batch.token_ids).to(hidden.dtype)
         cos, sin = target.decoder.rotary_emb(hidden, position_ids=batch.positions[None])
         query, key, value = head.attention_inputs(embedded, hidden, cos[0], sin[0])
@@ -174,7 +174,7 @@ class EagleDrafter:
 
         Nodes of one level share their position, and so one row of noise.
         """
-        logits = self._fast.compute_logits(output)
+        logits = self.fast_head.compute_logits(output)
         scaled = scale_logits(logits, noise_rows)
         noise = add_noise(scaled.new_zeros(len(output), scaled.shape[-1]), noise_rows, self.head.draft_vocab)
         noisy = (scaled + noise[:, None]) / self.temperature_scale
