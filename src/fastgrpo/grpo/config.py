@@ -50,6 +50,13 @@ class FastGRPOConfig(GRPOConfig):
         },
     )
     max_num_seqs: int = field(default=64, metadata={"help": "Sequences decoded together; others wait for a slot."})
+    skip_zero_advantages: bool = field(
+        default=True,
+        metadata={
+            "help": "No backward pass for completions whose advantage is 0, as all have in a group of equal rewards. "
+            "The gradient is the same; stays off where something else depends on them (beta, entropy bonus, dropout)."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +19,7 @@ from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.clock import StepClock
 from fastgrpo.grpo.config import FastGRPOConfig
+from fastgrpo.grpo.scoring import fill_missing_gradients, find_obstacle, find_rows_to_train, score_completions
 from fastgrpo.grpo.state import load_state, save_state
 from fastgrpo.learner import Learner
 from fastgrpo.metrics import rollout_metrics, summarise_rollout
@@ -67,6 +70,8 @@ class FastGRPOTrainer(GRPOTrainer):
         self._clock = StepClock(lambda key, value: self._metrics["train"][key].append(value))
         self.add_callback(self._clock)
         self._is_training_rollout = False
+        self._skips_rows = args.skip_zero_advantages and find_obstacle(self) is None
+        self._rows_to_train: torch.Tensor | None = None
         self._saved_s: float | None = None
         self._rollout_place = (-1, 0)  # (global step, generation calls within it)
 
@@ -155,6 +160,51 @@ class FastGRPOTrainer(GRPOTrainer):
             )
             raise
 
+    # -- loss ----------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self._skips_rows and self.accelerator.sync_gradients:
+            fill_missing_gradients(self.model)
+        return loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        if not (self._skips_rows and torch.is_grad_enabled() and self.model.training):
+            return super()._compute_loss(model, inputs)
+        self._rows_to_train = find_rows_to_train(inputs, keep_one=self.accelerator.num_processes > 1)
+        self._metrics["train"]["update/skipped_share"].append(1 - float(self._rows_to_train.float().mean()))
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._rows_to_train = None
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        if compute_aux_loss:  # the router's loss is over all positions
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, True, **kwargs
+            )
+        rows, self._rows_to_train = self._rows_to_train, None
+        shape = (len(input_ids), logits_to_keep)
+        logprobs, entropies = (torch.zeros(shape, device=input_ids.device) for _ in range(2))
+        for part, has_gradient in _split_rows(rows, shape[0], batch_size, input_ids.device):
+            with self.accelerator.autocast(), contextlib.nullcontext() if has_gradient else torch.no_grad():
+                scores = score_completions(model, input_ids[part], attention_mask[part], logits_to_keep)
+            logprobs = logprobs.index_put((part,), scores[0])
+            entropies = entropies.index_put((part,), scores[1])
+        if torch.is_grad_enabled() and not logprobs.requires_grad:
+            logprobs.requires_grad_(True)  # nothing to learn here: a loss without a way to the weights
+        return logprobs, entropies if compute_entropy else None, None
+
     def _log_rollout(self, rollout_s: float) -> None:
         mode = "train" if self.model.training else "eval"
         planner = self.engine.planner
@@ -195,6 +245,17 @@ class FastGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / _STATE_FOLDER).is_dir():
             load_state(Path(checkpoint) / _STATE_FOLDER, self.engine, self.learner)
+
+
+def _split_rows(
+    rows: torch.Tensor | None, count: int, batch_size: int | None, device: torch.device
+) -> Iterator[tuple[torch.Tensor, bool]]:
+    """(rows, whether they need a gradient), at most `batch_size` at once."""
+    everything = torch.arange(count, device=device)
+    kinds = [(everything, True)] if rows is None else [(everything[rows], True), (everything[~rows], False)]
+    for chosen, has_gradient in kinds:
+        if len(chosen):
+            yield from ((part, has_gradient) for part in chosen.split(batch_size or count))
 
 
 def _is_zero3(trainer: GRPOTrainer) -> bool:
