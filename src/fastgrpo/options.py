@@ -70,7 +70,7 @@ class Workload:
 class DemoOptions(Workload):
     """`fastgrpo demo`."""
 
-    steps: int = field(default=15, metadata=about("training steps"))
+    steps: int = field(default=24, metadata=about("training steps"))
     repeats: int = field(default=2, metadata=about("rollouts of each kind measured before and after the training"))
     speculation: str = field(default="auto", metadata=about("how drafts are sized", choices=SPECULATION))
     output: Path = field(default=Path("runs/demo"), metadata=about("folder for run.json and run.png"))
