@@ -280,6 +280,18 @@ def test_a_good_drafter_is_used_where_there_is_room(num_seqs, least):
     assert compute_speed(planner, records[50:]) > least
 
 
+def test_a_tree_grows_a_level_at_a_time():
+    """A lucky first level says nothing of the fifth: a deep tree for many sequences would be dear to try."""
+    planner, rng = AutoPlanner(FLAT), random.Random(0)
+    depths = []
+    for _ in range(12):
+        plan = planner.plan(PlanInputs(num_seqs=16))
+        depths.append(plan.depth)
+        assert plan.depth <= planner.acceptance.explored_depth + 1
+        planner.observe(play_step(plan, 16, 0.95, rng))
+    assert depths[:3] == [1, 2, 3] and max(depths) >= 5
+
+
 def test_a_step_without_drafts_says_nothing_about_acceptance():
     planner = AutoPlanner(FLAT)
     before = planner.acceptance.compute_rates()

@@ -17,7 +17,8 @@ from fastgrpo.types import SamplingParams, Sequence
 if TYPE_CHECKING:
     from fastgrpo.drafters import Drafter
 
-_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_LEAST_TOKENS, _MOST_TOKENS = 256, 4096  # where the grid of tokens per forward may end
+_LINEAR = 1.45  # twice the tokens take so many times as long: past the knee, where few plans pay
 _ROWS = 8  # sequences that share the tokens of a measured forward
 _READ_ROWS, _READ_CONTEXTS = 16, (32, 512)  # forwards whose difference prices a cached position
 _REPEATS = 3
@@ -29,14 +30,17 @@ def measure_profile(target: TargetModel, drafter: Drafter) -> HardwareProfile:
     Takes about a second on a small model. Call inside `target.rollout_mode`.
     """
     measure_level = getattr(drafter, "measure_level", None)
-    target_s, draft_s = [], []
-    for num_tokens in _GRID:
-        rows = min(num_tokens, _ROWS)
-        target_s.append(_measure(_build_forward(target, rows, num_tokens // rows), target.device))
+    grid: list[int] = []
+    target_s: list[float] = []
+    draft_s: list[float] = []
+    while not grid or grid[-1] < _LEAST_TOKENS or (target_s[-1] < _LINEAR * target_s[-2] and grid[-1] < _MOST_TOKENS):
+        grid.append(2 * grid[-1] if grid else 1)
+        rows = min(grid[-1], _ROWS)
+        target_s.append(_measure(_build_forward(target, rows, grid[-1] // rows), target.device))
         if measure_level is not None:
-            draft_s.append(_measure(measure_level(num_tokens), target.device))
+            draft_s.append(_measure(measure_level(grid[-1]), target.device))
     return HardwareProfile(
-        num_tokens=_GRID,
+        num_tokens=tuple(grid),
         target_s=tuple(_rising(target_s)),
         draft_s=tuple(_rising(draft_s)),
         read_s=_measure_read_s(target),

@@ -39,6 +39,12 @@ class AcceptanceTable:
         weight = self.prior_weight
         return (self.hits[depth][rank] + weight * prior) / (self.offered[depth][rank] + weight)
 
+    @property
+    def explored_depth(self) -> int:
+        """Levels from the root whose rates rest on trials more than on the prior."""
+        trials = [row[0] for row in self.offered]
+        return next((depth for depth, count in enumerate(trials) if count < 2 * self.prior_weight), MAX_DEPTH)
+
     def compute_rates(self) -> list[list[float]]:
         return [[self.rate(depth, rank) for rank in range(MAX_WIDTH)] for depth in range(MAX_DEPTH)]
 

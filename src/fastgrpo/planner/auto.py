@@ -38,9 +38,9 @@ class AutoPlanner:
     A plan must promise `margin` more than plain decoding. Every real step corrects the costs: the time of
     its forward corrects the table near its number of tokens (plain steps, as sequences finish, visit what
     trees would cost), the times of drafting and sampling their own ratios; so a wrong or stale profile
-    heals. Acceptance is corrected likewise. Where plain decoding is chosen although speculation is near to
-    paying, a cheap trial step is made after a wait that doubles each time, so that what a bad drafter can
-    cost stays bounded.
+    heals. Acceptance is corrected likewise, and a tree goes at most one level deeper than what was tried.
+    Where plain decoding is chosen although speculation is near to paying, a cheap trial step is made after a
+    wait that doubles each time, so that what a bad drafter can cost stays bounded.
     """
 
     name = "auto"
@@ -57,7 +57,7 @@ class AutoPlanner:
     ) -> None:
         self.profile = profile
         self.margin = margin
-        self.max_num_tokens = max_num_tokens or 2 * profile.num_tokens[-1]
+        self.max_num_tokens = max_num_tokens or profile.num_tokens[-1]  # beyond, costs are guessed
         self.acceptance = AcceptanceTable()
         self.trial_wait, self.max_trial_wait, self.trial_floor = trial_wait, max_trial_wait, trial_floor
         self._wait = trial_wait
@@ -98,7 +98,8 @@ class AutoPlanner:
         return inputs.num_seqs * self._predict_length(plan) / seconds
 
     def plan(self, inputs: PlanInputs) -> SpeculationPlan:
-        fitting = [p for p in _GRID if inputs.num_seqs * (1 + p.num_draft_tokens) <= self.max_num_tokens]
+        room, deepest = self.max_num_tokens // inputs.num_seqs, self.acceptance.explored_depth + 1
+        fitting = [p for p in _GRID if 1 + p.num_draft_tokens <= room and p.depth <= deepest]
         plain_rate = self._predict_rate(PLAIN, inputs)
         rates = {p: self._predict_rate(p, inputs) for p in fitting}
         best = max(rates, key=rates.__getitem__, default=PLAIN)
