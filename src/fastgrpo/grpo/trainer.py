@@ -189,9 +189,18 @@ class FastGRPOTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        if compute_aux_loss:  # the router's loss is over all positions
+        if (
+            compute_aux_loss or self.args.torch_compile
+        ):  # the router's loss is over all positions; no hooks when compiled
             return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, True, **kwargs
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **kwargs,
             )
         rows, self._rows_to_train = self._rows_to_train, None
         shape = (len(input_ids), logits_to_keep)
