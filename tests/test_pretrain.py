@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from conftest import build_model, shared_model
 from fastgrpo import pretrain
 from fastgrpo.cli import main
-from fastgrpo.drafters import build_drafter, eagle_head
+from fastgrpo.drafters import build_drafter, eagle_files
 from fastgrpo.drafters.eagle import EagleDrafter
-from fastgrpo.drafters.eagle_head import find_shipped_head, load_head, save_head
+from fastgrpo.drafters.eagle_files import find_shipped_head, load_head, save_head
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.learner import Learner
 from fastgrpo.model import TargetModel
@@ -167,7 +167,7 @@ def test_a_head_ships_for_its_target_alone(tmp_path: Path, monkeypatch: pytest.M
         drafter.head.fc.weight.add_(1.0)
     save_head(drafter.head, tmp_path / "mine", drafter.target, compact=True)
     assert find_shipped_head(drafter.target) is None
-    monkeypatch.setattr(eagle_head, "_SHIPPED", tmp_path)
+    monkeypatch.setattr(eagle_files, "_SHIPPED", tmp_path)
     assert find_shipped_head(drafter.target) == tmp_path / "mine"
     shipped, fresh = (build_drafter(name, drafter.target) for name in ("eagle", "eagle-new"))
     assert isinstance(shipped, EagleDrafter) and isinstance(fresh, EagleDrafter)
@@ -179,7 +179,7 @@ def test_a_head_ships_for_its_target_alone(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_heads_in_the_package_are_small_and_whole() -> None:
-    folders = sorted(eagle_head._SHIPPED.glob("*"))
+    folders = sorted(eagle_files._SHIPPED.glob("*"))
     assert [folder.name for folder in folders] == ["smollm2-135m-instruct"]
     for folder in folders:
         assert sum(path.stat().st_size for path in folder.iterdir()) <= 12 * 10**6

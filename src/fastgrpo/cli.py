@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 from fastgrpo.options import (
     DemoOptions,
+    DraftExportOptions,
+    DraftImportOptions,
     DraftTrainOptions,
     E2EOptions,
     GenerateOptions,
@@ -79,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
         title="commands", metavar="COMMAND", required=True
     )
     _add(draft, "train", "train an EAGLE-3 head on the target's own answers", DraftTrainOptions, _run_draft_train)
+    _add(draft, "export", "write a head for vLLM or SGLang", DraftExportOptions, _run_draft_export)
+    _add(draft, "import", "check a head of another program and take it", DraftImportOptions, _run_draft_import)
     bench = commands.add_parser("bench", help="measure this machine").add_subparsers(
         title="benchmarks", metavar="BENCHMARK", required=True
     )
@@ -118,6 +122,20 @@ def _run_draft_train(arguments: argparse.Namespace, command: str) -> None:
     from fastgrpo.pretrain import run_draft_training
 
     run_draft_training(options, command)
+
+
+def _run_draft_export(arguments: argparse.Namespace, command: str) -> None:
+    options = read_options(DraftExportOptions, arguments)
+    from fastgrpo.travel import run_draft_export
+
+    run_draft_export(options)
+
+
+def _run_draft_import(arguments: argparse.Namespace, command: str) -> None:
+    options = read_options(DraftImportOptions, arguments)
+    from fastgrpo.travel import run_draft_import
+
+    run_draft_import(options)
 
 
 def _run_rollout(arguments: argparse.Namespace, command: str) -> None:

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgrpo.draft_control import Judgement, LearningControl, Outcome
 from fastgrpo.draft_loss import DraftLoss
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_head import EagleHead
@@ -44,6 +45,9 @@ class LearnReport:
     num_updates: int
     num_skipped: int  # batches with a non-finite loss or gradient, and rollouts with such features
     learn_s: float
+    held_out_loss: float  # of the head as it came, on new rollouts before they were learnt from; all unroll steps
+    effort: float  # share of the budget that was allowed, in (0, 1]
+    is_rolled_back: bool  # the head had got worse than the best so far, which took its place
 
 
 class Learner:
@@ -72,8 +76,12 @@ class Learner:
         self.drafter = drafter
         self.learning_rate = learning_rate
         self.max_replay_bytes = max_replay_bytes
+        self.control = LearningControl()
         self.num_updates = 0
+        self.rate_scale = 1.0  # halved by each roll-back
+        self._warm_from = 0  # update that the optimiser was last started at
         self._num_dropped = 0
+        self._reference: list[Tensor] | None = None  # weights of the best head so far
         self._new: list[FinishedRollout] = []
         self._replay: deque[FinishedRollout] = deque()
         self._token_counts = torch.zeros(drafter.target.vocab_size, dtype=torch.int64, device=drafter.target.device)
@@ -104,12 +112,14 @@ class Learner:
             self._num_dropped += 1
 
     def learn(self, budget_s: float) -> LearnReport:
-        """Learn from the new rollouts, then from replayed ones while time is left.
+        """Judge the head on the new rollouts; learn from them, then from replayed ones while time is left.
 
         At least one update is made, whatever the budget, so that learning never stops silently.
         """
         started = time.perf_counter()
         self._count_tokens()
+        held_out_loss, judgement = self._judge()
+        budget_s *= judgement.effort
         losses: list[float] = []
         num_tokens = num_updates = 0
         num_skipped, self._num_dropped = self._num_dropped, 0
@@ -133,6 +143,9 @@ class Learner:
             num_updates=num_updates,
             num_skipped=num_skipped,
             learn_s=time.perf_counter() - started,
+            held_out_loss=held_out_loss,
+            effort=judgement.effort,
+            is_rolled_back=judgement.outcome is Outcome.ROLL_BACK,
         )
 
     def _count_tokens(self) -> None:
@@ -144,6 +157,34 @@ class Learner:
         self._token_counts += counts.to(self._token_counts.device)
         self.drafter.select_vocabulary(self._token_counts)
         self.drafter.refresh()
+
+    @torch.no_grad()
+    def _judge(self) -> tuple[float, Judgement]:
+        """The head's loss on new rollouts, and what follows from it; done before they are learnt from."""
+        if not self._new:
+            return math.nan, Judgement(Outcome.KEEP, self.control.effort)
+        stride = max(1, sum(count_pairs(rollout) for rollout in self._new) // _BATCH_PAIRS)
+        chosen = self._new[::stride]
+        part = pack(chosen, [count_pairs(rollout) for rollout in chosen], _BATCH_PAIRS)[0]
+        batch = collate(part, self.drafter.target, self._working.fc.weight.dtype)
+        own = _trained(self.drafter.head)
+        loss = self._evaluate(own, batch)
+        judgement = self.control.judge(
+            loss, None if self._reference is None else self._evaluate(self._reference, batch)
+        )
+        if judgement.outcome is Outcome.ADOPT:
+            self._reference = [parameter.detach().clone() for parameter in own]
+        elif judgement.outcome is Outcome.ROLL_BACK:
+            assert self._reference is not None
+            _copy(self._reference, own)
+            self._optimizer.state.clear()
+            self.rate_scale, self._warm_from = self.rate_scale / 2, self.num_updates
+        return loss, judgement
+
+    def _evaluate(self, weights: list[Tensor], batch: DraftBatch) -> float:
+        """Loss of a head with these weights, its unroll steps weighed as in training."""
+        _copy(weights, _trained(self._working))
+        return float(_weigh(compute_draft_losses(self._working, self.drafter.target, batch)))
 
     def _schedule(self) -> Iterable[list[FinishedRollout]]:
         """Batches of new rollouts once, then up to three more passes over everything kept."""
@@ -161,14 +202,13 @@ class Learner:
         A batch whose loss or gradient is not finite changes nothing and returns (nan, 0).
         """
         trained, working = _trained(self.drafter.head), _trained(self._working)
-        with torch.no_grad():
-            for parameter, copied in zip(trained, working, strict=True):
-                copied.copy_(parameter)
-                copied.grad = None
+        _copy(trained, working)
+        for copied in working:
+            copied.grad = None
         batch = collate(rollouts, self.drafter.target, self._working.fc.weight.dtype)
         with torch.enable_grad():
             losses = compute_draft_losses(self._working, self.drafter.target, batch)
-            total = losses @ _UNROLL_DECAY ** torch.arange(len(losses), device=losses.device)
+            total = _weigh(losses)
         total.backward()
         for parameter, copied in zip(trained, working, strict=True):
             assert copied.grad is not None
@@ -178,7 +218,8 @@ class Learner:
             return math.nan, 0
         self.num_updates += 1
         for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate * min(1.0, self.num_updates / _WARMUP_UPDATES)
+            warmth = min(1.0, (self.num_updates - self._warm_from) / _WARMUP_UPDATES)
+            group["lr"] = self.learning_rate * self.rate_scale * warmth
         self._optimizer.step()
         return float(losses[0].detach()), int(batch.is_taught.sum())
 
@@ -195,6 +236,10 @@ class Learner:
             "generator": self._generator.get_state(),
             "token_counts": self._token_counts,
             "num_updates": self.num_updates,
+            "rate_scale": self.rate_scale,
+            "warm_from": self._warm_from,
+            "control": self.control.state_dict(),
+            "reference": self._reference,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -202,6 +247,10 @@ class Learner:
         self._generator.set_state(state["generator"])
         self._token_counts.copy_(state["token_counts"])
         self.num_updates = int(state["num_updates"])
+        self.rate_scale, self._warm_from = float(state["rate_scale"]), int(state["warm_from"])
+        self.control.load_state_dict(state["control"])
+        reference = state["reference"]
+        self._reference = None if reference is None else [x.to(self.drafter.target.device) for x in reference]
 
 
 def _num_bytes(rollout: FinishedRollout) -> int:
@@ -211,6 +260,17 @@ def _num_bytes(rollout: FinishedRollout) -> int:
 
 def _trained(head: EagleHead) -> list[Tensor]:
     return [parameter for parameter in head.parameters() if parameter.requires_grad]
+
+
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    with torch.no_grad():
+        for new, old in zip(source, target, strict=True):
+            old.copy_(new)
+
+
+def _weigh(losses: Float[Tensor, " K"]) -> Float[Tensor, ""]:
+    """The unroll steps' losses as one; what is far down a draft is seldom reached."""
+    return losses @ _UNROLL_DECAY ** torch.arange(len(losses), device=losses.device)
 
 
 def compute_draft_losses(head: EagleHead, target: TargetModel, batch: DraftBatch) -> Float[Tensor, " K"]:

@@ -202,6 +202,57 @@ class DraftTrainOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DraftExportOptions:
+    """`fastgrpo draft export`."""
+
+    model: str = field(
+        default="demo", metadata=about("target: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct")
+    )
+    head: Path | None = field(
+        default=None, metadata=about("folder with a head, or a training checkpoint (default: the head that ships)")
+    )
+    output: Path = field(default=Path("runs/exported"), metadata=about("new folder for the EAGLE-3 checkpoint"))
+    dtype: str = field(default="bfloat16", metadata=about("type of the weights on file", choices=DTYPES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftImportOptions:
+    """`fastgrpo draft import`."""
+
+    source: Path | None = field(
+        default=None, metadata=about("folder with an EAGLE-3 checkpoint, or one in the speculators format; needed")
+    )
+    model: str = field(
+        default="demo", metadata=about("target: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct")
+    )
+    output: Path = field(default=Path("runs/imported"), metadata=about("new folder for the head"))
+    data: Path | None = field(
+        default=None, metadata=about("JSONL file of objects with 'prompt', to measure acceptance on")
+    )
+    task: str = field(
+        default="chain_sum", metadata=about("reasoning-gym task that makes the prompts; not used with --data")
+    )
+    num_prompts: int = field(default=16, metadata=about("prompts that the target answers"))
+    max_tokens: int = field(default=128, metadata=about("longest answer, in tokens"))
+    temperature: float = field(default=1.0, metadata=about("of the answers; 0 is greedy"))
+    least_acceptance: float = field(
+        default=0.1, metadata=about("share of first drafts that must be accepted, in [0, 1]; less is refused")
+    )
+    device: str = field(
+        default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
+    )
+    dtype: str = field(default="bfloat16", metadata=about("type of the target's weights", choices=DTYPES))
+    seed: int = field(default=0, metadata=about("seed of prompts and noise"))
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_prompts", "max_tokens")
+        if self.source is None:
+            raise ValueError("which head? name its folder with --source")
+        if not 0 <= self.least_acceptance <= 1:
+            raise ValueError(f"least_acceptance must be in [0, 1], got {self.least_acceptance}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
     """`fastgrpo generate`."""
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.data import build_task_dataset, load_prompts
 from fastgrpo.drafters.eagle import EagleDrafter
-from fastgrpo.drafters.eagle_head import load_head, save_head
+from fastgrpo.drafters.eagle_files import load_head, save_head
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.state import load_state, save_state
 from fastgrpo.learner import Learner

@@ -32,7 +32,7 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
 
         return NgramDrafter()
     from fastgrpo.drafters.eagle import EagleDrafter
-    from fastgrpo.drafters.eagle_head import find_shipped_head
+    from fastgrpo.drafters.eagle_files import find_shipped_head
 
     if drafter in ("eagle", "eagle-new"):
         shipped = find_shipped_head(target) if drafter == "eagle" else None

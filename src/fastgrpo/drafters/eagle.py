@@ -19,14 +19,8 @@ from torch.nn import functional as F
 from fastgrpo.attention import ForwardBatch, pack_queries, unpack_outputs
 from fastgrpo.cache import RowStore
 from fastgrpo.drafters.drafter import DraftContext
-from fastgrpo.drafters.eagle_head import (
-    DEFAULT_DRAFT_VOCAB_SIZE,
-    EagleHead,
-    build_head,
-    load_head,
-    save_head,
-    start_from_target,
-)
+from fastgrpo.drafters.eagle_files import load_head, save_head
+from fastgrpo.drafters.eagle_head import DEFAULT_DRAFT_VOCAB_SIZE, EagleHead, build_head, start_from_target
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch, add_noise, scale_logits
 from fastgrpo.tree import Draft

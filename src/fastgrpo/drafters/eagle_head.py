@@ -1,26 +1,18 @@
-"""The weights of an EAGLE-3 head (arXiv:2503.01840): one decoder layer over target features, and its files.
+"""The weights of an EAGLE-3 head (arXiv:2503.01840): one decoder layer over target features.
 
-Tensor names and shapes are those of published EAGLE-3 checkpoints. Files are safetensors and JSON.
+Tensor names and shapes are those of published EAGLE-3 checkpoints.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgrpo.model import TargetModel
 
 DEFAULT_DRAFT_VOCAB_SIZE = 4096
-_ARCHITECTURE = "LlamaForCausalLMEagle3"
-_FINGERPRINT = "target_final_norm"
-_SHIPPED = Path(__file__).parent.parent / "heads"
 
 
 class RMSNorm(nn.Module):
@@ -68,12 +60,22 @@ class EagleHead(nn.Module):
 
     The output head holds rows of the target's own and is not trained here; `draft_vocab` lists the
     target ids of its rows in increasing order.
+
+    Args:
+        norm_before_residual: the residual is the normed hidden state, as heads in the speculators format may have it.
     """
 
     draft_vocab: Tensor  # int32 target ids, increasing
 
-    def __init__(self, target: TargetModel, *, draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE) -> None:
+    def __init__(
+        self,
+        target: TargetModel,
+        *,
+        draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE,
+        norm_before_residual: bool = False,
+    ) -> None:
         super().__init__()
+        self.norm_before_residual = norm_before_residual
         config = target.config
         hidden, eps = target.hidden_size, float(config.rms_norm_eps)
         self.hidden_size, self.head_dim = hidden, target.head_dim
@@ -105,7 +107,9 @@ class EagleHead(nn.Module):
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def finish(self, hidden: Float[Tensor, "*n H"], attended: Float[Tensor, "*n HD"]) -> Float[Tensor, "*n H"]:
-        """The rest of the layer: residual on the un-normed hidden state, MLP."""
+        """The rest of the layer: residual connection, MLP."""
+        if self.norm_before_residual:
+            hidden = self.midlayer.hidden_norm(hidden)
         hidden = hidden + self.midlayer.self_attn.o_proj(attended)
         return hidden + self.midlayer.mlp(self.midlayer.post_attention_layernorm(hidden))
 
@@ -140,131 +144,10 @@ def start_from_target(head: EagleHead, target: TargetModel) -> None:
         head.midlayer.self_attn.o_proj.weight.copy_(last.self_attn.o_proj.weight)
 
 
-def save_head(head: EagleHead, folder: Path, target: TargetModel, *, compact: bool = False) -> None:
-    """Write `config.json` and `model.safetensors` in the EAGLE-3 layout.
-
-    Args:
-        compact: bfloat16, and without the output rows, which the target has itself: half the size, for
-            heads that ship with a package.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    config = target.config
-    tensors = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items() if k != "draft_vocab"}
-    if compact:
-        tensors = {name: value.bfloat16() for name, value in tensors.items() if name != "lm_head.weight"}
-    vocab = head.draft_vocab.long().cpu()
-    tensors["d2t"] = vocab - torch.arange(len(vocab))
-    tensors["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill_(0, vocab, True)
-    save_file(tensors, folder / "model.safetensors")
-    record = {
-        "architectures": [_ARCHITECTURE],
-        "model_type": "llama",
-        "hidden_size": head.hidden_size,
-        "intermediate_size": int(config.intermediate_size),
-        "num_attention_heads": head.num_heads,
-        "num_key_value_heads": head.num_kv_heads,
-        "head_dim": head.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": float(config.rms_norm_eps),
-        "num_hidden_layers": 1,
-        "max_position_embeddings": target.max_position,
-        "rope_parameters": dict(getattr(config, "rope_parameters", None) or {}),
-        "rope_theta": (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0),
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "vocab_size": target.vocab_size,
-        "draft_vocab_size": head.draft_vocab_size,
-        "torch_dtype": str(tensors["fc.weight"].dtype).removeprefix("torch."),
-        _FINGERPRINT: _take_fingerprint(target),
-    }
-    (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-def find_shipped_head(target: TargetModel) -> Path | None:
-    """The folder of the head that comes with this package for this target, if there is one.
-
-    A target is known by its shape and by its final norm, which training LoRA leaves as it is and
-    quantising too.
-    """
-    for folder in sorted(_SHIPPED.glob("*")):
-        config = json.loads((folder / "config.json").read_text())
-        try:
-            _check_config(config, folder, target)
-        except ValueError:
-            continue
-        known, own = torch.tensor(config[_FINGERPRINT]), torch.tensor(_take_fingerprint(target))
-        if bool((own - known).norm() < 0.05 * known.norm()):
-            return folder
-    return None
-
-
-def _take_fingerprint(target: TargetModel) -> list[float]:
-    """The first values of the final norm's weight."""
-    return [round(float(value), 4) for value in target.decoder.norm.weight.detach()[:32]]
-
-
-def build_head(target: TargetModel, draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE) -> EagleHead:
+def build_head(
+    target: TargetModel, draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE, *, norm_before_residual: bool = False
+) -> EagleHead:
     """A random head, always the same one; the run's generators are neither read nor moved."""
     with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
         torch.manual_seed(0)
-        return EagleHead(target, draft_vocab_size=draft_vocab_size)
-
-
-def load_head(folder: Path, target: TargetModel) -> EagleHead:
-    """Read and check a saved head against its target; see `EagleDrafter.load`."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"no readable draft head in {folder}: {error}") from error
-    if not isinstance(config, dict) or config.get("architectures") != [_ARCHITECTURE]:
-        found = config.get("architectures") if isinstance(config, dict) else config
-        raise ValueError(f"{folder} holds {found}, not an EAGLE-3 head ({_ARCHITECTURE})")
-    _check_config(config, folder, target)
-    if "d2t" not in tensors:
-        raise ValueError(f"the head in {folder} lacks d2t; export it again")
-    for name in ("t2d", "embed_tokens.weight"):  # said again by d2t, and by the target
-        tensors.pop(name, None)
-    tensors["draft_vocab"] = _read_vocabulary(tensors.pop("d2t"), folder, target.vocab_size)
-    head = build_head(target, len(tensors["draft_vocab"]))
-    if "lm_head.weight" not in tensors:  # a compact head: they are the target's own
-        tensors["lm_head.weight"] = target.lm_head.weight.detach()[tensors["draft_vocab"].long()]
-    _check_tensors(tensors, head, folder)
-    head.load_state_dict(tensors)
-    return head
-
-
-def _check_config(config: dict[str, object], folder: Path, target: TargetModel) -> None:
-    wanted = {
-        "hidden_size": target.hidden_size,
-        "vocab_size": target.vocab_size,
-        "num_attention_heads": int(target.config.num_attention_heads),
-        "num_key_value_heads": target.num_kv_heads,
-        "head_dim": target.head_dim,
-        "num_hidden_layers": 1,
-    }
-    for key, expected in wanted.items():
-        if config.get(key, expected) != expected:
-            raise ValueError(f"the head in {folder} has {key} {config.get(key)}, the target has {expected}")
-
-
-def _read_vocabulary(offsets: Tensor, folder: Path, vocab_size: int) -> Tensor:
-    """Target ids of the draft vocabulary from d2t's offsets."""
-    ids = offsets.long() + torch.arange(len(offsets))
-    if len(ids) == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) != len(ids):
-        raise ValueError(f"the head in {folder} has a d2t that repeats a token or leaves 0..{vocab_size - 1}")
-    return ids.to(torch.int32)
-
-
-def _check_tensors(tensors: dict[str, Tensor], head: EagleHead, folder: Path) -> None:
-    wanted = head.state_dict()
-    problems = sorted(set(wanted) ^ set(tensors)) or [
-        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if tensors[name].shape != value.shape
-    ]
-    if problems:
-        raise ValueError(f"the head in {folder} does not fit this target: {problems[0]}")
-    broken = next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
-    if broken is not None:
-        raise ValueError(f"the head in {folder} has values that are not finite in {broken}")
+        return EagleHead(target, draft_vocab_size=draft_vocab_size, norm_before_residual=norm_before_residual)

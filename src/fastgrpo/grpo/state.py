@@ -11,9 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastgrpo.drafters.eagle import EagleDrafter
-from fastgrpo.drafters.eagle_head import load_head
+from fastgrpo.drafters.eagle_files import load_head
 from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
+
+_COUNTERS = ("num_updates", "rate_scale", "warm_from", "control")
+_REFERENCE = "reference."
 
 
 def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
@@ -33,8 +36,9 @@ def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
         for name, value in moments.items()
     }
     tensors |= {"generator": state["generator"], "token_counts": state["token_counts"].cpu()}
+    tensors |= {f"{_REFERENCE}{i}": value.cpu().contiguous() for i, value in enumerate(state["reference"] or [])}
     save_file(tensors, folder / "learner.safetensors")
-    record = {"num_updates": state["num_updates"], "param_groups": state["optimizer"]["param_groups"]}
+    record = {key: state[key] for key in _COUNTERS} | {"param_groups": state["optimizer"]["param_groups"]}
     (folder / "learner.json").write_text(json.dumps(record) + "\n")
 
 
@@ -63,6 +67,10 @@ def _read_learner(folder: Path) -> dict[str, Any]:
     record = json.loads((folder / "learner.json").read_text())
     tensors = load_file(folder / "learner.safetensors")
     generator, token_counts = tensors.pop("generator"), tensors.pop("token_counts")
+    names = sorted(
+        (name for name in tensors if name.startswith(_REFERENCE)), key=lambda name: int(name[len(_REFERENCE) :])
+    )
+    reference = [tensors.pop(name) for name in names] or None
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         index, moment = name.split(".", 1)
@@ -75,5 +83,6 @@ def _read_learner(folder: Path) -> dict[str, Any]:
         "optimizer": {"state": state, "param_groups": groups},
         "generator": generator,
         "token_counts": token_counts,
-        "num_updates": record["num_updates"],
+        "reference": reference,
+        **{key: record[key] for key in _COUNTERS},
     }

@@ -147,6 +147,12 @@ class FastGRPOTrainer(GRPOTrainer):
             metrics["draft/learn_s"].append(report.learn_s)
             metrics["draft/num_tokens"].append(report.num_tokens)
             metrics["draft/num_skipped"].append(report.num_skipped)
+            metrics["draft/num_updates"].append(report.num_updates)
+            metrics["draft/held_out_loss"].append(report.held_out_loss)
+            metrics["draft/effort"].append(report.effort)
+            metrics["draft/rolled_back"].append(float(report.is_rolled_back))
+            if self._saved_s is not None:
+                metrics["draft/saved_s"].append(self._saved_s)
         return output
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:

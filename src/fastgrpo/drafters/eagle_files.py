@@ -1,0 +1,199 @@
+"""Files of EAGLE-3 heads: the layout that vLLM and SGLang load, and that of the speculators library.
+
+Safetensors and JSON; nothing is unpickled, and nothing is trusted before it is checked against the target.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastgrpo.drafters.eagle_head import EagleHead, build_head
+from fastgrpo.model import TargetModel
+
+_ARCHITECTURE = "LlamaForCausalLMEagle3"
+_FINGERPRINT = "target_final_norm"
+_SHIPPED = Path(__file__).parent.parent / "heads"
+
+
+def save_head(
+    head: EagleHead, folder: Path, target: TargetModel, *, dtype: torch.dtype | None = None, compact: bool = False
+) -> None:
+    """Write `config.json` and `model.safetensors` in the EAGLE-3 layout.
+
+    Args:
+        dtype: of the weights on file; None writes them as they are.
+        compact: bfloat16, and without the output rows, which the target has itself: half the size, for
+            heads that ship with a package.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = target.config
+    tensors = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items() if k != "draft_vocab"}
+    if compact:
+        del tensors["lm_head.weight"]
+        dtype = torch.bfloat16
+    if dtype is not None:
+        tensors = {name: value.to(dtype) for name, value in tensors.items()}
+    vocab = head.draft_vocab.long().cpu()
+    tensors["d2t"] = vocab - torch.arange(len(vocab))
+    tensors["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill_(0, vocab, True)
+    save_file(tensors, folder / "model.safetensors")
+    record = {
+        "architectures": [_ARCHITECTURE],
+        "model_type": "llama",
+        "hidden_size": head.hidden_size,
+        "intermediate_size": int(config.intermediate_size),
+        "num_attention_heads": head.num_heads,
+        "num_key_value_heads": head.num_kv_heads,
+        "head_dim": head.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": float(config.rms_norm_eps),
+        "num_hidden_layers": 1,
+        "max_position_embeddings": target.max_position,
+        "rope_parameters": dict(getattr(config, "rope_parameters", None) or {}),
+        "rope_theta": (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0),
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "vocab_size": target.vocab_size,
+        "draft_vocab_size": head.draft_vocab_size,
+        "norm_before_residual": head.norm_before_residual,
+        "torch_dtype": str(tensors["fc.weight"].dtype).removeprefix("torch."),
+        _FINGERPRINT: _take_fingerprint(target),
+    }
+    (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def load_head(folder: Path, target: TargetModel) -> EagleHead:
+    """Read and check a saved head against its target; see `EagleDrafter.load`.
+
+    Both layouts are read: EAGLE-3's, as vLLM and SGLang load it, and that of the speculators library.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"no readable draft head in {folder}: {error}") from error
+    config, tensors = _unify_layout(config, tensors, folder)
+    _check_config(config, folder, target)
+    for name in ("t2d", "embed_tokens.weight"):  # said again by d2t, and by the target
+        tensors.pop(name, None)
+    tensors["draft_vocab"] = _read_vocabulary(_find_offsets(tensors, folder, target), folder, target.vocab_size)
+    head = build_head(
+        target, len(tensors["draft_vocab"]), norm_before_residual=bool(config.get("norm_before_residual", False))
+    )
+    if "lm_head.weight" not in tensors:  # a compact head: they are the target's own
+        tensors["lm_head.weight"] = target.lm_head.weight.detach()[tensors["draft_vocab"].long()]
+    _check_tensors(tensors, head, folder)
+    head.load_state_dict(tensors)
+    return head
+
+
+def find_shipped_head(target: TargetModel) -> Path | None:
+    """The folder of the head that comes with this package for this target, if there is one.
+
+    A target is known by its shape and by its final norm, which training LoRA leaves as it is and
+    quantising too.
+    """
+    for folder in sorted(_SHIPPED.glob("*")):
+        config = json.loads((folder / "config.json").read_text())
+        try:
+            _check_config(config, folder, target)
+        except ValueError:
+            continue
+        known, own = torch.tensor(config[_FINGERPRINT]), torch.tensor(_take_fingerprint(target))
+        if bool((own - known).norm() < 0.05 * known.norm()):
+            return folder
+    return None
+
+
+def _take_fingerprint(target: TargetModel) -> list[float]:
+    """The first values of the final norm's weight."""
+    return [round(float(value), 4) for value in target.decoder.norm.weight.detach()[:32]]
+
+
+def _unify_layout(config: object, tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors under the names of the EAGLE-3 layout."""
+    if isinstance(config, dict) and config.get("speculators_model_type") == "eagle3":
+        layer = config.get("transformer_layer_config") or {}
+        flat = {**layer, "norm_before_residual": True, **config}  # its flag is set unless the file says otherwise
+        return flat, {name.replace("layers.0.", "midlayer.", 1): value for name, value in tensors.items()}
+    if not isinstance(config, dict) or config.get("architectures") != [_ARCHITECTURE]:
+        found = config.get("architectures") if isinstance(config, dict) else config
+        raise ValueError(f"{folder} holds {found}, not an EAGLE-3 head ({_ARCHITECTURE})")
+    return config, tensors
+
+
+def _check_config(config: dict[str, Any], folder: Path, target: TargetModel) -> None:
+    wanted = {
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "num_attention_heads": int(target.config.num_attention_heads),
+        "num_key_value_heads": target.num_kv_heads,
+        "head_dim": target.head_dim,
+        "num_hidden_layers": 1,
+    }
+    for key, expected in wanted.items():
+        if config.get(key, expected) != expected:
+            raise ValueError(f"the head in {folder} has {key} {config.get(key)}, the target has {expected}")
+    if config.get("target_hidden_size") not in (None, target.hidden_size):
+        raise ValueError(
+            f"the head in {folder} has target_hidden_size {config['target_hidden_size']}, the target has "
+            f"{target.hidden_size}"
+        )
+    norms = [key for key, value in config.items() if key.startswith("norm_") and value]
+    unknown = [key for key in norms if key != "norm_before_residual"]
+    if unknown:
+        raise ValueError(
+            f"the head in {folder} sets {unknown[0]}, which is not known here; only norm_before_residual is"
+        )
+    _check_layers(config, folder, target)
+
+
+def _check_layers(config: dict[str, Any], folder: Path, target: TargetModel) -> None:
+    """Explicit feature layers mean different things in different engines; ours are the default ones."""
+    nested = config.get("eagle_config")
+    for settings in (config, nested if isinstance(nested, dict) else {}):
+        layers = settings.get("eagle_aux_hidden_state_layer_ids")
+        if layers is not None and list(layers) != list(target.feature_layers):
+            raise ValueError(
+                f"the head in {folder} reads target layers {list(layers)}; only the default ones, "
+                f"{list(target.feature_layers)}, are supported"
+            )
+
+
+def _find_offsets(tensors: dict[str, Tensor], folder: Path, target: TargetModel) -> Tensor:
+    """d2t: what to add to each draft id for its target id; zeros where the whole vocabulary is drafted."""
+    if "d2t" in tensors:
+        return tensors.pop("d2t")
+    rows = tensors.get("lm_head.weight")
+    if rows is None or len(rows) != target.vocab_size:
+        raise ValueError(f"the head in {folder} lacks d2t although its vocabulary is reduced; export it again")
+    return torch.zeros(target.vocab_size, dtype=torch.int64)
+
+
+def _read_vocabulary(offsets: Tensor, folder: Path, vocab_size: int) -> Tensor:
+    """Target ids of the draft vocabulary from d2t's offsets."""
+    ids = offsets.long() + torch.arange(len(offsets))
+    if len(ids) == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) != len(ids):
+        raise ValueError(f"the head in {folder} has a d2t that repeats a token or leaves 0..{vocab_size - 1}")
+    return ids.to(torch.int32)
+
+
+def _check_tensors(tensors: dict[str, Tensor], head: EagleHead, folder: Path) -> None:
+    wanted = head.state_dict()
+    problems = sorted(set(wanted) ^ set(tensors)) or [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if tensors[name].shape != value.shape
+    ]
+    if problems:
+        raise ValueError(f"the head in {folder} does not fit this target: {problems[0]}")
+    broken = next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
+    if broken is not None:
+        raise ValueError(f"the head in {folder} has values that are not finite in {broken}")

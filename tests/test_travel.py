@@ -1,0 +1,212 @@
+"""Heads travel: what is exported is read back bit for bit, and a foreign file is measured before it is trusted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import VOCAB_SIZE, build_model
+from fastgrpo import travel
+from fastgrpo.cli import main
+from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.drafters.eagle_files import load_head, save_head
+from fastgrpo.engine import Engine
+from fastgrpo.model import TargetModel
+from fastgrpo.types import SamplingParams, SpeculationPlan
+from fastgrpo.unroll import collate, compute_outputs
+from test_eagle import build_drafter_for, collect_rollouts, draft_chains
+from test_trainer import build_tokenizer
+
+PLAN = SpeculationPlan(depth=2, width=2, num_draft_tokens=4)
+
+
+@pytest.fixture
+def target_folder(tmp_path: Path) -> Path:
+    """A tiny target on disk, with a tokenizer."""
+    folder = tmp_path / "target"
+    build_model("llama", torch.float32).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def build_target(folder: Path) -> TargetModel:
+    from fastgrpo.loading import load_model
+
+    return TargetModel(load_model(folder, dtype="float32", device="cpu"))
+
+
+def build_trained_head(folder: Path, target_folder: Path) -> EagleDrafter:
+    """A head that is not the one that every target begins with, saved in `folder`."""
+    drafter = EagleDrafter(build_target(target_folder), draft_vocab_size=50)
+    with torch.no_grad():
+        for parameter in drafter.head.midlayer.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    drafter.save(folder)
+    return drafter
+
+
+def write_as_speculators(source: Path, folder: Path, **changes: object) -> None:
+    """The same head as the speculators library would save it."""
+    config = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    layer = {key: value for key, value in config.items() if key.endswith(("heads", "size", "dim", "layers", "eps"))}
+    layer = {key: value for key, value in layer.items() if key != "draft_vocab_size"}
+    folder.mkdir()
+    save_file(
+        {name.replace("midlayer.", "layers.0."): value for name, value in tensors.items()}, folder / "model.safetensors"
+    )
+    record = {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "draft_vocab_size": config["draft_vocab_size"],
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "target_hidden_size": None,
+        "eagle_aux_hidden_state_layer_ids": None,
+        "transformer_layer_config": layer,
+    }
+    (folder / "config.json").write_text(json.dumps(record | changes))
+
+
+def assert_same_tensors(first: Path, second: Path) -> None:
+    ours, theirs = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_export_then_import_is_the_identity(tmp_path: Path, target_folder: Path) -> None:
+    build_trained_head(tmp_path / "head", target_folder)
+    common = ["--model", str(target_folder)]
+    exported, imported = str(tmp_path / "exported"), str(tmp_path / "imported")
+    assert (
+        main(["draft", "export", *common, "--head", str(tmp_path / "head"), "--output", exported, "--dtype", "float32"])
+        == 0
+    )
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"what is {i}+{i}?"}) + "\n" for i in range(4)))
+    measured = ["--data", str(prompts), "--max-tokens", "12", "--least-acceptance", "0", "--dtype", "float32"]
+    assert main(["draft", "import", *common, "--source", exported, "--output", imported, *measured]) == 0
+    assert_same_tensors(tmp_path / "head", Path(exported))
+    assert_same_tensors(tmp_path / "head", Path(imported))
+    assert 0 <= json.loads((Path(imported) / "import.json").read_text())["acceptance"][0][0] <= 1
+
+
+def test_a_checkpoint_and_a_type_can_be_exported(tmp_path: Path, target_folder: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-3"
+    build_trained_head(checkpoint / "fastgrpo" / "head", target_folder)
+    (checkpoint / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    output = tmp_path / "out"
+    assert (
+        main(["draft", "export", "--model", str(target_folder), "--head", str(checkpoint), "--output", str(output)])
+        == 0
+    )
+    tensors = load_file(output / "model.safetensors")
+    assert {value.dtype for name, value in tensors.items() if name.endswith("weight")} == {torch.bfloat16}
+    assert tensors["t2d"].sum() == len(tensors["d2t"]) == 50
+    assert tensors["lm_head.weight"].shape[0] == 50
+    config = json.loads((output / "config.json").read_text())
+    assert config["norm_before_residual"] is False
+    assert config["torch_dtype"] == "bfloat16"
+
+
+def test_the_speculators_format_is_read(tmp_path: Path, target_folder: Path) -> None:
+    drafter = build_trained_head(tmp_path / "head", target_folder)
+    write_as_speculators(tmp_path / "head", tmp_path / "theirs")
+    head = load_head(tmp_path / "theirs", drafter.target)
+    assert not head.norm_before_residual
+    for name, value in drafter.head.state_dict().items():
+        assert torch.equal(value, head.state_dict()[name]), name
+
+
+def test_a_normed_residual_is_drafted_and_trained_alike(tmp_path: Path, target_folder: Path) -> None:
+    """Where the flag is not on file, the speculators format means true."""
+    drafter = build_trained_head(tmp_path / "head", target_folder)
+    write_as_speculators(tmp_path / "head", tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    del config["norm_before_residual"]
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    model = build_model("llama", torch.float32)
+    target = TargetModel(model)
+    other = EagleDrafter(target, head=load_head(tmp_path / "theirs", target))
+    assert other.head.norm_before_residual
+    rollout = max(collect_rollouts(model, 3), key=lambda rollout: len(rollout.prompt_ids))  # of 12 tokens
+    batch = collate([rollout], target, torch.float32)
+    with torch.no_grad():
+        steps = compute_outputs(other.head, target, batch)
+        plain = compute_outputs(drafter.head, target, batch)
+    assert not torch.allclose(steps, plain)
+    outputs = draft_chains(other, rollout, 11, len(steps))
+    for depth, output in enumerate(outputs):
+        torch.testing.assert_close(output, steps[depth, 2 + depth], rtol=1e-4, atol=1e-4)
+    save_head(other.head, tmp_path / "again", target)
+    assert load_head(tmp_path / "again", target).norm_before_residual
+
+
+def test_an_imported_head_changes_no_token(tmp_path: Path, target_folder: Path) -> None:
+    build_trained_head(tmp_path / "head", target_folder)
+    model = build_model("llama", torch.float64)
+    prompts, params = [[3, 1, 4], [1, 5]], SamplingParams(max_tokens=20)
+    expected = Engine(model, drafter="none", speculation="off").generate(prompts, params)
+    drafted = Engine(model, drafter=str(tmp_path / "head"), speculation=PLAN).generate(prompts, params)
+    assert [c.token_ids for c in drafted] == [c.token_ids for c in expected]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_before_fc": True}, "norm_before_fc, which is not known"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}, r"reads target layers \[1, 2, 3\]"),
+        ({"target_hidden_size": 4096}, "target_hidden_size 4096"),
+        ({"speculators_model_type": "eagle"}, "not an EAGLE-3 head"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(tmp_path: Path, target_folder: Path, changes: dict, message: str) -> None:
+    drafter = build_trained_head(tmp_path / "head", target_folder)
+    write_as_speculators(tmp_path / "head", tmp_path / "theirs", **changes)
+    with pytest.raises(ValueError, match=message):
+        load_head(tmp_path / "theirs", drafter.target)
+
+
+def test_a_reduced_vocabulary_needs_its_map(tmp_path: Path, target_folder: Path) -> None:
+    drafter = build_trained_head(tmp_path / "head", target_folder)
+    tensors = load_file(tmp_path / "head" / "model.safetensors")
+    del tensors["d2t"]
+    save_file(tensors, tmp_path / "head" / "model.safetensors")
+    with pytest.raises(ValueError, match="lacks d2t although its vocabulary is reduced"):
+        load_head(tmp_path / "head", drafter.target)
+
+
+def test_a_whole_vocabulary_needs_none(tmp_path: Path) -> None:
+    drafter = build_drafter_for(build_model("llama", torch.float32), draft_vocab_size=VOCAB_SIZE)
+    drafter.save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["d2t"], tensors["t2d"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    head = load_head(tmp_path, drafter.target)
+    assert torch.equal(head.draft_vocab, torch.arange(VOCAB_SIZE, dtype=torch.int32))
+
+
+def test_a_head_that_is_never_right_is_not_taken(
+    tmp_path: Path, target_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    build_trained_head(tmp_path / "head", target_folder)
+    monkeypatch.setattr(travel, "measure_acceptance", lambda *_: torch.full((3, 4), 0.01))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1+1?"}\n')
+    arguments = ["--source", str(tmp_path / "head"), "--output", str(tmp_path / "out"), "--data", str(prompts)]
+    assert main(["draft", "import", "--model", str(target_folder), "--max-tokens", "4", *arguments]) == 2
+    assert "1.0% of this head's first drafts" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    assert main(["draft", "export", "--output", str(tmp_path / "out")]) == 2
+    assert "is in use" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
