@@ -1,4 +1,8 @@
-"""Greedy acceptance length of a chain: `python bench/vllm/accept.py ours|vllm PROMPTS.json HEAD OUTPUT.json`."""
+"""Greedy acceptance length of a chain, in our engine and in vLLM.
+
+`python bench/vllm/accept.py ours|vllm PROMPTS.json HEAD OUTPUT.json`, each in its own environment, then
+`python bench/vllm/accept.py compare OURS.json THEIRS.json OUTPUT.json` in ours.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,7 @@ def measure_vllm(work: dict[str, Any], head: str) -> dict[str, Any]:
         model=work["model"],
         dtype="bfloat16",
         max_model_len=1024,
+        gpu_memory_utilization=0.3,  # of the CPU's memory, despite its name
         disable_log_stats=False,
         speculative_config={"method": "eagle3", "model": head, "num_speculative_tokens": DEPTH},
     )
@@ -49,10 +54,30 @@ def _describe(accepted: list[float], drafts: int, token_ids: list[list[int]]) ->
     return {"acceptance_length": 1 + sum(accepted), "by_depth": accepted, "num_drafts": drafts, "token_ids": token_ids}
 
 
+def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Both results without their tokens, and their ratio."""
+    from fastgrpo.report import describe_commit, describe_machine
+
+    pairs = list(zip(ours.pop("token_ids"), theirs.pop("token_ids"), strict=True))
+    return {
+        "commit": describe_commit(Path(__file__).parent),
+        "machine": describe_machine(),
+        "settings": {"max_tokens": MAX_TOKENS, "num_prompts": len(pairs), "dtype": "bfloat16", "temperature": 0.0},
+        "ours": ours,
+        "vllm": theirs,
+        "ratio": theirs["acceptance_length"] / ours["acceptance_length"],
+        "share_equal": sum(a == b for a, b in pairs) / len(pairs),
+    }
+
+
 def main() -> None:
-    engine, prompts, head, output = sys.argv[1:]
-    measure = {"ours": measure_ours, "vllm": measure_vllm}[engine]
-    result = {"engine": engine, "depth": DEPTH, **measure(json.loads(Path(prompts).read_text()), head)}
+    mode, first, second, output = sys.argv[1:]
+    work = json.loads(Path(first).read_text())
+    if mode == "compare":
+        result = compare(work, json.loads(Path(second).read_text()))
+    else:
+        measure = {"ours": measure_ours, "vllm": measure_vllm}[mode]
+        result = {"engine": mode, "task": work["task"], "depth": DEPTH, **measure(work, second)}
     Path(output).write_text(json.dumps(result, indent=1) + "\n")
     print({key: value for key, value in result.items() if key != "token_ids"})
 
