@@ -87,6 +87,24 @@ def test_rollout_writes_what_it_measured(model_dir: Path, tmp_path: Path, capsys
     assert "x vs off" in capsys.readouterr().out
 
 
+def test_drafts_are_accepted_oftener_when_ranked_with_the_noise(model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "acceptance.json"
+    argv = ["bench", "acceptance", "--model", str(model_dir), "--dtype", "float32", "--device", "cpu"]
+    argv += ["--task", "chain_sum", "--temperature", "1,0", "--num-prompts", "8", "--max-tokens", "24"]
+    assert main([*argv, "--output", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["temperature"], row["num_draft_tokens"]) for row in rows] == [
+        (temperature, nodes) for temperature in (1.0, 0.0) for nodes in (2, 4, 8, 16, 32)
+    ]
+    for row in rows:
+        assert 1 <= row["without"]["acceptance_length"] <= row["depth"] + 1
+        assert len(row["shared"]["by_depth"]) <= row["depth"]
+        if row["temperature"] == 0:
+            assert row["ratio"] == 1
+    assert max(row["ratio"] for row in rows) > 1.05
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
 def test_e2e_trains_all_variants_in_turn(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "e2e.json"
     argv = ["bench", "e2e", "--model", str(model_dir), *TINY_WORKLOAD, "--variants", "trl,fixed", "--steps", "2"]

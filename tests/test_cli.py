@@ -13,7 +13,16 @@ import pytest
 import yaml
 
 from fastgrpo.cli import main
-from fastgrpo.options import DemoOptions, E2EOptions, GenerateOptions, RolloutOptions
+from fastgrpo.options import (
+    AcceptanceOptions,
+    DemoOptions,
+    DraftExportOptions,
+    DraftImportOptions,
+    DraftTrainOptions,
+    E2EOptions,
+    GenerateOptions,
+    RolloutOptions,
+)
 from fastgrpo.report import load_run
 from tiny import save_tiny_model
 
@@ -21,7 +30,11 @@ COMMANDS = {
     ("demo",): DemoOptions,
     ("generate",): GenerateOptions,
     ("bench", "rollout"): RolloutOptions,
+    ("bench", "acceptance"): AcceptanceOptions,
     ("bench", "e2e"): E2EOptions,
+    ("draft", "train"): DraftTrainOptions,
+    ("draft", "export"): DraftExportOptions,
+    ("draft", "import"): DraftImportOptions,
 }
 REWARDS = """
 import os

@@ -231,6 +231,22 @@ def test_drafts_are_ranked_with_the_noise_of_their_position():
     assert (chance.exp().sum(-1) <= 1 + 1e-6).all()
 
 
+def test_without_noise_the_likeliest_tokens_are_drafted_and_nothing_else_changes():
+    model = shared_model("llama")
+    drafter, params = build_drafter_for(model), SamplingParams(max_tokens=16, seed=4)
+    plan = SpeculationPlan(depth=2, width=3, num_draft_tokens=6)
+    texts = []
+    for drafter.ranks_with_noise in (True, False):
+        texts.append([c.token_ids for c in Engine(model, drafter=drafter, speculation=plan).generate(PROMPTS, params)])
+    assert texts[0] == texts[1]
+    sequence = Sequence(request_id=0, prompt_ids=[0], params=SamplingParams(), max_tokens=9, stream_key=1)
+    hidden = torch.randn(1, 1, HIDDEN_SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chance, tokens = drafter.rank_level(hidden, SamplingBatch.build([sequence], torch.device("cpu")), 3)
+    expected = drafter.fast_head.compute_logits(hidden).log_softmax(-1).topk(3)
+    assert torch.equal(tokens, drafter.head.draft_vocab[expected.indices].long())
+    assert torch.allclose(chance, expected.values.to(chance.dtype))
+
+
 # -- learning -----------------------------------------------------------------------------------------------
 
 

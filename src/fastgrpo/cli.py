@@ -1,4 +1,4 @@
-"""The command line: `fastgrpo demo | train | generate | draft train | bench rollout | bench e2e`.
+"""The command line: `fastgrpo demo | train | generate | draft ... | bench ...`.
 
 What a command needs is imported when it runs, so that `--help` is quick.
 """
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 from fastgrpo.options import (
+    AcceptanceOptions,
     DemoOptions,
     DraftExportOptions,
     DraftImportOptions,
@@ -87,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
         title="benchmarks", metavar="BENCHMARK", required=True
     )
     _add(bench, "rollout", "the engine alone: ways to speculate, in turn", RolloutOptions, _run_rollout)
+    _add(
+        bench, "acceptance", "drafts ranked with the target's noise and without it", AcceptanceOptions, _run_acceptance
+    )
     _add(bench, "e2e", "training steps of TRL's trainer and of ours, in turn", E2EOptions, _run_e2e)
     return parser
 
@@ -143,6 +147,13 @@ def _run_rollout(arguments: argparse.Namespace, command: str) -> None:
     from fastgrpo.bench.rollout import run_rollout_bench
 
     run_rollout_bench(options, command)
+
+
+def _run_acceptance(arguments: argparse.Namespace, command: str) -> None:
+    options = read_options(AcceptanceOptions, arguments)
+    from fastgrpo.bench.acceptance import run_acceptance_bench
+
+    run_acceptance_bench(options, command)
 
 
 def _run_e2e(arguments: argparse.Namespace, command: str) -> None:

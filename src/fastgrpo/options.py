@@ -159,6 +159,38 @@ class RolloutOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AcceptanceOptions:
+    """`fastgrpo bench acceptance`."""
+
+    model: str = field(default="demo", metadata=about("model: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct"))
+    drafter: str = field(default="eagle", metadata=about("eagle, eagle-new, or a folder with a saved EAGLE-3 head"))
+    task: tuple[str, ...] = field(
+        default=("gsm_symbolic", "chain_sum"),
+        metadata=about("reasoning-gym tasks that make the prompts, parted by commas"),
+    )
+    temperature: tuple[float, ...] = field(
+        default=(1.0, 0.6, 0.0), metadata=about("sampling temperatures, parted by commas; 0 is greedy")
+    )
+    num_prompts: int = field(default=32, metadata=about("prompts of each task, one completion each"))
+    max_tokens: int = field(default=96, metadata=about("longest completion, in tokens"))
+    max_num_seqs: int = field(default=64, metadata=about("sequences decoded together"))
+    device: str = field(
+        default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
+    )
+    dtype: str = field(default="bfloat16", metadata=about("type of the weights", choices=DTYPES))
+    seed: int = field(default=1000, metadata=about("seed of prompts and noise; 0 made the shipped head's"))
+    output: Path | None = field(
+        default=None,
+        metadata=about("JSON file for the results, a plot beside it; without it they are only printed"),
+    )
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_prompts", "max_tokens", "max_num_seqs")
+        if not all(temperature >= 0 for temperature in self.temperature):
+            raise ValueError(f"temperature must be >= 0, got {','.join(map(str, self.temperature))}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DraftTrainOptions:
     """`fastgrpo draft train`."""
 
@@ -173,9 +205,9 @@ class DraftTrainOptions:
     )
     task: tuple[str, ...] = field(
         default=("chain_sum",),
-        metadata=about("reasoning-gym tasks that make the prompts, parted by commas; not used with --data"),
+        metadata=about("reasoning-gym tasks that make the prompts, parted by commas; without a file of prompts"),
     )
-    num_prompts: int = field(default=512, metadata=about("prompts of all tasks together; not used with --data"))
+    num_prompts: int = field(default=512, metadata=about("prompts of all tasks together; without a file of prompts"))
     num_generations: int = field(default=4, metadata=about("answers of the target to each prompt"))
     max_prompt_length: int = field(default=1024, metadata=about("longer prompts are left out, in tokens"))
     max_tokens: int = field(default=256, metadata=about("longest answer, in tokens"))
@@ -230,7 +262,7 @@ class DraftImportOptions:
         default=None, metadata=about("JSONL file of objects with 'prompt', to measure acceptance on")
     )
     task: str = field(
-        default="chain_sum", metadata=about("reasoning-gym task that makes the prompts; not used with --data")
+        default="chain_sum", metadata=about("reasoning-gym task that makes the prompts; without a file of prompts")
     )
     num_prompts: int = field(default=16, metadata=about("prompts that the target answers"))
     max_tokens: int = field(default=128, metadata=about("longest answer, in tokens"))
@@ -304,7 +336,7 @@ def add_options(parser: argparse.ArgumentParser, record: type) -> None:
         if choices:
             help = f"{help}: {', '.join(choices)}"
         if entry.default is not None and entry.default != () and entry.default is not False:
-            shown = ",".join(entry.default) if isinstance(entry.default, tuple) else entry.default
+            shown = ",".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default
             help = f"{help} (default: {shown})"
         keywords: dict[str, Any] = {"dest": entry.name, "default": entry.default, "help": help}
         if hint is bool:
@@ -348,7 +380,7 @@ def _build_reader(hint: Any, choices: tuple[str, ...]) -> Callable[[str], Any]:
         for word in words if choices else ():
             if word not in choices:
                 raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(choices)}")
-        return tuple(words) if get_origin(kind) is tuple else kind(text)
+        return tuple(get_args(kind)[0](word) for word in words) if get_origin(kind) is tuple else kind(text)
 
     read.__name__ = getattr(kind, "__name__", "value")
     return read

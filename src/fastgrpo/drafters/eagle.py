@@ -37,6 +37,9 @@ class EagleDrafter:
         head: trained weights; None starts from the target's own, and `was_trained` is False.
         draft_vocab_size: rows of the reduced output head.
         temperature_scale: tau of the chance softmax((log q + noise) / tau) that a candidate is chosen.
+
+    Attributes:
+        ranks_with_noise: False drafts the likeliest tokens whatever the noise, as the paper does; for comparison.
     """
 
     name = "eagle"
@@ -52,6 +55,7 @@ class EagleDrafter:
     ) -> None:
         self.target = target
         self.temperature_scale = temperature_scale
+        self.ranks_with_noise = True
         self.was_trained = head is not None
         if head is None:
             head = build_head(target, draft_vocab_size)
@@ -170,8 +174,10 @@ class EagleDrafter:
         """
         logits = self.fast_head.compute_logits(output)
         scaled = scale_logits(logits, noise_rows)
-        noise = add_noise(scaled.new_zeros(len(output), scaled.shape[-1]), noise_rows, self.head.draft_vocab)
-        noisy = (scaled + noise[:, None]) / self.temperature_scale
+        if self.ranks_with_noise:
+            noise = add_noise(scaled.new_zeros(len(output), scaled.shape[-1]), noise_rows, self.head.draft_vocab)
+            scaled = scaled + noise[:, None]
+        noisy = scaled / self.temperature_scale
         top, column = noisy.topk(min(width, noisy.shape[-1]), dim=-1)
         return top - noisy.logsumexp(-1, keepdim=True), self.head.draft_vocab[column].long()
 
