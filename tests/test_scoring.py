@@ -121,12 +121,19 @@ def test_none_some_or_all_rows_teach(tmp_path: Path, advantages: list[float]) ->
 def test_rows_without_a_token_that_counts_teach_nothing() -> None:
     mask = torch.tensor([[1, 1], [1, 1], [0, 0], [1, 0]])
     inputs = {"completion_mask": mask, "advantages": torch.tensor([0.0, 1.0, 1.0, 1.0])}
-    assert find_rows_to_train(inputs, keep_one=False).tolist() == [False, True, False, True]
+    assert find_rows_to_train(inputs).tolist() == [False, True, False, True]
     inputs["tool_mask"] = torch.tensor([[1, 1], [0, 0], [1, 1], [1, 1]])
-    assert find_rows_to_train(inputs, keep_one=False).tolist() == [False, False, False, True]
+    assert find_rows_to_train(inputs).tolist() == [False, False, False, True]
     inputs["advantages"] = torch.zeros(4)
-    assert find_rows_to_train(inputs, keep_one=False).sum() == 0
-    assert find_rows_to_train(inputs, keep_one=True).tolist() == [True, False, False, False]
+    assert find_rows_to_train(inputs).sum() == 0
+
+
+def test_several_processes_compute_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each forward of a distributed model meets the others: all must run it as often."""
+    trainer = build_trainer(tmp_path, speculation="off")
+    assert find_obstacle(trainer) is None
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    assert "equally often" in str(find_obstacle(trainer))
 
 
 def test_dropout_keeps_every_row(tmp_path: Path) -> None:

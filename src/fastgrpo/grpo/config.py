@@ -54,7 +54,8 @@ class FastGRPOConfig(GRPOConfig):
         default=True,
         metadata={
             "help": "No backward pass for completions whose advantage is 0, as all have in a group of equal rewards. "
-            "The gradient is the same; stays off where something else depends on them (beta, entropy bonus, dropout)."
+            "The gradient is the same; stays off where something else depends on them (beta, entropy bonus, dropout), "
+            "and with several processes."
         },
     )
 

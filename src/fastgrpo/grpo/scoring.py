@@ -27,6 +27,7 @@ def find_obstacle(trainer: Any) -> str | None:
         "top_entropy_quantile ranks the tokens of all rows": trainer.top_entropy_quantile < 1.0,
         "vespo logs a mean over all rows": trainer.loss_type == "vespo",
         "use_liger_kernel computes the loss elsewhere": getattr(args, "use_liger_kernel", False),
+        "processes must run the model equally often": trainer.accelerator.num_processes > 1,
         "a compiled model takes no hooks": args.torch_compile,
         "DeepSpeed keeps the gradients itself": getattr(trainer, "is_deepspeed_enabled", False),
         "the model has dropout, whose draws depend on the rows computed": _has_dropout(model),
@@ -41,19 +42,13 @@ def _has_dropout(model: nn.Module) -> bool:
     return any(rate > 0 for rate in rates)
 
 
-def find_rows_to_train(inputs: dict[str, Any], *, keep_one: bool) -> Bool[Tensor, " B"]:
-    """Rows of a micro-batch whose loss has a gradient: an advantage other than 0, and a token that counts.
-
-    Args:
-        keep_one: name one row at least, where processes must all run the model.
-    """
+def find_rows_to_train(inputs: dict[str, Any]) -> Bool[Tensor, " B"]:
+    """Rows of a micro-batch whose loss has a gradient: an advantage other than 0, and a token that counts."""
     mask = inputs["completion_mask"]
     if "tool_mask" in inputs:
         mask = mask * inputs["tool_mask"]
     advantages = inputs["advantages"]
     chosen: Tensor = (advantages.reshape(len(advantages), -1) != 0).any(1) & (mask != 0).any(1)
-    if keep_one and not bool(chosen.any()):
-        chosen[0] = True
     return chosen
 
 

@@ -177,7 +177,7 @@ class FastGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
         if not (self._skips_rows and torch.is_grad_enabled() and self.model.training):
             return super()._compute_loss(model, inputs)
-        self._rows_to_train = find_rows_to_train(inputs, keep_one=self.accelerator.num_processes > 1)
+        self._rows_to_train = find_rows_to_train(inputs)
         self._metrics["train"]["update/skipped_share"].append(1 - float(self._rows_to_train.float().mean()))
         try:
             return super()._compute_loss(model, inputs)
@@ -195,9 +195,8 @@ class FastGRPOTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        if (
-            compute_aux_loss or self.args.torch_compile
-        ):  # the router's loss is over all positions; no hooks when compiled
+        # the router's loss is over all positions; a compiled model takes no hooks
+        if compute_aux_loss or self.args.torch_compile:
             return super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
