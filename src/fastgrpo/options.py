@@ -205,7 +205,10 @@ class DraftTrainOptions:
     )
     task: tuple[str, ...] = field(
         default=("chain_sum",),
-        metadata=about("reasoning-gym tasks that make the prompts, parted by commas; without a file of prompts"),
+        metadata=about(
+            "reasoning-gym tasks that make the prompts, parted by commas; without a file of prompts; NAME:3 takes "
+            "three times a single share of them"
+        ),
     )
     num_prompts: int = field(default=512, metadata=about("prompts of all tasks together; without a file of prompts"))
     num_generations: int = field(default=4, metadata=about("answers of the target to each prompt"))
@@ -216,6 +219,9 @@ class DraftTrainOptions:
     learning_rate: float = field(default=2e-3, metadata=about("peak AdamW learning rate of the head"))
     head: Path | None = field(
         default=None, metadata=about("folder with a head to begin with (default: the target's own last layer)")
+    )
+    draft_vocab_size: int = field(
+        default=8192, metadata=about("tokens that can be drafted: the most frequent of the answers")
     )
     compact: bool = field(
         default=False, metadata=about("save in bfloat16 without output rows, which are the target's own")
@@ -230,7 +236,21 @@ class DraftTrainOptions:
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_prompts", "num_generations", "max_prompt_length", "max_tokens", "updates")
-        _check_positive(self, "temperature", "learning_rate", "feature_cache_gib", "max_num_seqs")
+        _check_positive(self, "temperature", "learning_rate", "feature_cache_gib", "max_num_seqs", "draft_vocab_size")
+        self.compute_shares()
+
+    def compute_shares(self) -> dict[str, float]:
+        """Share of the prompts, in (0, 1], that each task makes."""
+        weights: dict[str, float] = {}
+        for word in self.task:
+            name, _, weight = word.partition(":")
+            try:
+                weights[name] = weights.get(name, 0.0) + (float(weight) if weight else 1.0)
+            except ValueError:
+                raise ValueError(f"task {word!r}: the share after the colon must be a number, as in {name}:3") from None
+            if not 0 < weights[name] < float("inf"):
+                raise ValueError(f"task {word!r}: the share after the colon must be a positive number")
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,11 +156,12 @@ def _build_requests(options: DraftTrainOptions, tokenizer: Any) -> list[tuple[st
     if options.data is not None:
         chats = [(str(options.data), prompt) for prompt in load_prompts(options.data)["prompt"]]
     else:
-        count = -(-options.num_prompts // len(options.task))
         chats = [
             (task, prompt)
-            for task in options.task
-            for prompt in build_task_dataset(task, size=count, seed=options.seed)["prompt"]
+            for task, share in options.compute_shares().items()
+            for prompt in build_task_dataset(task, size=math.ceil(options.num_prompts * share), seed=options.seed)[
+                "prompt"
+            ]
         ]
     encoded = encode_prompts(tokenizer, [prompt for _, prompt in chats])
     requests = [
@@ -170,6 +171,10 @@ def _build_requests(options: DraftTrainOptions, tokenizer: Any) -> list[tuple[st
         raise ValueError(f"no prompt has at most max_prompt_length={options.max_prompt_length} tokens; raise it")
     random.Random(options.seed).shuffle(requests)
     return [request for request in requests for _ in range(options.num_generations)]
+
+
+def _build_prompts(task: str, count: int, seed: int) -> list[Any]:
+    return list(build_task_dataset(task, size=count, seed=seed)["prompt"])
 
 
 def _read_answers(path: Path) -> list[Answer]:
@@ -196,7 +201,9 @@ class _Training:
         self.options = options
         target = TargetModel(model)
         head = None if options.head is None else load_head(options.head, target)
-        self.drafter = EagleDrafter(target, head=head)
+        if head is not None:
+            head.resize_vocabulary(options.draft_vocab_size)
+        self.drafter = EagleDrafter(target, head=head, draft_vocab_size=options.draft_vocab_size)
         self.learner = Learner(self.drafter, learning_rate=options.learning_rate, seed=options.seed)
         self.engine = Engine(model, drafter=self.drafter, speculation="off")  # what the state is saved with
         kept = [answer for answer in answers if len(answer.token_ids) >= _MIN_ANSWER]
@@ -212,7 +219,7 @@ class _Training:
         _restore(state)
         if state.is_dir():
             load_state(state, self.engine, self.learner)
-        elif self.options.head is None:
+        else:
             self._select_vocabulary()
         first, total = self.learner.num_updates, self.options.updates
         started = time.monotonic()

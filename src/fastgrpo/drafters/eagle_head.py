@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastgrpo.model import TargetModel
 
-DEFAULT_DRAFT_VOCAB_SIZE = 4096
+DEFAULT_DRAFT_VOCAB_SIZE = 8192
 
 
 class RMSNorm(nn.Module):
@@ -80,14 +80,18 @@ class EagleHead(nn.Module):
         hidden, eps = target.hidden_size, float(config.rms_norm_eps)
         self.hidden_size, self.head_dim = hidden, target.head_dim
         self.num_heads, self.num_kv_heads = int(config.num_attention_heads), target.num_kv_heads
-        size = min(draft_vocab_size, target.vocab_size)
         self.fc = nn.Linear(3 * hidden, hidden, bias=False)
         self.midlayer = _MidLayer(
             hidden, int(config.intermediate_size), self.num_heads, self.num_kv_heads, self.head_dim, eps
         )
         self.norm = RMSNorm(hidden, eps)
-        self.lm_head = nn.Linear(hidden, size, bias=False)
-        self.lm_head.weight.requires_grad_(False)
+        self.target_vocab_size = target.vocab_size
+        self.resize_vocabulary(draft_vocab_size)
+
+    def resize_vocabulary(self, size: int) -> None:
+        """Output rows for the first `size` tokens, or for all; the drafter fills them from the target."""
+        size = min(size, self.target_vocab_size)
+        self.lm_head = nn.Linear(self.hidden_size, size, bias=False).requires_grad_(False)
         self.register_buffer("draft_vocab", torch.arange(size, dtype=torch.int32))
 
     @property
