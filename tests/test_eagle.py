@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 
 from conftest import HIDDEN_SIZE, VOCAB_SIZE, build_model, shared_model
 from fastgrpo import draft_loss, unroll
-from fastgrpo.draft_loss import DraftLoss
+from fastgrpo.draft_loss import LOSSES, DraftLoss
 from fastgrpo.drafters import DraftContext, build_drafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine, FinishedRollout
-from fastgrpo.learner import Learner, compute_draft_losses
+from fastgrpo.learner import Learner
 from fastgrpo.model import TargetModel
+from fastgrpo.objective import EagleObjective
 from fastgrpo.planner import PlanInputs
 from fastgrpo.sampling import SamplingBatch, sample, stream_key
 from fastgrpo.tree import check_draft, compute_ancestors, compute_depths
@@ -250,9 +251,11 @@ def test_without_noise_the_likeliest_tokens_are_drafted_and_nothing_else_changes
 # -- learning -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("chunk", [1, 100, 10**6])
-def test_the_loss_and_its_gradient_are_those_of_the_formula(chunk, monkeypatch):
+def test_the_loss_and_its_gradient_are_those_of_the_formula(chunk, name, monkeypatch):
     monkeypatch.setattr(draft_loss, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(draft_loss, "_LEAST_OVERLAP", 1e-6)
     generator = torch.Generator().manual_seed(0)
     logits, target = (3 * torch.randn(*shape, generator=generator) for shape in ((3, 7, 50), (7, 50)))
     temperature, weights = torch.rand(7, generator=generator) + 0.5, torch.rand(3, 7, generator=generator)
@@ -261,12 +264,20 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(chunk, monkeypatch):
     for is_ours in (True, False):
         leaf = logits.clone().requires_grad_(True)
         if is_ours:
-            losses = DraftLoss.apply(leaf, target, temperature, weights)
+            losses = DraftLoss.apply(leaf, target, temperature, weights, name)
         else:
             log_q, log_p = ((x / temperature[:, None]).log_softmax(-1) for x in (leaf, target))
             divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
             variation = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
-            losses = ((divergence + variation) * weights).sum(-1)
+            overlap = torch.minimum(log_p.exp(), log_q.exp()).sum(-1)
+            share = (-3 * overlap.detach()).exp()
+            each = {
+                "kl": divergence,
+                "kl+tv": divergence + variation,
+                "lk": share * divergence + (1 - share) * variation,
+                "overlap": -overlap.log(),
+            }
+            losses = (each[name] * weights).sum(-1)
         (losses @ scale).backward()
         gradients.append(leaf.grad)
         values.append(losses.detach())
@@ -281,11 +292,11 @@ def test_the_loss_on_a_fixed_batch_falls(dtype):
     rollouts = collect_rollouts(model, 8)
     batch = collate(rollouts, drafter.target, torch.float32)
     with torch.no_grad():
-        before = [float(loss) for loss in compute_draft_losses(drafter.head, drafter.target, batch)]
+        before = [float(loss) for loss in EagleObjective(drafter.target).compute_losses(drafter.head, batch)]
     learner = build_learner(drafter, rollouts, learning_rate=1e-2)
     reports = [learner.learn(budget_s=5.0) for _ in range(6)]
     with torch.no_grad():
-        after = [float(loss) for loss in compute_draft_losses(drafter.head, drafter.target, batch)]
+        after = [float(loss) for loss in EagleObjective(drafter.target).compute_losses(drafter.head, batch)]
     assert all(b < 0.7 * a for a, b in zip(before, after, strict=True))
     assert reports[-1].loss < reports[0].loss
     assert sum(report.num_updates for report in reports) == learner.num_updates

@@ -1,24 +1,37 @@
-"""What a draft head is trained for: divergence from the target, and the chance of being rejected."""
+"""What a draft head is trained for: to follow the target, and to be accepted."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_VARIATION_WEIGHT = 1.0  # of the total variation beside the divergence
+LossName = Literal["kl", "kl+tv", "lk", "overlap"]
+LOSSES: tuple[LossName, ...] = get_args(LossName)
+DEFAULT_LOSS: LossName = "kl+tv"
 _CHUNK_ELEMENTS = 32 * 4096
+_LK_DECAY = 3.0
+_LEAST_OVERLAP = 0.05  # -log of less would drown the other rows
 
 
 class DraftLoss(torch.autograd.Function):
-    """Kullback-Leibler divergence plus total variation, its gradient found in the same pass.
+    """Divergence of a draft distribution q from the target's p, its gradient found in the same pass.
 
-    Total variation bounds the chance that a draft ranked with shared noise is rejected. `apply` takes the logits
-    of K unroll steps, the target's over the same tokens, the temperature of each row and the weights of the rows
-    at each step; it returns the K weighted sums. The target's distribution is computed once for all steps, and
-    on a CPU a few rows at a time: what lies between logits and gradient never leaves a core's cache.
+    Every loss is a mix, row by row, of the Kullback-Leibler divergence KL(p | q) and the total variation TV, with
+    the overlap a = sum min(p, q) = 1 - TV, the most that rejection sampling can accept and close to what shared
+    noise does:
+
+    - `kl`: KL.
+    - `kl+tv`: KL + TV.
+    - `lk`: m KL + (1 - m) TV with m = exp(-3 a), a taken as a number (LK losses, arXiv:2602.23881).
+    - `overlap`: -log a, whose gradient is that of TV / a (the same paper).
+
+    `apply` takes the logits of K unroll steps, the target's over the same tokens, the temperature of each row, the
+    weights of the rows at each step and the name of the loss; it returns the K weighted sums. The target's
+    distribution is computed once for all steps, and on a CPU a few rows at a time: what lies between logits and
+    gradient never leaves a core's cache.
     """
 
     @staticmethod
@@ -28,6 +41,7 @@ class DraftLoss(torch.autograd.Function):
         target_logits: Float[Tensor, "M V"],
         temperature: Float[Tensor, " M"],
         weights: Float[Tensor, "K M"],
+        name: LossName = DEFAULT_LOSS,
     ) -> Float[Tensor, " K"]:
         gradient = torch.empty_like(logits)
         totals = weights.new_zeros(len(logits))
@@ -43,18 +57,47 @@ class DraftLoss(torch.autograd.Function):
                 log_q = (logits[step, part].float() / scale).log_softmax(-1)
                 divergence = certainty - torch.linalg.vecdot(p, log_q)
                 q = log_q.exp_()
-                difference = q - p
+                difference = q - p  # the gradient of KL
                 sign = difference.sign()
                 variation = torch.linalg.vecdot(sign, difference) / 2
-                totals[step] += ((divergence + _VARIATION_WEIGHT * variation) * weight).sum()
-                sign -= torch.linalg.vecdot(q, sign)[:, None]
-                difference.addcmul_(q, sign, value=_VARIATION_WEIGHT / 2)
-                torch.mul(difference, weight[:, None] / scale, out=difference)
-                gradient[step, part] = difference
+                loss, of_divergence, of_variation = _mix(name, divergence, variation)
+                totals[step] += (loss * weight).sum()
+                sign -= torch.linalg.vecdot(q, sign)[:, None]  # q times it, halved, is the gradient of TV
+                difference.mul_((of_divergence * weight)[:, None])
+                difference.addcmul_(q, sign.mul_((of_variation * weight / 2)[:, None]))
+                gradient[step, part] = difference.div_(scale)
         ctx.save_for_backward(gradient)
         return totals
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype)[:, None, None], None, None, None
+        return gradient * upstream[0].to(gradient.dtype)[:, None, None], None, None, None, None
+
+
+def _mix(
+    name: LossName, divergence: Float[Tensor, " M"], variation: Float[Tensor, " M"]
+) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"], Float[Tensor, " M"]]:
+    """The loss of each row, and its derivatives by divergence and by variation."""
+    one, zero = torch.ones_like(variation), torch.zeros_like(variation)
+    if name == "kl":
+        return divergence, one, zero
+    if name == "kl+tv":
+        return divergence + variation, one, one
+    if name == "lk":
+        share = (-_LK_DECAY * (1 - variation)).exp()
+        return share * divergence + (1 - share) * variation, share, 1 - share
+    overlap = (1 - variation).clamp(min=_LEAST_OVERLAP)
+    return -overlap.log(), zero, 1 / overlap
+
+
+def check_loss(name: str) -> LossName:
+    """The loss of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for known in LOSSES:
+        if name == known:
+            return known
+    raise ValueError(f"draft_loss must be one of {', '.join(LOSSES)}; got {name!r}")

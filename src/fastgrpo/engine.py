@@ -73,6 +73,7 @@ class Engine:
         self.drafter = build_drafter(drafter, self.target)
         if speculation == "off" and isinstance(drafter, str | Path):
             self.drafter = NoDrafter()  # a named drafter is checked all the same, but keeps no features
+        self._judge: Callable[[Draft, Verdict], None] | None = getattr(self.drafter, "judge", None)
         self.scheduler = Scheduler(max_num_seqs)
         self.cache = self.target.build_cache(with_features=self.drafter.wants_features)
         self.prefiller = Prefiller(self.target, self.cache, self.scheduler)
@@ -164,6 +165,8 @@ class Engine:
         forwarded = time.perf_counter()
         verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary)
         num_emitted = self._commit(verdict, output, batch)
+        if self._judge is not None and not plan.is_plain:
+            self._judge(draft, verdict)
         num_seqs = len(running)
         self._retire()
         finished = time.perf_counter()

@@ -4,7 +4,7 @@ No target forward: features and final hidden states were kept when tokens were v
 unrolled on its own outputs as it is when it drafts (training-time test of EAGLE-3, arXiv:2503.01840)
 and follows the target's distribution at the rollout's temperature: Kullback-Leibler divergence plus
 total variation, which bounds the acceptance under shared noise. All completions teach, zero-variance
-groups included.
+groups included. How a kind of head learns from a rollout is its objective's.
 """
 
 from __future__ import annotations
@@ -18,20 +18,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from fastgrpo.draft_control import Judgement, LearningControl, Outcome
-from fastgrpo.draft_loss import DraftLoss
-from fastgrpo.drafters.eagle import EagleDrafter
-from fastgrpo.drafters.eagle_head import EagleHead
+from fastgrpo.draft_loss import DEFAULT_LOSS, LossName
+from fastgrpo.drafters.drafter import TrainableDrafter
 from fastgrpo.engine import FinishedRollout
-from fastgrpo.model import TargetModel
-from fastgrpo.unroll import DraftBatch, collate, compute_outputs, count_pairs, pack
+from fastgrpo.objective import build_objective
+from fastgrpo.unroll import pack
 
 _BATCH_PAIRS = 256  # pairs of one optimiser step
-_UNROLL_DECAY = 0.8
 _WARMUP_UPDATES, _YOUNG_UPDATES = 20, 300
 _NEW_RATE, _TRAINED_RATE = 2e-3, 3e-4
 
@@ -51,21 +47,23 @@ class LearnReport:
 
 
 class Learner:
-    """Trains the head of an `EagleDrafter` within a time budget.
+    """Trains the head of a drafter within a time budget.
 
     Args:
         drafter: its head is trained in float32; the drafting copy is refreshed afterwards.
         learning_rate: of AdamW, constant after a short warm-up; None takes 2e-3 for a new head and 3e-4 for
             one that was trained before, which a larger rate makes worse.
+        loss: what the head is trained for, see `DraftLoss`.
         max_replay_bytes: rollouts kept for replay; the oldest go first.
         seed: of the replay's own generator; the run's generators are never touched.
     """
 
     def __init__(
         self,
-        drafter: EagleDrafter,
+        drafter: TrainableDrafter,
         *,
         learning_rate: float | None = None,
+        loss: LossName = DEFAULT_LOSS,
         max_replay_bytes: int = 256 * 2**20,
         seed: int = 0,
     ) -> None:
@@ -74,6 +72,7 @@ class Learner:
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise ValueError(f"draft_learning_rate must be a positive number, got {learning_rate}")
         self.drafter = drafter
+        self.objective = build_objective(drafter, loss)
         self.learning_rate = learning_rate
         self.max_replay_bytes = max_replay_bytes
         self.control = LearningControl()
@@ -88,7 +87,7 @@ class Learner:
         self._generator = torch.Generator().manual_seed(seed)
         half = drafter.target.dtype in (torch.bfloat16, torch.float16)
         self._working = copy.deepcopy(drafter.head).to(torch.bfloat16 if half else torch.float32)
-        self._working.lm_head = drafter.head.lm_head  # not trained, and followed as it changes
+        self._dtype = next(self._working.parameters()).dtype
         self._optimizer = torch.optim.AdamW(
             _trained(drafter.head),
             lr=learning_rate,
@@ -163,10 +162,8 @@ class Learner:
         """The head's loss on new rollouts, and what follows from it; done before they are learnt from."""
         if not self._new:
             return math.nan, Judgement(Outcome.KEEP, self.control.effort)
-        stride = max(1, sum(count_pairs(rollout) for rollout in self._new) // _BATCH_PAIRS)
-        chosen = self._new[::stride]
-        part = pack(chosen, [count_pairs(rollout) for rollout in chosen], _BATCH_PAIRS)[0]
-        batch = collate(part, self.drafter.target, self._working.fc.weight.dtype)
+        stride = max(1, sum(self.objective.count_rows(rollout) for rollout in self._new) // _BATCH_PAIRS)
+        batch = self.objective.collate(self._pack(self._new[::stride])[0], self._dtype)
         own = _trained(self.drafter.head)
         loss = self._evaluate(own, batch)
         judgement = self.control.judge(
@@ -181,10 +178,16 @@ class Learner:
             self.rate_scale, self._warm_from = self.rate_scale / 2, self.num_updates
         return loss, judgement
 
-    def _evaluate(self, weights: list[Tensor], batch: DraftBatch) -> float:
-        """Loss of a head with these weights, its unroll steps weighed as in training."""
+    def _evaluate(self, weights: list[Tensor], batch: Any) -> float:
+        """Loss of a head with these weights, its steps weighed as in training."""
+        losses = self.objective.compute_losses(self._fill_working(weights), batch)
+        return float(self.objective.weigh(losses))
+
+    def _fill_working(self, weights: list[Tensor]) -> nn.Module:
+        """The working copy with these weights; output rows are the drafter's own, as they are now."""
         _copy(weights, _trained(self._working))
-        return float(_weigh(compute_draft_losses(self._working, self.drafter.target, batch)))
+        self._working.lm_head = self.drafter.head.lm_head
+        return self._working
 
     def _schedule(self) -> Iterable[list[FinishedRollout]]:
         """Batches of new rollouts once, then up to three more passes over everything kept."""
@@ -194,21 +197,25 @@ class Learner:
 
     def _shuffled_batches(self, rollouts: list[FinishedRollout]) -> Iterable[list[FinishedRollout]]:
         order = torch.randperm(len(rollouts), generator=self._generator).tolist()
-        return pack([rollouts[i] for i in order], [count_pairs(rollouts[i]) for i in order], _BATCH_PAIRS)
+        return self._pack([rollouts[i] for i in order])
+
+    def _pack(self, rollouts: list[FinishedRollout]) -> list[list[FinishedRollout]]:
+        return pack(rollouts, [self.objective.count_rows(rollout) for rollout in rollouts], _BATCH_PAIRS)
 
     def update(self, rollouts: list[FinishedRollout]) -> tuple[float, int]:
         """One optimiser step; returns the first unroll step's loss and the completion tokens used.
 
         A batch whose loss or gradient is not finite changes nothing and returns (nan, 0).
         """
-        trained, working = _trained(self.drafter.head), _trained(self._working)
-        _copy(trained, working)
+        trained = _trained(self.drafter.head)
+        head = self._fill_working(trained)
+        working = _trained(head)
         for copied in working:
             copied.grad = None
-        batch = collate(rollouts, self.drafter.target, self._working.fc.weight.dtype)
+        batch = self.objective.collate(rollouts, self._dtype)
         with torch.enable_grad():
-            losses = compute_draft_losses(self._working, self.drafter.target, batch)
-            total = _weigh(losses)
+            losses = self.objective.compute_losses(head, batch)
+            total = self.objective.weigh(losses)
         total.backward()
         for parameter, copied in zip(trained, working, strict=True):
             assert copied.grad is not None
@@ -221,7 +228,7 @@ class Learner:
             warmth = min(1.0, (self.num_updates - self._warm_from) / _WARMUP_UPDATES)
             group["lr"] = self.learning_rate * self.rate_scale * warmth
         self._optimizer.step()
-        return float(losses[0].detach()), int(batch.is_taught.sum())
+        return float(losses[0].detach()), self.objective.count_taught(batch)
 
     def _remember(self) -> None:
         self._replay.extend(self._new)
@@ -258,7 +265,7 @@ def _num_bytes(rollout: FinishedRollout) -> int:
     return rollout.features.numel() * rollout.features.element_size()
 
 
-def _trained(head: EagleHead) -> list[Tensor]:
+def _trained(head: nn.Module) -> list[Tensor]:
     return [parameter for parameter in head.parameters() if parameter.requires_grad]
 
 
@@ -266,20 +273,3 @@ def _copy(source: list[Tensor], target: list[Tensor]) -> None:
     with torch.no_grad():
         for new, old in zip(source, target, strict=True):
             old.copy_(new)
-
-
-def _weigh(losses: Float[Tensor, " K"]) -> Float[Tensor, ""]:
-    """The unroll steps' losses as one; what is far down a draft is seldom reached."""
-    return losses @ _UNROLL_DECAY ** torch.arange(len(losses), device=losses.device)
-
-
-def compute_draft_losses(head: EagleHead, target: TargetModel, batch: DraftBatch) -> Float[Tensor, " K"]:
-    """How far the draft distribution is from the target's at each unroll step, averaged over completion tokens."""
-    rows = head.lm_head.weight.detach()
-    with torch.no_grad():
-        target_logits = F.linear(batch.target_hidden.to(rows.dtype), rows)
-        reachable = batch.is_reachable.float()
-        weights = reachable / reachable.sum(1, keepdim=True).clamp(min=1)
-    logits = head.compute_logits(compute_outputs(head, target, batch))
-    losses: Tensor = DraftLoss.apply(logits, target_logits, batch.temperature, weights)
-    return losses

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """What a drafter proposes for B sequences. Token ids only: the law needs no draft probabilities.
+    """What a drafter proposes for B sequences. The law needs token ids only, no draft probabilities.
 
     Nodes are in topological order (a parent comes before its children), siblings carry distinct
     tokens and stand in the drafter's order of preference; node 0 is the pending token. Rows may
@@ -21,6 +21,7 @@ class Draft:
     token_ids: Int[Tensor, "B N"]
     parents: Int[Tensor, "B N"]  # index of the parent; -1 for the root and for unused nodes
     num_nodes: Int[Tensor, " B"]  # root included, at least 1
+    log_chances: Float[Tensor, "B N"] | None = None  # of each node, given its parent, as the drafter sees it
 
     @staticmethod
     def roots(pending_token_ids: Int[Tensor, " B"]) -> Draft:

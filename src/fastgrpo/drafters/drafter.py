@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.cache import SlotCache
+from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.tree import Draft
 from fastgrpo.types import Sequence, SpeculationPlan
@@ -28,6 +30,8 @@ class Drafter(Protocol):
     """Proposes draft trees. Any proposal is exact; a good one is accepted.
 
     `name` is what users type and logs show; `wants_features` asks the engine to keep target features.
+    Two methods are optional: `judge(draft, verdict)` hears what the target chose of the draft proposed last;
+    `measure_level(num_tokens)` returns a call that drafts one level of so many nodes, for the profiler to time.
     """
 
     name: str
@@ -54,4 +58,37 @@ class Drafter(Protocol):
 
     def release(self, slot: int, last_slot: int) -> None:
         """The sequence of `slot` is finished; the one of `last_slot` moves there."""
+        ...
+
+
+@runtime_checkable
+class TrainableDrafter(Drafter, Protocol):
+    """A drafter with a head that learns from finished rollouts; see `fastgrpo.objective`."""
+
+    was_trained: bool  # the head did not begin from nothing
+
+    @property
+    def target(self) -> TargetModel: ...
+
+    @property
+    def head(self) -> nn.Module:
+        """float32; its `lm_head` holds rows of the target's own and is not trained."""
+        ...
+
+    def refresh(self) -> None:
+        """Take the trained weights into the copy that drafts; output rows come from the target as it is now."""
+        ...
+
+    def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
+        """Draft from the most counted tokens."""
+        ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def restore(self, folder: Path) -> None:
+        """Read what `save` wrote into this head.
+
+        Raises:
+            ValueError: damaged files, or a head of another target; names what differs.
+        """
         ...

@@ -12,21 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastgrpo.attention import ForwardBatch, pack_queries, unpack_outputs
 from fastgrpo.cache import RowStore
+from fastgrpo.drafters.beams import grow_trees, rank_candidates
+from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.eagle_files import load_head, save_head
 from fastgrpo.drafters.eagle_head import DEFAULT_DRAFT_VOCAB_SIZE, EagleHead, build_head, start_from_target
 from fastgrpo.model import TargetModel
-from fastgrpo.sampling import SamplingBatch, add_noise, scale_logits
+from fastgrpo.sampling import SamplingBatch
 from fastgrpo.tree import Draft
 from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
-
-_LEVEL_PENALTY = 1e-4  # nats; a child never outranks its parent, not even at chance 1
+from fastgrpo.verify import Verdict
 
 
 class EagleDrafter:
@@ -36,9 +37,9 @@ class EagleDrafter:
         target: the model to draft for; its embedding, RoPE and output rows are used.
         head: trained weights; None starts from the target's own, and `was_trained` is False.
         draft_vocab_size: rows of the reduced output head.
-        temperature_scale: tau of the chance softmax((log q + noise) / tau) that a candidate is chosen.
 
     Attributes:
+        calibration: what its chances have been worth so far.
         ranks_with_noise: False drafts the likeliest tokens whatever the noise, as the paper does; for comparison.
     """
 
@@ -51,10 +52,9 @@ class EagleDrafter:
         *,
         head: EagleHead | None = None,
         draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE,
-        temperature_scale: float = 1.0,
     ) -> None:
         self.target = target
-        self.temperature_scale = temperature_scale
+        self.calibration = Calibration()
         self.ranks_with_noise = True
         self.was_trained = head is not None
         if head is None:
@@ -91,6 +91,7 @@ class EagleDrafter:
         self._num_read = []
         self._keys.clear()
         self._values.clear()
+        self.calibration.fit()
         self.refresh()
 
     def count_unread(self, lengths: list[int]) -> int:
@@ -98,6 +99,9 @@ class EagleDrafter:
 
     def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
         pass  # features and tokens are read when they are needed
+
+    def judge(self, draft: Draft, verdict: Verdict) -> None:
+        self.calibration.observe(draft, verdict)
 
     def release(self, slot: int, last_slot: int) -> None:
         if last_slot >= len(self._num_read):  # admitted after the last draft: nothing read yet
@@ -119,7 +123,7 @@ class EagleDrafter:
             store.reserve(len(lengths), room, len(lengths), max(self._num_read))
         output = self._read_pairs(context)
         self._num_read = list(lengths)
-        return _TreeBuilder(self, context, plan).build(output)
+        return grow_trees(context, plan, _EagleLevels(self, context, output), self.calibration)
 
     def _read_pairs(self, context: DraftContext) -> Float[Tensor, "B H"]:
         """Run the pairs whose true features are new; returns each row's last output."""
@@ -168,18 +172,9 @@ class EagleDrafter:
     def rank_level(
         self, output: Float[Tensor, "B W H"], noise_rows: SamplingBatch, width: int
     ) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
-        """The `width` most promising tokens after each output: log chance of being chosen, token id.
-
-        Nodes of one level share their position, and so one row of noise.
-        """
+        """The `width` most promising tokens after each output: log chance of being chosen, token id."""
         logits = self.fast_head.compute_logits(output)
-        scaled = scale_logits(logits, noise_rows)
-        if self.ranks_with_noise:
-            noise = add_noise(scaled.new_zeros(len(output), scaled.shape[-1]), noise_rows, self.head.draft_vocab)
-            scaled = scaled + noise[:, None]
-        noisy = scaled / self.temperature_scale
-        top, column = noisy.topk(min(width, noisy.shape[-1]), dim=-1)
-        return top - noisy.logsumexp(-1, keepdim=True), self.head.draft_vocab[column].long()
+        return rank_candidates(logits, self.head.draft_vocab, noise_rows, width, with_noise=self.ranks_with_noise)
 
     def measure_level(self, num_tokens: int) -> Callable[[], object]:
         """One draft level over `num_tokens` nodes, for the profiler to time; leaves no row behind."""
@@ -207,8 +202,18 @@ class EagleDrafter:
         return lambda: self.rank_level(self.forward(batch, hidden).view(rows, width, -1), noise_rows, 4)
 
     def save(self, folder: Path) -> None:
-        """Write the trained head as an EAGLE-3 checkpoint."""
+        """Write the trained head as an EAGLE-3 checkpoint, what its chances are worth beside it."""
         save_head(self.head, folder, self.target)
+        self.calibration.save(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Read what `save` wrote into this head."""
+        head = load_head(folder, self.target)
+        self.head.resize_vocabulary(head.draft_vocab_size)
+        self.head.lm_head.to(head.lm_head.weight.dtype)
+        self.head.load_state_dict(head.state_dict())
+        self.calibration.restore(folder)
+        self.refresh()
 
     @classmethod
     def load(cls, folder: Path, target: TargetModel) -> EagleDrafter:
@@ -221,75 +226,30 @@ class EagleDrafter:
         return cls(target, head=head)
 
 
-class _TreeBuilder:
-    """One tree for each sequence: beams expanded level by level, the best nodes of the pool kept."""
+class _EagleLevels:
+    """Nodes of a draft run through the head, on its own outputs."""
 
-    def __init__(self, drafter: EagleDrafter, context: DraftContext, plan: SpeculationPlan) -> None:
-        self.drafter, self.context, self.plan = drafter, context, plan
-        self.device = context.pending_token_ids.device
-        self.num_seqs = len(context.sequences)
-        self.rows = torch.arange(self.num_seqs, device=self.device)
-        self.lengths = torch.tensor(context.cache.lengths, device=self.device)
-        self.tokens: list[Tensor] = []  # [B, candidates] of each level
-        self.scores: list[Tensor] = []
-        self.parents: list[Tensor] = []  # index into the pool, root 0
+    def __init__(self, drafter: EagleDrafter, context: DraftContext, output: Float[Tensor, "B H"]) -> None:
+        self.drafter = drafter
+        self.rows = torch.arange(len(output), device=output.device)
+        self.lengths = torch.tensor(context.cache.lengths, device=output.device)
+        self.hidden = output[:, None]  # outputs of the nodes expanded last
 
-    def build(self, output: Float[Tensor, "B H"]) -> Draft:
-        self._add_level(output[:, None], self.rows.new_zeros(self.num_seqs, 1), output.new_zeros(self.num_seqs, 1), 1)
-        hidden = output[:, None]  # outputs of the nodes expanded on the level above
-        visible = torch.zeros(self.num_seqs, 0, 0, dtype=torch.bool, device=self.device)
-        for depth in range(2, self.plan.depth + 1):
-            score, beam = self.scores[-1].topk(min(self.plan.width, self.scores[-1].shape[1]), dim=1)
-            start = 1 + sum(level.shape[1] for level in self.tokens[:-1])
-            tokens = self.tokens[-1].gather(1, beam)
-            above = beam // (self.scores[-1].shape[1] // hidden.shape[1])  # expanded parent of each beam
-            visible = self._extend(visible, above if depth > 2 else None, beam.shape[1])
-            hidden = self._expand(tokens, hidden.gather(1, above[..., None].expand(-1, -1, hidden.shape[2])), visible)
-            self._add_level(hidden, start + beam, score, depth)
-        return self._prune()
+    def rank(self, noise_rows: SamplingBatch, width: int) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
+        return self.drafter.rank_level(self.hidden, noise_rows, width)
 
-    def _add_level(self, output: Tensor, parents: Tensor, scores: Tensor, depth: int) -> None:
-        """Candidates below `output` [B, W, H], `width` for each of the W expanded nodes."""
-        num_beams = output.shape[1]
-        noise_rows = self.context.sampling.rows(self.rows, depth - 1)
-        chance, tokens = self.drafter.rank_level(output, noise_rows, self.plan.width)
-        self.tokens.append(tokens.flatten(1))
-        self.scores.append((scores[..., None] + chance - _LEVEL_PENALTY).flatten(1))
-        self.parents.append(parents[..., None].expand(-1, num_beams, tokens.shape[2]).flatten(1))
-
-    def _extend(self, visible: Tensor, above: Tensor | None, count: int) -> Tensor:
-        """Ancestors of the `count` nodes now expanded, among all expanded ones."""
-        own = torch.eye(count, dtype=torch.bool, device=self.device).expand(self.num_seqs, -1, -1)
-        if above is None:
-            return own
-        inherited = visible.gather(1, above[..., None].expand(-1, -1, visible.shape[2]))
-        return torch.cat((inherited, own), -1)
-
-    def _expand(self, tokens: Tensor, hidden: Tensor, visible: Tensor) -> Float[Tensor, "B W H"]:
-        store = self.drafter._keys
+    def expand(self, token_ids: Int[Tensor, "B W"], above: Int[Tensor, "B W"], visible: Bool[Tensor, "B W E"]) -> None:
+        drafter = self.drafter
         batch = ForwardBatch.build(
-            token_ids=tokens,
-            num_nodes=self.rows.new_full((self.num_seqs,), tokens.shape[1]),
+            token_ids=token_ids,
+            num_nodes=torch.full_like(self.rows, token_ids.shape[1]),
             visible=visible,
-            rows=slice(0, self.num_seqs),
+            rows=slice(0, len(self.rows)),
             row_numbers=self.rows,
             lengths=self.lengths,
-            store=store,
-            dtype=self.drafter.target.dtype,
-            num_repeats=self.drafter.target.num_repeats,
+            store=drafter._keys,
+            dtype=drafter.target.dtype,
+            num_repeats=drafter.target.num_repeats,
         )
-        return self.drafter.forward(batch, hidden.flatten(0, 1)).view(hidden.shape)
-
-    def _prune(self) -> Draft:
-        """The best nodes over all levels; pool order is topological and siblings stand best first."""
-        tokens, scores, parents = (torch.cat(level, 1) for level in (self.tokens, self.scores, self.parents))
-        count = min(self.plan.num_draft_tokens, tokens.shape[1])
-        kept = scores.topk(count, dim=1).indices.sort(dim=1).values
-        place = self.rows.new_zeros(self.num_seqs, tokens.shape[1] + 1)
-        place.scatter_(1, kept + 1, torch.arange(1, count + 1, device=self.device).expand_as(kept).contiguous())
-        roots = Draft.roots(self.context.pending_token_ids)
-        return Draft(
-            token_ids=torch.cat((roots.token_ids, tokens.gather(1, kept)), 1),
-            parents=torch.cat((roots.parents, place.gather(1, parents.gather(1, kept))), 1),
-            num_nodes=roots.num_nodes + count,
-        )
+        hidden = self.hidden.gather(1, above[..., None].expand(-1, -1, self.hidden.shape[2]))
+        self.hidden = drafter.forward(batch, hidden.flatten(0, 1)).view(hidden.shape)

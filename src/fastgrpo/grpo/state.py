@@ -10,8 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastgrpo.drafters.eagle import EagleDrafter
-from fastgrpo.drafters.eagle_files import load_head
+from fastgrpo.drafters.drafter import TrainableDrafter
 from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
 
@@ -25,7 +24,7 @@ def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
     if engine.planner is not None:
         saved = {"name": engine.planner.name, "state": engine.planner.state_dict()}
         (folder / "planner.json").write_text(json.dumps(saved) + "\n")
-    if isinstance(engine.drafter, EagleDrafter):
+    if isinstance(engine.drafter, TrainableDrafter):
         engine.drafter.save(folder / "head")
     if learner is None:
         return
@@ -49,9 +48,8 @@ def load_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
         ValueError: a file is damaged or belongs to another model.
     """
     try:
-        if isinstance(engine.drafter, EagleDrafter) and (folder / "head").is_dir():
-            engine.drafter.head.load_state_dict(load_head(folder / "head", engine.target).state_dict())
-            engine.drafter.refresh()
+        if isinstance(engine.drafter, TrainableDrafter) and (folder / "head").is_dir():
+            engine.drafter.restore(folder / "head")
         if (folder / "planner.json").exists():
             saved = json.loads((folder / "planner.json").read_text())
             engine.restore_planner(saved["name"], saved["state"])

@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
-from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.drafters.drafter import TrainableDrafter
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.clock import StepClock
 from fastgrpo.grpo.config import FastGRPOConfig
@@ -80,7 +80,7 @@ class FastGRPOTrainer(GRPOTrainer):
         if share is None:
             share = 0.1 if self.engine.target.device.type == "cpu" else 0.03
         self._learn_share = share
-        if share == 0 or args.speculation == "off" or not isinstance(self.engine.drafter, EagleDrafter):
+        if share == 0 or args.speculation == "off" or not isinstance(self.engine.drafter, TrainableDrafter):
             return None
         return Learner(self.engine.drafter, learning_rate=args.draft_learning_rate, seed=args.seed)
 

@@ -1,0 +1,100 @@
+"""What a trainable drafter learns from finished rollouts: its training loss."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgrpo.draft_loss import DEFAULT_LOSS, DraftLoss, LossName
+from fastgrpo.drafters.drafter import TrainableDrafter
+from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.drafters.eagle_head import EagleHead
+from fastgrpo.engine import FinishedRollout
+from fastgrpo.model import TargetModel
+from fastgrpo.unroll import DraftBatch, collate, compute_outputs, count_pairs
+
+_UNROLL_DECAY = 0.8
+
+
+class Objective(Protocol):
+    """How a kind of head learns; each has its own head and its own batches. The gradient never reaches the target."""
+
+    def count_rows(self, rollout: FinishedRollout) -> int:
+        """Rows that the rollout takes in a batch: what its teaching costs."""
+        ...
+
+    def collate(self, rollouts: list[FinishedRollout], dtype: torch.dtype) -> Any:
+        """Rollouts as one batch, features in `dtype`."""
+        ...
+
+    def count_taught(self, batch: Any) -> int:
+        """Completion tokens that the batch teaches."""
+        ...
+
+    def compute_losses(self, head: Any, batch: Any) -> Float[Tensor, " K"]:
+        """Loss at each of K steps of a draft, averaged over the tokens that teach there."""
+        ...
+
+    def weigh(self, losses: Float[Tensor, " K"]) -> Float[Tensor, ""]:
+        """The losses as one."""
+        ...
+
+
+class EagleObjective:
+    """An EAGLE-3 head unrolled on its own outputs (training-time test, arXiv:2503.01840)."""
+
+    def __init__(self, target: TargetModel, loss: LossName = DEFAULT_LOSS) -> None:
+        self.target, self.loss = target, loss
+
+    def count_rows(self, rollout: FinishedRollout) -> int:
+        return count_pairs(rollout)
+
+    def collate(self, rollouts: list[FinishedRollout], dtype: torch.dtype) -> DraftBatch:
+        return collate(rollouts, self.target, dtype)
+
+    def count_taught(self, batch: DraftBatch) -> int:
+        return int(batch.is_taught.sum())
+
+    def compute_losses(self, head: EagleHead, batch: DraftBatch) -> Float[Tensor, " K"]:
+        logits = head.compute_logits(compute_outputs(head, self.target, batch))
+        return compare_with_target(
+            logits, head.lm_head.weight, batch.target_hidden, batch.temperature, batch.is_reachable, self.loss
+        )
+
+    def weigh(self, losses: Float[Tensor, " K"]) -> Float[Tensor, ""]:
+        """What is far down a draft is seldom reached."""
+        return losses @ _UNROLL_DECAY ** torch.arange(len(losses), device=losses.device)
+
+
+def build_objective(drafter: TrainableDrafter, loss: LossName = DEFAULT_LOSS) -> Objective:
+    """The objective of this kind of drafter."""
+    assert isinstance(drafter, EagleDrafter), f"no objective for {type(drafter).__name__}"
+    return EagleObjective(drafter.target, loss)
+
+
+def compare_with_target(
+    logits: Float[Tensor, "K Q C"],
+    rows: Float[Tensor, "C H"],
+    target_hidden: Float[Tensor, "Q H"],
+    temperature: Float[Tensor, " Q"],
+    is_taught: Tensor,
+    loss: LossName,
+) -> Float[Tensor, " K"]:
+    """Mean loss of each step against the target's distribution over the draft vocabulary.
+
+    Args:
+        logits: of the head, for Q tokens at each of K steps.
+        rows: the target's output rows for the draft vocabulary.
+        target_hidden: final hidden states of the target that predict the same tokens.
+        is_taught: [K, Q], which rows count.
+    """
+    with torch.no_grad():
+        target_logits = F.linear(target_hidden.to(rows.dtype), rows)
+        counted = is_taught.float()
+        weights = counted / counted.sum(1, keepdim=True).clamp(min=1)
+    losses: Tensor = DraftLoss.apply(logits, target_logits, temperature, weights, loss)
+    return losses
