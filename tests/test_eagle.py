@@ -281,8 +281,9 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(chunk, name, monkeyp
         (losses @ scale).backward()
         gradients.append(leaf.grad)
         values.append(losses.detach())
-    assert torch.allclose(*values, rtol=1e-5)
-    assert torch.allclose(*gradients, atol=1e-6)
+    tolerance = 2e-4 if name == "overlap" else 1e-5  # 1 - TV of rows that hardly overlap has few digits
+    assert torch.allclose(*values, rtol=tolerance)
+    assert torch.allclose(*gradients, rtol=tolerance, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
