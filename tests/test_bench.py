@@ -151,3 +151,32 @@ def test_the_demo_ends_with_a_report_that_names_its_baselines(
     assert text.startswith("A language model")
     assert "completions are the same, token for token" in text
     assert (tmp_path / "run" / "run.png").is_file()
+
+
+def test_learning_replays_a_run_and_measures_before_it_learns(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollouts, output = tmp_path / "rollouts.safetensors", tmp_path / "learning.json"
+    argv = ["bench", "learning", "--model", str(model_dir), *TINY_WORKLOAD, "--steps", "3", "--updates", "2"]
+    argv += ["--losses", "kl,lk", "--starts", "eagle-new", "--rollouts", str(rollouts), "--output", str(output)]
+    assert main(argv) == 0
+    first = json.loads(output.read_text())
+    assert [row["loss"] for row in first["curves"]] == ["frozen", "kl", "lk"]
+    assert len(first["run"]["steps"]) == 3
+    assert first["run"]["after_training"][-1]["acceptance_length"] >= 1
+    frozen, *learnt = first["curves"]
+    assert frozen["num_tokens"] == [0, 0, 0]
+    for row in learnt:
+        assert row["length"][0] == frozen["length"][0], "measured before anything was learnt"
+        assert row["num_tokens"] == sorted(set(row["num_tokens"])), "each step teaches something"
+        assert row["length"][1:] != frozen["length"][1:]
+    assert output.with_suffix(".png").is_file()
+    assert main(argv) == 0  # from the file: nothing is trained, and the curves are the same
+    again = json.loads(output.read_text())
+    assert again["run"] == {}
+    assert [row["length"] for row in again["curves"]] == [row["length"] for row in first["curves"]]
+    rollouts.write_bytes(b"not rollouts")
+    assert main(argv) == 2
+    assert "holds no recorded rollouts" in capsys.readouterr().err
+    assert main([*argv, "--losses", "cosine"]) == 2
+    assert "draft_loss must be one of kl, kl+tv, lk, overlap; got 'cosine'" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from fastgrpo.options import (
     DraftTrainOptions,
     E2EOptions,
     GenerateOptions,
+    LearningOptions,
     RolloutOptions,
 )
 from fastgrpo.report import load_run
@@ -31,6 +32,7 @@ COMMANDS = {
     ("generate",): GenerateOptions,
     ("bench", "rollout"): RolloutOptions,
     ("bench", "acceptance"): AcceptanceOptions,
+    ("bench", "learning"): LearningOptions,
     ("bench", "e2e"): E2EOptions,
     ("draft", "train"): DraftTrainOptions,
     ("draft", "export"): DraftExportOptions,

@@ -6,10 +6,12 @@ What a command needs is imported when it runs, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from typing import NamedTuple
 
 from fastgrpo.options import (
     AcceptanceOptions,
@@ -19,6 +21,7 @@ from fastgrpo.options import (
     DraftTrainOptions,
     E2EOptions,
     GenerateOptions,
+    LearningOptions,
     RolloutOptions,
     add_options,
     read_options,
@@ -27,6 +30,46 @@ from fastgrpo.options import (
 DEBUG_ENV = "FASTGRPO_DEBUG"
 USER_ERROR, INTERRUPTED = 2, 130
 _EXTRAS = ("reasoning_gym", "math_verify", "gguf", "matplotlib")  # packages of fastgrpo[demo]
+
+
+class Command(NamedTuple):
+    """A word of the command line, the record its options fill, and what is called with it: module:function."""
+
+    name: str
+    help: str
+    record: type
+    function: str
+
+
+_COMMANDS = (
+    Command("demo", "train SmolLM2-135M on a task and time its rollouts beside TRL's", DemoOptions, "demo:run_demo"),
+    Command("generate", "complete prompts with a model", GenerateOptions, "generate:run_generate"),
+)
+_DRAFT_COMMANDS = (
+    Command(
+        "train", "train an EAGLE-3 head on the target's own answers", DraftTrainOptions, "pretrain:run_draft_training"
+    ),
+    Command("export", "write a head for vLLM or SGLang", DraftExportOptions, "travel:run_draft_export"),
+    Command("import", "check a head of another program and take it", DraftImportOptions, "travel:run_draft_import"),
+)
+_BENCHMARKS = (
+    Command(
+        "rollout", "the engine alone: ways to speculate, in turn", RolloutOptions, "bench.rollout:run_rollout_bench"
+    ),
+    Command(
+        "acceptance",
+        "drafts ranked with the target's noise and without it",
+        AcceptanceOptions,
+        "bench.acceptance:run_acceptance_bench",
+    ),
+    Command(
+        "learning",
+        "how a head learns through a training run, with each loss and not at all",
+        LearningOptions,
+        "bench.learning:run_learning_bench",
+    ),
+    Command("e2e", "training steps of TRL's trainer and of ours, in turn", E2EOptions, "bench.e2e:run_e2e_bench"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,8 +108,13 @@ def _run(argv: list[str]) -> None:
         run_training(argv[1:])
         return
     arguments = build_parser().parse_args(argv)
-    run: Callable[[argparse.Namespace, str], None] = arguments.run
-    run(arguments, shlex.join(["fastgrpo", *argv]))
+    options = read_options(arguments.command.record, arguments)
+    module, function = arguments.command.function.split(":")
+    run = getattr(importlib.import_module(f"fastgrpo.{module}"), function)
+    if "command" in inspect.signature(run).parameters:  # what it measures names the command
+        run(options, shlex.join(["fastgrpo", *argv]))
+    else:
+        run(options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,92 +123,23 @@ def build_parser() -> argparse.ArgumentParser:
         prog="fastgrpo", description="GRPO training with exact speculative rollouts.", allow_abbrev=False
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add(commands, "demo", "train SmolLM2-135M on a task and time its rollouts beside TRL's", DemoOptions, _run_demo)
+    _add(commands, _COMMANDS)
     commands.add_parser("train", help="train as a YAML file says; takes every key of `trl grpo`", add_help=False)
-    _add(commands, "generate", "complete prompts with a model", GenerateOptions, _run_generate)
-    draft = commands.add_parser("draft", help="draft models").add_subparsers(
-        title="commands", metavar="COMMAND", required=True
-    )
-    _add(draft, "train", "train an EAGLE-3 head on the target's own answers", DraftTrainOptions, _run_draft_train)
-    _add(draft, "export", "write a head for vLLM or SGLang", DraftExportOptions, _run_draft_export)
-    _add(draft, "import", "check a head of another program and take it", DraftImportOptions, _run_draft_import)
-    bench = commands.add_parser("bench", help="measure this machine").add_subparsers(
-        title="benchmarks", metavar="BENCHMARK", required=True
-    )
-    _add(bench, "rollout", "the engine alone: ways to speculate, in turn", RolloutOptions, _run_rollout)
-    _add(
-        bench, "acceptance", "drafts ranked with the target's noise and without it", AcceptanceOptions, _run_acceptance
-    )
-    _add(bench, "e2e", "training steps of TRL's trainer and of ours, in turn", E2EOptions, _run_e2e)
+    for name, help, title, members in (
+        ("draft", "draft models", "commands", _DRAFT_COMMANDS),
+        ("bench", "measure this machine", "benchmarks", _BENCHMARKS),
+    ):
+        parts = commands.add_parser(name, help=help)
+        _add(parts.add_subparsers(title=title, metavar=title[:-1].upper(), required=True), members)
     return parser
 
 
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    help: str,
-    record: type,
-    run: Callable[[argparse.Namespace, str], None],
-) -> None:
-    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
-    add_options(parser, record)
-    parser.set_defaults(run=run)
-
-
-def _run_demo(arguments: argparse.Namespace, command: str) -> None:
-    options = read_options(DemoOptions, arguments)
-    from fastgrpo.demo import run_demo
-
-    run_demo(options, command)
-
-
-def _run_generate(arguments: argparse.Namespace, command: str) -> None:
-    options = read_options(GenerateOptions, arguments)
-    from fastgrpo.generate import run_generate
-
-    run_generate(options)
-
-
-def _run_draft_train(arguments: argparse.Namespace, command: str) -> None:
-    options = read_options(DraftTrainOptions, arguments)
-    from fastgrpo.pretrain import run_draft_training
-
-    run_draft_training(options, command)
-
-
-def _run_draft_export(arguments: argparse.Namespace, command: str) -> None:
-    options = read_options(DraftExportOptions, arguments)
-    from fastgrpo.travel import run_draft_export
-
-    run_draft_export(options)
-
-
-def _run_draft_import(arguments: argparse.Namespace, command: str) -> None:
-    options = read_options(DraftImportOptions, arguments)
-    from fastgrpo.travel import run_draft_import
-
-    run_draft_import(options)
-
-
-def _run_rollout(arguments: argparse.Namespace, command: str) -> None:
-    options = read_options(RolloutOptions, arguments)
-    from fastgrpo.bench.rollout import run_rollout_bench
-
-    run_rollout_bench(options, command)
-
-
-def _run_acceptance(arguments: argparse.Namespace, command: str) -> None:
-    options = read_options(AcceptanceOptions, arguments)
-    from fastgrpo.bench.acceptance import run_acceptance_bench
-
-    run_acceptance_bench(options, command)
-
-
-def _run_e2e(arguments: argparse.Namespace, command: str) -> None:
-    options = read_options(E2EOptions, arguments)
-    from fastgrpo.bench.e2e import run_e2e_bench
-
-    run_e2e_bench(options, command)
+def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], members: tuple[Command, ...]) -> None:
+    for command in members:
+        description = command.help[0].upper() + command.help[1:] + "."
+        parser = commands.add_parser(command.name, help=command.help, description=description, allow_abbrev=False)
+        add_options(parser, command.record)
+        parser.set_defaults(command=command)
 
 
 if __name__ == "__main__":

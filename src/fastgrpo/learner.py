@@ -110,22 +110,27 @@ class Learner:
         else:
             self._num_dropped += 1
 
-    def learn(self, budget_s: float) -> LearnReport:
+    def learn(self, budget_s: float, *, max_updates: int | None = None) -> LearnReport:
         """Judge the head on the new rollouts; learn from them, then from replayed ones while time is left.
 
         At least one update is made, whatever the budget, so that learning never stops silently.
+
+        Args:
+            budget_s: seconds that updates may take; where learning does not help, only a part of them is used.
+            max_updates: updates at most, of which a part as well; None leaves it to the time.
         """
         started = time.perf_counter()
         self._count_tokens()
         held_out_loss, judgement = self._judge()
         budget_s *= judgement.effort
+        most = math.inf if max_updates is None else max(1, round(max_updates * judgement.effort))
         losses: list[float] = []
         num_tokens = num_updates = 0
         num_skipped, self._num_dropped = self._num_dropped, 0
         slowest = 0.0
         for batch in self._schedule():
             before = time.perf_counter()
-            if losses and before - started + slowest > budget_s:
+            if (losses and before - started + slowest > budget_s) or num_updates >= most:
                 break
             loss, count = self.update(batch)
             slowest = max(slowest, time.perf_counter() - before)

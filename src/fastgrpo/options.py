@@ -105,6 +105,32 @@ class E2EOptions(Workload):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LearningOptions(Workload):
+    """`fastgrpo bench learning`."""
+
+    steps: int = field(default=30, metadata=about("training steps of the run whose rollouts are learnt from"))
+    losses: tuple[str, ...] = field(
+        default=("kl", "kl+tv", "lk", "overlap"), metadata=about("losses to learn with, parted by commas")
+    )
+    starts: tuple[str, ...] = field(
+        default=("eagle", "eagle-new"),
+        metadata=about("heads to begin with, parted by commas: eagle (the shipped one), eagle-new, or folders"),
+    )
+    updates: int = field(default=8, metadata=about("updates after each rollout at most, of about 256 tokens each"))
+    rollouts: Path | None = field(
+        default=None,
+        metadata=about("safetensors file of the rollouts; written by the run, and read instead of a run if it exists"),
+    )
+    output: Path | None = field(
+        default=None, metadata=about("JSON file for the results, a plot beside it; without it they are only printed")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "steps", "updates")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutOptions:
     """`fastgrpo bench rollout`."""
 

@@ -52,7 +52,7 @@ def run_draft_export(options: DraftExportOptions, console: Console | None = None
     )
 
 
-def run_draft_import(options: DraftImportOptions, console: Console | None = None) -> dict[str, Any]:
+def run_draft_import(options: DraftImportOptions, command: str, console: Console | None = None) -> dict[str, Any]:
     """Check a head of another program, measure its acceptance, and write it for ours; returns what was measured.
 
     Raises:
@@ -79,9 +79,16 @@ def run_draft_import(options: DraftImportOptions, console: Console | None = None
             f"{options.least_acceptance:.0%}: it was probably trained for another model or reads other layers; lower "
             "least_acceptance to take it all the same and let it learn"
         )
-    result = {"source": str(options.source), "acceptance": acceptance.tolist(), "expected_length": length}
+    result = {
+        "command": command,
+        "source": str(options.source),
+        "acceptance": acceptance.tolist(),
+        "expected_length": length,
+    }
     save_head(drafter.head, options.output, target)
-    write_json(result | {"settings": dataclasses.asdict(options)}, options.output / "import.json", indent=1)
+    write_json(
+        result | {"command": command, "settings": dataclasses.asdict(options)}, options.output / "import.json", indent=1
+    )
     _say(console, f"written: {options.output} (use it as drafter={options.output})")
     return result
 

@@ -71,7 +71,7 @@ def run_acceptance_bench(options: AcceptanceOptions, command: str, console: Cons
                         row[ranking] = row[SHARED]  # there is no noise
                         continue
                     drafter.ranks_with_noise = ranking == SHARED
-                    row[ranking] = _measure(model, drafter, plan, prompts, params, options.max_num_seqs)
+                    row[ranking] = measure_plan(model, drafter, plan, prompts, params, options.max_num_seqs)
                 row["ratio"] = compute_ratio(row[SHARED]["acceptance_length"], row[WITHOUT]["acceptance_length"])
                 rows.append(row)
                 console.print(_describe(row), highlight=False, markup=False)
@@ -84,7 +84,7 @@ def run_acceptance_bench(options: AcceptanceOptions, command: str, console: Cons
     return result
 
 
-def _measure(
+def measure_plan(
     model: PreTrainedModel,
     drafter: EagleDrafter,
     plan: SpeculationPlan,
@@ -92,6 +92,7 @@ def _measure(
     params: SamplingParams,
     max_num_seqs: int,
 ) -> dict[str, Any]:
+    """Acceptance of one rollout with this plan at every step."""
     engine = Engine(model, drafter=drafter, speculation=plan, max_num_seqs=max_num_seqs)
     engine.generate(prompts, params)
     return summarise_acceptance(engine.records)

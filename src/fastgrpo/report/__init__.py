@@ -1,6 +1,6 @@
 """What a run tells people: a live panel while it trains, a file, a figure and two tables afterwards."""
 
-from fastgrpo.report.figure import BLUE, GREY, plot_run
+from fastgrpo.report.figure import BLUE, GREY, PALETTE, plot_run
 from fastgrpo.report.history import Baseline, LogRow, Measurement, RunHistory, load_run, save_run, write_json
 from fastgrpo.report.machine import describe_commit, describe_machine
 from fastgrpo.report.progress import LiveProgress
@@ -9,6 +9,7 @@ from fastgrpo.report.summary import print_summary
 __all__ = [
     "BLUE",
     "GREY",
+    "PALETTE",
     "Baseline",
     "LiveProgress",
     "LogRow",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MAX_BARS = 40  # a figure with more bars cannot be read
 # Okabe and Ito (2008): told apart by every common kind of colour vision
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"
+PALETTE = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE)
 GREY = "#8C8C8C"
 
 
