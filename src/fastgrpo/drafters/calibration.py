@@ -46,13 +46,19 @@ class Calibration:
         slope, offset = float(self.slope[level]), float(self.offset[level])
         if (slope, offset) == (1.0, 0.0):
             return log_chances
-        return torch.nn.functional.logsigmoid(slope * _compute_log_odds(log_chances) + offset)
+        calibrated = torch.nn.functional.logsigmoid(slope * _compute_log_odds(log_chances) + offset)
+        return calibrated.masked_fill(log_chances == -torch.inf, -torch.inf)
 
-    def observe(self, draft: Draft, verdict: Verdict) -> None:
-        """Count the children of walked nodes by their chance, and those that the target chose."""
-        if draft.log_chances is None:
+    def observe(self, draft: Draft, verdict: Verdict, log_chances: Float[Tensor, "B N"] | None = None) -> None:
+        """Count the children of walked nodes by their chance, and those that the target chose.
+
+        Args:
+            log_chances: instead of the draft's own; nodes with -inf are left out.
+        """
+        log_chances = draft.log_chances if log_chances is None else log_chances
+        if log_chances is None:
             return
-        chances, levels, is_hit = _find_judged(draft, verdict, draft.log_chances)
+        chances, levels, is_hit = _find_judged(draft, verdict, log_chances)
         position = (_compute_log_odds(chances) + _MOST_ODDS) * ((_BINS - 1) / (2 * _MOST_ODDS))
         index = (levels.clamp(max=_LEVELS) - 1) * _BINS + position.round().long()
         offered = torch.bincount(index, minlength=_LEVELS * _BINS)
@@ -100,7 +106,7 @@ def _find_judged(draft: Draft, verdict: Verdict, log_chances: Tensor) -> tuple[T
     depth_of[rows, verdict.path[rows, depths]] = depths
     has_parent = draft.parents >= 0
     above = depth_of.gather(1, draft.parents.clamp(min=0)).masked_fill(~has_parent, -1)
-    is_judged = above >= 0
+    is_judged = (above >= 0) & (log_chances > -torch.inf)
     return log_chances[is_judged], above[is_judged] + 1, depth_of[is_judged] >= 0
 
 

@@ -1,0 +1,168 @@
+"""Two drafters at hand: measure both, then draft with the one that pays, or with their trees joined."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastgrpo.drafters.calibration import Calibration
+from fastgrpo.drafters.drafter import DraftContext, Drafter
+from fastgrpo.drafters.join import JoinedDraft, count_matched, join_drafts
+from fastgrpo.tree import Draft
+from fastgrpo.types import Sequence, SpeculationPlan
+from fastgrpo.verify import Verdict
+
+_TRIAL_EVERY = 16  # drafting steps between two that measure all ways
+_FIRST_TRIALS = 4  # drafting steps of a kind that are all trials
+_SMOOTHING = 0.1
+_MARGIN = 1.02  # gain that a change of way must promise
+
+
+@dataclass
+class _Running:
+    """A running mean; None before the first value."""
+
+    value: float | None = None
+
+    def observe(self, value: float) -> None:
+        self.value = value if self.value is None else self.value + _SMOOTHING * (value - self.value)
+
+
+@dataclass
+class _Ledger:
+    """What was measured with about so many live sequences."""
+
+    lengths: dict[str, _Running] = field(default_factory=dict)  # tokens a forward of each way, in trials
+    draft_s: dict[str, _Running] = field(default_factory=dict)  # seconds of a draft of each way
+    rest_s: _Running = field(default_factory=_Running)  # from the end of a draft to its judgement
+    num_drafts: int = 0
+    way: str = ""
+
+    def rate(self, way: str) -> float:
+        """Tokens a second of a sequence; 0 for what was never measured."""
+        length, draft_s, rest_s = self.lengths.get(way), self.draft_s.get(way), self.rest_s.value
+        if length is None or draft_s is None or rest_s is None or length.value is None or draft_s.value is None:
+            return 0.0
+        return length.value / (draft_s.value + rest_s)
+
+
+class AutoDrafter:
+    """Drafts with one of two drafters or with both trees joined, whichever emits more tokens a second.
+
+    Every so many steps both draft in full and their trees are joined: the tokens that the target then chooses
+    say what each would have had accepted alone. The choice is made for each power of two of live sequences,
+    since a draft's cost weighs less beside a larger forward. Nodes are joined by calibrated chances.
+
+    Args:
+        first: is used until something better has been measured.
+        second: the other one.
+    """
+
+    name = "auto"
+    JOINED = "joined"
+
+    def __init__(self, first: Drafter, second: Drafter) -> None:
+        assert first.name != second.name
+        self.members = (first, second)
+        self.wants_features = first.wants_features or second.wants_features
+        self._ledgers: dict[int, _Ledger] = {}
+        self._drafts: dict[str, Draft] = {}  # of the step under way
+        self._draft_s: dict[str, float] = {}
+        self._joined: JoinedDraft | None = None
+        self._way = first.name
+        self._num_live = 1
+        self._drafted_at = 0.0
+
+    @property
+    def calibrations(self) -> tuple[Calibration, Calibration]:
+        first, second = (member.calibration for member in self.members)  # type: ignore[attr-defined]
+        return first, second
+
+    @property
+    def measure_level(self) -> Callable[[int], Callable[[], object]]:
+        """The first member's: what the planner begins with."""
+        measure: Callable[[int], Callable[[], object]] = self.members[0].measure_level  # type: ignore[attr-defined]
+        return measure
+
+    def begin(self) -> None:
+        for member in self.members:
+            member.begin()
+
+    def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
+        for member in self.members:
+            member.observe(sequence, num_new_tokens)
+
+    def release(self, slot: int, last_slot: int) -> None:
+        for member in self.members:
+            member.release(slot, last_slot)
+
+    def count_unread(self, lengths: list[int]) -> int:
+        return max(member.count_unread(lengths) for member in self.members)
+
+    def choose_way(self, num_live: int) -> str:
+        """What drafts best with about so many live sequences, as far as was measured."""
+        ledger = self._find_ledger(num_live)
+        ways = (self.members[0].name, self.members[1].name, self.JOINED)
+        best = max(ways, key=ledger.rate)
+        current = ledger.way or ways[0]
+        ledger.way = best if ledger.rate(best) > _MARGIN * ledger.rate(current) else current
+        return ledger.way
+
+    def _find_ledger(self, num_live: int) -> _Ledger:
+        return self._ledgers.setdefault(num_live.bit_length(), _Ledger())
+
+    def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
+        self._num_live = len(context.sequences)
+        ledger = self._find_ledger(self._num_live)
+        is_trial = ledger.num_drafts < _FIRST_TRIALS or ledger.num_drafts % _TRIAL_EVERY == 0
+        ledger.num_drafts += 1
+        self._way = self.JOINED if is_trial else self.choose_way(self._num_live)
+        self._drafts, self._draft_s, self._joined = {}, {}, None
+        for member in self.members:
+            if self._way in (member.name, self.JOINED):
+                started = time.perf_counter()
+                self._drafts[member.name] = member.propose(context, plan)
+                self._draft_s[member.name] = time.perf_counter() - started
+        draft = self._join(plan) if self._way == self.JOINED else self._drafts[self._way]
+        self._drafted_at = time.perf_counter()
+        return draft
+
+    def _join(self, plan: SpeculationPlan) -> Draft:
+        started = time.perf_counter()
+        first, second = (self._drafts[member.name] for member in self.members)
+        if first.log_chances is None or second.log_chances is None:  # one of them cannot say anything yet
+            self._way = self.members[0 if second.log_chances is None else 1].name
+            return self._drafts[self._way]
+        self._joined = join_drafts(first, second, self.calibrations, plan.num_draft_tokens)
+        self._draft_s[self.JOINED] = sum(self._draft_s.values()) + time.perf_counter() - started
+        return self._joined.draft
+
+    def judge(self, draft: Draft, verdict: Verdict) -> None:
+        ledger = self._find_ledger(self._num_live)
+        ledger.rest_s.observe(time.perf_counter() - self._drafted_at)
+        for way, draft_s in self._draft_s.items():
+            ledger.draft_s.setdefault(way, _Running()).observe(draft_s)
+        if self._joined is None:
+            own = next(member for member in self.members if member.name == self._way)
+            own.judge(draft, verdict)  # type: ignore[attr-defined]
+            return
+        for calibration, chances in zip(
+            self.calibrations, (self._joined.of_first, self._joined.of_second), strict=True
+        ):
+            calibration.observe(draft, verdict, chances)
+        accepted = {member.name: count_matched(self._drafts[member.name], verdict) for member in self.members}
+        for way, count in {**accepted, self.JOINED: verdict.num_accepted}.items():
+            ledger.lengths.setdefault(way, _Running()).observe(1 + float(count.double().mean()))
+
+    def save(self, folder: Path) -> None:
+        """Write what the members keep, each in a folder of its own."""
+        for member in self.members:
+            member.save(folder / member.name)  # type: ignore[attr-defined]
+
+    def restore(self, folder: Path) -> None:
+        """Read what `save` wrote; see the members for errors."""
+        for member in self.members:
+            if (folder / member.name).is_dir():
+                member.restore(folder / member.name)  # type: ignore[attr-defined]

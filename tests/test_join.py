@@ -1,0 +1,127 @@
+"""Two trees joined keep the best paths of both; a drafter of two drafters changes no token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgrpo.drafters.calibration import Calibration
+from fastgrpo.drafters.join import _LEVEL_PENALTY, count_matched, join_drafts
+from fastgrpo.tree import Draft, check_draft
+from fastgrpo.verify import Verdict
+
+Tree = dict[tuple[int, ...], float]  # path from the root -> log chance of its last node
+PENDING = 7
+
+
+def build_draft(trees: list[Tree]) -> Draft:
+    """Paths as a draft, padded to the largest tree."""
+    width = 1 + max(len(tree) for tree in trees)
+    tokens, parents, chances = [], [], []
+    for tree in trees:
+        paths = sorted(tree, key=lambda path: (len(path), -tree[path]))
+        place = {(): 0} | {path: index for index, path in enumerate(paths, start=1)}
+        pad = width - 1 - len(paths)
+        tokens.append([PENDING, *(path[-1] for path in paths), *[0] * pad])
+        parents.append([-1, *(place[path[:-1]] for path in paths), *[-1] * pad])
+        chances.append([0.0, *(tree[path] for path in paths), *[0.0] * pad])
+    return Draft(
+        token_ids=torch.tensor(tokens),
+        parents=torch.tensor(parents),
+        num_nodes=torch.tensor([1 + len(tree) for tree in trees]),
+        log_chances=torch.tensor(chances),
+    )
+
+
+def read_paths(draft: Draft, row: int) -> list[tuple[int, ...]]:
+    """Paths of a row's nodes, in the order of the nodes."""
+    paths: list[tuple[int, ...]] = [()]
+    for node in range(1, int(draft.num_nodes[row])):
+        paths.append((*paths[int(draft.parents[row, node])], int(draft.token_ids[row, node])))
+    return paths[1:]
+
+
+def best_paths(first: Tree, second: Tree, count: int) -> list[tuple[int, ...]]:
+    """The rule, by dictionaries: most chance from the root, a node's chance the better of what both say."""
+    chances = {path: max(first.get(path, -math.inf), second.get(path, -math.inf)) for path in {*first, *second}}
+    score = {path: sum(chances[path[: i + 1]] - _LEVEL_PENALTY for i in range(len(path))) for path in chances}
+    return sorted(score, key=lambda path: -score[path])[:count]
+
+
+@st.composite
+def build_trees(draw: st.DrawFn) -> Tree:
+    tree: Tree = {}
+    frontier: list[tuple[int, ...]] = [()]
+    for _ in range(draw(st.integers(0, 3))):
+        level = []
+        for path in frontier:
+            for token in draw(st.lists(st.integers(0, 4), max_size=3, unique=True)):
+                tree[(*path, token)] = -draw(st.integers(1, 10**6)) / 10**5
+                level.append((*path, token))
+        frontier = level
+    return tree
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(build_trees(), build_trees()), min_size=1, max_size=3), st.integers(1, 12))
+def test_the_best_paths_of_both_are_kept(pairs: list[tuple[Tree, Tree]], count: int) -> None:
+    first, second = (build_draft([pair[i] for pair in pairs]) for i in (0, 1))
+    joined = join_drafts(first, second, (Calibration(), Calibration()), count)
+    check_draft(joined.draft)
+    for row, (one, other) in enumerate(pairs):
+        paths = read_paths(joined.draft, row)
+        assert set(paths) == set(best_paths(one, other, count))
+        for node, path in enumerate(paths, start=1):
+            assert float(joined.of_first[row, node]) == pytest.approx(one.get(path, -math.inf))
+            assert float(joined.of_second[row, node]) == pytest.approx(other.get(path, -math.inf))
+            known = max(one.get(path, -math.inf), other.get(path, -math.inf))
+            assert float(joined.draft.log_chances[row, node]) == pytest.approx(known)
+
+
+def build_verdict(tokens: list[list[int]]) -> Verdict:
+    """A verdict by the tokens that the target chose; its path is not that of the draft in question."""
+    width = max(map(len, tokens))
+    padded = torch.tensor([row + [-1] * (width - len(row)) for row in tokens])
+    path = torch.where(padded >= 0, torch.arange(width).expand_as(padded), -1)
+    empty = torch.zeros_like(padded)
+    return Verdict(
+        path=path,
+        token_ids=padded,
+        logprobs=empty.float(),
+        num_accepted=(padded >= 0).sum(1) - 1,
+        num_children=empty,
+        ranks=empty,
+    )
+
+
+def test_what_another_draft_would_have_had_accepted() -> None:
+    tree = {(1,): -0.1, (2,): -0.2, (1, 3): -0.1, (1, 3, 4): -0.3}
+    draft = build_draft([tree] * 5)
+    verdict = build_verdict([[1, 3, 4, 9], [1, 4], [2, 3], [5], [1, 3]])
+    assert count_matched(draft, verdict).tolist() == [3, 1, 1, 0, 2]
+
+
+def test_calibration_learns_what_chances_are_worth() -> None:
+    """Children whose chance is said to be p and who are chosen with p squared, and siblings keep their order."""
+    calibration = Calibration()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        chances = torch.rand(64, 1, generator=generator) * 0.9 + 0.05
+        draft = build_draft([{(1,): math.log(float(chance))} for chance in chances])
+        is_hit = torch.rand(64, generator=generator) < chances[:, 0] ** 2
+        path = torch.stack((torch.zeros(64, dtype=torch.int64), torch.where(is_hit, 1, -1)), 1)
+        verdict = build_verdict([[1, 1]] * 64)
+        calibration.observe(draft, Verdict(**{**vars(verdict), "path": path}))
+    known = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+    assert torch.equal(calibration(known.log(), 1), known.log()), "the identity until it is fitted"
+    calibration.fit()
+    assert (calibration(known.log(), 1).exp() - known**2).abs().max() < 0.04
+    assert (calibration(known.log(), 1).diff() > 0).all()
+    deeper = calibration(known.log(), 3).exp()
+    assert (deeper - known**2).abs().max() < 0.04, "a level without trials takes the line of the one above"
+    absent = calibration(torch.tensor([-math.inf, 0.0]), 1)
+    assert absent[0] == -math.inf and torch.isfinite(absent[1])
