@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fastgrpo.bench import drafters
 from fastgrpo.bench.measure import RolloutResult, break_down, compute_equal_share, match_rates
 from fastgrpo.bench.worker import read_peak_rss_bytes, run_worker
 from fastgrpo.cli import main
@@ -180,3 +181,24 @@ def test_learning_replays_a_run_and_measures_before_it_learns(
     assert "holds no recorded rollouts" in capsys.readouterr().err
     assert main([*argv, "--losses", "cosine"]) == 2
     assert "draft_loss must be one of kl, kl+tv, lk, overlap; got 'cosine'" in capsys.readouterr().err
+
+
+def test_drafters_stand_side_by_side(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drafters, "_COST_TOKENS", 6)
+    monkeypatch.setattr(drafters, "_COST_BATCHES", (1, 2))
+    output = tmp_path / "drafters.json"
+    argv = ["bench", "drafters", "--model", str(model_dir), "--dtype", "float32", "--device", "cpu"]
+    argv += ["--drafters", "eagle-new,ngram,auto", "--num-prompts", "2", "--num-generations", "2", "--max-tokens", "8"]
+    assert main([*argv, "--epochs", "2", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert [row["drafter"] for row in result["drafters"]] == ["eagle-new", "ngram", "auto"]
+    for row in result["drafters"]:
+        assert len(row["by_epoch"]) == 2 and all(epoch["acceptance_length"] >= 1 for epoch in row["by_epoch"])
+        assert [cost["num_seqs"] for cost in row["draft_cost"]] == [1, 2]
+        assert all(cost["share_of_target"] > 0 for cost in row["draft_cost"])
+        assert row["tokens_per_s"] > 0 and row["ratio_to_off"] > 0
+    assert "ms of a draft by depth" in capsys.readouterr().out
+    assert main([*argv, "--drafters", "none"]) == 2
+    assert "drafters must name what drafts" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from fastgrpo.cli import main
 from fastgrpo.options import (
     AcceptanceOptions,
     DemoOptions,
+    DraftersOptions,
     DraftExportOptions,
     DraftImportOptions,
     DraftTrainOptions,
@@ -33,6 +34,7 @@ COMMANDS = {
     ("bench", "rollout"): RolloutOptions,
     ("bench", "acceptance"): AcceptanceOptions,
     ("bench", "learning"): LearningOptions,
+    ("bench", "drafters"): DraftersOptions,
     ("bench", "e2e"): E2EOptions,
     ("draft", "train"): DraftTrainOptions,
     ("draft", "export"): DraftExportOptions,

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from fastgrpo.options import (
     AcceptanceOptions,
     DemoOptions,
+    DraftersOptions,
     DraftExportOptions,
     DraftImportOptions,
     DraftTrainOptions,
@@ -67,6 +68,12 @@ _BENCHMARKS = (
         "how a head learns through a training run, with each loss and not at all",
         LearningOptions,
         "bench.learning:run_learning_bench",
+    ),
+    Command(
+        "drafters",
+        "drafters side by side, and what a draft costs",
+        DraftersOptions,
+        "bench.drafters:run_drafters_bench",
     ),
     Command("e2e", "training steps of TRL's trainer and of ours, in turn", E2EOptions, "bench.e2e:run_e2e_bench"),
 )

@@ -51,7 +51,8 @@ class Workload:
         default="eagle",
         metadata=about(
             "eagle (a head trained online; begins with the shipped one where there is one), eagle-new (begins from "
-            "the target's own weights), ngram, none, or a folder with a saved head"
+            "the target's own weights), ngram, none, auto (eagle and ngram, whichever pays), or a folder with a "
+            "saved head"
         ),
     )
     max_num_seqs: int = field(default=64, metadata=about("sequences decoded together; others wait for a slot"))
@@ -128,6 +129,39 @@ class LearningOptions(Workload):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_positive(self, "steps", "updates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftersOptions:
+    """`fastgrpo bench drafters`."""
+
+    model: str = field(default="demo", metadata=about("model: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct"))
+    drafters: tuple[str, ...] = field(
+        default=("eagle", "ngram", "auto"),
+        metadata=about("drafters, parted by commas: names, or folders of saved ones"),
+    )
+    task: str = field(default="chain_sum", metadata=about("reasoning-gym task that makes the prompts"))
+    num_prompts: int = field(default=4, metadata=about("prompts in a rollout"))
+    num_generations: int = field(default=8, metadata=about("completions for each prompt"))
+    epochs: int = field(default=3, metadata=about("rollouts of the same prompts, each with other noise"))
+    max_tokens: int = field(default=MAX_TOKENS, metadata=about("longest completion, in tokens"))
+    temperature: float = field(default=1.0, metadata=about("sampling temperature; 0 is greedy"))
+    max_num_seqs: int = field(default=64, metadata=about("sequences decoded together"))
+    device: str = field(
+        default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
+    )
+    dtype: str = field(default="bfloat16", metadata=about("type of the weights", choices=DTYPES))
+    seed: int = field(default=1000, metadata=about("seed of prompts and noise; 0 and 1 made the shipped head's"))
+    output: Path | None = field(
+        default=None, metadata=about("JSON file for the results; without it they are only printed")
+    )
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_prompts", "num_generations", "epochs", "max_tokens", "max_num_seqs")
+        if not self.drafters or "none" in self.drafters:
+            raise ValueError(
+                f"drafters must name what drafts, got {','.join(self.drafters)!r}; plain decoding is added"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

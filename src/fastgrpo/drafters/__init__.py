@@ -10,13 +10,15 @@ from fastgrpo.drafters.drafter import DraftContext, Drafter
 if TYPE_CHECKING:
     from fastgrpo.model import TargetModel
 
+DRAFTERS = ("eagle", "eagle-new", "ngram", "none", "auto")
 __all__ = ["DraftContext", "Drafter", "build_drafter"]
 
 
 def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter:
-    """The drafter behind a `drafter` key: eagle, eagle-new, ngram, none, a folder with a head, or a `Drafter`.
+    """The drafter behind a `drafter` key: eagle, eagle-new, ngram, auto, none, a folder with a head, or a `Drafter`.
 
-    "eagle" begins with the head that ships for the target where there is one, "eagle-new" never does.
+    "eagle" begins with the head that ships for the target where there is one, "eagle-new" never does; "auto"
+    is eagle and ngram, whichever pays, or both.
 
     Raises:
         ValueError: neither a known name nor a folder that holds a head that fits the target.
@@ -31,6 +33,10 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
         from fastgrpo.drafters.ngram import NgramDrafter
 
         return NgramDrafter()
+    if drafter == "auto":
+        from fastgrpo.drafters.auto import AutoDrafter
+
+        return AutoDrafter(build_drafter("eagle", target), build_drafter("ngram", target))
     from fastgrpo.drafters.eagle import EagleDrafter
     from fastgrpo.drafters.eagle_files import find_shipped_head
 
@@ -39,4 +45,6 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
         return EagleDrafter.load(shipped, target) if shipped else EagleDrafter(target)
     if Path(drafter).is_dir():
         return EagleDrafter.load(Path(drafter), target)
-    raise ValueError(f"drafter must be eagle, eagle-new, ngram, none, or a folder with a saved head; got '{drafter}'")
+    raise ValueError(
+        f"drafter must be eagle, eagle-new, ngram, auto, none, or a folder with a saved head; got '{drafter}'"
+    )
