@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fastgrpo.bench.measure import describe_run
 from fastgrpo.data import build_task_dataset
+from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine
 from fastgrpo.loading import (
@@ -92,7 +93,8 @@ def measure_plan(
     params: SamplingParams,
     max_num_seqs: int,
 ) -> dict[str, Any]:
-    """Acceptance of one rollout with this plan at every step."""
+    """Acceptance of one rollout with this plan at every step; chances are taken as the drafter says them."""
+    drafter.calibration = Calibration()
     engine = Engine(model, drafter=drafter, speculation=plan, max_num_seqs=max_num_seqs)
     engine.generate(prompts, params)
     return summarise_acceptance(engine.records)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgrpo.drafters.drafter import DraftContext, Drafter
+from fastgrpo.drafters.drafter import DraftContext, Drafter, TrainableDrafter
 
 if TYPE_CHECKING:
     from fastgrpo.model import TargetModel
 
 DRAFTERS = ("eagle", "eagle-new", "ngram", "none", "auto")
-__all__ = ["DraftContext", "Drafter", "build_drafter"]
+__all__ = ["DraftContext", "Drafter", "build_drafter", "find_trainable"]
 
 
 def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter:
@@ -48,3 +48,9 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
     raise ValueError(
         f"drafter must be eagle, eagle-new, ngram, auto, none, or a folder with a saved head; got '{drafter}'"
     )
+
+
+def find_trainable(drafter: Drafter) -> TrainableDrafter | None:
+    """The drafter that learns: this one, or one that it consults."""
+    consulted: tuple[Drafter, ...] = getattr(drafter, "members", ())
+    return next((each for each in (drafter, *consulted) if isinstance(each, TrainableDrafter)), None)

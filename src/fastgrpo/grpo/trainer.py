@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
-from fastgrpo.drafters.drafter import TrainableDrafter
+from fastgrpo.drafters import find_trainable
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.clock import StepClock
 from fastgrpo.grpo.config import FastGRPOConfig
@@ -80,9 +80,10 @@ class FastGRPOTrainer(GRPOTrainer):
         if share is None:
             share = 0.1 if self.engine.target.device.type == "cpu" else 0.03
         self._learn_share = share
-        if share == 0 or args.speculation == "off" or not isinstance(self.engine.drafter, TrainableDrafter):
+        drafter = find_trainable(self.engine.drafter)
+        if share == 0 or args.speculation == "off" or drafter is None:
             return None
-        return Learner(self.engine.drafter, learning_rate=args.draft_learning_rate, seed=args.seed)
+        return Learner(drafter, learning_rate=args.draft_learning_rate, seed=args.seed)
 
     def _teach(self, rollout: FinishedRollout) -> None:
         if self.learner is not None and self._is_training_rollout:
