@@ -180,7 +180,7 @@ def test_learning_replays_a_run_and_measures_before_it_learns(
     assert main(argv) == 2
     assert "holds no recorded rollouts" in capsys.readouterr().err
     assert main([*argv, "--losses", "cosine"]) == 2
-    assert "draft_loss must be one of kl, kl+tv, lk, overlap; got 'cosine'" in capsys.readouterr().err
+    assert "draft_loss must be one of kl, kl+tv, lk, overlap, coupled; got 'cosine'" in capsys.readouterr().err
 
 
 def test_drafters_stand_side_by_side(

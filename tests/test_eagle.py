@@ -276,12 +276,13 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(chunk, name, monkeyp
                 "kl+tv": divergence + variation,
                 "lk": share * divergence + (1 - share) * variation,
                 "overlap": -overlap.log(),
+                "coupled": -(overlap / (2 - overlap)).log(),
             }
             losses = (each[name] * weights).sum(-1)
         (losses @ scale).backward()
         gradients.append(leaf.grad)
         values.append(losses.detach())
-    tolerance = 2e-4 if name == "overlap" else 1e-5  # 1 - TV of rows that hardly overlap has few digits
+    tolerance = 2e-4 if name in ("overlap", "coupled") else 1e-5  # 1 - TV of rows that hardly overlap has few digits
     assert torch.allclose(*values, rtol=tolerance)
     assert torch.allclose(*gradients, rtol=tolerance, atol=1e-6)
 

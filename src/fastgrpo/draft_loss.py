@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-LossName = Literal["kl", "kl+tv", "lk", "overlap"]
+LossName = Literal["kl", "kl+tv", "lk", "overlap", "coupled"]
 LOSSES: tuple[LossName, ...] = get_args(LossName)
 DEFAULT_LOSS: LossName = "kl+tv"
 _CHUNK_ELEMENTS = 32 * 4096
@@ -27,6 +27,7 @@ class DraftLoss(torch.autograd.Function):
     - `kl+tv`: KL + TV.
     - `lk`: m KL + (1 - m) TV with m = exp(-3 a), a taken as a number (LK losses, arXiv:2602.23881).
     - `overlap`: -log a, whose gradient is that of TV / a (the same paper).
+    - `coupled`: -log((1 - TV) / (1 + TV)), the least that shared noise accepts at width 1 (arXiv:2408.07978).
 
     `apply` takes the logits of K unroll steps, the target's over the same tokens, the temperature of each row, the
     weights of the rows at each step and the name of the loss; it returns the K weighted sums. The target's
@@ -88,7 +89,9 @@ def _mix(
         share = (-_LK_DECAY * (1 - variation)).exp()
         return share * divergence + (1 - share) * variation, share, 1 - share
     overlap = (1 - variation).clamp(min=_LEAST_OVERLAP)
-    return -overlap.log(), zero, 1 / overlap
+    if name == "overlap":
+        return -overlap.log(), zero, 1 / overlap
+    return (2 - overlap).log() - overlap.log(), zero, 1 / (2 - overlap) + 1 / overlap
 
 
 def check_loss(name: str) -> LossName:

@@ -111,7 +111,7 @@ class LearningOptions(Workload):
 
     steps: int = field(default=30, metadata=about("training steps of the run whose rollouts are learnt from"))
     losses: tuple[str, ...] = field(
-        default=("kl", "kl+tv", "lk", "overlap"), metadata=about("losses to learn with, parted by commas")
+        default=("kl", "kl+tv", "lk", "overlap", "coupled"), metadata=about("losses to learn with, parted by commas")
     )
     starts: tuple[str, ...] = field(
         default=("eagle", "eagle-new"),
