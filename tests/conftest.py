@@ -15,7 +15,7 @@ import jaxtyping
 
 CHECKED_MODULES = (
     *("attention", "cache", "sampling", "tree", "verify", "model", "weights", "prefill", "learner"),
-    *("drafters.drafter", "drafters.eagle", "drafters.eagle_head", "drafters.ngram"),
+    *("drafters.drafter", "drafters.eagle", "drafters.eagle_head", "drafters.lm", "drafters.ngram"),
 )
 jaxtyping.install_import_hook([f"fastgrpo.{name}" for name in CHECKED_MODULES], "beartype.beartype")
 

@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from fastgrpo.cli import main
+from fastgrpo.grpo.arguments import parse_arguments
+from fastgrpo.grpo.script import load_datasets
 from fastgrpo.options import (
     AcceptanceOptions,
     DemoOptions,
@@ -180,6 +182,21 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(
     assert message in read_error(capsys, "train", "--config", write_config(folder, model_dir, **changes))
 
 
+def test_train_leaves_broken_prompts_out_if_told_to(
+    capsys: pytest.CaptureFixture[str], folder: Path, model_dir: Path
+) -> None:
+    with (folder / "prompts.jsonl").open("a") as file:
+        file.write("{}\n")
+    config = write_config(folder, model_dir)
+    assert "1 of 5 lines of prompts.jsonl are broken; the first is line 5" in read_error(
+        capsys, "train", "--config", config
+    )
+    for told in (["--skip-broken"], ["--skip_broken", "true"]):
+        with pytest.warns(UserWarning, match="1 of 5 lines of prompts.jsonl are broken"):
+            rows, _ = load_datasets(parse_arguments(["--config", config, *told]))
+        assert len(rows) == 4
+
+
 def test_a_file_that_is_no_config_is_refused(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert "no config file at nowhere.yaml" in read_error(capsys, "train", "--config", "nowhere.yaml")
     for text, message in (("- 1\n", "must hold a mapping"), ("a: [", "is not YAML"), ("", "must hold a mapping")):
@@ -242,6 +259,11 @@ def test_generate_prints_completions_and_their_speed(
     others = [json.loads(line)["token_ids"] for line in Path("b.jsonl").read_text().splitlines()]
     assert [row["token_ids"] for row in rows] == others  # speculation changed nothing
     assert main([*argv, "--prompts", "prompts.jsonl"]) == 0
+    with Path("prompts.jsonl").open("a") as file:
+        file.write('{"prompt": []}\n')
+    with pytest.warns(UserWarning, match=r"1 of \d+ lines of prompts.jsonl are broken"):
+        assert main([*argv, "--prompts", "prompts.jsonl", "--skip-broken"]) == 0
+    assert "1 of" in read_error(capsys, *argv, "--prompts", "prompts.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,37 @@ def test_the_first_broken_line_is_named(tmp_path, broken, message):
         load_prompts(path)
 
 
+def test_broken_lines_are_counted_and_left_out_only_if_told_to(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [
+        b'{"prompt": "one"}',
+        b"",
+        b"{",
+        b'{"prompt": "two"}',
+        b'{"prompt": "\xff"}',
+        b'{"prompt": 3}',
+        b'{"prompt": "three"}',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(
+        ValueError, match=r"3 of 6 lines of .*; the first is line 3: .*--skip-broken .*skip_broken=True"
+    ):
+        load_prompts(path)
+    with pytest.warns(UserWarning, match=r"3 of 6 lines of .* are broken; the first is line 3: .* left out") as caught:
+        assert load_prompts(path, skip_broken=True)["prompt"][:] == ["one", "two", "three"]
+    assert len(caught) == 1
+    path.write_text('{\n{"text": "two"}\n')
+    with pytest.raises(ValueError, match=r"2 of 2 lines .* line 1: .*No prompt is left"):
+        load_prompts(path, skip_broken=True)
+
+
+def test_a_whole_file_is_read_without_a_word(tmp_path, recwarn):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('{"prompt": "één"}\r\n{"prompt": "two"}\r\n'.encode())
+    assert load_prompts(path, skip_broken=True)["prompt"][:] == ["één", "two"]
+    assert not [w for w in recwarn if "broken" in str(w.message)]
+
+
 def test_an_empty_file_is_refused(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n")

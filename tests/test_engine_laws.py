@@ -7,6 +7,7 @@ import functools
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from conftest import (
 from fastgrpo import prefill as prefill_module
 from fastgrpo.drafters import Drafter
 from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.drafters.lm import LmDrafter
 from fastgrpo.drafters.ngram import NgramDrafter
 from fastgrpo.drafters.none import NoDrafter
 from fastgrpo.engine import Engine, FinishedRollout
@@ -45,7 +47,7 @@ PLANNERS: dict[str, Callable[[], Planner]] = {
     "paper": lambda: PaperPlanner(capacity=20),
     "auto": SyntheticClockPlanner,
 }
-DRAFTERS = ("none", "ngram", "eagle_untrained", "eagle_trained", "always_wrong", "oracle")
+DRAFTERS = ("none", "ngram", "eagle_untrained", "eagle_trained", "lm", "always_wrong", "oracle")
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 GROUP = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -90,6 +92,9 @@ def build_test_drafter(name: str, model: PreTrainedModel, requests: list[tuple[l
         return NoDrafter()
     if name == "ngram":
         return NgramDrafter()
+    if name == "lm":
+        tokenizer = SimpleNamespace(get_vocab=dict)
+        return LmDrafter(TargetModel(model, tokenizer=tokenizer), shared_model("qwen3", seed=1), tokenizer=tokenizer)
     if name == "eagle_untrained":
         return EagleDrafter(TargetModel(model), draft_vocab_size=80)
     if name == "eagle_trained":
@@ -194,7 +199,7 @@ def test_siblings_differ_and_another_seed_differs():
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-@pytest.mark.parametrize("drafter", ["ngram", "eagle_trained"])
+@pytest.mark.parametrize("drafter", ["ngram", "eagle_trained", "lm"])
 def test_an_engine_can_be_used_again(drafter):
     model, requests = shared_model("qwen3"), build_requests(None)
     engine = build_engine(model, build_test_drafter(drafter, model, requests), TREE, max_num_seqs=3)
@@ -208,7 +213,7 @@ def test_an_engine_can_be_used_again(drafter):
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-@pytest.mark.parametrize("drafter", ["ngram", "eagle_trained"])
+@pytest.mark.parametrize("drafter", ["ngram", "eagle_trained", "lm"])
 @pytest.mark.parametrize("seed", range(3))
 def test_arrivals_while_others_run(drafter, seed):
     """Requests that reach the scheduler in the middle of a rollout."""
@@ -278,7 +283,7 @@ def test_max_tokens_inside_an_accepted_path(max_tokens):
     assert len(engine.records) == -(-max_tokens // (CHAIN.depth + 1))
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "eagle_untrained", "oracle"])
+@pytest.mark.parametrize("drafter", ["ngram", "eagle_untrained", "lm", "oracle"])
 @pytest.mark.parametrize("room", [1, 2, 4])
 def test_completions_end_where_the_context_ends(drafter, room):
     model = shared_model("llama")

@@ -17,9 +17,11 @@ from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_files import find_shipped_head, load_head, save_head
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.learner import Learner
+from fastgrpo.loading import load_tokenizer
 from fastgrpo.model import TargetModel
 from fastgrpo.options import DraftTrainOptions
 from fastgrpo.pretrain import compute_features
+from fastgrpo.tokenizers import hash_vocabulary
 from fastgrpo.types import SamplingParams, SpeculationPlan
 from fastgrpo.unroll import measure_acceptance
 from tiny import save_tiny_model
@@ -103,6 +105,33 @@ def test_prompts_come_from_a_file_too(model_dir: Path, tmp_path: Path) -> None:
     path.write_text('{"prompt": "one"}\n{"prompt": "two"}\n{"prompt": "' + "x" * 50 + '"}\n')
     options = build_options(model_dir, tmp_path / "run", data=path, max_prompt_length=40, updates=2)
     assert pretrain.run_draft_training(options, "")["num_answers"] == 4, "the third prompt is too long"
+
+
+def test_broken_prompts_are_left_out_if_told_to_also_in_a_folder_that_was_begun(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n{"prompt":\n{"prompt": "two"}\n')
+    argv = ["draft", "train", "--model", str(model_dir), "--dtype", "float32", "--data", str(path), "--updates", "1"]
+    argv += ["--num-generations", "2", "--max-tokens", "16", "--output", str(tmp_path / "run")]
+    assert main(argv) == 2
+    assert "1 of 3 lines of" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="the first is line 2"):
+        assert main([*argv, "--skip-broken"]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["num_answers"] == 4
+    config = json.loads((tmp_path / "run" / "head" / "config.json").read_text())
+    assert config["tokenizer_hash"] == hash_vocabulary(load_tokenizer(str(model_dir)).get_vocab())
+
+
+def test_a_run_from_before_an_option_goes_on(model_dir: Path, tmp_path: Path) -> None:
+    options = build_options(model_dir, tmp_path / "run", updates=1)
+    pretrain.run_draft_training(options, "")
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    del settings["skip_broken"], settings["learning_rate"]
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    pretrain.run_draft_training(options, "")
+    with pytest.raises(ValueError, match=r"holds a run with learning_rate=0.002, asked for 1.0"):
+        pretrain.run_draft_training(build_options(model_dir, tmp_path / "run", updates=1, learning_rate=1.0), "")
 
 
 def test_what_cannot_be_trained_is_refused(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,9 +197,13 @@ def test_a_head_that_is_never_right_is_not_taken(
     build_trained_head(tmp_path / "head", target_folder)
     monkeypatch.setattr(travel, "measure_acceptance", lambda *_: torch.full((3, 4), 0.01))
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "1+1?"}\n')
+    prompts.write_text('{"prompt": "1+1?"}\n"2+2?"\n')
     arguments = ["--source", str(tmp_path / "head"), "--output", str(tmp_path / "out"), "--data", str(prompts)]
-    assert main(["draft", "import", "--model", str(target_folder), "--max-tokens", "4", *arguments]) == 2
+    argv = ["draft", "import", "--model", str(target_folder), "--max-tokens", "4", *arguments]
+    assert main(argv) == 2
+    assert "1 of 2 lines of" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="the first is line 2"):
+        assert main([*argv, "--skip-broken"]) == 2
     assert "1.0% of this head's first drafts" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

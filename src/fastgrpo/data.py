@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,30 +162,52 @@ def build_task_dataset(task: str, *, size: int, seed: int, instruction: str | No
     )
 
 
-def load_prompts(path: Path | str) -> Dataset:
+def load_prompts(path: Path | str, *, skip_broken: bool = False) -> Dataset:
     """Prompts from a JSONL file of objects with `prompt`, a string or a list of chat messages.
 
     All prompts of a file are of one kind. Further keys become columns, None where a line lacks them.
 
+    Args:
+        path: the file, read to its end before anything is said about it.
+        skip_broken: go on without the broken lines, with one warning that counts them.
+
     Raises:
-        ValueError: a line is broken (the message gives the number of the first one) or the file is empty.
+        ValueError: lines are broken (the message counts them and explains the first), or no prompt is left.
     """
-    rows: list[dict[str, Any]] = []
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = _parse_prompt(line)
-                if rows and isinstance(row["prompt"], str) != isinstance(rows[0]["prompt"], str):
-                    raise ValueError("strings and chat messages in one file; use one kind")
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            rows.append(row)
+    rows, num_broken, first = _read_prompts(Path(path))
+    if num_broken:
+        count = f"{num_broken} of {num_broken + len(rows)} lines of {path} are broken; the first is {first}"
+        if not skip_broken:
+            raise ValueError(
+                f"{count}. Correct them, or leave them out with --skip-broken (in Python: skip_broken=True)"
+            )
+        if not rows:
+            raise ValueError(f"{count}. No prompt is left")
+        warnings.warn(f"{count}. They are left out", stacklevel=2)
     if not rows:
         raise ValueError(f"{path} has no prompts; write one JSON object with a 'prompt' per line")
     columns = dict.fromkeys(name for row in rows for name in row)
     return _to_dataset({name: [row.get(name) for row in rows] for name in columns})
+
+
+def _read_prompts(path: Path) -> tuple[list[dict[str, Any]], int, str]:
+    """(rows, number of broken lines, which is the first of them and why); blank lines are neither."""
+    rows: list[dict[str, Any]] = []
+    num_broken, first = 0, ""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = _parse_prompt(line.decode("utf-8"))  # UnicodeDecodeError is a ValueError
+                if rows and isinstance(row["prompt"], str) != isinstance(rows[0]["prompt"], str):
+                    raise ValueError("strings and chat messages in one file; use one kind")
+            except ValueError as error:
+                num_broken += 1
+                first = first or f"line {number}: {error}"
+            else:
+                rows.append(row)
+    return rows, num_broken, first
 
 
 def _is_model_dir(path: Path) -> bool:

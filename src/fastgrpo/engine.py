@@ -49,11 +49,13 @@ class Engine:
     Args:
         model: a causal LM or a PEFT model of one; Llama, Qwen2, Qwen3, or Mistral without a window.
         drafter: "eagle" (the head shipped for the model, if there is one), "eagle-new" (never the shipped one),
-            "ngram", "none", a path to a saved EAGLE-3 head, or a `Drafter`.
+            "ngram", "none", a folder with a saved EAGLE-3 head or with a small causal LM of the same tokenizer, or
+            a `Drafter`.
         speculation: "auto", "paper", "fixed", "off", or a `SpeculationPlan` used at every step.
         max_num_seqs: sequences decoded together; others wait.
         fixed_plan: the plan of "fixed".
         compute_dtype: run under autocast in this type; None computes in the model's own.
+        tokenizer: the model's, compared with that of a drafter from a folder; None looks where the model came from.
 
     Raises:
         ValueError: the model, drafter or speculation cannot be used; the message names the remedy.
@@ -68,8 +70,9 @@ class Engine:
         max_num_seqs: int = 64,
         fixed_plan: SpeculationPlan = DEFAULT_FIXED_PLAN,
         compute_dtype: torch.dtype | None = None,
+        tokenizer: Any = None,
     ) -> None:
-        self.target = TargetModel(model, compute_dtype=compute_dtype)
+        self.target = TargetModel(model, compute_dtype=compute_dtype, tokenizer=tokenizer)
         self.drafter = build_drafter(drafter, self.target)
         if speculation == "off" and isinstance(drafter, str | Path):
             self.drafter = NoDrafter()  # a named drafter is checked all the same, but keeps no features

@@ -41,14 +41,19 @@ def run_generate(options: GenerateOptions, console: Console | None = None) -> No
         max_tokens=options.max_tokens,
         seed=options.seed,
     )
-    prompts: list[Any] = list(load_prompts(options.prompts)["prompt"]) if options.prompts else list(options.prompt)
-    prompts = [prompt for prompt in prompts for _ in range(options.num_generations)]
+    prompts = [prompt for prompt in _read_prompts(options) for _ in range(options.num_generations)]
     quiet_libraries()
     path = resolve_model(options.model)
     tokenizer = load_tokenizer(path)
     encoded = encode_prompts(tokenizer, prompts, raw=options.raw)
     model = load_model(path, dtype=options.dtype, device=resolve_device(options.device))
-    engine = Engine(model, drafter=options.drafter, speculation=options.speculation, max_num_seqs=options.max_num_seqs)
+    engine = Engine(
+        model,
+        drafter=options.drafter,
+        speculation=options.speculation,
+        max_num_seqs=options.max_num_seqs,
+        tokenizer=tokenizer,
+    )
     started = time.perf_counter()
     params = dataclasses.replace(params, stop_token_ids=find_stop_token_ids(model, tokenizer))
     completions = engine.generate(encoded, params)
@@ -60,6 +65,12 @@ def run_generate(options: GenerateOptions, console: Console | None = None) -> No
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         console.print(f"written: {options.output}", markup=False, soft_wrap=True)
+
+
+def _read_prompts(options: GenerateOptions) -> list[Any]:
+    if options.prompts is None:
+        return list(options.prompt)
+    return list(load_prompts(options.prompts, skip_broken=options.skip_broken)["prompt"])
 
 
 def _build_row(tokenizer: Any, prompt: Any, completion: Completion) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from fastgrpo.attention import ATTENTION_NAME, ForwardBatch
 from fastgrpo.cache import RowStore, SlotCache
+from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.weights import merged_weights
 
 SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -57,13 +59,16 @@ class TargetModel:
         model: Llama, Qwen2, Qwen3 or Mistral without sliding-window layers.
         compute_dtype: run under autocast with linear weights cast once for each rollout;
             None computes in the model's own type.
+        tokenizer: what gives the token ids their meaning; None looks in the folder the model came from, if
+            that is asked for.
 
     Raises:
         ValueError: the family, attention kind, RoPE kind or PEFT method is not supported; names it.
     """
 
-    def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype | None = None, tokenizer: Any = None) -> None:
         self.model = model
+        self._tokenizer = tokenizer
         self.base = base_model_of(model)
         self.config: Any = self.base.config
         check_supported(self.base)
@@ -96,6 +101,20 @@ class TargetModel:
     def dtype(self) -> torch.dtype:
         """Type of keys, values and features."""
         return self.compute_dtype or self.decoder.layers[0].mlp.down_proj.weight.dtype
+
+    @property
+    def name(self) -> str:
+        """Where the model came from: a folder or a hub id; empty if it was built in memory."""
+        return str(getattr(self.config, "_name_or_path", None) or "")
+
+    @functools.cached_property
+    def tokenizer_hash(self) -> str | None:
+        """Names what the token ids mean (see `hash_vocabulary`), or None where no tokenizer is known.
+
+        Reads a tokenizer from disk at first use, unless one was given.
+        """
+        tokenizer = self._tokenizer if self._tokenizer is not None else find_tokenizer(self.name)
+        return None if tokenizer is None else hash_vocabulary(tokenizer.get_vocab())
 
     @property
     def feature_layers(self) -> tuple[int, int, int]:

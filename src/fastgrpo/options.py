@@ -52,7 +52,7 @@ class Workload:
         metadata=about(
             "eagle (a head trained online; begins with the shipped one where there is one), eagle-new (begins from "
             "the target's own weights), ngram, none, auto (eagle and ngram, whichever pays), or a folder with a "
-            "saved head"
+            "saved head or a small LM of the same tokenizer"
         ),
     )
     max_num_seqs: int = field(default=64, metadata=about("sequences decoded together; others wait for a slot"))
@@ -263,6 +263,9 @@ class DraftTrainOptions:
     data: Path | None = field(
         default=None, metadata=about("JSONL file of objects with 'prompt': text, or a list of chat messages")
     )
+    skip_broken: bool = field(
+        default=False, metadata=about("go on without the broken lines of a file of prompts; how many is said")
+    )
     task: tuple[str, ...] = field(
         default=("chain_sum",),
         metadata=about(
@@ -341,6 +344,9 @@ class DraftImportOptions:
     data: Path | None = field(
         default=None, metadata=about("JSONL file of objects with 'prompt', to measure acceptance on")
     )
+    skip_broken: bool = field(
+        default=False, metadata=about("go on without the broken lines of a file of prompts; how many is said")
+    )
     task: str = field(
         default="chain_sum", metadata=about("reasoning-gym task that makes the prompts; without a file of prompts")
     )
@@ -373,6 +379,9 @@ class GenerateOptions:
     prompts: Path | None = field(
         default=None, metadata=about("JSONL file of objects with 'prompt': text, or a list of chat messages")
     )
+    skip_broken: bool = field(
+        default=False, metadata=about("go on without the broken lines of a file of prompts; how many is said")
+    )
     raw: bool = field(default=False, metadata=about("give the text to the model as it is, without its chat template"))
     num_generations: int = field(default=1, metadata=about("completions for each prompt"))
     max_tokens: int = field(default=128, metadata=about("longest completion, in tokens"))
@@ -381,7 +390,8 @@ class GenerateOptions:
     top_p: float = field(default=1.0, metadata=about("keep the most likely tokens up to this probability, in (0, 1]"))
     seed: int = field(default=0, metadata=about("names the noise: the same seed gives the same tokens"))
     drafter: str = field(
-        default="ngram", metadata=about("ngram, eagle, eagle-new, none, or a folder with a saved EAGLE-3 head")
+        default="ngram",
+        metadata=about("ngram, eagle, eagle-new, none, or a folder with a saved EAGLE-3 head or a small LM"),
     )
     speculation: str = field(
         default="auto", metadata=about("how drafts are sized; never changes the tokens", choices=SPECULATION)

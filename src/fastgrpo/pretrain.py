@@ -54,6 +54,7 @@ _LEAST_RATE = 0.02  # of the peak learning rate, at the end
 _SAVE_EVERY = 250  # updates
 _HELD_OUT = 32  # answers kept back to measure acceptance on
 _MIN_ANSWER = 4  # tokens; shorter answers teach nothing
+_FREE = ("skip_broken",)  # settings that may change when a run goes on: without it, broken lines stop the run at once
 _SHOWN_PLANS = (
     SpeculationPlan(depth=1, width=2, num_draft_tokens=2),
     SpeculationPlan(depth=3, width=1, num_draft_tokens=3),
@@ -82,8 +83,9 @@ def run_draft_training(options: DraftTrainOptions, command: str, console: Consol
     _claim(folder, options)
     path = resolve_model(options.model)
     model = load_model(path, dtype=options.dtype, device=resolve_device(options.device))
-    answers = _draw_answers(options, model, load_tokenizer(path), folder / "answers.jsonl", console)
-    training = _Training(options, model, answers)
+    tokenizer = load_tokenizer(path)
+    answers = _draw_answers(options, model, tokenizer, folder / "answers.jsonl", console)
+    training = _Training(options, model, tokenizer, answers)
     result = training.run(folder, console)
     result |= {
         "command": command,
@@ -101,14 +103,16 @@ def run_draft_training(options: DraftTrainOptions, command: str, console: Consol
 
 def _claim(folder: Path, options: DraftTrainOptions) -> None:
     """Take an empty folder, or go on in one that holds the same run."""
-    wanted = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    wanted, defaults = (
+        json.loads(json.dumps(dataclasses.asdict(each), default=str)) for each in (options, DraftTrainOptions())
+    )
     known = folder / "settings.json"
     if known.exists():
-        found = json.loads(known.read_text())
-        different = next((key for key in wanted if found.get(key) != wanted[key]), None)
+        found = defaults | json.loads(known.read_text())  # a run may be older than an option
+        different = next((key for key in wanted if key not in _FREE and found[key] != wanted[key]), None)
         if different is not None:
             raise ValueError(
-                f"{folder} holds a run with {different}={found.get(different)!r}, asked for "
+                f"{folder} holds a run with {different}={found[different]!r}, asked for "
                 f"{wanted[different]!r}; choose another --output, or the same settings to go on"
             )
         return
@@ -154,7 +158,8 @@ def _draw_answers(
 def _build_requests(options: DraftTrainOptions, tokenizer: Any) -> list[tuple[str, list[int]]]:
     """(source, prompt) of every answer, siblings side by side, sources mixed."""
     if options.data is not None:
-        chats = [(str(options.data), prompt) for prompt in load_prompts(options.data)["prompt"]]
+        prompts = load_prompts(options.data, skip_broken=options.skip_broken)["prompt"]
+        chats = [(str(options.data), prompt) for prompt in prompts]
     else:
         chats = [
             (task, prompt)
@@ -197,9 +202,11 @@ def _read_answers(path: Path) -> list[Answer]:
 class _Training:
     """The learner over all answers, with features computed by the target when they are needed."""
 
-    def __init__(self, options: DraftTrainOptions, model: PreTrainedModel, answers: list[Answer]) -> None:
+    def __init__(
+        self, options: DraftTrainOptions, model: PreTrainedModel, tokenizer: Any, answers: list[Answer]
+    ) -> None:
         self.options = options
-        target = TargetModel(model)
+        target = TargetModel(model, tokenizer=tokenizer)
         head = None if options.head is None else load_head(options.head, target)
         if head is not None:
             head.resize_vocabulary(options.draft_vocab_size)

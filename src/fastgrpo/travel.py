@@ -64,9 +64,10 @@ def run_draft_import(options: DraftImportOptions, command: str, console: Console
     _check_unused(options.output)
     path = resolve_model(options.model)
     model = load_model(path, dtype=options.dtype, device=resolve_device(options.device))
-    target = TargetModel(model)
+    tokenizer = load_tokenizer(path)
+    target = TargetModel(model, tokenizer=tokenizer)
     drafter = EagleDrafter(target, head=load_head(options.source, target))
-    acceptance = measure_acceptance(drafter, _draw_answers(options, model, load_tokenizer(path), drafter))
+    acceptance = measure_acceptance(drafter, _draw_answers(options, model, tokenizer, drafter))
     first, length = float(acceptance[0, 0]), compute_expected_length(_SHOWN_PLAN, acceptance.tolist())
     _say(
         console,
@@ -119,7 +120,7 @@ def _draw_answers(
 ) -> list[FinishedRollout]:
     """The target's own answers with their features."""
     if options.data is not None:
-        chats = list(load_prompts(options.data)["prompt"])[: options.num_prompts]
+        chats = list(load_prompts(options.data, skip_broken=options.skip_broken)["prompt"])[: options.num_prompts]
     else:
         chats = build_task_dataset(options.task, size=options.num_prompts, seed=options.seed)["prompt"]
     rollouts: list[FinishedRollout] = []

@@ -11,17 +11,19 @@ if TYPE_CHECKING:
     from fastgrpo.model import TargetModel
 
 DRAFTERS = ("eagle", "eagle-new", "ngram", "none", "auto")
+
 __all__ = ["DraftContext", "Drafter", "build_drafter", "find_trainable"]
 
 
 def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter:
-    """The drafter behind a `drafter` key: eagle, eagle-new, ngram, auto, none, a folder with a head, or a `Drafter`.
+    """The drafter behind a `drafter` key: one of `DRAFTERS`, a folder, or a `Drafter`.
 
     "eagle" begins with the head that ships for the target where there is one, "eagle-new" never does; "auto"
-    is eagle and ngram, whichever pays, or both.
+    is eagle and ngram, whichever pays, or both. A folder holds a head, or a small causal LM of the target's
+    tokenizer.
 
     Raises:
-        ValueError: neither a known name nor a folder that holds a head that fits the target.
+        ValueError: neither a known name nor a folder that holds a head or an LM that fits the target.
     """
     if not isinstance(drafter, str | Path):
         return drafter
@@ -44,9 +46,14 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
         shipped = find_shipped_head(target) if drafter == "eagle" else None
         return EagleDrafter.load(shipped, target) if shipped else EagleDrafter(target)
     if Path(drafter).is_dir():
+        from fastgrpo.drafters.lm import LmDrafter
+        from fastgrpo.drafters.lm_files import is_causal_lm
+
+        if is_causal_lm(Path(drafter)):
+            return LmDrafter.load(Path(drafter), target)
         return EagleDrafter.load(Path(drafter), target)
     raise ValueError(
-        f"drafter must be eagle, eagle-new, ngram, auto, none, or a folder with a saved head; got '{drafter}'"
+        f"drafter must be {', '.join(DRAFTERS)}, or a folder with a saved head or a small causal LM; got '{drafter}'"
     )
 
 

@@ -6,6 +6,7 @@ Safetensors and JSON; nothing is unpickled, and nothing is trusted before it is 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastgrpo.model import TargetModel
 
 _ARCHITECTURE = "LlamaForCausalLMEagle3"
 _FINGERPRINT = "target_final_norm"
+_TOKENIZER = "tokenizer_hash"
 _SHIPPED = Path(__file__).parent.parent / "heads"
 
 
@@ -66,6 +68,8 @@ def save_head(
         "torch_dtype": str(tensors["fc.weight"].dtype).removeprefix("torch."),
         _FINGERPRINT: _take_fingerprint(target),
     }
+    if target.tokenizer_hash is not None and not compact:  # tokenizers of one model differ by source: pad tokens
+        record[_TOKENIZER] = target.tokenizer_hash
     (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -81,6 +85,7 @@ def load_head(folder: Path, target: TargetModel) -> EagleHead:
         raise ValueError(f"no readable draft head in {folder}: {error}") from error
     config, tensors = _unify_layout(config, tensors, folder)
     _check_config(config, folder, target)
+    _check_tokenizer(config, folder, target)
     for name in ("t2d", "embed_tokens.weight"):  # said again by d2t, and by the target
         tensors.pop(name, None)
     tensors["draft_vocab"] = _read_vocabulary(_find_offsets(tensors, folder, target), folder, target.vocab_size)
@@ -107,9 +112,19 @@ def find_shipped_head(target: TargetModel) -> Path | None:
         except ValueError:
             continue
         known, own = torch.tensor(config[_FINGERPRINT]), torch.tensor(_take_fingerprint(target))
-        if bool((own - known).norm() < 0.05 * known.norm()):
+        if bool((own - known).norm() < 0.05 * known.norm()) and _has_same_tokenizer(config, folder, target):
             return folder
     return None
+
+
+def _has_same_tokenizer(config: dict[str, Any], folder: Path, target: TargetModel) -> bool:
+    """Whether a shipped head may be used; nobody named it, so that it is left out with a warning."""
+    try:
+        _check_tokenizer(config, folder, target)
+    except ValueError as error:
+        warnings.warn(f"the head that ships for this model is left out: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _take_fingerprint(target: TargetModel) -> list[float]:
@@ -153,6 +168,18 @@ def _check_config(config: dict[str, Any], folder: Path, target: TargetModel) -> 
             f"the head in {folder} sets {unknown[0]}, which is not known here; only norm_before_residual is"
         )
     _check_layers(config, folder, target)
+
+
+def _check_tokenizer(config: dict[str, Any], folder: Path, target: TargetModel) -> None:
+    """Of two vocabularies of one size every id may mean something else; unknown ones are not compared."""
+    known = config.get(_TOKENIZER)
+    if known is None or target.tokenizer_hash in (None, known):
+        return
+    raise ValueError(
+        f"the head in {folder} was trained with another tokenizer ({_TOKENIZER} {known}) than the target's "
+        f"({target.tokenizer_hash}, {target.name or 'in memory'}): its token ids mean other tokens. Train one for this "
+        f"target (fastgrpo draft train); if the ids it drafts are the same, remove {_TOKENIZER} from its config.json"
+    )
 
 
 def _check_layers(config: dict[str, Any], folder: Path, target: TargetModel) -> None:

@@ -37,6 +37,9 @@ class FastGRPOScriptArguments(GRPOScriptArguments):
         default=None,
         metadata={"help": "JSONL file of objects with `prompt` (text or chat messages); other keys become columns."},
     )
+    skip_broken: bool = field(
+        default=False, metadata={"help": "Go on without the broken lines of `prompts`; how many is said."}
+    )
 
 
 RECORDS = (FastGRPOScriptArguments, FastGRPOConfig, ModelConfig, DatasetMixtureConfig)

@@ -158,7 +158,7 @@ def load_datasets(arguments: Arguments) -> tuple[Dataset, Dataset | None]:
     if script.prompts:
         if needs_eval:
             raise ValueError("prompts has no part to evaluate on: set eval_strategy to 'no', or use dataset_name")
-        return load_prompts(script.prompts), None
+        return load_prompts(script.prompts, skip_broken=script.skip_broken), None
     splits = get_dataset(mixture) if mixture.datasets else _load_named(script)
     wanted = [script.dataset_train_split, *([script.dataset_test_split] if needs_eval else [])]
     for split in wanted:

@@ -64,6 +64,7 @@ class FastGRPOTrainer(GRPOTrainer):
             max_num_seqs=args.max_num_seqs,
             fixed_plan=args.fixed_plan,
             compute_dtype=_compute_dtype(args),
+            tokenizer=self.processing_class,
         )
         self.learner = self._build_learner(args)
         self.engine.on_finish.extend([self._teach] if self.learner else [])

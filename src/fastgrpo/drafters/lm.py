@@ -1,0 +1,261 @@
+"""A small causal LM of the target's tokenizer that drafts trees ranked with the target's own noise.
+
+It reads a sequence's tokens when a draft is asked for, and keeps its own rows of keys and values. Nodes of
+a tree stand behind what a row has read and are dropped afterwards: accepted ones are read again, as tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from fastgrpo.attention import ForwardBatch
+from fastgrpo.cache import SlotCache
+from fastgrpo.drafters.beams import grow_trees, rank_candidates
+from fastgrpo.drafters.calibration import Calibration
+from fastgrpo.drafters.drafter import DraftContext
+from fastgrpo.drafters.lm_files import check_tokenizer, load_lm
+from fastgrpo.model import TargetModel
+from fastgrpo.sampling import SamplingBatch
+from fastgrpo.tree import Draft
+from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
+from fastgrpo.verify import Verdict
+
+_READ_TOKENS = 4096  # read in one forward, padding included
+_READ_CHUNK = 512  # of one row in one forward
+
+
+class LmDrafter:
+    """Drafts with a causal LM; keeps one row of keys and values for each running sequence.
+
+    Args:
+        target: the model to draft for.
+        model: Llama, Qwen2, Qwen3 or Mistral without a window, on the target's device; stays its owner's, and is
+            not trained.
+        tokenizer: the LM's; None looks in the folder it came from.
+
+    Attributes:
+        calibration: what its chances have been worth so far.
+
+    Raises:
+        ValueError: the LM is of another tokenizer, or of a kind that is not supported.
+    """
+
+    name = "lm"
+    wants_features = False
+
+    def __init__(self, target: TargetModel, model: nn.Module, *, tokenizer: Any = None) -> None:
+        self.lm = TargetModel(model, tokenizer=tokenizer)
+        check_tokenizer(self.lm, target)
+        self.calibration = Calibration()
+        self.cache = self.lm.build_cache(with_features=False)  # its lengths: tokens read, by slot
+        num_common = min(self.lm.vocab_size, target.vocab_size)  # beyond, there is padding at most
+        self._vocabulary = torch.arange(num_common, dtype=torch.int32, device=self.lm.device)
+
+    @classmethod
+    def load(cls, folder: Path, target: TargetModel) -> LmDrafter:
+        """Read a model folder (safetensors only) in the target's type.
+
+        Raises:
+            ValueError: damaged files, another family or another tokenizer; names what differs.
+        """
+        return cls(target, load_lm(folder, target))
+
+    def begin(self) -> None:
+        self.cache.clear()
+        self.calibration.fit()
+
+    def count_unread(self, lengths: list[int]) -> int:
+        """Tokens to read, the pending ones included; rows that are too long for the LM are not read any more."""
+        read = self.cache.lengths + [0] * (len(lengths) - len(self.cache.lengths))
+        return sum(
+            length + 1 - done for length, done in zip(lengths, read, strict=True) if length < self.lm.max_position
+        )
+
+    def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
+        pass  # tokens are read when they are needed
+
+    def judge(self, draft: Draft, verdict: Verdict) -> None:
+        self.calibration.observe(draft, verdict)
+
+    def release(self, slot: int, last_slot: int) -> None:
+        if last_slot < len(self.cache.lengths):
+            self.cache.remove_row(slot)
+        elif slot < len(self.cache.lengths):  # the last row was admitted after the last draft: nothing read yet
+            self.cache.truncate(slot, 0)
+
+    def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
+        """Trees for the rows whose draft fits into the LM's context; the others get none."""
+        last_positions = [len(s.prompt_ids) + len(s.token_ids) + plan.depth - 2 for s in context.sequences]
+        fits = [last < self.lm.max_position for last in last_positions]
+        if not any(fits):
+            return Draft.roots(context.pending_token_ids)
+        with self._drafting():
+            last_hidden = self._read(context.sequences, fits, room=plan.width * plan.depth)
+            draft = grow_trees(context, plan, _LmLevels(self, last_hidden), self.calibration)
+        return draft if all(fits) else _keep_rows(draft, fits)
+
+    @contextlib.contextmanager
+    def _drafting(self) -> Iterator[None]:
+        """The LM in its own type, whatever the rollout around it computes in."""
+        with torch.autocast(self.lm.device.type, enabled=False), self.lm.rollout_mode():
+            yield
+
+    # -- reading -------------------------------------------------------------------------------------
+
+    def _read(self, sequences: list[Sequence], fits: list[bool], room: int) -> Float[Tensor, "B H"]:
+        """Read what is new in the rows that fit; returns the hidden states at the pending tokens, zeros elsewhere."""
+        cache = self.cache
+        slots = [slot for slot, is_fit in enumerate(fits) if is_fit]
+        longest = max(len(sequences[slot].all_token_ids) for slot in slots)
+        cache.reserve(len(sequences), max(longest, *cache.lengths, 0) + room)
+        cache.add_rows(len(sequences) - len(cache.lengths))
+        self._share_prompts(sequences, slots)
+        return self._read_tokens({slot: sequences[slot].all_token_ids[cache.lengths[slot] :] for slot in slots})
+
+    def _share_prompts(self, sequences: list[Sequence], slots: list[int]) -> None:
+        """Siblings that have read nothing get the prompt, but for its last token, from one that reads it."""
+        lengths = self.cache.lengths
+        if all(lengths[slot] for slot in slots):
+            return
+        siblings: dict[tuple[int, ...], list[int]] = {}
+        for slot in sorted(slots, key=lambda slot: -lengths[slot]):  # one that has read the prompt leads
+            siblings.setdefault(sequences[slot].group_key, []).append(slot)
+        fresh = {key: [slot for slot in group[1:] if not lengths[slot]] for key, group in siblings.items()}
+        leaders = {key: siblings[key][0] for key, rest in fresh.items() if rest}
+        self._read_tokens({slot: list(key[:-1]) for key, slot in leaders.items() if not lengths[slot]})
+        for key, leader in leaders.items():
+            self.cache.restore(fresh[key], self.cache.snapshot(leader, len(key) - 1))
+
+    def _read_tokens(self, left: dict[int, list[int]]) -> Float[Tensor, "B H"]:
+        """Run tokens of some slots, in forwards of bounded size; returns the last hidden state of every slot."""
+        lm = self.lm
+        last_hidden = torch.zeros(len(self.cache.lengths), lm.hidden_size, dtype=lm.dtype, device=lm.device)
+        while left := {slot: ids for slot, ids in left.items() if ids}:
+            chosen: list[int] = []
+            width = 0
+            for slot in sorted(left, key=lambda s: -len(left[s])):
+                width = width or min(len(left[slot]), _READ_CHUNK)
+                if chosen and (len(chosen) + 1) * width > _READ_TOKENS:
+                    break
+                chosen.append(slot)
+            chosen.sort()
+            hidden = self._read_chunks(chosen, [left[slot][:_READ_CHUNK] for slot in chosen])
+            last_hidden[torch.tensor(chosen, device=lm.device)] = hidden
+            left |= {slot: left[slot][_READ_CHUNK:] for slot in chosen}
+        return last_hidden
+
+    def _read_chunks(self, slots: list[int], chunks: list[list[int]]) -> Float[Tensor, "B H"]:
+        device, width = self.lm.device, max(len(chunk) for chunk in chunks)
+        num_nodes = torch.tensor([len(chunk) for chunk in chunks], device=device)
+        visible = torch.ones(len(slots), width, width, dtype=torch.bool, device=device).tril()
+        is_whole = slots == list(range(len(slots)))
+        batch = self.lay_out(
+            token_ids=torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=device),
+            num_nodes=num_nodes,
+            visible=visible,
+            slots=slice(0, len(slots)) if is_whole else torch.tensor(slots, device=device),
+            cache=self.cache,
+        )
+        hidden = self.lm.forward(batch, self.cache).last_hidden
+        for slot, chunk in zip(slots, chunks, strict=True):
+            self.cache.lengths[slot] += len(chunk)
+        return hidden[batch.row_starts + num_nodes - 1]
+
+    # -- forwards ------------------------------------------------------------------------------------
+
+    def lay_out(
+        self,
+        *,
+        token_ids: Int[Tensor, "B N"],
+        num_nodes: Int[Tensor, " B"],
+        visible: Bool[Tensor, "B N E"],
+        slots: slice | Int[Tensor, " B"],
+        cache: SlotCache,
+    ) -> ForwardBatch:
+        """Nodes behind what the rows at `slots` have read; ids that the LM lacks stand as its last one."""
+        numbers = torch.arange(len(cache.lengths), device=self.lm.device)[slots]
+        return ForwardBatch.build(
+            token_ids=token_ids.clamp(max=self.lm.vocab_size - 1),
+            num_nodes=num_nodes,
+            visible=visible,
+            rows=slots,
+            row_numbers=numbers,
+            lengths=torch.tensor(cache.lengths, device=self.lm.device)[numbers],
+            store=cache.keys,
+            dtype=self.lm.dtype,
+            num_repeats=self.lm.num_repeats,
+        )
+
+    def rank_level(
+        self, hidden: Float[Tensor, "B W H"], noise_rows: SamplingBatch, width: int
+    ) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
+        """The `width` most promising tokens after each node: log chance of being chosen, token id."""
+        logits = self.lm.compute_logits(hidden.flatten(0, 1))[:, : len(self._vocabulary)]
+        return rank_candidates(logits.unflatten(0, hidden.shape[:2]), self._vocabulary, noise_rows, width)
+
+    def measure_level(self, num_tokens: int) -> Callable[[], object]:
+        """One draft level over `num_tokens` nodes, for the profiler to time; has a cache of its own."""
+        device, rows = self.lm.device, min(num_tokens, 64)
+        width = num_tokens // rows
+        sequences = [
+            Sequence(request_id=i, prompt_ids=[0], params=SamplingParams(), max_tokens=1, stream_key=i)
+            for i in range(rows)
+        ]
+        noise_rows = SamplingBatch.build(sequences, device)
+        cache = self.lm.build_cache(with_features=False)
+        cache.reserve(rows, width)
+        cache.add_rows(rows)
+        batch = self.lay_out(
+            token_ids=torch.ones(rows, width, dtype=torch.int64, device=device),
+            num_nodes=torch.full((rows,), width, device=device),
+            visible=torch.eye(width, dtype=torch.bool, device=device).expand(rows, -1, -1),
+            slots=slice(0, rows),
+            cache=cache,
+        )
+
+        def run() -> object:
+            with self._drafting():
+                hidden = self.lm.forward(batch, cache).last_hidden
+                return self.rank_level(hidden.view(rows, width, -1), noise_rows, 4)
+
+        return run
+
+
+class _LmLevels:
+    """Nodes of a draft run through the LM, behind what each row has read."""
+
+    def __init__(self, drafter: LmDrafter, last_hidden: Float[Tensor, "B H"]) -> None:
+        self.drafter = drafter
+        self.hidden = last_hidden[:, None]  # of the nodes expanded last
+
+    def rank(self, noise_rows: SamplingBatch, width: int) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
+        return self.drafter.rank_level(self.hidden, noise_rows, width)
+
+    def expand(self, token_ids: Int[Tensor, "B W"], above: Int[Tensor, "B W"], visible: Bool[Tensor, "B W E"]) -> None:
+        drafter = self.drafter
+        batch = drafter.lay_out(
+            token_ids=token_ids,
+            num_nodes=torch.full_like(token_ids[:, 0], token_ids.shape[1]),
+            visible=visible,
+            slots=slice(0, len(token_ids)),
+            cache=drafter.cache,
+        )
+        self.hidden = drafter.lm.forward(batch, drafter.cache).last_hidden.view(*token_ids.shape, -1)
+
+
+def _keep_rows(draft: Draft, is_kept: list[bool]) -> Draft:
+    """The draft with only the root left in the other rows."""
+    kept = torch.tensor(is_kept, device=draft.token_ids.device)
+    return Draft(
+        token_ids=draft.token_ids,
+        parents=draft.parents.masked_fill(~kept[:, None], -1),
+        num_nodes=torch.where(kept, draft.num_nodes, 1),
+        log_chances=draft.log_chances,
+    )
