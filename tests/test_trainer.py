@@ -245,6 +245,7 @@ def test_several_rewards_sync_and_async(tmp_path: Path) -> None:
         ({"speculation": "maybe"}, "speculation"),
         ({"draft_time_share": 1.5}, "draft_time_share"),
         ({"draft_learning_rate": 0.0}, "draft_learning_rate"),
+        ({"draft_loss": "mse"}, "draft_loss must be one of kl, kl\\+tv, lk, overlap, coupled; got 'mse'"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"speculation": "fixed", "draft_depth": 9, "num_draft_tokens": 3}, "draft_depth"),
         ({"drafter": "no-such-folder"}, "drafter"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from fastgrpo.draft_loss import DEFAULT_LOSS, LOSSES, check_loss
 from fastgrpo.types import SpeculationPlan
 
 _SPECULATION = ("auto", "paper", "fixed", "off")
@@ -42,6 +43,13 @@ class FastGRPOConfig(GRPOConfig):
             "or from a folder), 2e-3 for a new one."
         },
     )
+    draft_loss: str = field(
+        default=DEFAULT_LOSS,
+        metadata={
+            "help": f"What the draft head is trained for: {', '.join(LOSSES)} (divergence from the target, total "
+            "variation, mixes of both, or bounds on the acceptance); see `DraftLoss`."
+        },
+    )
     draft_time_share: float | None = field(
         default=None,
         metadata={
@@ -70,6 +78,7 @@ class FastGRPOConfig(GRPOConfig):
                 f"draft_learning_rate must be positive, got {self.draft_learning_rate}; "
                 "draft_time_share=0 freezes the head"
             )
+        check_loss(self.draft_loss)
         if self.max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
         if self.speculation == "fixed":

@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
+from fastgrpo.draft_loss import check_loss
 from fastgrpo.drafters import find_trainable
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.clock import StepClock
@@ -84,7 +85,8 @@ class FastGRPOTrainer(GRPOTrainer):
         drafter = find_trainable(self.engine.drafter)
         if share == 0 or args.speculation == "off" or drafter is None:
             return None
-        return Learner(drafter, learning_rate=args.draft_learning_rate, seed=args.seed)
+        loss = check_loss(args.draft_loss)
+        return Learner(drafter, learning_rate=args.draft_learning_rate, loss=loss, seed=args.seed)
 
     def _teach(self, rollout: FinishedRollout) -> None:
         if self.learner is not None and self._is_training_rollout:
