@@ -46,7 +46,7 @@ from fastgrpo.options import DraftTrainOptions
 from fastgrpo.planner import compute_expected_length
 from fastgrpo.report import describe_commit, describe_machine, write_json
 from fastgrpo.types import SamplingParams, SpeculationPlan
-from fastgrpo.unroll import measure_acceptance, pack
+from fastgrpo.unroll import measure_acceptance, pack, round_up
 
 _ROUND = 64  # prompts answered between two writes
 _BATCH_PAIRS = 512  # of one optimiser step
@@ -292,16 +292,21 @@ class _Training:
 
 @torch.no_grad()
 def compute_features(target: TargetModel, prompt_ids: list[int], token_ids: list[int]) -> Float[Tensor, "T W"]:
-    """Features of all but the last token of a finished text, by one target forward; call in `rollout_mode`."""
+    """Features of all but the last token of a finished text, by one target forward; call in `rollout_mode`.
+
+    The text is padded behind its end to one of a few lengths, which its features do not see: kernels are prepared
+    once for each length, and that took most of the time.
+    """
     ids, device = (prompt_ids + token_ids)[:-1], target.device
+    width = round_up(len(ids))
     cache = target.build_cache(with_features=True)
-    cache.reserve(1, len(ids))
+    cache.reserve(1, width)
     cache.add_rows(1)
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     batch = ForwardBatch.build(
-        token_ids=torch.tensor([ids], device=device),
-        num_nodes=zero + len(ids),
-        visible=torch.ones(1, len(ids), len(ids), dtype=torch.bool, device=device).tril(),
+        token_ids=torch.tensor([ids + [0] * (width - len(ids))], device=device),
+        num_nodes=zero + width,
+        visible=torch.ones(1, width, width, dtype=torch.bool, device=device).tril(),
         rows=slice(0, 1),
         row_numbers=zero,
         lengths=zero,
@@ -311,7 +316,7 @@ def compute_features(target: TargetModel, prompt_ids: list[int], token_ids: list
     )
     features = target.forward(batch, cache).features
     assert features is not None
-    return features
+    return features[: len(ids)]
 
 
 def _anneal(progress: float) -> float:

@@ -84,8 +84,8 @@ def collate(rollouts: list[FinishedRollout], target: TargetModel, dtype: torch.d
     """Pack rollouts, features in `dtype`."""
     hidden, device = target.hidden_size, target.device
     extents = [_Extent.of(rollout) for rollout in rollouts]
-    num_context = _round_up(sum(e.lead - e.context for e in extents))
-    num_unrolled = _round_up(sum(e.end - e.lead for e in extents))
+    num_context = round_up(sum(e.lead - e.context for e in extents))
+    num_unrolled = round_up(sum(e.end - e.lead for e in extents))
     size = num_context + num_unrolled
     features = torch.zeros(size, 3 * hidden, dtype=dtype, device=device)
     target_hidden = torch.zeros(num_unrolled, hidden, dtype=dtype, device=device)
@@ -119,7 +119,8 @@ def collate(rollouts: list[FinishedRollout], target: TargetModel, dtype: torch.d
     )
 
 
-def _round_up(count: int) -> int:
+def round_up(count: int) -> int:
+    """The next size that kernels are prepared for."""
     return -(-count // _ROUND) * _ROUND
 
 
