@@ -130,7 +130,7 @@ def test_a_worker_says_what_does_not_fit(model_dir: Path) -> None:
     run_worker("fixed", E2EOptions(model=str(model_dir), drafter="nowhere"), theirs)
     failure, message = ours.recv()
     assert failure is ValueError
-    assert message.startswith("fixed: drafter must be eagle, eagle-new, ngram, none")
+    assert message.startswith("fixed: drafter must be eagle, eagle-new, ngram, none, auto, block")
 
 
 def test_the_demo_ends_with_a_report_that_names_its_baselines(

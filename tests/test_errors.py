@@ -122,8 +122,8 @@ def test_stop_tokens_may_be_a_list():
     [
         (
             {"drafter": "eagel"},
-            "drafter must be eagle, eagle-new, ngram, none, auto, or a folder with a saved head or a small causal LM; "
-            "got 'eagel'",
+            "drafter must be eagle, eagle-new, ngram, none, auto, block, or a folder with a saved head or a small "
+            "causal LM; got 'eagel'",
         ),
         ({"drafter": "/no/such/folder"}, "got '/no/such/folder'"),
         ({"drafter": "ngram", "speculation": "fast"}, "speculation must be one of auto, paper, fixed, off"),

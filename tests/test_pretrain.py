@@ -139,6 +139,10 @@ def test_what_cannot_be_trained_is_refused(model_dir: Path, tmp_path: Path, caps
     pretrain.run_draft_training(done, "")
     with pytest.raises(ValueError, match=r"holds a run with seed=0, asked for 1; choose another --output"):
         pretrain.run_draft_training(build_options(model_dir, tmp_path / "done", updates=1, seed=1), "")
+    settings = json.loads((tmp_path / "done" / "settings.json").read_text())
+    del settings["kind"]  # as a run was begun before there were two kinds of heads
+    (tmp_path / "done" / "settings.json").write_text(json.dumps(settings))
+    pretrain.run_draft_training(done, "")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="not empty and holds no draft training"):

@@ -49,8 +49,8 @@ class Engine:
     Args:
         model: a causal LM or a PEFT model of one; Llama, Qwen2, Qwen3, or Mistral without a window.
         drafter: "eagle" (the head shipped for the model, if there is one), "eagle-new" (never the shipped one),
-            "ngram", "none", a folder with a saved EAGLE-3 head or with a small causal LM of the same tokenizer, or
-            a `Drafter`.
+            "block" (a head that drafts in one pass), "ngram", "auto" (eagle and ngram, whichever pays), "none", a
+            folder with a saved head or with a small causal LM of the same tokenizer, or a `Drafter`.
         speculation: "auto", "paper", "fixed", "off", or a `SpeculationPlan` used at every step.
         max_num_seqs: sequences decoded together; others wait.
         fixed_plan: the plan of "fixed".

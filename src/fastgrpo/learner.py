@@ -24,8 +24,8 @@ from fastgrpo.draft_control import Judgement, LearningControl, Outcome
 from fastgrpo.draft_loss import DEFAULT_LOSS, LossName
 from fastgrpo.drafters.drafter import TrainableDrafter
 from fastgrpo.engine import FinishedRollout
+from fastgrpo.head_training import pack
 from fastgrpo.objective import build_objective
-from fastgrpo.unroll import pack
 
 _BATCH_PAIRS = 256  # pairs of one optimiser step
 _WARMUP_UPDATES, _YOUNG_UPDATES = 20, 300

@@ -9,13 +9,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgrpo import block_training
+from fastgrpo.block_training import BlockBatch, measure_block_acceptance
 from fastgrpo.draft_loss import DEFAULT_LOSS, DraftLoss, LossName
+from fastgrpo.drafters.block import BlockDrafter
+from fastgrpo.drafters.block_head import BlockHead
 from fastgrpo.drafters.drafter import TrainableDrafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.engine import FinishedRollout
 from fastgrpo.model import TargetModel
-from fastgrpo.unroll import DraftBatch, collate, compute_outputs, count_pairs
+from fastgrpo.unroll import DraftBatch, collate, compute_outputs, count_pairs, measure_acceptance
 
 _UNROLL_DECAY = 0.8
 
@@ -70,10 +74,53 @@ class EagleObjective:
         return losses @ _UNROLL_DECAY ** torch.arange(len(losses), device=losses.device)
 
 
+class BlockObjective:
+    """A block head behind anchors of the text, each level against the target's distribution at its place.
+
+    Levels weigh exp(-k / gamma), and gamma is half the block as in DFlash (arXiv:2602.06036) for blocks of 8.
+    DSpark (arXiv:2607.05147) adds a head that is trained to say what a draft is worth; here that is fitted.
+    """
+
+    def __init__(self, target: TargetModel, block_size: int, loss: LossName = DEFAULT_LOSS) -> None:
+        self.target, self.block_size, self.loss = target, block_size, loss
+
+    def count_rows(self, rollout: FinishedRollout) -> int:
+        return block_training.count_tokens(rollout)
+
+    def collate(self, rollouts: list[FinishedRollout], dtype: torch.dtype) -> BlockBatch:
+        return block_training.collate(rollouts, self.target, dtype, block_size=self.block_size)
+
+    def count_taught(self, batch: BlockBatch) -> int:
+        return int(batch.is_taught.sum())
+
+    def compute_losses(self, head: BlockHead, batch: BlockBatch) -> Float[Tensor, " K"]:
+        logits = block_training.compute_logits(head, self.target, batch)
+        losses = [
+            compare_with_target(level[None], head.lm_head.weight, hidden, batch.temperature, taught[None], self.loss)
+            for level, hidden, taught in zip(logits, batch.target_hidden, batch.is_taught, strict=True)
+        ]
+        return torch.cat(losses)
+
+    def weigh(self, losses: Float[Tensor, " K"]) -> Float[Tensor, ""]:
+        """What is far down a draft is seldom reached."""
+        level = torch.arange(len(losses), device=losses.device)
+        return losses @ torch.exp(-level / (self.block_size / 2))
+
+
 def build_objective(drafter: TrainableDrafter, loss: LossName = DEFAULT_LOSS) -> Objective:
     """The objective of this kind of drafter."""
+    if isinstance(drafter, BlockDrafter):
+        return BlockObjective(drafter.target, drafter.head.block_size, loss)
     assert isinstance(drafter, EagleDrafter), f"no objective for {type(drafter).__name__}"
     return EagleObjective(drafter.target, loss)
+
+
+def measure_head(drafter: TrainableDrafter, rollouts: list[FinishedRollout]) -> Float[Tensor, "depth rank"]:
+    """How often the target would choose a draft, by depth and sibling rank, on finished rollouts."""
+    if isinstance(drafter, BlockDrafter):
+        return measure_block_acceptance(drafter, rollouts)
+    assert isinstance(drafter, EagleDrafter), f"no measure for {type(drafter).__name__}"
+    return measure_acceptance(drafter, rollouts)
 
 
 def compare_with_target(

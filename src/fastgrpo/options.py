@@ -12,6 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 SPECULATION = ("auto", "off", "paper", "fixed")
+HEAD_KINDS = ("eagle", "block")
 TRAINING_VARIANTS = ("trl", "off", "auto", "paper", "fixed")
 MAX_TOKENS, LONG_TAIL_MAX_TOKENS = 96, 320  # of chain_sum; the second is about 5 times its mean length
 
@@ -51,8 +52,8 @@ class Workload:
         default="eagle",
         metadata=about(
             "eagle (a head trained online; begins with the shipped one where there is one), eagle-new (begins from "
-            "the target's own weights), ngram, none, auto (eagle and ngram, whichever pays), or a folder with a "
-            "saved head or a small LM of the same tokenizer"
+            "the target's own weights), block (drafts in one pass), ngram, none, auto (eagle and ngram, whichever "
+            "pays), or a folder with a saved head or a small LM of the same tokenizer"
         ),
     )
     max_num_seqs: int = field(default=64, metadata=about("sequences decoded together; others wait for a slot"))
@@ -257,6 +258,10 @@ class DraftTrainOptions:
     model: str = field(
         default="demo", metadata=about("target: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct")
     )
+    kind: str = field(
+        default="eagle",
+        metadata=about("eagle drafts level by level (EAGLE-3), block all levels in one pass", choices=HEAD_KINDS),
+    )
     output: Path = field(
         default=Path("runs/draft"), metadata=about("folder for the head and the run's state; the same one goes on")
     )
@@ -281,7 +286,8 @@ class DraftTrainOptions:
     updates: int = field(default=4000, metadata=about("optimiser steps, of about 512 tokens each"))
     learning_rate: float = field(default=2e-3, metadata=about("peak AdamW learning rate of the head"))
     head: Path | None = field(
-        default=None, metadata=about("folder with a head to begin with (default: the target's own last layer)")
+        default=None,
+        metadata=about("folder with a head of that kind to begin with (default: the target's own last layers)"),
     )
     draft_vocab_size: int = field(
         default=8192, metadata=about("tokens that can be drafted: the most frequent of the answers")
@@ -391,7 +397,7 @@ class GenerateOptions:
     seed: int = field(default=0, metadata=about("names the noise: the same seed gives the same tokens"))
     drafter: str = field(
         default="ngram",
-        metadata=about("ngram, eagle, eagle-new, none, or a folder with a saved EAGLE-3 head or a small LM"),
+        metadata=about("ngram, eagle, eagle-new, block, auto, none, or a folder with a saved head or a small LM"),
     )
     speculation: str = field(
         default="auto", metadata=about("how drafts are sized; never changes the tokens", choices=SPECULATION)

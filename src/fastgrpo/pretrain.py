@@ -27,10 +27,13 @@ from transformers import PreTrainedModel
 
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.data import build_task_dataset, load_prompts
+from fastgrpo.drafters.block import BlockDrafter
+from fastgrpo.drafters.block_files import load_block_head, save_block_head
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_files import load_head, save_head
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.state import load_state, save_state
+from fastgrpo.head_training import pack, round_up
 from fastgrpo.learner import Learner
 from fastgrpo.loading import (
     encode_prompts,
@@ -42,11 +45,11 @@ from fastgrpo.loading import (
     resolve_model,
 )
 from fastgrpo.model import TargetModel
+from fastgrpo.objective import measure_head
 from fastgrpo.options import DraftTrainOptions
 from fastgrpo.planner import compute_expected_length
 from fastgrpo.report import describe_commit, describe_machine, write_json
 from fastgrpo.types import SamplingParams, SpeculationPlan
-from fastgrpo.unroll import measure_acceptance, pack, round_up
 
 _ROUND = 64  # prompts answered between two writes
 _BATCH_PAIRS = 512  # of one optimiser step
@@ -95,7 +98,7 @@ def run_draft_training(options: DraftTrainOptions, command: str, console: Consol
         "num_answers": len(answers),
         "num_tokens": sum(len(answer.token_ids) for answer in answers),
     }
-    save_head(training.drafter.head, folder / "head", training.drafter.target, compact=options.compact)
+    _save_head(training.drafter, folder / "head", compact=options.compact)
     write_json(result, folder / "result.json", indent=1)
     _say(console, f"written: {folder / 'head'} (use it as drafter={folder / 'head'})")
     return result
@@ -207,10 +210,7 @@ class _Training:
     ) -> None:
         self.options = options
         target = TargetModel(model, tokenizer=tokenizer)
-        head = None if options.head is None else load_head(options.head, target)
-        if head is not None:
-            head.resize_vocabulary(options.draft_vocab_size)
-        self.drafter = EagleDrafter(target, head=head, draft_vocab_size=options.draft_vocab_size)
+        self.drafter = _build_drafter(options, target)
         self.learner = Learner(self.drafter, learning_rate=options.learning_rate, seed=options.seed)
         self.engine = Engine(model, drafter=self.drafter, speculation="off")  # what the state is saved with
         kept = [answer for answer in answers if len(answer.token_ids) >= _MIN_ANSWER]
@@ -251,7 +251,7 @@ class _Training:
         """Acceptance by depth and rank on the answers kept back."""
         rollouts = [self._compute_rollout(answer) for answer in self.held_out or self.answers[:1]]
         self.drafter.refresh()
-        return measure_acceptance(self.drafter, rollouts)
+        return measure_head(self.drafter, rollouts)
 
     def _select_vocabulary(self) -> None:
         ids = torch.tensor([token_id for answer in self.answers for token_id in answer.token_ids])
@@ -288,6 +288,27 @@ class _Training:
             temperature=self.options.temperature,
             features=features,
         )
+
+
+def _build_drafter(options: DraftTrainOptions, target: TargetModel) -> EagleDrafter | BlockDrafter:
+    """A new head of the kind asked for, or the one to begin with."""
+    size = options.draft_vocab_size
+    if options.kind == "block":
+        block = None if options.head is None else load_block_head(options.head, target)
+        if block is not None:
+            block.resize_vocabulary(size)
+        return BlockDrafter(target, head=block, draft_vocab_size=size)
+    head = None if options.head is None else load_head(options.head, target)
+    if head is not None:
+        head.resize_vocabulary(size)
+    return EagleDrafter(target, head=head, draft_vocab_size=size)
+
+
+def _save_head(drafter: EagleDrafter | BlockDrafter, folder: Path, *, compact: bool) -> None:
+    if isinstance(drafter, BlockDrafter):
+        save_block_head(drafter.head, folder, drafter.target, compact=compact)
+    else:
+        save_head(drafter.head, folder, drafter.target, compact=compact)
 
 
 @torch.no_grad()

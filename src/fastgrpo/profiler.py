@@ -45,6 +45,7 @@ def measure_profile(target: TargetModel, drafter: Drafter) -> HardwareProfile:
         draft_s=tuple(_rising(draft_s)),
         read_s=_measure_read_s(target),
         sample_s=_measure_sample_s(target),
+        is_one_pass=bool(getattr(drafter, "is_one_pass", False)),
     )
 
 

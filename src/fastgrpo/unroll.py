@@ -8,7 +8,6 @@ pair i - k, as the node at depth k + 1 of a draft does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,19 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgrpo.drafters.eagle import EagleDrafter
-from fastgrpo.drafters.eagle_head import EagleHead, rotate
+from fastgrpo.drafters.eagle_head import EagleHead
+from fastgrpo.drafters.head_parts import rotate
 from fastgrpo.engine import FinishedRollout
+from fastgrpo.head_training import Draws, attend_packed, pack, round_up
 from fastgrpo.model import TargetModel
 
 NUM_STEPS = 3  # unroll steps: the deepest draft that is trained for
 _LEAD = NUM_STEPS - 1  # unrolled pairs before the first that teaches: deeper steps build on them
 _MAX_PAIRS = 1024  # of one completion that teach; its last ones
 _CONTEXT_PAIRS = 32  # pairs before those that teach that are read
-_ROUND = 64  # sizes are rounded up to it: kernels are prepared once a shape
-_RANKS = 4  # sibling ranks whose acceptance is measured
 _MEASURED_PAIRS = 512  # measured at once
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +116,6 @@ def collate(rollouts: list[FinishedRollout], target: TargetModel, dtype: torch.d
     )
 
 
-def round_up(count: int) -> int:
-    """The next size that kernels are prepared for."""
-    return -(-count // _ROUND) * _ROUND
-
-
 def compute_outputs(head: EagleHead, target: TargetModel, batch: DraftBatch) -> Float[Tensor, "K Q H"]:
     """The head's outputs for the unrolled pairs at each step; gradients flow into `head`."""
     layer, dtype = head.midlayer, head.fc.weight.dtype
@@ -151,7 +143,7 @@ def compute_outputs(head: EagleHead, target: TargetModel, batch: DraftBatch) -> 
         key, value = states.unflatten(1, (2, head.num_kv_heads, head.head_dim)).unbind(1)
         keys.append(rotate(key, cos[own], sin[own]) if step else rotate(key, cos, sin))
         values.append(value)
-        output = head.finish(hidden, _attend(query, keys, values, _find_seen(batch, step)))
+        output = head.finish(hidden, attend_packed(query, torch.cat(keys), torch.cat(values), _find_seen(batch, step)))
         outputs.append(output)
         hidden = F.pad(output[:-1], (0, 0, 1, 0))
     return torch.stack(outputs)
@@ -170,18 +162,6 @@ def _find_seen(batch: DraftBatch, step: int) -> Bool[Tensor, "Q S"]:
     return torch.cat((seen, *chain), 1)
 
 
-def _attend(
-    query: Float[Tensor, "Q h d"], keys: list[Tensor], values: list[Tensor], seen: Bool[Tensor, "Q S"]
-) -> Float[Tensor, "Q hd"]:
-    """Attention over true keys [T, kv, d] and own keys [Q, kv, d]; query heads that share a key stand side by side."""
-    key, value = (torch.cat(states).transpose(0, 1)[None] for states in (keys, values))
-    grouped = query.transpose(0, 1).unflatten(0, (key.shape[1], -1))  # [kv, rep, Q, d]
-    bias = torch.zeros(seen.shape, dtype=query.dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-    mask = bias.repeat(grouped.shape[1], 1)[None, None]
-    attended = F.scaled_dot_product_attention(grouped.flatten(1, 2)[None], key, value, attn_mask=mask)
-    return attended[0].unflatten(1, grouped.shape[1:3]).flatten(0, 1).transpose(0, 1).flatten(1)
-
-
 @torch.no_grad()
 def measure_acceptance(
     drafter: EagleDrafter, rollouts: list[FinishedRollout], *, seed: int = 0
@@ -194,35 +174,17 @@ def measure_acceptance(
     """
     head, target = drafter.fast_head, drafter.target
     generator = torch.Generator(target.device).manual_seed(seed)
-    offered = torch.zeros(NUM_STEPS)
-    hits = torch.zeros(NUM_STEPS, _RANKS)
-    vocab = drafter.head.draft_vocab.long()
+    offered: list[Tensor] = []
+    hits: list[Tensor] = []
     for part in pack(rollouts, [count_pairs(rollout) for rollout in rollouts], _MEASURED_PAIRS):
         batch = collate(part, target, target.dtype)
         taught = batch.is_taught
-        scale = batch.temperature[taught, None]
-        logits = target.compute_logits(batch.target_hidden[taught].to(target.lm_head.weight.dtype)).float()
-        noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
-        chosen = (logits / scale + noise).argmax(-1)
-        noise = noise[:, vocab]
+        draws = Draws.draw(target, batch.target_hidden[taught], batch.temperature[taught], generator)
         reachable = batch.is_reachable[:, taught]
-        for depth, output in enumerate(compute_outputs(head, target, batch)):
-            scores = head.compute_logits(output[taught]).float() / scale + noise
-            ranked = vocab[scores.topk(min(_RANKS, len(vocab)), dim=-1).indices]
-            found = (ranked == chosen[:, None]) & reachable[depth, :, None]
-            offered[depth] += reachable[depth].sum().cpu()
-            hits[depth, : ranked.shape[1]] += found.sum(0).cpu()
-    return hits / offered.clamp(min=1)[:, None]
-
-
-def pack(items: list[_Item], widths: list[int], size: int) -> list[list[_Item]]:
-    """Neighbours in batches whose widths add up to at most `size`; an item wider than that stands alone."""
-    batches: list[list[_Item]] = []
-    room = 0
-    for item, width in zip(items, widths, strict=True):
-        if width > room:
-            batches.append([])
-            room = size
-        batches[-1].append(item)
-        room -= width
-    return batches
+        found = [
+            draws.find_ranks(head.compute_logits(output[taught]), drafter.head.draft_vocab)
+            for output in compute_outputs(head, target, batch)
+        ]
+        hits.append((torch.stack(found) & reachable[..., None]).sum(1).cpu())
+        offered.append(reachable.sum(1).cpu())
+    return torch.stack(hits).sum(0) / torch.stack(offered).sum(0).clamp(min=1)[:, None]

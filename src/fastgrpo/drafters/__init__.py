@@ -10,7 +10,7 @@ from fastgrpo.drafters.drafter import DraftContext, Drafter, TrainableDrafter
 if TYPE_CHECKING:
     from fastgrpo.model import TargetModel
 
-DRAFTERS = ("eagle", "eagle-new", "ngram", "none", "auto")
+DRAFTERS = ("eagle", "eagle-new", "ngram", "none", "auto", "block")
 
 __all__ = ["DraftContext", "Drafter", "build_drafter", "find_trainable"]
 
@@ -18,9 +18,9 @@ __all__ = ["DraftContext", "Drafter", "build_drafter", "find_trainable"]
 def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter:
     """The drafter behind a `drafter` key: one of `DRAFTERS`, a folder, or a `Drafter`.
 
-    "eagle" begins with the head that ships for the target where there is one, "eagle-new" never does; "auto"
-    is eagle and ngram, whichever pays, or both. A folder holds a head, or a small causal LM of the target's
-    tokenizer.
+    "eagle" begins with the head that ships for the target where there is one, "eagle-new" never does, "block" begins
+    from the target's own weights; "auto" is eagle and ngram, whichever pays, or both. A folder says itself whether
+    it holds a head, of which kind, or a small causal LM of the target's tokenizer.
 
     Raises:
         ValueError: neither a known name nor a folder that holds a head or an LM that fits the target.
@@ -39,19 +39,26 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
         from fastgrpo.drafters.auto import AutoDrafter
 
         return AutoDrafter(build_drafter("eagle", target), build_drafter("ngram", target))
+    from fastgrpo.drafters.block import BlockDrafter
+    from fastgrpo.drafters.block_files import BLOCK_ARCHITECTURE
     from fastgrpo.drafters.eagle import EagleDrafter
     from fastgrpo.drafters.eagle_files import find_shipped_head
+    from fastgrpo.drafters.head_files import read_architecture
 
+    if drafter == "block":
+        return BlockDrafter(target)
     if drafter in ("eagle", "eagle-new"):
         shipped = find_shipped_head(target) if drafter == "eagle" else None
         return EagleDrafter.load(shipped, target) if shipped else EagleDrafter(target)
-    if Path(drafter).is_dir():
+    folder = Path(drafter)
+    if folder.is_dir():
         from fastgrpo.drafters.lm import LmDrafter
         from fastgrpo.drafters.lm_files import is_causal_lm
 
-        if is_causal_lm(Path(drafter)):
-            return LmDrafter.load(Path(drafter), target)
-        return EagleDrafter.load(Path(drafter), target)
+        if is_causal_lm(folder):
+            return LmDrafter.load(folder, target)
+        is_block = read_architecture(folder) == BLOCK_ARCHITECTURE
+        return BlockDrafter.load(folder, target) if is_block else EagleDrafter.load(folder, target)
     raise ValueError(
         f"drafter must be {', '.join(DRAFTERS)}, or a folder with a saved head or a small causal LM; got '{drafter}'"
     )

@@ -32,6 +32,8 @@ class Drafter(Protocol):
     `name` is what users type and logs show; `wants_features` asks the engine to keep target features.
     Two methods are optional: `judge(draft, verdict)` hears what the target chose of the draft proposed last;
     `measure_level(num_tokens)` returns a call that drafts one level of so many nodes, for the profiler to time.
+    One attribute too: `is_one_pass` True says that a draft is one pass whose positions are one for each level; then
+    `measure_level` times a pass over so many positions.
     """
 
     name: str

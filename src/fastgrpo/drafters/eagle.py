@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
-from fastgrpo.attention import ForwardBatch, pack_queries, unpack_outputs
-from fastgrpo.cache import RowStore
+from fastgrpo.attention import ForwardBatch
 from fastgrpo.drafters.beams import grow_trees, rank_candidates
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.eagle_files import load_head, save_head
-from fastgrpo.drafters.eagle_head import DEFAULT_DRAFT_VOCAB_SIZE, EagleHead, build_head, start_from_target
+from fastgrpo.drafters.eagle_head import EagleHead, build_head, start_from_target
+from fastgrpo.drafters.head_parts import DEFAULT_DRAFT_VOCAB_SIZE, select_vocabulary, take_output_rows
+from fastgrpo.drafters.head_rows import HeadRows
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.tree import Draft
@@ -63,39 +63,25 @@ class EagleDrafter:
         self.head = head.to(target.device)
         if target.dtype in (torch.bfloat16, torch.float16):
             self.head.lm_head.to(target.dtype)  # not trained: a copy of the target's rows as they are
-        width = target.num_kv_heads * target.head_dim
-        self._keys = RowStore(num_layers=1, width=width, dtype=target.dtype, device=target.device)
-        self._values = RowStore(num_layers=1, width=width, dtype=target.dtype, device=target.device)
-        self._num_read: list[int] = []  # pairs in the cache, by slot
+        self._rows = HeadRows(target, num_layers=1)  # of pairs
         self.refresh()
 
     def refresh(self) -> None:
         """Take the trained weights into the copy that drafts; output rows come from the target as it is now."""
-        with torch.no_grad():
-            rows = self.target.lm_head.weight[self.head.draft_vocab.long()]
-            self.head.lm_head.weight.copy_(rows)
+        take_output_rows(self.head, self.target)
         self.fast_head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
 
     def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
-        """Draft from the most counted tokens; among equals those drafted already, then low ids, stay.
-
-        The output rows are the target's own, so a change of rows costs nothing that was learnt.
-        """
-        score = counts.double() * 2
-        score[self.head.draft_vocab.long()] += 1
-        order = torch.argsort(score, descending=True, stable=True)
-        chosen = order[: self.head.draft_vocab_size].sort().values
-        self.head.draft_vocab.copy_(chosen.to(torch.int32))
+        """Draft from the most counted tokens."""
+        select_vocabulary(self.head, counts)
 
     def begin(self) -> None:
-        self._num_read = []
-        self._keys.clear()
-        self._values.clear()
+        self._rows.clear()
         self.calibration.fit()
         self.refresh()
 
     def count_unread(self, lengths: list[int]) -> int:
-        return sum(lengths) - sum(self._num_read[: len(lengths)])
+        return self._rows.count_unread(lengths)
 
     def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
         pass  # features and tokens are read when they are needed
@@ -104,31 +90,22 @@ class EagleDrafter:
         self.calibration.observe(draft, verdict)
 
     def release(self, slot: int, last_slot: int) -> None:
-        if last_slot >= len(self._num_read):  # admitted after the last draft: nothing read yet
-            if slot < len(self._num_read):
-                self._num_read[slot] = 0
-            return
-        for store in (self._keys, self._values):
-            store.move_row(last_slot, slot, self._num_read[last_slot])
-        self._num_read[slot] = self._num_read[last_slot]
-        self._num_read.pop()
+        self._rows.release(slot, last_slot)
 
     def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         lengths = context.cache.lengths
         if min(lengths) == 0:  # a one-token prompt has no feature yet
             return Draft.roots(context.pending_token_ids)
-        self._num_read += [0] * (len(lengths) - len(self._num_read))
-        room = max(lengths) + plan.width * plan.depth
-        for store in (self._keys, self._values):
-            store.reserve(len(lengths), room, len(lengths), max(self._num_read))
+        self._rows.admit(len(lengths))
+        self._rows.reserve(len(lengths), max(lengths) + plan.width * plan.depth)
         output = self._read_pairs(context)
-        self._num_read = list(lengths)
+        self._rows.num_read = list(lengths)
         return grow_trees(context, plan, _EagleLevels(self, context, output), self.calibration)
 
     def _read_pairs(self, context: DraftContext) -> Float[Tensor, "B H"]:
         """Run the pairs whose true features are new; returns each row's last output."""
         lengths, device = context.cache.lengths, self.target.device
-        counts = [length - read for length, read in zip(lengths, self._num_read, strict=True)]
+        counts = [length - read for length, read in zip(lengths, self._rows.num_read, strict=True)]
         width = max(counts)
         tokens = [
             (s.all_token_ids[-count:] if count else []) + [0] * (width - count)
@@ -142,8 +119,8 @@ class EagleDrafter:
             visible=torch.ones(len(lengths), width, width, dtype=torch.bool, device=device).tril(),
             rows=slice(0, len(lengths)),
             row_numbers=index,
-            lengths=torch.tensor(self._num_read, device=device),
-            store=self._keys,
+            lengths=torch.tensor(self._rows.num_read, device=device),
+            store=self._rows.keys,
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
         )
@@ -160,14 +137,7 @@ class EagleDrafter:
         embedded = target.embed_tokens(batch.token_ids).to(hidden.dtype)
         cos, sin = target.decoder.rotary_emb(hidden, position_ids=batch.positions[None])
         query, key, value = head.attention_inputs(embedded, hidden, cos[0], sin[0])
-        views = []
-        for store, states in ((self._keys, key), (self._values, value)):
-            store.write(0, batch.write_index, states.flatten(1).to(store.data.dtype))
-            rows = store.data[0, batch.rows, : batch.read_length]
-            views.append(rows.unflatten(-1, (head.num_kv_heads, head.head_dim)).transpose(1, 2))
-        packed = pack_queries(query.transpose(0, 1)[None].to(views[0].dtype), head.num_kv_heads, batch)
-        attended = F.scaled_dot_product_attention(packed, views[0], views[1], attn_mask=batch.mask)
-        return head.finish(hidden, unpack_outputs(attended, head.num_heads, batch)[0].flatten(1).to(hidden.dtype))
+        return head.finish(hidden, self._rows.attend(0, batch, query, key, value))
 
     def rank_level(
         self, output: Float[Tensor, "B W H"], noise_rows: SamplingBatch, width: int
@@ -186,8 +156,7 @@ class EagleDrafter:
         ]
         noise_rows = SamplingBatch.build(sequences, device)
         hidden = torch.zeros(num_tokens, self.target.hidden_size, dtype=self.target.dtype, device=device)
-        for store in (self._keys, self._values):
-            store.reserve(rows, width, len(self._num_read), max(self._num_read, default=0))
+        self._rows.reserve(rows, width)
         batch = ForwardBatch.build(
             token_ids=torch.ones(rows, width, dtype=torch.int64, device=device),
             num_nodes=torch.full((rows,), width, device=device),
@@ -195,7 +164,7 @@ class EagleDrafter:
             rows=slice(0, rows),
             row_numbers=torch.arange(rows, device=device),
             lengths=torch.zeros(rows, dtype=torch.int64, device=device),
-            store=self._keys,
+            store=self._rows.keys,
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
         )
@@ -247,7 +216,7 @@ class _EagleLevels:
             rows=slice(0, len(self.rows)),
             row_numbers=self.rows,
             lengths=self.lengths,
-            store=drafter._keys,
+            store=drafter._rows.keys,
             dtype=drafter.target.dtype,
             num_repeats=drafter.target.num_repeats,
         )

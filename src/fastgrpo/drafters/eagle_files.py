@@ -11,16 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgrpo.drafters.eagle_head import EagleHead, build_head
+from fastgrpo.drafters.head_files import (
+    FINGERPRINT,
+    TOKENIZER,
+    check_shape,
+    check_tokenizer,
+    collect_tensors,
+    describe_target,
+    fill_head,
+    has_fingerprint,
+    read_files,
+    read_vocabulary,
+    take_fingerprint,
+)
 from fastgrpo.model import TargetModel
 
 _ARCHITECTURE = "LlamaForCausalLMEagle3"
-_FINGERPRINT = "target_final_norm"
-_TOKENIZER = "tokenizer_hash"
 _SHIPPED = Path(__file__).parent.parent / "heads"
 
 
@@ -36,14 +46,8 @@ def save_head(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = target.config
-    tensors = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items() if k != "draft_vocab"}
-    if compact:
-        del tensors["lm_head.weight"]
-        dtype = torch.bfloat16
-    if dtype is not None:
-        tensors = {name: value.to(dtype) for name, value in tensors.items()}
+    tensors = collect_tensors(head, dtype=dtype, compact=compact)
     vocab = head.draft_vocab.long().cpu()
-    tensors["d2t"] = vocab - torch.arange(len(vocab))
     tensors["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill_(0, vocab, True)
     save_file(tensors, folder / "model.safetensors")
     record = {
@@ -66,10 +70,10 @@ def save_head(
         "draft_vocab_size": head.draft_vocab_size,
         "norm_before_residual": head.norm_before_residual,
         "torch_dtype": str(tensors["fc.weight"].dtype).removeprefix("torch."),
-        _FINGERPRINT: _take_fingerprint(target),
+        FINGERPRINT: take_fingerprint(target),
     }
     if target.tokenizer_hash is not None and not compact:  # tokenizers of one model differ by source: pad tokens
-        record[_TOKENIZER] = target.tokenizer_hash
+        record[TOKENIZER] = target.tokenizer_hash
     (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -78,24 +82,16 @@ def load_head(folder: Path, target: TargetModel) -> EagleHead:
 
     Both layouts are read: EAGLE-3's, as vLLM and SGLang load it, and that of the speculators library.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"no readable draft head in {folder}: {error}") from error
-    config, tensors = _unify_layout(config, tensors, folder)
+    config, tensors = _unify_layout(*read_files(folder), folder)
     _check_config(config, folder, target)
-    _check_tokenizer(config, folder, target)
+    check_tokenizer(config, folder, target)
     for name in ("t2d", "embed_tokens.weight"):  # said again by d2t, and by the target
         tensors.pop(name, None)
-    tensors["draft_vocab"] = _read_vocabulary(_find_offsets(tensors, folder, target), folder, target.vocab_size)
+    tensors["draft_vocab"] = read_vocabulary(_find_offsets(tensors, folder, target), folder, target.vocab_size)
     head = build_head(
         target, len(tensors["draft_vocab"]), norm_before_residual=bool(config.get("norm_before_residual", False))
     )
-    if "lm_head.weight" not in tensors:  # a compact head: they are the target's own
-        tensors["lm_head.weight"] = target.lm_head.weight.detach()[tensors["draft_vocab"].long()]
-    _check_tensors(tensors, head, folder)
-    head.load_state_dict(tensors)
+    fill_head(head, tensors, folder, target)
     return head
 
 
@@ -111,8 +107,7 @@ def find_shipped_head(target: TargetModel) -> Path | None:
             _check_config(config, folder, target)
         except ValueError:
             continue
-        known, own = torch.tensor(config[_FINGERPRINT]), torch.tensor(_take_fingerprint(target))
-        if bool((own - known).norm() < 0.05 * known.norm()) and _has_same_tokenizer(config, folder, target):
+        if has_fingerprint(target, config[FINGERPRINT]) and _has_same_tokenizer(config, folder, target):
             return folder
     return None
 
@@ -120,16 +115,11 @@ def find_shipped_head(target: TargetModel) -> Path | None:
 def _has_same_tokenizer(config: dict[str, Any], folder: Path, target: TargetModel) -> bool:
     """Whether a shipped head may be used; nobody named it, so that it is left out with a warning."""
     try:
-        _check_tokenizer(config, folder, target)
+        check_tokenizer(config, folder, target)
     except ValueError as error:
         warnings.warn(f"the head that ships for this model is left out: {error}", stacklevel=2)
         return False
     return True
-
-
-def _take_fingerprint(target: TargetModel) -> list[float]:
-    """The first values of the final norm's weight."""
-    return [round(float(value), 4) for value in target.decoder.norm.weight.detach()[:32]]
 
 
 def _unify_layout(config: object, tensors: dict[str, Tensor], folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -145,17 +135,7 @@ def _unify_layout(config: object, tensors: dict[str, Tensor], folder: Path) -> t
 
 
 def _check_config(config: dict[str, Any], folder: Path, target: TargetModel) -> None:
-    wanted = {
-        "hidden_size": target.hidden_size,
-        "vocab_size": target.vocab_size,
-        "num_attention_heads": int(target.config.num_attention_heads),
-        "num_key_value_heads": target.num_kv_heads,
-        "head_dim": target.head_dim,
-        "num_hidden_layers": 1,
-    }
-    for key, expected in wanted.items():
-        if config.get(key, expected) != expected:
-            raise ValueError(f"the head in {folder} has {key} {config.get(key)}, the target has {expected}")
+    check_shape(config, {**describe_target(target), "num_hidden_layers": 1}, folder)
     if config.get("target_hidden_size") not in (None, target.hidden_size):
         raise ValueError(
             f"the head in {folder} has target_hidden_size {config['target_hidden_size']}, the target has "
@@ -168,18 +148,6 @@ def _check_config(config: dict[str, Any], folder: Path, target: TargetModel) -> 
             f"the head in {folder} sets {unknown[0]}, which is not known here; only norm_before_residual is"
         )
     _check_layers(config, folder, target)
-
-
-def _check_tokenizer(config: dict[str, Any], folder: Path, target: TargetModel) -> None:
-    """Of two vocabularies of one size every id may mean something else; unknown ones are not compared."""
-    known = config.get(_TOKENIZER)
-    if known is None or target.tokenizer_hash in (None, known):
-        return
-    raise ValueError(
-        f"the head in {folder} was trained with another tokenizer ({_TOKENIZER} {known}) than the target's "
-        f"({target.tokenizer_hash}, {target.name or 'in memory'}): its token ids mean other tokens. Train one for this "
-        f"target (fastgrpo draft train); if the ids it drafts are the same, remove {_TOKENIZER} from its config.json"
-    )
 
 
 def _check_layers(config: dict[str, Any], folder: Path, target: TargetModel) -> None:
@@ -202,25 +170,3 @@ def _find_offsets(tensors: dict[str, Tensor], folder: Path, target: TargetModel)
     if rows is None or len(rows) != target.vocab_size:
         raise ValueError(f"the head in {folder} lacks d2t although its vocabulary is reduced; export it again")
     return torch.zeros(target.vocab_size, dtype=torch.int64)
-
-
-def _read_vocabulary(offsets: Tensor, folder: Path, vocab_size: int) -> Tensor:
-    """Target ids of the draft vocabulary from d2t's offsets."""
-    ids = offsets.long() + torch.arange(len(offsets))
-    if len(ids) == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) != len(ids):
-        raise ValueError(f"the head in {folder} has a d2t that repeats a token or leaves 0..{vocab_size - 1}")
-    return ids.to(torch.int32)
-
-
-def _check_tensors(tensors: dict[str, Tensor], head: EagleHead, folder: Path) -> None:
-    wanted = head.state_dict()
-    problems = sorted(set(wanted) ^ set(tensors)) or [
-        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if tensors[name].shape != value.shape
-    ]
-    if problems:
-        raise ValueError(f"the head in {folder} does not fit this target: {problems[0]}")
-    broken = next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
-    if broken is not None:
-        raise ValueError(f"the head in {folder} has values that are not finite in {broken}")

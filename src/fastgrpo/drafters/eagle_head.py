@@ -8,21 +8,9 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fastgrpo.drafters.head_parts import DEFAULT_DRAFT_VOCAB_SIZE, RMSNorm, SwiGLU, rotate
 from fastgrpo.model import TargetModel
-
-DEFAULT_DRAFT_VOCAB_SIZE = 8192
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 class _Attention(nn.Module):
@@ -34,17 +22,6 @@ class _Attention(nn.Module):
         self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
 
 
-class _MLP(nn.Module):
-    def __init__(self, hidden: int, inner: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class _MidLayer(nn.Module):
     def __init__(self, hidden: int, inner: int, heads: int, kv_heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
@@ -52,7 +29,7 @@ class _MidLayer(nn.Module):
         self.hidden_norm = RMSNorm(hidden, eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.self_attn = _Attention(hidden, heads, kv_heads, head_dim)
-        self.mlp = _MLP(hidden, inner)
+        self.mlp = SwiGLU(hidden, inner)
 
 
 class EagleHead(nn.Module):
@@ -120,13 +97,6 @@ class EagleHead(nn.Module):
     def compute_logits(self, output: Float[Tensor, "*n H"]) -> Float[Tensor, "*n V"]:
         """Logits over the draft vocabulary."""
         return self.lm_head(self.norm(output).to(self.lm_head.weight.dtype))
-
-
-def rotate(x: Float[Tensor, "*n heads d"], cos: Float[Tensor, "*#n d"], sin: Float[Tensor, "*#n d"]) -> Tensor:
-    """Rotary position embedding in transformers' half-split convention."""
-    first, second = x.chunk(2, -1)
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
-    return x * cos + torch.cat((-second, first), -1) * sin
 
 
 def start_from_target(head: EagleHead, target: TargetModel) -> None:

@@ -27,8 +27,9 @@ class FastGRPOConfig(GRPOConfig):
         default="eagle",
         metadata={
             "help": "`eagle` (a head trained online; begins with the shipped one where this package has one for the "
-            "model), `eagle-new` (begins from the target's own weights), `ngram`, `none`, or a folder with a saved "
-            "EAGLE-3 head, which is trained online too, or with a small causal LM of the same tokenizer, which is not."
+            "model), `eagle-new` (begins from the target's own weights), `block` (a head that drafts in one pass, "
+            "trained online), `ngram`, `auto` (eagle and ngram, whichever pays), `none`, or a folder with a saved "
+            "head, which is trained online too, or with a small causal LM of the same tokenizer, which is not."
         },
     )
     num_draft_tokens: int = field(

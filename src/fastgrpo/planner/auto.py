@@ -80,6 +80,8 @@ class AutoPlanner:
     def _predict_draft_s(self, plan: SpeculationPlan, batch: int) -> float:
         if plan.is_plain:
             return 0.0
+        if self.profile.is_one_pass:  # what it reads beside is not run through its layers
+            return self.profile.compute_draft_s(batch * plan.depth)
         reading = self.profile.compute_draft_s(batch * self._predict_length(plan))
         return reading + (plan.depth - 1) * self.profile.compute_draft_s(batch * plan.width)
 

@@ -19,6 +19,8 @@ class HardwareProfile:
         draft_s: seconds of one draft level at each grid point; empty without a neural drafter.
         sample_s: seconds to sample, walk and commit one emitted token.
         fixed_s: seconds of a step that depend on nothing.
+        is_one_pass: the drafter computes all levels of a draft in one pass over a position for each, and
+            `draft_s` is of such a pass by its positions.
 
     Raises:
         ValueError: fewer than two points, an unordered grid, or a time that is not finite and positive.
@@ -30,6 +32,7 @@ class HardwareProfile:
     read_s: float = 0.0
     sample_s: float = 0.0
     fixed_s: float = 0.0
+    is_one_pass: bool = False
 
     def __post_init__(self) -> None:
         grid = self.num_tokens

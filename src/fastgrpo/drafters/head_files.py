@@ -1,0 +1,132 @@
+"""Files of draft heads, whatever their kind: a config and safetensors, checked against the target before use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastgrpo.model import TargetModel
+
+FINGERPRINT = "target_final_norm"
+TOKENIZER = "tokenizer_hash"
+_LIKENESS = 0.05  # relative distance of final norms that training on the same model stays below
+
+
+def read_files(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Configuration and tensors as they are on file.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    try:
+        return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"no readable draft head in {folder}: {error}") from error
+
+
+def read_architecture(folder: Path) -> str | None:
+    """What the folder says it holds, or None where it says nothing readable."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return str(config["architectures"][0])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
+
+
+def collect_tensors(head: nn.Module, *, dtype: torch.dtype | None, compact: bool) -> dict[str, Tensor]:
+    """Weights as they go on file, the draft vocabulary as d2t: what to add to each draft id for its target id.
+
+    Args:
+        dtype: of the weights; None leaves them as they are.
+        compact: bfloat16, and without the output rows, which the target has itself.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    vocab = tensors.pop("draft_vocab").long()
+    if compact:
+        del tensors["lm_head.weight"]
+        dtype = torch.bfloat16
+    if dtype is not None:
+        tensors = {name: value.to(dtype) for name, value in tensors.items()}
+    return tensors | {"d2t": vocab - torch.arange(len(vocab))}
+
+
+def describe_target(target: TargetModel) -> dict[str, int]:
+    """The sizes in which a head and its target must agree."""
+    return {
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "num_attention_heads": int(target.config.num_attention_heads),
+        "num_key_value_heads": target.num_kv_heads,
+        "head_dim": target.head_dim,
+    }
+
+
+def check_shape(config: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """Refuse a head whose configuration differs where it says something."""
+    for key, expected in wanted.items():
+        if config.get(key, expected) != expected:
+            raise ValueError(f"the head in {folder} has {key} {config.get(key)}, the target has {expected}")
+
+
+def take_fingerprint(target: TargetModel) -> list[float]:
+    """The first values of the final norm's weight, which training LoRA leaves as it is and quantising too."""
+    return [round(float(value), 4) for value in target.decoder.norm.weight.detach()[:32]]
+
+
+def has_fingerprint(target: TargetModel, fingerprint: Any) -> bool:
+    """Whether the target is the one that the fingerprint was taken of, up to some training."""
+    own = take_fingerprint(target)
+    if not isinstance(fingerprint, list) or len(fingerprint) != len(own):
+        return False
+    if not all(isinstance(value, int | float) for value in fingerprint):
+        return False
+    known = torch.tensor(fingerprint, dtype=torch.float32)
+    return bool((torch.tensor(own) - known).norm() < _LIKENESS * known.norm())
+
+
+def check_tokenizer(config: dict[str, Any], folder: Path, target: TargetModel) -> None:
+    """Of two vocabularies of one size every id may mean something else; unknown ones are not compared."""
+    known = config.get(TOKENIZER)
+    if known is None or target.tokenizer_hash in (None, known):
+        return
+    raise ValueError(
+        f"the head in {folder} was trained with another tokenizer ({TOKENIZER} {known}) than the target's "
+        f"({target.tokenizer_hash}, {target.name or 'in memory'}): its token ids mean other tokens. Train one for this "
+        f"target (fastgrpo draft train); if the ids it drafts are the same, remove {TOKENIZER} from its config.json"
+    )
+
+
+def read_vocabulary(offsets: Tensor, folder: Path, vocab_size: int) -> Tensor:
+    """Target ids of the draft vocabulary from d2t's offsets."""
+    ids = offsets.long() + torch.arange(len(offsets))
+    if len(ids) == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) != len(ids):
+        raise ValueError(f"the head in {folder} has a d2t that repeats a token or leaves 0..{vocab_size - 1}")
+    return ids.to(torch.int32)
+
+
+def fill_head(head: nn.Module, tensors: dict[str, Tensor], folder: Path, target: TargetModel) -> None:
+    """Give the tensors to a head, once they are known to fit; output rows that are not on file are the target's.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, of another shape or not finite; names it.
+    """
+    if "lm_head.weight" not in tensors:
+        tensors["lm_head.weight"] = target.lm_head.weight.detach()[tensors["draft_vocab"].long()]
+    wanted = head.state_dict()
+    problems = sorted(set(wanted) ^ set(tensors)) or [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if tensors[name].shape != value.shape
+    ]
+    if problems:
+        raise ValueError(f"the head in {folder} does not fit this target: {problems[0]}")
+    broken = next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
+    if broken is not None:
+        raise ValueError(f"the head in {folder} has values that are not finite in {broken}")
+    head.load_state_dict(tensors)
