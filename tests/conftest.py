@@ -16,7 +16,7 @@ import jaxtyping
 CHECKED_MODULES = (
     *("attention", "cache", "sampling", "tree", "verify", "model", "weights", "prefill", "learner"),
     *("drafters.drafter", "drafters.eagle", "drafters.eagle_head", "drafters.lm", "drafters.ngram"),
-    *("drafters.block", "drafters.block_head", "drafters.head_rows", "drafters.head_parts"),
+    *("drafters.ngram_table", "drafters.block", "drafters.block_head", "drafters.head_rows", "drafters.head_parts"),
     *("drafters.beams", "drafters.calibration", "drafters.join", "head_training", "block_training"),
 )
 jaxtyping.install_import_hook([f"fastgrpo.{name}" for name in CHECKED_MODULES], "beartype.beartype")

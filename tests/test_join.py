@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
+from conftest import shared_model
+from fastgrpo.drafters import auto, find_trainable
+from fastgrpo.drafters.auto import AutoDrafter
 from fastgrpo.drafters.calibration import Calibration
+from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.join import _LEVEL_PENALTY, count_matched, join_drafts
+from fastgrpo.drafters.ngram import NgramDrafter
+from fastgrpo.engine import Engine
+from fastgrpo.grpo.state import load_state, save_state
+from fastgrpo.model import TargetModel
 from fastgrpo.tree import Draft, check_draft
+from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan
 from fastgrpo.verify import Verdict
 
 Tree = dict[tuple[int, ...], float]  # path from the root -> log chance of its last node
@@ -45,11 +56,10 @@ def read_paths(draft: Draft, row: int) -> list[tuple[int, ...]]:
     return paths[1:]
 
 
-def best_paths(first: Tree, second: Tree, count: int) -> list[tuple[int, ...]]:
-    """The rule, by dictionaries: most chance from the root, a node's chance the better of what both say."""
+def score_paths(first: Tree, second: Tree) -> dict[tuple[int, ...], float]:
+    """The rule, by dictionaries: chance from the root, a node's chance the better of what both say."""
     chances = {path: max(first.get(path, -math.inf), second.get(path, -math.inf)) for path in {*first, *second}}
-    score = {path: sum(chances[path[: i + 1]] - _LEVEL_PENALTY for i in range(len(path))) for path in chances}
-    return sorted(score, key=lambda path: -score[path])[:count]
+    return {path: sum(chances[path[: i + 1]] - _LEVEL_PENALTY for i in range(len(path))) for path in chances}
 
 
 @st.composite
@@ -74,7 +84,9 @@ def test_the_best_paths_of_both_are_kept(pairs: list[tuple[Tree, Tree]], count: 
     check_draft(joined.draft)
     for row, (one, other) in enumerate(pairs):
         paths = read_paths(joined.draft, row)
-        assert set(paths) == set(best_paths(one, other, count))
+        scores = score_paths(one, other)
+        best = sorted(scores.values(), reverse=True)[:count]
+        assert sorted((scores[path] for path in paths), reverse=True) == pytest.approx(best, abs=1e-4)
         for node, path in enumerate(paths, start=1):
             assert float(joined.of_first[row, node]) == pytest.approx(one.get(path, -math.inf))
             assert float(joined.of_second[row, node]) == pytest.approx(other.get(path, -math.inf))
@@ -125,3 +137,70 @@ def test_calibration_learns_what_chances_are_worth() -> None:
     assert (deeper - known**2).abs().max() < 0.04, "a level without trials takes the line of the one above"
     absent = calibration(torch.tensor([-math.inf, 0.0]), 1)
     assert absent[0] == -math.inf and torch.isfinite(absent[1])
+
+
+# -- the drafter of two drafters -----------------------------------------------------------------------------
+
+
+def build_auto(model: PreTrainedModel) -> AutoDrafter:
+    return AutoDrafter(EagleDrafter(TargetModel(model)), NgramDrafter())
+
+
+PROMPTS = [[3, 1, 4, 1, 5], [3, 1, 4, 1, 5], [7, 7], list(range(12))]
+
+
+@pytest.mark.parametrize("plan", [PLAIN, SpeculationPlan(depth=3, width=2, num_draft_tokens=6), "auto"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_are_those_of_plain_decoding(plan: SpeculationPlan | str, temperature: float) -> None:
+    model = shared_model("llama")
+    params = SamplingParams(temperature=temperature, max_tokens=40, seed=5)
+    plain = Engine(model, drafter="none").generate(PROMPTS, params)
+    engine = Engine(model, drafter=build_auto(model), speculation=plan, max_num_seqs=3)
+    for _ in range(2):
+        assert [c.token_ids for c in engine.generate(PROMPTS, params)] == [c.token_ids for c in plain]
+
+
+def test_it_drafts_with_what_pays() -> None:
+    """A target that repeats itself: n-grams are right, and cheap; an untrained head is neither."""
+    model = shared_model("llama")
+    drafter = build_auto(model)
+    plan = SpeculationPlan(depth=4, width=2, num_draft_tokens=6)
+    engine = Engine(model, drafter=drafter, speculation=plan)
+    params = SamplingParams(temperature=0.0, max_tokens=100)
+    for _ in range(4):  # greedy, so that every epoch is the first one again
+        engine.generate([[3, 1, 4, 1, 5]], params)
+    ledger = drafter._find_ledger(1)
+    lengths = {way: mean.value for way, mean in ledger.lengths.items()}
+    assert lengths["ngram"] > lengths["eagle"] + 1
+    assert lengths["joined"] > lengths["eagle"] + 1
+    assert drafter.choose_way(1) in ("ngram", "joined")
+    records = [record.acceptance_length for record in engine.records]
+    assert sum(records) / len(records) > 3
+    ledger.draft_s["ngram"].value = ledger.draft_s["joined"].value = 100.0
+    assert drafter.choose_way(1) == "eagle", "a draft that takes too long does not pay"
+    ledger.draft_s["ngram"].value = 1e-6
+    assert drafter.choose_way(1) == "ngram"
+
+
+def test_what_both_know_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "_FIRST_TRIALS", 1000)  # both draft at every step, whatever the time they take
+    model = shared_model("llama")
+    plan = SpeculationPlan(depth=3, width=2, num_draft_tokens=6)
+    params = SamplingParams(max_tokens=30, seed=1)
+    engine = Engine(model, drafter=build_auto(model), speculation=plan)
+    engine.generate(PROMPTS, params)
+    save_state(tmp_path, engine, None)
+    restored = Engine(model, drafter=build_auto(model), speculation=plan)
+    load_state(tmp_path, restored, None)
+    for each in (engine, restored):
+        each.generate(PROMPTS, params)
+    assert [r.hits for r in engine.records] == [r.hits for r in restored.records]
+    assert [r.offered for r in engine.records] == [r.offered for r in restored.records]
+
+
+def test_the_head_inside_learns() -> None:
+    model = shared_model("llama")
+    assert find_trainable(build_auto(model)).name == "eagle"
+    assert find_trainable(NgramDrafter()) is None
+    engine = Engine(model, drafter="auto")
+    assert [member.name for member in engine.drafter.members] == ["eagle", "ngram"]

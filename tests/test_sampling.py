@@ -16,7 +16,7 @@ from fastgrpo.sampling import (
     SamplingBatch,
     add_noise,
     gumbel_noise,
-    gumbel_noise_at,
+    gumbel_noise_of,
     sample,
     scale_logits,
     stream_key,
@@ -200,10 +200,18 @@ def test_a_row_is_the_same_beyond_the_chunk_of_one_pass():
     assert torch.equal(gumbel_noise(keys[10:], torch.tensor([10]), vocabulary)[0], together[10])
 
 
-@given(key=INT64, position=st.integers(0, 2**20), token_id=st.integers(0, 2**20))
-def test_noise_without_tensors_is_the_same(key, position, token_id):
-    noise = gumbel_noise(torch.tensor([key]), torch.tensor([position]), torch.tensor([token_id], dtype=torch.int32))
-    assert gumbel_noise_at(key, position, token_id) == pytest.approx(noise.item(), rel=1e-4, abs=1e-4)
+@given(
+    keys=st.lists(INT64, min_size=1, max_size=5),
+    positions=st.lists(st.integers(0, 2**20), min_size=5, max_size=5),
+    num_tokens=st.integers(0, 40),
+    seed=st.integers(0, 99),
+)
+def test_noise_of_scattered_tokens_is_that_of_the_whole_row(keys, positions, num_tokens, seed):
+    rows, places = torch.tensor(keys), torch.tensor(positions[: len(keys)])
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(1000, (len(keys), num_tokens), generator=generator)
+    whole = gumbel_noise(rows, places, torch.arange(1000, dtype=torch.int32))
+    assert torch.equal(gumbel_noise_of(rows, places, chosen.int()), whole.gather(1, chosen))
 
 
 def test_streams_have_keys_of_their_own():

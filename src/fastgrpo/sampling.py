@@ -13,7 +13,6 @@ tokens, is resolved to 2^-31, and neither end is infinite.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +56,12 @@ def _position_keys(stream_keys: Int[Tensor, " R"], positions: Int[Tensor, " R"])
     return value ^ ((value >> 31) & (2**33 - 1))
 
 
-def _hash(token_ids: Int[Tensor, " V"], low: Int[Tensor, "R 1"], high: Int[Tensor, "R 1"]) -> Int[Tensor, "R V"]:
+def _split_key(keys: Int[Tensor, " R"]) -> tuple[Int[Tensor, "R 1"], Int[Tensor, "R 1"]]:
+    """Low and high 32-bit words."""
+    return ((keys << 32) >> 32).to(torch.int32)[:, None], (keys >> 32).to(torch.int32)[:, None]
+
+
+def _hash(token_ids: Int[Tensor, "*R V"], low: Int[Tensor, "B 1"], high: Int[Tensor, "B 1"]) -> Int[Tensor, "B V"]:
     bits = token_ids ^ low
     shifted = torch.empty_like(bits)
     for multiplier, shift in _FINALISER:
@@ -89,14 +93,21 @@ def gumbel_noise(
         float32 noise; a value depends on its own (key, position, token id) only.
     """
     keys = _position_keys(stream_keys, positions)
-    low = ((keys << 32) >> 32).to(torch.int32)[:, None]
-    high = (keys >> 32).to(torch.int32)[:, None]
+    low, high = _split_key(keys)
     out = torch.empty(len(keys), len(token_ids), dtype=torch.float32, device=keys.device)
     rows = max(1, _NOISE_CHUNK_ELEMENTS // max(1, len(token_ids)))
     for start in range(0, len(keys), rows):
         part = slice(start, start + rows)
         out[part] = _gumbel(_hash(token_ids, low[part], high[part]))
     return out
+
+
+def gumbel_noise_of(
+    stream_keys: Int[Tensor, " R"], positions: Int[Tensor, " R"], token_ids: Int[Tensor, "R K"]
+) -> Float[Tensor, "R K"]:
+    """The values of `gumbel_noise` for a few tokens of each row's own, bit for bit; arguments as there."""
+    low, high = _split_key(_position_keys(stream_keys, positions))
+    return _gumbel(_hash(token_ids, low, high))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,15 +205,3 @@ def sample(
     token_ids = add_noise(truncate_logits(scaled, batch), batch, vocabulary).argmax(-1)
     logprobs = scaled.gather(-1, token_ids[:, None])[:, 0] - scaled.logsumexp(-1)
     return token_ids, logprobs
-
-
-def gumbel_noise_at(key: int, position: int, token_id: int) -> float:
-    """One value of `gumbel_noise` without tensors, for drafters that look at a few tokens."""
-    value = _mix(key + position * _GOLDEN)
-    bits = (token_id ^ value) & 0xFFFFFFFF
-    for multiplier, shift in _FINALISER:
-        bits = bits * multiplier & 0xFFFFFFFF
-        bits ^= bits >> shift
-        if multiplier == _FINALISER[0][0]:
-            bits ^= value >> 32
-    return -math.log(-math.log1p(-((bits & 0x7FFFFFFF) + 0.5) * _UNIFORM_SCALE))

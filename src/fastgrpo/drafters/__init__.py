@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fastgrpo.drafters.drafter import DraftContext, Drafter, TrainableDrafter
 
 if TYPE_CHECKING:
+    from fastgrpo.drafters.eagle import EagleDrafter
     from fastgrpo.model import TargetModel
 
 DRAFTERS = ("eagle", "eagle-new", "ngram", "none", "auto", "block")
@@ -31,25 +32,23 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
         from fastgrpo.drafters.none import NoDrafter
 
         return NoDrafter()
-    if drafter == "ngram":
-        from fastgrpo.drafters.ngram import NgramDrafter
+    from fastgrpo.drafters.ngram import NgramDrafter
 
+    if drafter == "ngram":
         return NgramDrafter()
     if drafter == "auto":
         from fastgrpo.drafters.auto import AutoDrafter
 
-        return AutoDrafter(build_drafter("eagle", target), build_drafter("ngram", target))
+        return AutoDrafter(_build_eagle(target), NgramDrafter())
     from fastgrpo.drafters.block import BlockDrafter
     from fastgrpo.drafters.block_files import BLOCK_ARCHITECTURE
     from fastgrpo.drafters.eagle import EagleDrafter
-    from fastgrpo.drafters.eagle_files import find_shipped_head
     from fastgrpo.drafters.head_files import read_architecture
 
     if drafter == "block":
         return BlockDrafter(target)
     if drafter in ("eagle", "eagle-new"):
-        shipped = find_shipped_head(target) if drafter == "eagle" else None
-        return EagleDrafter.load(shipped, target) if shipped else EagleDrafter(target)
+        return _build_eagle(target) if drafter == "eagle" else EagleDrafter(target)
     folder = Path(drafter)
     if folder.is_dir():
         from fastgrpo.drafters.lm import LmDrafter
@@ -62,6 +61,15 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
     raise ValueError(
         f"drafter must be {', '.join(DRAFTERS)}, or a folder with a saved head or a small causal LM; got '{drafter}'"
     )
+
+
+def _build_eagle(target: TargetModel) -> EagleDrafter:
+    """With the head that ships for the target, if there is one."""
+    from fastgrpo.drafters.eagle import EagleDrafter
+    from fastgrpo.drafters.eagle_files import find_shipped_head
+
+    shipped = find_shipped_head(target)
+    return EagleDrafter.load(shipped, target) if shipped else EagleDrafter(target)
 
 
 def find_trainable(drafter: Drafter) -> TrainableDrafter | None:

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from fastgrpo.drafters.calibration import Calibration
-from fastgrpo.drafters.drafter import DraftContext, Drafter
+from fastgrpo.drafters.drafter import DraftContext, StatefulDrafter
 from fastgrpo.drafters.join import JoinedDraft, count_matched, join_drafts
 from fastgrpo.tree import Draft
 from fastgrpo.types import Sequence, SpeculationPlan
@@ -48,6 +49,16 @@ class _Ledger:
         return length.value / (draft_s.value + rest_s)
 
 
+class Member(StatefulDrafter, Protocol):
+    """A drafter that says what it holds of its nodes, and hears what became of them."""
+
+    calibration: Calibration
+
+    def judge(self, draft: Draft, verdict: Verdict) -> None: ...
+
+    def measure_level(self, num_tokens: int) -> Callable[[], object]: ...
+
+
 class AutoDrafter:
     """Drafts with one of two drafters or with both trees joined, whichever emits more tokens a second.
 
@@ -63,7 +74,7 @@ class AutoDrafter:
     name = "auto"
     JOINED = "joined"
 
-    def __init__(self, first: Drafter, second: Drafter) -> None:
+    def __init__(self, first: Member, second: Member) -> None:
         assert first.name != second.name
         self.members = (first, second)
         self.wants_features = first.wants_features or second.wants_features
@@ -75,16 +86,9 @@ class AutoDrafter:
         self._num_live = 1
         self._drafted_at = 0.0
 
-    @property
-    def calibrations(self) -> tuple[Calibration, Calibration]:
-        first, second = (member.calibration for member in self.members)  # type: ignore[attr-defined]
-        return first, second
-
-    @property
-    def measure_level(self) -> Callable[[int], Callable[[], object]]:
-        """The first member's: what the planner begins with."""
-        measure: Callable[[int], Callable[[], object]] = self.members[0].measure_level  # type: ignore[attr-defined]
-        return measure
+    def measure_level(self, num_tokens: int) -> Callable[[], object]:
+        """The first member's: what the planner begins with, and corrects as it sees what drafts take."""
+        return self.members[0].measure_level(num_tokens)
 
     def begin(self) -> None:
         for member in self.members:
@@ -135,7 +139,8 @@ class AutoDrafter:
         if first.log_chances is None or second.log_chances is None:  # one of them cannot say anything yet
             self._way = self.members[0 if second.log_chances is None else 1].name
             return self._drafts[self._way]
-        self._joined = join_drafts(first, second, self.calibrations, plan.num_draft_tokens)
+        calibrations = (self.members[0].calibration, self.members[1].calibration)
+        self._joined = join_drafts(first, second, calibrations, plan.num_draft_tokens)
         self._draft_s[self.JOINED] = sum(self._draft_s.values()) + time.perf_counter() - started
         return self._joined.draft
 
@@ -146,12 +151,10 @@ class AutoDrafter:
             ledger.draft_s.setdefault(way, _Running()).observe(draft_s)
         if self._joined is None:
             own = next(member for member in self.members if member.name == self._way)
-            own.judge(draft, verdict)  # type: ignore[attr-defined]
+            own.judge(draft, verdict)
             return
-        for calibration, chances in zip(
-            self.calibrations, (self._joined.of_first, self._joined.of_second), strict=True
-        ):
-            calibration.observe(draft, verdict, chances)
+        for member, chances in zip(self.members, (self._joined.of_first, self._joined.of_second), strict=True):
+            member.calibration.observe(draft, verdict, chances)
         accepted = {member.name: count_matched(self._drafts[member.name], verdict) for member in self.members}
         for way, count in {**accepted, self.JOINED: verdict.num_accepted}.items():
             ledger.lengths.setdefault(way, _Running()).observe(1 + float(count.double().mean()))
@@ -159,10 +162,10 @@ class AutoDrafter:
     def save(self, folder: Path) -> None:
         """Write what the members keep, each in a folder of its own."""
         for member in self.members:
-            member.save(folder / member.name)  # type: ignore[attr-defined]
+            member.save(folder / member.name)
 
     def restore(self, folder: Path) -> None:
         """Read what `save` wrote; see the members for errors."""
         for member in self.members:
             if (folder / member.name).is_dir():
-                member.restore(folder / member.name)  # type: ignore[attr-defined]
+                member.restore(folder / member.name)

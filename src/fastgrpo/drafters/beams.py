@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
@@ -17,6 +18,7 @@ from fastgrpo.types import SpeculationPlan
 _LEVEL_PENALTY = 1e-4  # nats; a child never outranks its parent, not even at chance 1
 
 
+@runtime_checkable
 class Levels(Protocol):
     """A draft under way: B trees whose W expanded nodes of one level have candidates below them."""
 
@@ -24,12 +26,13 @@ class Levels(Protocol):
         """At most `width` candidates below each node expanded last, best first; at the start below the root.
 
         Returns:
-            their log chance of being the target's choice, and their token ids; siblings differ.
+            their log chance of being the target's choice, and their token ids; siblings differ. A node with
+            fewer than K candidates is filled with absent ones: log chance -inf, any token id. K may be 0.
         """
         ...
 
     def expand(self, token_ids: Int[Tensor, "B W"], above: Int[Tensor, "B W"], visible: Bool[Tensor, "B W E"]) -> None:
-        """Compute the chosen candidates as nodes of the next level.
+        """Compute the chosen candidates as nodes of the next level; what is below an absent one is not drafted.
 
         Args:
             above: place of each one's parent among the nodes expanded before (0 for the root).
@@ -45,6 +48,8 @@ def grow_trees(context: DraftContext, plan: SpeculationPlan, levels: Levels, cal
     visible: Tensor | None = None
     width = 1  # nodes expanded on the level above
     for depth in range(2, plan.depth + 1):
+        if pool.scores[-1].shape[1] == 0:
+            break
         scores, beam = pool.scores[-1].topk(min(plan.width, pool.scores[-1].shape[1]), dim=1)
         above = beam // (pool.scores[-1].shape[1] // width)
         visible = _extend(visible, above, beam)
@@ -119,18 +124,27 @@ class _Pool:
         self.parents.append(parents[..., None].expand(tokens.shape).flatten(1))
 
     def prune(self) -> Draft:
-        """The best nodes over all levels; the order of places is topological and siblings stand best first."""
+        """The best nodes over all levels; the order of places is topological and siblings stand best first.
+
+        Absent candidates, and all below them, score -inf; where they are chosen they fill the end of a row as a
+        place of their own, `nowhere`.
+        """
         tokens, chances, scores, parents = (
             torch.cat(levels, 1) for levels in (self.tokens, self.chances, self.scores, self.parents)
         )
-        count = min(self.plan.num_draft_tokens, tokens.shape[1])
-        kept = scores.topk(count, dim=1).indices.sort(dim=1).values
-        place = self.rows.new_zeros(len(self.rows), tokens.shape[1] + 1)
+        nowhere = tokens.shape[1]
+        tokens, chances, parents = F.pad(tokens, (0, 1)), F.pad(chances, (0, 1)), F.pad(parents, (0, 1))
+        parents[:, nowhere] = nowhere + 1
+        best = scores.topk(min(self.plan.num_draft_tokens, nowhere), dim=1)
+        kept = best.indices.masked_fill(best.values.isneginf(), nowhere).sort(dim=1).values
+        count = kept.shape[1]
+        place = self.rows.new_zeros(len(self.rows), nowhere + 2)
         place.scatter_(1, kept + 1, torch.arange(1, count + 1, device=self.rows.device).expand_as(kept).contiguous())
+        place[:, nowhere + 1] = -1
         roots = Draft.roots(self.context.pending_token_ids)
         return Draft(
             token_ids=torch.cat((roots.token_ids, tokens.gather(1, kept)), 1),
             parents=torch.cat((roots.parents, place.gather(1, parents.gather(1, kept))), 1),
-            num_nodes=roots.num_nodes + count,
+            num_nodes=roots.num_nodes + (kept < nowhere).sum(1),
             log_chances=torch.cat((chances.new_zeros(len(self.rows), 1), chances.gather(1, kept)), 1),
         )

@@ -41,7 +41,7 @@ class Calibration:
         self.slope, self.offset = np.ones(_LEVELS), np.zeros(_LEVELS)
 
     def __call__(self, log_chances: Float[Tensor, "*n"], depth: int) -> Float[Tensor, "*n"]:
-        """Calibrated log chances of nodes at `depth`, 1 for the children of the root."""
+        """Calibrated log chances of nodes at `depth`, 1 for the children of the root; -inf stays -inf."""
         level = min(depth, _LEVELS) - 1
         slope, offset = float(self.slope[level]), float(self.offset[level])
         if (slope, offset) == (1.0, 0.0):

@@ -94,3 +94,18 @@ class TrainableDrafter(Drafter, Protocol):
             ValueError: damaged files, or a head of another target; names what differs.
         """
         ...
+
+
+@runtime_checkable
+class StatefulDrafter(Drafter, Protocol):
+    """A drafter that remembers earlier rollouts and goes on with them after a restart."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def restore(self, folder: Path) -> None:
+        """Take what `save` wrote in the place of what is remembered.
+
+        Raises:
+            ValueError: a file is missing or damaged; names it.
+        """
+        ...

@@ -1,120 +1,243 @@
-"""N-grams over the sequence itself and the finished and running siblings of its group.
+"""N-grams of several orders over a sequence, its siblings and the earlier rollouts of its prompt.
 
-The continuations counted behind the longest known suffix act as the draft distribution, so they are
-ranked like any other draft: log count + the noise of their position (siblings of a group share
-tokens, not noise). Tables live for one rollout.
+The counts act as the draft distribution q and are ranked like any other: log q + the noise of the position.
+They are of tokens that the target drew at the rollout's own temperature, top-k and top-p, so q is already warped
+and is not divided by the temperature once more.
+
+Drafting from n-grams of several lengths is ANPD (arXiv:2404.08698), from a tree of a prompt's past rollouts SRT
+(arXiv:2601.09083). Here both are one counted table, bounded in bytes, and candidates of all orders share one
+distribution, whose noise siblings do not share.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+import hashlib
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int, UInt64
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
+from fastgrpo.drafters.beams import grow_trees
+from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
-from fastgrpo.sampling import gumbel_noise_at
+from fastgrpo.drafters.ngram_table import MAX_ORDER, NO_TOKEN, ORDERS, NgramTable
+from fastgrpo.sampling import SamplingBatch, gumbel_noise_of
 from fastgrpo.tree import Draft
-from fastgrpo.types import Sequence, SpeculationPlan
+from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
+from fastgrpo.verify import Verdict
 
-_MAX_ORDER = 4  # longest context, tokens
-_MIN_ORDER = 2  # a single token predicts too little to pay for its verification
-_MAX_CHILDREN = 16  # continuations looked at for a node
-
-_Table = dict[tuple[int, ...], Counter[int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Node:
-    token_id: int
-    parent: int
-    depth: int
-    score: float  # log of the estimated chance that the target walks here
+DEFAULT_MAX_BYTES = 64 * 2**20
+_MOST_COLLECTED = 4096  # new tokens kept back until they are counted
+_MEAN_NOISE = float(np.euler_gamma)
+_TABLE_FILE, _FACTS_FILE = "ngram.safetensors", "ngram.json"
 
 
 class NgramDrafter:
-    """Longest-suffix n-gram drafter; needs no training and no features."""
+    """Drafts what followed the same words before; needs no training and no features.
+
+    Counts outlive a rollout: a prompt that comes back in a later epoch finds them, siblings share them at once.
+    A group's prompt is text like any other, counted once a rollout.
+
+    Args:
+        max_bytes: memory of the counts at most.
+
+    Attributes:
+        table: the counts; what was observed since the last draft is not in them yet.
+        calibration: what its chances have been worth so far.
+
+    Raises:
+        ValueError: `max_bytes` is too small.
+    """
 
     name = "ngram"
     wants_features = False
 
-    def __init__(self) -> None:
-        self._tables: dict[tuple[int, ...], _Table] = {}
+    def __init__(self, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        self.table = NgramTable(max_bytes)
+        self.calibration = Calibration()
+        self._groups: dict[Sequence, int] = {}  # of running sequences
+        self._prompts: set[int] = set()  # groups whose prompt this rollout has counted
+        self._texts = _Texts()
 
     def begin(self) -> None:
-        self._tables.clear()
+        self._groups.clear()
+        self._prompts.clear()
+        self.calibration.fit()
 
     def count_unread(self, lengths: list[int]) -> int:
         return 0
 
     def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
-        tokens = sequence.all_token_ids
-        table = self._tables.get(sequence.group_key)
-        if table is None:
-            table = self._tables[sequence.group_key] = defaultdict(Counter)
-            num_new_tokens = len(tokens)
-        for end in range(len(tokens) - num_new_tokens, len(tokens)):
-            for order in range(_MIN_ORDER, _MAX_ORDER + 1):
-                if end >= order:
-                    table[tuple(tokens[end - order : end])][tokens[end]] += 1
+        group = self._groups.get(sequence)
+        if group is None:
+            group = self._groups[sequence] = hash_group(sequence.prompt_ids)
+            if group not in self._prompts:
+                self._prompts.add(group)
+                self._texts.append(group, sequence.prompt_ids, len(sequence.prompt_ids))
+        if num_new_tokens:
+            self._texts.append(group, _read_tail(sequence, MAX_ORDER + num_new_tokens), num_new_tokens)
+        if sequence.finish_reason is not None:
+            del self._groups[sequence]
+        if self._texts.num_new_tokens >= _MOST_COLLECTED:
+            self.count_observed()
+
+    def count_observed(self) -> None:
+        """Move what was collected into the table."""
+        if self._texts.num_new_tokens:
+            self.table.add(*self._texts.to_arrays())
+            self._texts = _Texts()
+
+    def judge(self, draft: Draft, verdict: Verdict) -> None:
+        self.calibration.observe(draft, verdict)
 
     def release(self, slot: int, last_slot: int) -> None:
         pass  # a finished sibling goes on predicting for its group
 
     def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
-        trees = [self._grow(sequence, plan) for sequence in context.sequences]
-        width = max(len(tree) for tree in trees)
-        device = context.pending_token_ids.device
+        """Trees are grown on the host, where tokens and counts are; only the draft goes to the device."""
+        self.count_observed()
+        sequences, device = context.sequences, context.pending_token_ids.device
+        if device.type != "cpu":
+            host = torch.device("cpu")
+            pending = torch.tensor([sequence.pending_token_id for sequence in sequences])
+            context = replace(context, sampling=SamplingBatch.build(sequences, host), pending_token_ids=pending)
+        groups = [self._groups.get(sequence) or hash_group(sequence.prompt_ids) for sequence in sequences]
+        tails = [_pad(_read_tail(sequence, MAX_ORDER)) for sequence in sequences]
+        levels = _NgramLevels(self.table, np.array(groups, np.uint64), np.array(tails))
+        draft = grow_trees(context, plan, levels, self.calibration)
+        assert draft.log_chances is not None
+        used = int(draft.num_nodes.max())  # rows may all be shorter than the plan
         return Draft(
-            token_ids=torch.tensor(
-                [[n.token_id for n in tree] + [0] * (width - len(tree)) for tree in trees], device=device
-            ),
-            parents=torch.tensor(
-                [[n.parent for n in tree] + [-1] * (width - len(tree)) for tree in trees], device=device
-            ),
-            num_nodes=torch.tensor([len(tree) for tree in trees], device=device),
+            token_ids=draft.token_ids[:, :used].to(device),
+            parents=draft.parents[:, :used].to(device),
+            num_nodes=draft.num_nodes.to(device),
+            log_chances=draft.log_chances[:, :used].to(device),
         )
 
-    def _grow(self, sequence: Sequence, plan: SpeculationPlan) -> list[_Node]:
-        """Level by level, the best `width` nodes of a level expanded, the best nodes overall kept."""
-        table = self._tables.get(sequence.group_key, {})
-        root = _Node(token_id=sequence.pending_token_id, parent=-1, depth=0, score=0.0)
-        suffixes = {0: tuple(sequence.all_token_ids[-_MAX_ORDER:])}
-        pool, frontier = [root], [0]
-        for depth in range(1, plan.depth + 1):
-            level = []
-            for parent in frontier:
-                for token_id, score in self._children(table, suffixes[parent], sequence, depth, plan.width):
-                    suffixes[len(pool)] = (*suffixes[parent], token_id)[-_MAX_ORDER:]
-                    level.append(len(pool))
-                    node = _Node(token_id=token_id, parent=parent, depth=depth, score=pool[parent].score + score)
-                    pool.append(node)
-            frontier = sorted(level, key=lambda index: -pool[index].score)[: plan.width]
-        best = sorted(range(1, len(pool)), key=lambda index: (-pool[index].score, index))
-        kept = [0, *sorted(best[: plan.num_draft_tokens])]
-        place = {old: new for new, old in enumerate(kept)}
-        return [
-            _Node(token_id=n.token_id, parent=place.get(n.parent, -1), depth=n.depth, score=n.score)
-            for n in (pool[index] for index in kept)
-        ]
+    def measure_level(self, num_tokens: int) -> Callable[[], object]:
+        """One draft level below `num_tokens` nodes, for the profiler to time."""
+        sequence = Sequence(request_id=0, prompt_ids=[0], params=SamplingParams(), max_tokens=1, stream_key=0)
+        noise_rows = SamplingBatch.build([sequence] * num_tokens, torch.device("cpu"))
+        table = NgramTable(2**16)
+        groups, contexts = np.zeros(num_tokens, np.uint64), np.zeros((num_tokens, MAX_ORDER), np.int64)
+        table.add(groups[:1].repeat(16), contexts[:1].repeat(16, axis=0), np.arange(16))
+        levels = _NgramLevels(table, groups, contexts)
+        return lambda: levels.rank(noise_rows, 4)
 
-    def _children(
-        self, table: _Table, suffix: tuple[int, ...], sequence: Sequence, depth: int, width: int
-    ) -> list[tuple[int, float]]:
-        """(token, log chance) of the most promising continuations, best first."""
-        counts = next(
-            (table[suffix[-order:]] for order in range(len(suffix), _MIN_ORDER - 1, -1) if suffix[-order:] in table),
-            None,
-        )
-        if not counts:
-            return []
-        position = len(sequence.token_ids) + depth - 1
-        is_noisy = sequence.params.temperature > 0
-        noisy = []
-        for token_id, count in counts.most_common(_MAX_CHILDREN):
-            noise = gumbel_noise_at(sequence.stream_key, position, token_id) if is_noisy else 0.0
-            noisy.append((math.log(count) + noise, token_id))
-        noisy.sort(reverse=True)
-        total = math.log(sum(math.exp(value - noisy[0][0]) for value, _ in noisy) + 1.0) + noisy[0][0]
-        return [(token_id, value - total) for value, token_id in noisy[:width]]
+    def save(self, folder: Path) -> None:
+        """Write the counts and what they have been worth; raises OSError where that fails."""
+        self.count_observed()
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = self.table.to_arrays()
+        save_file(arrays, folder / _TABLE_FILE)
+        facts = {"orders": ORDERS, "checksums": _compute_checksums(arrays)}
+        (folder / _FACTS_FILE).write_text(json.dumps(facts) + "\n")
+        self.calibration.save(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Read what `save` wrote in the place of all counts; a smaller table keeps the newest.
+
+        Raises:
+            ValueError: a file is missing or damaged, or counts other orders; names the file.
+        """
+        path = folder / _FACTS_FILE
+        try:
+            facts = json.loads(path.read_text())
+            orders, checksums = facts["orders"], facts["checksums"]
+            if orders != list(ORDERS):
+                raise ValueError(f"it counts orders {orders}, this version {list(ORDERS)}")
+            path = folder / _TABLE_FILE
+            arrays = load_file(path)
+            if _compute_checksums(arrays) != checksums:
+                raise ValueError("its checksums differ")
+            self.table.load_arrays(arrays)
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove {folder} to start counting afresh") from error
+        self._texts = _Texts()
+        self.calibration.restore(folder)
+
+
+class _NgramLevels:
+    """Nodes of a draft as the last tokens of their paths."""
+
+    def __init__(self, table: NgramTable, groups: UInt64[np.ndarray, " B"], tails: Int[np.ndarray, "B M"]) -> None:
+        self.table, self.groups = table, groups
+        self.contexts = torch.from_numpy(tails)[:, None]  # [B, W, MAX_ORDER] of the nodes expanded last
+
+    def rank(self, noise_rows: SamplingBatch, width: int) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
+        """The best of log q + noise. Its chance: the share of the noisy mass, tokens never seen included.
+
+        The best of those is log escape + a noise that is not looked up, so its mean stands for it.
+        """
+        num_rows, num_nodes, _ = self.contexts.shape
+        predicted = self.table.predict(self.groups.repeat(num_nodes), self.contexts.flatten(0, 1).numpy())
+        token_ids, chances, escape = (torch.from_numpy(each).unflatten(0, (num_rows, num_nodes)) for each in predicted)
+        scores, unseen = chances.log(), escape.log()[..., None]
+        if noise_rows.is_noisy:
+            noise = gumbel_noise_of(noise_rows.stream_keys, noise_rows.positions, token_ids.flatten(1))
+            is_noisy = (noise_rows.temperature > 0)[:, None, None]
+            scores = scores + noise.view_as(scores) * is_noisy
+            unseen = unseen + _MEAN_NOISE * is_noisy
+        top, column = scores.topk(min(width, scores.shape[-1]), dim=-1)
+        num_columns = int((~top.isneginf()).any(1).any(0).sum())  # best first: the absent stand last
+        log_chances = top - torch.cat((scores, unseen), -1).logsumexp(-1, keepdim=True)
+        return log_chances[..., :num_columns], token_ids.gather(-1, column)[..., :num_columns].long()
+
+    def expand(self, token_ids: Int[Tensor, "B W"], above: Int[Tensor, "B W"], visible: Bool[Tensor, "B W E"]) -> None:
+        path = self.contexts.gather(1, above[..., None].expand(-1, -1, MAX_ORDER))
+        self.contexts = torch.cat((path[..., 1:], token_ids[..., None]), -1)
+
+
+class _Texts:
+    """Pieces of text on their way into the table: each its context, then its new tokens."""
+
+    def __init__(self) -> None:
+        self.num_new_tokens = 0
+        self._groups: list[int] = []
+        self._lengths: list[int] = []  # new tokens of each piece
+        self._tokens: list[int] = []
+
+    def append(self, group: int, token_ids: list[int], num_new_tokens: int) -> None:
+        """The last `num_new_tokens` of `token_ids`, of which at most MAX_ORDER more are looked at."""
+        self._groups.append(group)
+        self._lengths.append(num_new_tokens)
+        self._tokens += _pad(token_ids, MAX_ORDER + num_new_tokens)
+        self.num_new_tokens += num_new_tokens
+
+    def to_arrays(
+        self,
+    ) -> tuple[UInt64[np.ndarray, " n"], Int[np.ndarray, "n M"], Int[np.ndarray, " n"]]:
+        """(group, tokens before, token) of each new token, as `NgramTable.add` takes them."""
+        tokens, lengths = np.array(self._tokens), np.array(self._lengths)
+        piece = np.repeat(np.arange(len(lengths)), lengths)
+        index = np.arange(len(piece)) + (piece + 1) * MAX_ORDER
+        before = tokens[index[:, None] - np.arange(MAX_ORDER, 0, -1)]
+        return np.array(self._groups, np.uint64)[piece], before, tokens[index]
+
+
+def hash_group(prompt_ids: list[int]) -> int:
+    """64-bit key of a prompt's group, the same in every process; never 0."""
+    digest = hashlib.blake2b(np.array(prompt_ids, np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1
+
+
+def _read_tail(sequence: Sequence, count: int) -> list[int]:
+    """The last `count` tokens at most; long sequences are not copied."""
+    missing = count - len(sequence.token_ids)
+    return sequence.prompt_ids[-missing:] + sequence.token_ids if missing > 0 else sequence.token_ids[-count:]
+
+
+def _pad(token_ids: list[int], count: int = MAX_ORDER) -> list[int]:
+    return [NO_TOKEN] * (count - len(token_ids)) + token_ids
+
+
+def _compute_checksums(arrays: dict[str, np.ndarray]) -> dict[str, int]:
+    return {name: zlib.crc32(np.ascontiguousarray(array).tobytes()) for name, array in arrays.items()}

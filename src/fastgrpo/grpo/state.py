@@ -1,4 +1,4 @@
-"""Draft state beside a checkpoint: head, draft optimiser, planner. Safetensors and JSON, nothing pickled."""
+"""Draft state beside a checkpoint: head or counts, draft optimiser, planner. Safetensors and JSON, nothing pickled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastgrpo.drafters.drafter import TrainableDrafter
+from fastgrpo.drafters.drafter import StatefulDrafter, TrainableDrafter
 from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
 
@@ -19,13 +19,15 @@ _REFERENCE = "reference."
 
 
 def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
-    """Write head, draft optimiser and planner as safetensors and JSON."""
+    """Write head or counts, draft optimiser and planner as safetensors and JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     if engine.planner is not None:
         saved = {"name": engine.planner.name, "state": engine.planner.state_dict()}
         (folder / "planner.json").write_text(json.dumps(saved) + "\n")
     if isinstance(engine.drafter, TrainableDrafter):
         engine.drafter.save(folder / "head")
+    elif isinstance(engine.drafter, StatefulDrafter):
+        engine.drafter.save(folder / "drafter")
     if learner is None:
         return
     state = learner.state_dict()
@@ -50,6 +52,8 @@ def load_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
     try:
         if isinstance(engine.drafter, TrainableDrafter) and (folder / "head").is_dir():
             engine.drafter.restore(folder / "head")
+        elif isinstance(engine.drafter, StatefulDrafter) and (folder / "drafter").is_dir():
+            engine.drafter.restore(folder / "drafter")
         if (folder / "planner.json").exists():
             saved = json.loads((folder / "planner.json").read_text())
             engine.restore_planner(saved["name"], saved["state"])
