@@ -1,0 +1,24 @@
+"""What the commands take: one record for each, read from the command line. Light: no torch, no trl."""
+
+from fastgrpo.options.command_line import about, add_options, read_options
+from fastgrpo.options.drafting import DraftExportOptions, DraftImportOptions, DraftTrainOptions
+from fastgrpo.options.generating import GenerateOptions
+from fastgrpo.options.measuring import AcceptanceOptions, DraftersOptions, RolloutOptions
+from fastgrpo.options.training import DemoOptions, E2EOptions, LearningOptions, Workload
+
+__all__ = [
+    "AcceptanceOptions",
+    "DemoOptions",
+    "DraftExportOptions",
+    "DraftImportOptions",
+    "DraftTrainOptions",
+    "DraftersOptions",
+    "E2EOptions",
+    "GenerateOptions",
+    "LearningOptions",
+    "RolloutOptions",
+    "Workload",
+    "about",
+    "add_options",
+    "read_options",
+]

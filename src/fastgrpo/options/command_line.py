@@ -1,0 +1,87 @@
+"""From fields to command-line options and back."""
+
+from __future__ import annotations
+
+import argparse
+import types
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Record = TypeVar("Record")
+
+
+def about(help: str, *, choices: tuple[str, ...] = (), many: bool = False) -> dict[str, Any]:
+    """What makes a field an option of the command line; the help adds its default, unless that is None.
+
+    Args:
+        help: what it does, with its unit.
+        choices: the words it takes; a tuple of words takes several, parted by commas.
+        many: takes several arguments, parted by spaces.
+    """
+    return {"help": help, "choices": choices, "many": many}
+
+
+def check_positive(record: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(record, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(record, name)}")
+
+
+def add_options(parser: argparse.ArgumentParser, record: type) -> None:
+    """One `--option` for each field of a record that says what it is `about`."""
+    hints = get_type_hints(record)
+    for entry in fields(record):
+        hint, help, choices = hints[entry.name], entry.metadata["help"], entry.metadata["choices"]
+        if choices:
+            help = f"{help}: {', '.join(choices)}"
+        if entry.default is not None and entry.default != () and entry.default is not False:
+            shown = ",".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default
+            help = f"{help} (default: {shown})"
+        keywords: dict[str, Any] = {"dest": entry.name, "default": entry.default, "help": help}
+        if hint is bool:
+            keywords |= {"action": "store_true"}
+        elif entry.metadata["many"]:
+            keywords |= {"nargs": "+", "metavar": "TEXT"}
+        else:
+            keywords |= {"type": _build_reader(hint, choices), "metavar": _metavar(hint)}
+        parser.add_argument(f"--{entry.name.replace('_', '-')}", **keywords)
+
+
+def read_options(record: type[Record], namespace: argparse.Namespace) -> Record:
+    """The record that `add_options` described.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    values = {entry.name: getattr(namespace, entry.name) for entry in fields(record)}  # type: ignore[arg-type]
+    return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _plain_type(hint: Any) -> type:
+    """`X` of `X | None`."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    plain: type = hint
+    return plain
+
+
+def _metavar(hint: Any) -> str:
+    names = {int: "N", float: "X", Path: "PATH", str: "NAME"}
+    return names.get(_plain_type(hint), "NAME,...")
+
+
+def _build_reader(hint: Any, choices: tuple[str, ...]) -> Callable[[str], Any]:
+    """From an argument's text to its value; argparse shows what an `ArgumentTypeError` says."""
+    kind = _plain_type(hint)
+
+    def read(text: str) -> Any:
+        words = text.split(",") if get_origin(kind) is tuple else [text]
+        for word in words if choices else ():
+            if word not in choices:
+                raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(choices)}")
+        return tuple(get_args(kind)[0](word) for word in words) if get_origin(kind) is tuple else kind(text)
+
+    read.__name__ = getattr(kind, "__name__", "value")
+    return read
