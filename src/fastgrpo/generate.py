@@ -12,15 +12,7 @@ from rich.console import Console
 
 from fastgrpo.data import load_prompts
 from fastgrpo.engine import Engine
-from fastgrpo.loading import (
-    encode_prompts,
-    find_stop_token_ids,
-    load_model,
-    load_tokenizer,
-    quiet_libraries,
-    resolve_device,
-    resolve_model,
-)
+from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
 from fastgrpo.metrics import summarise_rollout
 from fastgrpo.options import GenerateOptions
 from fastgrpo.types import Completion, SamplingParams
@@ -43,22 +35,20 @@ def run_generate(options: GenerateOptions, console: Console | None = None) -> No
     )
     prompts = [prompt for prompt in _read_prompts(options) for _ in range(options.num_generations)]
     quiet_libraries()
-    path = resolve_model(options.model)
-    tokenizer = load_tokenizer(path)
-    encoded = encode_prompts(tokenizer, prompts, raw=options.raw)
-    model = load_model(path, dtype=options.dtype, device=resolve_device(options.device))
+    opened = open_model(options.model, dtype=options.dtype, device=options.device)
+    encoded = encode_prompts(opened.tokenizer, prompts, raw=options.raw)
     engine = Engine(
-        model,
+        opened.model,
         drafter=options.drafter,
         speculation=options.speculation,
         max_num_seqs=options.max_num_seqs,
-        tokenizer=tokenizer,
+        tokenizer=opened.tokenizer,
     )
     started = time.perf_counter()
-    params = dataclasses.replace(params, stop_token_ids=find_stop_token_ids(model, tokenizer))
+    params = dataclasses.replace(params, stop_token_ids=opened.stop_token_ids)
     completions = engine.generate(encoded, params)
     generation_s = time.perf_counter() - started - engine.profile_s
-    rows = [_build_row(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+    rows = [_build_row(opened.tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
     _print(rows, console)
     console.print(_build_closing_line(engine, rows, generation_s), style="bold", soft_wrap=True)
     if options.output is not None:

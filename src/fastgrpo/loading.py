@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,6 +64,32 @@ def load_model(path: str, *, dtype: str, device: torch.device) -> PreTrainedMode
 
 def load_tokenizer(path: str) -> Any:
     return AutoTokenizer.from_pretrained(path)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model, what reads and writes its text, and what ends its completions."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    stop_token_ids: tuple[int, ...]
+
+
+def open_model(name: str, *, dtype: str, device: str) -> Opened:
+    """What a command works on.
+
+    Args:
+        name: a folder, a hub id, or the demo's.
+        dtype: of the weights; "auto" keeps the type they are saved in.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: there is no such device, or no source has the demo model.
+        OSError: there is no such model, or it has no safetensors.
+    """
+    path = resolve_model(name)
+    model, tokenizer = load_model(path, dtype=dtype, device=resolve_device(device)), load_tokenizer(path)
+    return Opened(model, tokenizer, find_stop_token_ids(model, tokenizer))
 
 
 def encode_prompts(

@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.data import build_task_dataset, load_prompts
@@ -35,15 +34,7 @@ from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.state import load_state, save_state
 from fastgrpo.head_training import pack, round_up
 from fastgrpo.learner import Learner
-from fastgrpo.loading import (
-    encode_prompts,
-    find_stop_token_ids,
-    load_model,
-    load_tokenizer,
-    quiet_libraries,
-    resolve_device,
-    resolve_model,
-)
+from fastgrpo.loading import Opened, encode_prompts, open_model, quiet_libraries
 from fastgrpo.model import TargetModel
 from fastgrpo.objective import measure_head
 from fastgrpo.options import DraftTrainOptions
@@ -84,11 +75,9 @@ def run_draft_training(options: DraftTrainOptions, command: str, console: Consol
     quiet_libraries()
     folder = options.output
     _claim(folder, options)
-    path = resolve_model(options.model)
-    model = load_model(path, dtype=options.dtype, device=resolve_device(options.device))
-    tokenizer = load_tokenizer(path)
-    answers = _draw_answers(options, model, tokenizer, folder / "answers.jsonl", console)
-    training = _Training(options, model, tokenizer, answers)
+    opened = open_model(options.model, dtype=options.dtype, device=options.device)
+    answers = _draw_answers(options, opened, folder / "answers.jsonl", console)
+    training = _Training(options, opened, answers)
     result = training.run(folder, console)
     result |= {
         "command": command,
@@ -128,17 +117,15 @@ def _claim(folder: Path, options: DraftTrainOptions) -> None:
 # -- the target's answers --------------------------------------------------------------------------------------
 
 
-def _draw_answers(
-    options: DraftTrainOptions, model: PreTrainedModel, tokenizer: Any, path: Path, console: Console
-) -> list[Answer]:
+def _draw_answers(options: DraftTrainOptions, opened: Opened, path: Path, console: Console) -> list[Answer]:
     """Answers to every prompt: those on file, then the missing ones."""
-    requests = _build_requests(options, tokenizer)
+    requests = _build_requests(options, opened.tokenizer)
     answers = _read_answers(path)
-    engine = Engine(model, drafter="none", speculation="off", max_num_seqs=options.max_num_seqs)
+    engine = Engine(opened.model, drafter="none", speculation="off", max_num_seqs=options.max_num_seqs)
     params = SamplingParams(
         temperature=options.temperature,
         max_tokens=options.max_tokens,
-        stop_token_ids=find_stop_token_ids(model, tokenizer),
+        stop_token_ids=opened.stop_token_ids,
         seed=options.seed,
     )
     started, drawn = time.monotonic(), 0
@@ -205,14 +192,12 @@ def _read_answers(path: Path) -> list[Answer]:
 class _Training:
     """The learner over all answers, with features computed by the target when they are needed."""
 
-    def __init__(
-        self, options: DraftTrainOptions, model: PreTrainedModel, tokenizer: Any, answers: list[Answer]
-    ) -> None:
+    def __init__(self, options: DraftTrainOptions, opened: Opened, answers: list[Answer]) -> None:
         self.options = options
-        target = TargetModel(model, tokenizer=tokenizer)
+        target = TargetModel(opened.model, tokenizer=opened.tokenizer)
         self.drafter = _build_drafter(options, target)
         self.learner = Learner(self.drafter, learning_rate=options.learning_rate, seed=options.seed)
-        self.engine = Engine(model, drafter=self.drafter, speculation="off")  # what the state is saved with
+        self.engine = Engine(opened.model, drafter=self.drafter, speculation="off")  # what the state is saved with
         kept = [answer for answer in answers if len(answer.token_ids) >= _MIN_ANSWER]
         self.held_out, self.answers = kept[: min(_HELD_OUT, len(kept) // 10)], kept[min(_HELD_OUT, len(kept) // 10) :]
         if not self.answers:

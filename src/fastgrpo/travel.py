@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from fastgrpo.data import build_task_dataset, load_prompts
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_files import find_shipped_head, load_head, save_head
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.loading import (
+    Opened,
     encode_prompts,
-    find_stop_token_ids,
     load_model,
-    load_tokenizer,
+    open_model,
     quiet_libraries,
     resolve_device,
     resolve_model,
@@ -62,12 +61,10 @@ def run_draft_import(options: DraftImportOptions, command: str, console: Console
     quiet_libraries()
     assert options.source is not None
     _check_unused(options.output)
-    path = resolve_model(options.model)
-    model = load_model(path, dtype=options.dtype, device=resolve_device(options.device))
-    tokenizer = load_tokenizer(path)
-    target = TargetModel(model, tokenizer=tokenizer)
+    opened = open_model(options.model, dtype=options.dtype, device=options.device)
+    target = TargetModel(opened.model, tokenizer=opened.tokenizer)
     drafter = EagleDrafter(target, head=load_head(options.source, target))
-    acceptance = measure_acceptance(drafter, _draw_answers(options, model, tokenizer, drafter))
+    acceptance = measure_acceptance(drafter, _draw_answers(options, opened, drafter))
     first, length = float(acceptance[0, 0]), compute_expected_length(_SHOWN_PLAN, acceptance.tolist())
     _say(
         console,
@@ -87,9 +84,7 @@ def run_draft_import(options: DraftImportOptions, command: str, console: Console
         "expected_length": length,
     }
     save_head(drafter.head, options.output, target)
-    write_json(
-        result | {"command": command, "settings": dataclasses.asdict(options)}, options.output / "import.json", indent=1
-    )
+    write_json(result | {"settings": dataclasses.asdict(options)}, options.output / "import.json", indent=1)
     _say(console, f"written: {options.output} (use it as drafter={options.output})")
     return result
 
@@ -115,24 +110,22 @@ def _check_unused(folder: Path) -> None:
         raise ValueError(f"{folder} is in use; choose another --output")
 
 
-def _draw_answers(
-    options: DraftImportOptions, model: PreTrainedModel, tokenizer: Any, drafter: EagleDrafter
-) -> list[FinishedRollout]:
+def _draw_answers(options: DraftImportOptions, opened: Opened, drafter: EagleDrafter) -> list[FinishedRollout]:
     """The target's own answers with their features."""
     if options.data is not None:
         chats = list(load_prompts(options.data, skip_broken=options.skip_broken)["prompt"])[: options.num_prompts]
     else:
         chats = build_task_dataset(options.task, size=options.num_prompts, seed=options.seed)["prompt"]
     rollouts: list[FinishedRollout] = []
-    engine = Engine(model, drafter=drafter, speculation="off")
+    engine = Engine(opened.model, drafter=drafter, speculation="off")
     engine.on_finish.append(rollouts.append)
     params = SamplingParams(
         temperature=options.temperature,
         max_tokens=options.max_tokens,
-        stop_token_ids=find_stop_token_ids(model, tokenizer),
+        stop_token_ids=opened.stop_token_ids,
         seed=options.seed,
     )
-    engine.generate(encode_prompts(tokenizer, chats), params)
+    engine.generate(encode_prompts(opened.tokenizer, chats), params)
     return rollouts
 
 

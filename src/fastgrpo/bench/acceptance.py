@@ -16,15 +16,7 @@ from fastgrpo.data import build_task_dataset
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine
-from fastgrpo.loading import (
-    encode_prompts,
-    find_stop_token_ids,
-    load_model,
-    load_tokenizer,
-    quiet_libraries,
-    resolve_device,
-    resolve_model,
-)
+from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
 from fastgrpo.metrics import compute_ratio
 from fastgrpo.options import AcceptanceOptions
 from fastgrpo.report import BLUE, GREY, write_json
@@ -49,21 +41,22 @@ def run_acceptance_bench(options: AcceptanceOptions, command: str, console: Cons
     """
     console = console or Console()
     quiet_libraries()
-    path = resolve_model(options.model)
-    model = load_model(path, dtype=options.dtype, device=resolve_device(options.device))
-    tokenizer = load_tokenizer(path)
+    opened = open_model(options.model, dtype=options.dtype, device=options.device)
+    model = opened.model
     engine = Engine(model, drafter=options.drafter, speculation=PLANS[0], max_num_seqs=options.max_num_seqs)
     drafter = engine.drafter
     if not isinstance(drafter, EagleDrafter):
         raise ValueError(f"only drafts of a head are ranked with noise or without; got drafter={options.drafter}")
-    stops = find_stop_token_ids(model, tokenizer)
     rows = []
     for task in options.task:
         chats = build_task_dataset(task, size=options.num_prompts, seed=options.seed)["prompt"]
-        prompts = encode_prompts(tokenizer, chats)
+        prompts = encode_prompts(opened.tokenizer, chats)
         for temperature in options.temperature:
             params = SamplingParams(
-                temperature=temperature, max_tokens=options.max_tokens, stop_token_ids=stops, seed=options.seed
+                temperature=temperature,
+                max_tokens=options.max_tokens,
+                stop_token_ids=opened.stop_token_ids,
+                seed=options.seed,
             )
             for plan in PLANS:
                 row = {"task": task, "temperature": temperature, **dataclasses.asdict(plan)}

@@ -20,15 +20,7 @@ from fastgrpo.bench.measure import (
 )
 from fastgrpo.data import build_task_dataset
 from fastgrpo.engine import Engine
-from fastgrpo.loading import (
-    encode_prompts,
-    find_stop_token_ids,
-    load_model,
-    load_tokenizer,
-    quiet_libraries,
-    resolve_device,
-    resolve_model,
-)
+from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
 from fastgrpo.options import DraftersOptions
 from fastgrpo.report import write_json
 from fastgrpo.types import SamplingParams, SpeculationPlan, StepRecord
@@ -52,16 +44,15 @@ def run_drafters_bench(options: DraftersOptions, command: str, console: Console 
     """
     console = console or Console()
     quiet_libraries()
-    path = resolve_model(options.model)
-    model = load_model(path, dtype=options.dtype, device=resolve_device(options.device))
-    tokenizer = load_tokenizer(path)
+    opened = open_model(options.model, dtype=options.dtype, device=options.device)
+    model = opened.model
     chats = build_task_dataset(options.task, size=max(options.num_prompts, *_COST_BATCHES), seed=options.seed)["prompt"]
-    distinct = encode_prompts(tokenizer, chats)
+    distinct = encode_prompts(opened.tokenizer, chats)
     prompts = [ids for ids in distinct[: options.num_prompts] for _ in range(options.num_generations)]
     params = SamplingParams(
         temperature=options.temperature,
         max_tokens=options.max_tokens,
-        stop_token_ids=find_stop_token_ids(model, tokenizer),
+        stop_token_ids=opened.stop_token_ids,
     )
     rows = [
         {"drafter": name, "by_epoch": _measure_acceptance(model, name, prompts, params, options)}

@@ -31,7 +31,7 @@ from fastgrpo.drafters.drafter import TrainableDrafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import FinishedRollout
 from fastgrpo.learner import Learner
-from fastgrpo.loading import encode_prompts, load_model, quiet_libraries, resolve_device, resolve_model
+from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
 from fastgrpo.model import TargetModel
 from fastgrpo.options import LearningOptions
 from fastgrpo.planner import compute_expected_length
@@ -66,8 +66,7 @@ def run_learning_bench(options: LearningOptions, command: str, console: Console 
         steps, run = _train(options, console)
         if options.rollouts is not None:
             save_rollouts(steps, options.rollouts)
-    model = load_model(resolve_model(options.model), dtype=options.dtype, device=resolve_device("auto"))
-    target = TargetModel(model)
+    target = TargetModel(open_model(options.model, dtype=options.dtype, device="auto").model)
     curves = []
     with target.rollout_mode():
         for start in options.starts:

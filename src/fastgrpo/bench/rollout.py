@@ -27,15 +27,7 @@ from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
-from fastgrpo.loading import (
-    encode_prompts,
-    find_stop_token_ids,
-    load_model,
-    load_tokenizer,
-    quiet_libraries,
-    resolve_device,
-    resolve_model,
-)
+from fastgrpo.loading import Opened, encode_prompts, open_model, quiet_libraries
 from fastgrpo.metrics import compute_ratio
 from fastgrpo.model import TargetModel
 from fastgrpo.options import RolloutOptions
@@ -53,9 +45,9 @@ def run_rollout_bench(options: RolloutOptions, command: str, console: Console | 
     """
     console = console or Console()
     quiet_libraries()
-    path = resolve_model(options.model)
-    model = load_model(path, dtype=options.dtype, device=resolve_device(options.device))
-    warmup, prompts, params = _build_requests(options, model, load_tokenizer(path))
+    opened = open_model(options.model, dtype=options.dtype, device=options.device)
+    model = opened.model
+    warmup, prompts, params = _build_requests(options, opened)
     head, learned = _warm_up(options, model, warmup, params)
     engines = {name: _build_engine(options, model, name, head) for name in options.speculation}
 
@@ -78,13 +70,13 @@ def run_rollout_bench(options: RolloutOptions, command: str, console: Console | 
 
 
 def _build_requests(
-    options: RolloutOptions, model: PreTrainedModel, tokenizer: Any
+    options: RolloutOptions, opened: Opened
 ) -> tuple[list[list[list[int]]], list[list[int]], SamplingParams]:
     """Prompts of each warm-up rollout, the measured ones, and how they are sampled."""
     assert options.max_tokens is not None  # set by the record itself
     count = options.num_prompts
     dataset = build_task_dataset(options.task, size=count * (1 + options.warmup_steps), seed=options.seed)
-    encoded = encode_prompts(tokenizer, dataset["prompt"])
+    encoded = encode_prompts(opened.tokenizer, dataset["prompt"])
     rollouts = [
         [ids for ids in encoded[start : start + count] for _ in range(options.num_generations)]
         for start in range(0, len(encoded), count)
@@ -92,7 +84,7 @@ def _build_requests(
     params = SamplingParams(
         temperature=options.temperature,
         max_tokens=options.max_tokens,
-        stop_token_ids=find_stop_token_ids(model, tokenizer),
+        stop_token_ids=opened.stop_token_ids,
     )
     return rollouts[1:], rollouts[0], params
 
