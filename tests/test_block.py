@@ -478,13 +478,12 @@ def test_a_restored_learner_goes_on_as_if_nothing_had_happened(tmp_path):
     save_state(tmp_path, engines[0], learners[0])
     load_state(tmp_path, engines[1], learners[1])
     for each in learners:
-        each._replay.clear()  # the replay is not saved
         for rollout in rollouts[4:]:
             each.add(rollout)
-    reports = [each.learn(budget_s=0.0) for each in learners]
+    reports = [each.learn(60.0, max_updates=4) for each in learners]  # more than the new ones fill
     assert reports[0].loss == reports[1].loss and reports[0].held_out_loss == reports[1].held_out_loss
     assert_same_head(engines[1].drafter, head_bits(engines[0].drafter))
-    assert [each.num_updates for each in learners] == [2, 2]
+    assert learners[0].num_updates == learners[1].num_updates >= 3
 
 
 def test_the_draft_vocabulary_follows_what_was_said():

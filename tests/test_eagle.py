@@ -468,13 +468,13 @@ def test_a_restored_learner_goes_on_as_if_nothing_had_happened(tmp_path):
     restored = Learner(restored_drafter, learning_rate=learner.learning_rate)
     restored.load_state_dict(state)
     for each in (learner, restored):
-        each._replay.clear()  # the replay is not saved
         for rollout in rollouts[4:]:
             each.add(rollout)
-    first, second = learner.learn(budget_s=0.0), restored.learn(budget_s=0.0)
+    first, second = (each.learn(60.0, max_updates=4) for each in (learner, restored))  # more than the new ones fill
     assert first.loss == second.loss
     assert_same_head(restored_drafter, head_bits(drafter))
-    assert restored.num_updates == learner.num_updates == 2
+    assert restored.num_updates == learner.num_updates == 5
+    assert [r.token_ids for r in restored._replay] == [r.token_ids for r in rollouts]
 
 
 def test_the_draft_vocabulary_follows_what_was_said():

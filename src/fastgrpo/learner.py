@@ -242,7 +242,7 @@ class Learner:
             self._replay.popleft()
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, generator and counters; the head is saved by its drafter, the replay is not saved."""
+        """Optimiser, generator, counters, reference and replay; the head is saved by its drafter."""
         return {
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
@@ -252,6 +252,7 @@ class Learner:
             "warm_from": self._warm_from,
             "control": self.control.state_dict(),
             "reference": self._reference,
+            "replay": list(self._replay),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -261,6 +262,7 @@ class Learner:
         self.num_updates = int(state["num_updates"])
         self.rate_scale, self._warm_from = float(state["rate_scale"]), int(state["warm_from"])
         self.control.load_state_dict(state["control"])
+        self._replay = deque(state["replay"])
         reference = state["reference"]
         self._reference = None if reference is None else [x.to(self.drafter.target.device) for x in reference]
 

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastgrpo.bench.acceptance import PLANS, measure_plan
@@ -36,6 +34,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.options import LearningOptions
 from fastgrpo.planner import compute_expected_length
 from fastgrpo.report import GREY, PALETTE, write_json
+from fastgrpo.rollouts import Steps, load_rollouts, save_rollouts
 from fastgrpo.types import SamplingParams, SpeculationPlan
 from fastgrpo.unroll import measure_acceptance
 
@@ -45,7 +44,6 @@ _LAST = 5  # steps that an end figure is the mean of
 _HELD_OUT_SEED, _HELD_OUT = 1000, 32  # prompts for the trained policy
 _LOGGED = ("draft/learn_s", "draft/saved_s", "draft/effort", "draft/rolled_back", "draft/num_updates", "step_time")
 
-Steps = list[list[FinishedRollout]]
 Row = dict[str, Any]
 
 
@@ -138,50 +136,6 @@ def _measure_trained(trainer: Any, options: LearningOptions, console: Console) -
         rows.append(dataclasses.asdict(plan) | measured)
         _say(console, f"after training, {plan.num_draft_tokens} nodes: {measured['acceptance_length']:.2f} tokens")
     return rows
-
-
-def save_rollouts(steps: Steps, path: Path) -> None:
-    """Write the rollouts of a run as safetensors: features end to end, and the tokens they belong to."""
-    rollouts = [(number, rollout) for number, step in enumerate(steps) for rollout in step]
-    counts = [[number, len(r.prompt_ids), len(r.token_ids)] for number, r in rollouts]
-    features = [r.features for _, r in rollouts if r.features is not None]
-    tensors = {
-        "features": torch.cat(features),
-        "counts": torch.tensor(counts),
-        "tokens": torch.tensor([token for _, r in rollouts for token in (*r.prompt_ids, *r.token_ids)]),
-        "temperature": torch.tensor([r.temperature for _, r in rollouts]),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path)
-
-
-def load_rollouts(path: Path) -> Steps:
-    """Read what `save_rollouts` wrote.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            counts, tokens, features, temperature = (
-                file.get_tensor(name) for name in ("counts", "tokens", "features", "temperature")
-            )
-    except Exception as error:  # safetensors raises its own kinds
-        raise ValueError(f"{path} holds no recorded rollouts ({error}); name a new file to record them") from error
-    steps: Steps = [[] for _ in range(int(counts[-1, 0]) + 1)]
-    token, feature = 0, 0
-    for (number, num_prompt, num_tokens), heat in zip(counts.tolist(), temperature.tolist(), strict=True):
-        ids = tokens[token : token + num_prompt + num_tokens].tolist()
-        steps[number].append(
-            FinishedRollout(
-                prompt_ids=ids[:num_prompt],
-                token_ids=ids[num_prompt:],
-                temperature=heat,
-                features=features[feature : feature + len(ids) - 1],
-            )
-        )
-        token, feature = token + len(ids), feature + len(ids) - 1
-    return steps
 
 
 # -- replays ---------------------------------------------------------------------------------------------------

@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from fastgrpo.drafters.drafter import StatefulDrafter, TrainableDrafter
 from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
+from fastgrpo.rollouts import load_rollouts, save_rollouts
 
 _COUNTERS = ("num_updates", "rate_scale", "warm_from", "control")
 _REFERENCE = "reference."
+_REPLAY = "replay.safetensors"
 
 
 def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
-    """Write head or counts, draft optimiser and planner as safetensors and JSON."""
+    """Write head or counts, draft optimiser, replayed rollouts and planner as safetensors and JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     if engine.planner is not None:
         saved = {"name": engine.planner.name, "state": engine.planner.state_dict()}
@@ -40,6 +42,7 @@ def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
     tensors |= {f"{_REFERENCE}{i}": value.cpu().contiguous() for i, value in enumerate(state["reference"] or [])}
     save_file(tensors, folder / "learner.safetensors")
     record = {key: state[key] for key in _COUNTERS} | {"param_groups": state["optimizer"]["param_groups"]}
+    save_rollouts([state["replay"]], folder / _REPLAY)
     (folder / "learner.json").write_text(json.dumps(record) + "\n")
 
 
@@ -86,5 +89,6 @@ def _read_learner(folder: Path) -> dict[str, Any]:
         "generator": generator,
         "token_counts": token_counts,
         "reference": reference,
+        "replay": [r for step in load_rollouts(folder / _REPLAY) for r in step] if (folder / _REPLAY).exists() else [],
         **{key: record[key] for key in _COUNTERS},
     }
