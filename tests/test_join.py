@@ -174,6 +174,7 @@ def test_it_drafts_with_what_pays() -> None:
     assert lengths["ngram"] > lengths["eagle"] + 1
     assert lengths["joined"] > lengths["eagle"] + 1
     assert drafter.choose_way(1) in ("ngram", "joined")
+    assert sum(drafter.way_shares.values()) == pytest.approx(1)
     records = [record.acceptance_length for record in engine.records]
     assert sum(records) / len(records) > 3
     ledger.draft_s["ngram"].value = ledger.draft_s["joined"].value = 100.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,12 +86,24 @@ class AutoDrafter:
         self._way = first.name
         self._num_live = 1
         self._drafted_at = 0.0
+        self._num_drafts: Counter[str] = Counter()  # of each way, in this rollout
+
+    @property
+    def way_shares(self) -> dict[str, float]:
+        """Share of the drafts of this rollout, or the last one, that came each way; sums to 1."""
+        total = sum(self._num_drafts.values())
+        return {way: self._num_drafts[way] / total for way in self._ways} if total else {}
+
+    @property
+    def _ways(self) -> tuple[str, str, str]:
+        return self.members[0].name, self.members[1].name, self.JOINED
 
     def measure_level(self, num_tokens: int) -> Callable[[], object]:
         """The first member's: what the planner begins with, and corrects as it sees what drafts take."""
         return self.members[0].measure_level(num_tokens)
 
     def begin(self) -> None:
+        self._num_drafts.clear()
         for member in self.members:
             member.begin()
 
@@ -108,9 +121,8 @@ class AutoDrafter:
     def choose_way(self, num_live: int) -> str:
         """What drafts best with about so many live sequences, as far as was measured."""
         ledger = self._find_ledger(num_live)
-        ways = (self.members[0].name, self.members[1].name, self.JOINED)
-        best = max(ways, key=ledger.rate)
-        current = ledger.way or ways[0]
+        best = max(self._ways, key=ledger.rate)
+        current = ledger.way or self._ways[0]
         ledger.way = best if ledger.rate(best) > _MARGIN * ledger.rate(current) else current
         return ledger.way
 
@@ -130,6 +142,7 @@ class AutoDrafter:
                 self._drafts[member.name] = member.propose(context, plan)
                 self._draft_s[member.name] = time.perf_counter() - started
         draft = self._join(plan) if self._way == self.JOINED else self._drafts[self._way]
+        self._num_drafts[self._way] += 1
         self._drafted_at = time.perf_counter()
         return draft
 

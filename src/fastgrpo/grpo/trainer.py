@@ -235,6 +235,8 @@ class FastGRPOTrainer(GRPOTrainer):
         summary = summarise_rollout(self.engine.records, rollout_s=rollout_s)
         for key, value in rollout_metrics(summary, capacity=capacity).items():
             self._metrics[mode][key].append(value)
+        for way, share in getattr(self.engine.drafter, "way_shares", {}).items():  # of a drafter of two
+            self._metrics[mode][f"draft/share_{way}"].append(share)
 
     def _estimate_saved_s(self) -> float | None:
         """What the last rollout won by speculation; None while the head is young and for planners that cannot say."""
