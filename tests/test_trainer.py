@@ -153,6 +153,22 @@ def test_resume_continues_where_it_stopped(tmp_path: Path) -> None:
     assert not list(checkpoint.rglob("*.pkl")) and (checkpoint / "fastgrpo" / "head" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("drafter", ["auto", "block"])
+def test_other_drafters_leave_training_bit_identical_and_go_on(tmp_path: Path, drafter: str) -> None:
+    plain = build_trainer(tmp_path / "off", speculation="off")
+    plain.train()
+    keys = {"speculation": "fixed", "drafter": drafter}
+    whole = build_trainer(tmp_path / "run", save_strategy="steps", save_steps=2, **keys)
+    whole.train()
+    resumed = build_trainer(tmp_path / "resumed", **keys)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for each in (whole, resumed):
+        assert_same_weights(weights_of(plain), weights_of(each))
+    assert all(row["draft/num_tokens"] > 0 for row in whole.state.log_history if "reward" in row)
+    shares = {key for row in whole.state.log_history for key in row if key.startswith("draft/share_")}
+    assert shares == ({"draft/share_eagle", "draft/share_ngram", "draft/share_joined"} if drafter == "auto" else set())
+
+
 def test_head_optimiser_and_planner_are_restored(tmp_path: Path) -> None:
     whole = build_trainer(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=2)
     whole.train()
