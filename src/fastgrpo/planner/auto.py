@@ -93,9 +93,13 @@ class AutoPlanner:
         return 1 + (self._expected[plan] - 1) * self._length.value
 
     def _predict_rate(self, plan: SpeculationPlan, inputs: PlanInputs) -> float:
-        """Tokens per second; the price of switching on is spread over the steps until it is asked again."""
+        """Tokens per second; the price of switching on is spread over the steps until it is asked again.
+
+        A one-pass drafter projects what it has not read to keys and values and runs no layer on it: no price is put
+        on that.
+        """
         seconds = self.predict_step_s(plan, inputs)
-        if not plan.is_plain and self._current.is_plain:
+        if not plan.is_plain and self._current.is_plain and not self.profile.is_one_pass:
             seconds += self._draft_cost.value * self.profile.compute_draft_s(inputs.num_unread) / self.trial_wait
         return inputs.num_seqs * self._predict_length(plan) / seconds
 
