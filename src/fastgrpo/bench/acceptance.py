@@ -24,7 +24,7 @@ from fastgrpo.types import SamplingParams, SpeculationPlan, StepRecord
 
 PLANS = tuple(
     SpeculationPlan(depth=depth, width=width, num_draft_tokens=nodes)
-    for depth, width, nodes in ((2, 1, 2), (3, 2, 4), (4, 3, 8), (5, 4, 16), (6, 6, 32))
+    for depth, width, nodes in ((2, 1, 2), (3, 2, 4), (4, 3, 8), (5, 4, 16), (5, 8, 32))
 )
 SHARED, WITHOUT = "shared", "without"  # noise that drafts are ranked with
 
