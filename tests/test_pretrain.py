@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import build_model, shared_model
 from fastgrpo import pretrain
 from fastgrpo.cli import main
-from fastgrpo.drafters import build_drafter, eagle_files
+from fastgrpo.drafters import build_drafter, eagle_files, head_parts
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_files import find_shipped_head, load_head, save_head
 from fastgrpo.engine import Engine, FinishedRollout
@@ -230,3 +230,29 @@ def test_a_compact_head_loads_like_any(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(tmp_path / "compact" / "model.safetensors")
     for name, value in full.items():
         assert torch.allclose(value.float(), compact[name].float(), rtol=2**-8), name
+
+
+def test_a_compact_head_is_cut_to_its_frequent_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = EagleDrafter(TargetModel(shared_model("llama")), draft_vocab_size=40)
+    counts = torch.zeros(drafter.target.vocab_size, dtype=torch.int64)
+    counts[10:60] = torch.arange(50)  # 40 tokens, from 20 on, are drafted; the last ones were said most
+    drafter.select_vocabulary(counts)
+    drafter.refresh()
+    save_head(drafter.head, tmp_path / "mine", drafter.target, compact=True, counts=counts)
+    head = load_head(tmp_path / "mine", drafter.target)
+    assert head.draft_vocab.tolist() == list(range(20, 60))
+    head.keep_frequent(64)
+    assert head.draft_vocab_size == 40, "nothing to cut"
+    head.keep_frequent(15)
+    assert head.draft_vocab.tolist() == list(range(45, 60))
+    monkeypatch.setattr(eagle_files, "_SHIPPED", tmp_path)
+    monkeypatch.setattr(head_parts, "_CPU_VOCAB_SIZE", 15)
+    shipped = build_drafter("eagle", drafter.target)
+    assert isinstance(shipped, EagleDrafter) and shipped.was_trained
+    assert shipped.head.draft_vocab.tolist() == list(range(45, 60))
+    assert torch.equal(shipped.head.lm_head.weight, drafter.target.lm_head.weight[45:60])
+    assert torch.allclose(shipped.head.fc.weight, drafter.head.fc.weight, rtol=2**-8)
+    tensors = load_file(tmp_path / "mine" / "model.safetensors")
+    save_file(tensors | {"vocab_rank": tensors["vocab_rank"] * 2}, tmp_path / "mine" / "model.safetensors")
+    with pytest.raises(ValueError, match="vocab_rank"):
+        load_head(tmp_path / "mine", drafter.target)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from fastgrpo.drafters.block import BlockDrafter
 from fastgrpo.drafters.block_files import load_block_head, save_block_head
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_files import load_head, save_head
+from fastgrpo.drafters.head_parts import choose_vocab_size
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.state import load_state, save_state
 from fastgrpo.head_training import pack, round_up
@@ -87,7 +88,7 @@ def run_draft_training(options: DraftTrainOptions, command: str, console: Consol
         "num_answers": len(answers),
         "num_tokens": sum(len(answer.token_ids) for answer in answers),
     }
-    _save_head(training.drafter, folder / "head", compact=options.compact)
+    _save_head(training.drafter, folder / "head", training.count_tokens(), compact=options.compact)
     write_json(result, folder / "result.json", indent=1)
     _say(console, f"written: {folder / 'head'} (use it as drafter={folder / 'head'})")
     return result
@@ -238,10 +239,13 @@ class _Training:
         self.drafter.refresh()
         return measure_head(self.drafter, rollouts)
 
-    def _select_vocabulary(self) -> None:
+    def count_tokens(self) -> Int[Tensor, " V"]:
+        """How often each token was said."""
         ids = torch.tensor([token_id for answer in self.answers for token_id in answer.token_ids])
-        counts = torch.bincount(ids, minlength=self.drafter.target.vocab_size)
-        self.drafter.select_vocabulary(counts.to(self.drafter.target.device))
+        return torch.bincount(ids, minlength=self.drafter.target.vocab_size)
+
+    def _select_vocabulary(self) -> None:
+        self.drafter.select_vocabulary(self.count_tokens().to(self.drafter.target.device))
         self.drafter.refresh()
 
     def _batches(self) -> Iterator[list[int]]:
@@ -277,7 +281,7 @@ class _Training:
 
 def _build_drafter(options: DraftTrainOptions, target: TargetModel) -> EagleDrafter | BlockDrafter:
     """A new head of the kind asked for, or the one to begin with."""
-    size = options.draft_vocab_size
+    size = options.draft_vocab_size or choose_vocab_size(target)
     if options.kind == "block":
         block = None if options.head is None else load_block_head(options.head, target)
         if block is not None:
@@ -289,11 +293,11 @@ def _build_drafter(options: DraftTrainOptions, target: TargetModel) -> EagleDraf
     return EagleDrafter(target, head=head, draft_vocab_size=size)
 
 
-def _save_head(drafter: EagleDrafter | BlockDrafter, folder: Path, *, compact: bool) -> None:
+def _save_head(drafter: EagleDrafter | BlockDrafter, folder: Path, counts: Int[Tensor, " V"], *, compact: bool) -> None:
     if isinstance(drafter, BlockDrafter):
         save_block_head(drafter.head, folder, drafter.target, compact=compact)
     else:
-        save_head(drafter.head, folder, drafter.target, compact=compact)
+        save_head(drafter.head, folder, drafter.target, compact=compact, counts=counts)
 
 
 @torch.no_grad()

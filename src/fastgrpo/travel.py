@@ -96,7 +96,8 @@ def _find_head(folder: Path | None, target: TargetModel, model: str) -> Path:
         if shipped is None:
             raise ValueError(f"no head ships for {model}; name a folder with --head")
         return shipped
-    inside = [folder, folder / "fastgrpo" / "head", folder / "head"]
+    state = folder / "fastgrpo"
+    inside = [folder, state / "head", state / "drafter" / "eagle", folder / "head"]  # the third: of a drafter of two
     return next((each for each in inside if (each / "config.json").exists() and _is_head(each)), folder)
 
 

@@ -66,10 +66,15 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
 def _build_eagle(target: TargetModel) -> EagleDrafter:
     """With the head that ships for the target, if there is one."""
     from fastgrpo.drafters.eagle import EagleDrafter
-    from fastgrpo.drafters.eagle_files import find_shipped_head
+    from fastgrpo.drafters.eagle_files import find_shipped_head, load_head
+    from fastgrpo.drafters.head_parts import choose_vocab_size
 
     shipped = find_shipped_head(target)
-    return EagleDrafter.load(shipped, target) if shipped else EagleDrafter(target)
+    if shipped is None:
+        return EagleDrafter(target)
+    head = load_head(shipped, target)
+    head.keep_frequent(choose_vocab_size(target))
+    return EagleDrafter(target, head=head)
 
 
 def find_trainable(drafter: Drafter) -> TrainableDrafter | None:

@@ -24,7 +24,7 @@ from fastgrpo.drafters.block_files import load_block_head, save_block_head
 from fastgrpo.drafters.block_head import BlockHead, build_block_head, start_from_target
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
-from fastgrpo.drafters.head_parts import DEFAULT_DRAFT_VOCAB_SIZE, select_vocabulary, take_output_rows
+from fastgrpo.drafters.head_parts import choose_vocab_size, select_vocabulary, take_output_rows
 from fastgrpo.drafters.head_rows import HeadRows
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
@@ -39,7 +39,7 @@ class BlockDrafter:
     Args:
         target: the model to draft for; its embedding, RoPE and output rows are used.
         head: trained weights; None starts from the target's own, and `was_trained` is False.
-        draft_vocab_size: rows of the reduced output head.
+        draft_vocab_size: rows of a new head's reduced output head; None takes what the device is good for.
 
     Attributes:
         calibration: what its chances have been worth so far.
@@ -55,14 +55,14 @@ class BlockDrafter:
         target: TargetModel,
         *,
         head: BlockHead | None = None,
-        draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE,
+        draft_vocab_size: int | None = None,
     ) -> None:
         self.target = target
         self.calibration = Calibration()
         self.ranks_with_noise = True
         self.was_trained = head is not None
         if head is None:
-            head = build_block_head(target, draft_vocab_size)
+            head = build_block_head(target, draft_vocab_size or choose_vocab_size(target))
             start_from_target(head, target)
         self.head = head.to(target.device)
         if target.dtype in (torch.bfloat16, torch.float16):

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastgrpo.drafters.head_parts import DEFAULT_DRAFT_VOCAB_SIZE, RMSNorm, SwiGLU, rotate
+from fastgrpo.drafters.head_parts import RMSNorm, SwiGLU, rotate
 from fastgrpo.model import TargetModel
 
 DEFAULT_BLOCK_SIZE = 8
@@ -94,7 +94,7 @@ class BlockHead(nn.Module):
         self,
         target: TargetModel,
         *,
-        draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE,
+        draft_vocab_size: int,
         block_size: int = DEFAULT_BLOCK_SIZE,
         num_layers: int = DEFAULT_NUM_LAYERS,
         rank: int = DEFAULT_RANK,
@@ -155,7 +155,7 @@ class BlockHead(nn.Module):
 
 def build_block_head(
     target: TargetModel,
-    draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE,
+    draft_vocab_size: int,
     *,
     block_size: int = DEFAULT_BLOCK_SIZE,
     num_layers: int = DEFAULT_NUM_LAYERS,

@@ -21,7 +21,7 @@ from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.eagle_files import load_head, save_head
 from fastgrpo.drafters.eagle_head import EagleHead, build_head, start_from_target
-from fastgrpo.drafters.head_parts import DEFAULT_DRAFT_VOCAB_SIZE, select_vocabulary, take_output_rows
+from fastgrpo.drafters.head_parts import choose_vocab_size, select_vocabulary, take_output_rows
 from fastgrpo.drafters.head_rows import HeadRows
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
@@ -36,7 +36,7 @@ class EagleDrafter:
     Args:
         target: the model to draft for; its embedding, RoPE and output rows are used.
         head: trained weights; None starts from the target's own, and `was_trained` is False.
-        draft_vocab_size: rows of the reduced output head.
+        draft_vocab_size: rows of a new head's reduced output head; None takes what the device is good for.
 
     Attributes:
         calibration: what its chances have been worth so far.
@@ -51,14 +51,14 @@ class EagleDrafter:
         target: TargetModel,
         *,
         head: EagleHead | None = None,
-        draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE,
+        draft_vocab_size: int | None = None,
     ) -> None:
         self.target = target
         self.calibration = Calibration()
         self.ranks_with_noise = True
         self.was_trained = head is not None
         if head is None:
-            head = build_head(target, draft_vocab_size)
+            head = build_head(target, draft_vocab_size or choose_vocab_size(target))
             start_from_target(head, target)
         self.head = head.to(target.device)
         if target.dtype in (torch.bfloat16, torch.float16):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastgrpo.drafters.head_parts import DEFAULT_DRAFT_VOCAB_SIZE, RMSNorm, SwiGLU, rotate
+from fastgrpo.drafters.head_parts import RMSNorm, SwiGLU, rotate
 from fastgrpo.model import TargetModel
 
 
@@ -43,12 +43,13 @@ class EagleHead(nn.Module):
     """
 
     draft_vocab: Tensor  # int32 target ids, increasing
+    vocab_rank: Tensor | None = None  # place of each by frequency, 0 the most frequent, where the file says it
 
     def __init__(
         self,
         target: TargetModel,
         *,
-        draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE,
+        draft_vocab_size: int,
         norm_before_residual: bool = False,
     ) -> None:
         super().__init__()
@@ -70,6 +71,15 @@ class EagleHead(nn.Module):
         size = min(size, self.target_vocab_size)
         self.lm_head = nn.Linear(self.hidden_size, size, bias=False).requires_grad_(False)
         self.register_buffer("draft_vocab", torch.arange(size, dtype=torch.int32))
+
+    def keep_frequent(self, size: int) -> None:
+        """Output rows for the `size` most frequent tokens of this vocabulary, where their frequency is known."""
+        if self.vocab_rank is None or size >= self.draft_vocab_size:
+            return
+        kept = self.draft_vocab[self.vocab_rank < size]
+        self.resize_vocabulary(len(kept))
+        self.draft_vocab.copy_(kept)
+        self.vocab_rank = None
 
     @property
     def draft_vocab_size(self) -> int:
@@ -118,9 +128,7 @@ def start_from_target(head: EagleHead, target: TargetModel) -> None:
         head.midlayer.self_attn.o_proj.weight.copy_(last.self_attn.o_proj.weight)
 
 
-def build_head(
-    target: TargetModel, draft_vocab_size: int = DEFAULT_DRAFT_VOCAB_SIZE, *, norm_before_residual: bool = False
-) -> EagleHead:
+def build_head(target: TargetModel, draft_vocab_size: int, *, norm_before_residual: bool = False) -> EagleHead:
     """A random head, always the same one; the run's generators are neither read nor moved."""
     with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
         torch.manual_seed(0)

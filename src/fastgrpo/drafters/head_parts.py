@@ -11,7 +11,16 @@ from torch.nn import functional as F
 
 from fastgrpo.model import TargetModel
 
-DEFAULT_DRAFT_VOCAB_SIZE = 8192
+_CPU_VOCAB_SIZE, _VOCAB_SIZE = 4096, 16384
+
+
+def choose_vocab_size(target: TargetModel) -> int:
+    """Tokens worth drafting from on this device.
+
+    More tokens hold more of what the target says, and a draft level reads an output row for each: on a CPU that is
+    half of its time (measured in dev/LOG.md), on a GPU next to nothing.
+    """
+    return min(_CPU_VOCAB_SIZE if target.device.type == "cpu" else _VOCAB_SIZE, target.vocab_size)
 
 
 class RMSNorm(nn.Module):

@@ -51,8 +51,11 @@ class DraftTrainOptions:
         default=None,
         metadata=about("folder with a head of that kind to begin with (default: the target's own last layers)"),
     )
-    draft_vocab_size: int = field(
-        default=8192, metadata=about("tokens that can be drafted: the most frequent of the answers")
+    draft_vocab_size: int | None = field(
+        default=None,
+        metadata=about(
+            "tokens that can be drafted: the most frequent of the answers (default: 4096 on a CPU, 16384 on a GPU)"
+        ),
     )
     compact: bool = field(
         default=False, metadata=about("save in bfloat16 without output rows, which are the target's own")
@@ -67,7 +70,9 @@ class DraftTrainOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "num_prompts", "num_generations", "max_prompt_length", "max_tokens", "updates")
-        check_positive(self, "temperature", "learning_rate", "feature_cache_gib", "max_num_seqs", "draft_vocab_size")
+        check_positive(self, "temperature", "learning_rate", "feature_cache_gib", "max_num_seqs")
+        if self.draft_vocab_size is not None:
+            check_positive(self, "draft_vocab_size")
         self.compute_shares()
 
     def compute_shares(self) -> dict[str, float]:
