@@ -96,9 +96,10 @@ def test_export_then_import_is_the_identity(tmp_path: Path, target_folder: Path)
     assert 0 <= json.loads((Path(imported) / "import.json").read_text())["acceptance"][0][0] <= 1
 
 
-def test_a_checkpoint_and_a_type_can_be_exported(tmp_path: Path, target_folder: Path) -> None:
+@pytest.mark.parametrize("place", ["head", "drafter/eagle"])  # alone, and in a drafter of two
+def test_a_checkpoint_and_a_type_can_be_exported(tmp_path: Path, target_folder: Path, place: str) -> None:
     checkpoint = tmp_path / "checkpoint-3"
-    build_trained_head(checkpoint / "fastgrpo" / "head", target_folder)
+    build_trained_head(checkpoint / "fastgrpo" / place, target_folder)
     (checkpoint / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     output = tmp_path / "out"
     assert (
