@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from conftest import HIDDEN_SIZE, SMALL_CPU, VOCAB_SIZE, build_model, expected_tokens, shared_model
 from fastgrpo import block_training, pretrain
-from fastgrpo.block_training import collate, compute_logits, count_tokens, draw_anchors, measure_block_acceptance
+from fastgrpo.block_training import collate, compute_hidden, count_tokens, draw_anchors, measure_block_acceptance
 from fastgrpo.drafters import DraftContext, build_drafter
 from fastgrpo.drafters.block import BlockDrafter
 from fastgrpo.drafters.block_files import load_block_head, save_block_head
@@ -131,7 +131,7 @@ def test_the_head_is_trained_on_what_it_computes_when_it_drafts(family, is_short
     rollouts = collect_rollouts(model, 4)[1:4:2] if is_short else collect_rollouts(model, 3)
     batch = collate_all(rollouts, drafter)
     with torch.no_grad():
-        logits = compute_logits(drafter.head, drafter.target, batch)
+        logits = drafter.head.lm_head(compute_hidden(drafter.head, drafter.target, batch))
     checked = 0
     for place, (anchor, segment) in enumerate(zip(batch.anchors.tolist(), batch.anchor_segments.tolist(), strict=True)):
         if segment < 0:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from conftest import HIDDEN_SIZE, VOCAB_SIZE, build_model, shared_model
@@ -252,21 +254,22 @@ def test_without_noise_the_likeliest_tokens_are_drafted_and_nothing_else_changes
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("chunk", [1, 100, 10**6])
-def test_the_loss_and_its_gradient_are_those_of_the_formula(chunk, name, monkeypatch):
+@pytest.mark.parametrize(("chunk", "rows_at_once"), [(1, 128), (100, 3), (10**6, 128)])
+def test_the_loss_and_its_gradient_are_those_of_the_formula(chunk, rows_at_once, name, monkeypatch):
     monkeypatch.setattr(draft_loss, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(draft_loss, "_CPU_CHUNK_ROWS", rows_at_once)
     monkeypatch.setattr(draft_loss, "_LEAST_OVERLAP", 1e-6)
     generator = torch.Generator().manual_seed(0)
-    logits, target = (2 * torch.randn(*shape, generator=generator) for shape in ((3, 7, 50), (7, 50)))
+    hidden, target_hidden, rows = (torch.randn(*shape, generator=generator) for shape in ((3, 7, 8), (7, 8), (50, 8)))
     temperature, weights = torch.rand(7, generator=generator) + 0.5, torch.rand(3, 7, generator=generator)
     scale = torch.tensor([1.0, 2.0, 0.5])
     gradients, values = [], []
     for is_ours in (True, False):
-        leaf = logits.clone().requires_grad_(True)
+        leaf = hidden.clone().requires_grad_(True)
         if is_ours:
-            losses = DraftLoss.apply(leaf, target, temperature, weights, name)
+            losses = DraftLoss.apply(leaf, rows, target_hidden, temperature, weights, name)
         else:
-            log_q, log_p = ((x / temperature[:, None]).log_softmax(-1) for x in (leaf, target))
+            log_q, log_p = ((x @ rows.T / temperature[:, None]).log_softmax(-1) for x in (leaf, target_hidden))
             divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
             variation = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
             overlap = torch.minimum(log_p.exp(), log_q.exp()).sum(-1)
@@ -285,6 +288,27 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(chunk, name, monkeyp
     tolerance = 2e-4 if name in ("overlap", "coupled") else 1e-5  # 1 - TV of rows that hardly overlap has few digits
     assert torch.allclose(*values, rtol=tolerance)
     assert torch.allclose(*gradients, rtol=tolerance, atol=1e-6)
+
+
+def test_logits_never_exist_for_a_whole_batch(monkeypatch):
+    monkeypatch.setattr(draft_loss, "_CPU_CHUNK_ROWS", 4)
+    model = build_model("llama", torch.float32)
+    drafter, rollouts = build_drafter_for(model), collect_rollouts(model, 4)
+    objective = EagleObjective(drafter.target)
+    batch = objective.collate(rollouts, torch.float32)
+    assert batch.num_unrolled > 4
+    shapes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            shapes.extend(x.shape for x in tree_leaves(output) if isinstance(x, torch.Tensor))
+            return output
+
+    with Watch(), torch.enable_grad():
+        objective.weigh(objective.compute_losses(drafter.head, batch)).backward()
+    of_logits = [shape for shape in shapes if shape[-1:] == (VOCAB_SIZE,) and shape != (HIDDEN_SIZE, VOCAB_SIZE)]
+    assert of_logits and max(math.prod(shape[:-1]) for shape in of_logits) <= NUM_STEPS * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

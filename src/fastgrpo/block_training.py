@@ -132,8 +132,8 @@ def collate(rollouts: list[FinishedRollout], target: TargetModel, dtype: torch.d
     )
 
 
-def compute_logits(head: BlockHead, target: TargetModel, batch: BlockBatch) -> Float[Tensor, "K A C"]:
-    """The head's logits at each position of each block; gradients flow into `head`."""
+def compute_hidden(head: BlockHead, target: TargetModel, batch: BlockBatch) -> Float[Tensor, "K A H"]:
+    """What meets the output rows at each position of each block; gradients flow into `head`."""
     dtype, (num_levels, num_anchors) = head.fc.weight.dtype, batch.token_ids.shape
     context = head.fc(batch.features)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def compute_logits(head: BlockHead, target: TargetModel, batch: BlockBatch) -> F
         query, own_keys, own_values = layer.read_block(hidden, cos[own], sin[own])
         attended = attend_packed(query, torch.cat((keys, own_keys)), torch.cat((values, own_values)), seen)
         hidden = layer.finish(hidden, attended)
-    return head.compute_logits(hidden.unflatten(0, (num_levels, num_anchors)), embedded)
+    return head.read_out(hidden.unflatten(0, (num_levels, num_anchors)), embedded)
 
 
 def _find_seen(batch: BlockBatch) -> Bool[Tensor, "Q S"]:
@@ -178,11 +178,11 @@ def measure_block_acceptance(
     for part in pack(rollouts, [count_tokens(rollout) for rollout in rollouts], _MEASURED_TOKENS):
         batch = collate(part, target, target.dtype, block_size=head.block_size)
         found = []
-        for logits, hidden, taught in zip(
-            compute_logits(head, target, batch), batch.target_hidden, batch.is_taught, strict=True
+        for own, theirs, taught in zip(
+            compute_hidden(head, target, batch), batch.target_hidden, batch.is_taught, strict=True
         ):
-            draws = Draws.draw(target, hidden, batch.temperature, generator)
-            found.append(draws.find_ranks(logits, drafter.head.draft_vocab) & taught[:, None])
+            draws = Draws.draw(target, theirs, batch.temperature, generator)
+            found.append(draws.find_ranks(head.lm_head(own), drafter.head.draft_vocab) & taught[:, None])
         hits.append(torch.stack(found).sum(1).cpu())
         offered.append(batch.is_taught.sum(1).cpu())
     return torch.stack(hits).sum(0) / torch.stack(offered).sum(0).clamp(min=1)[:, None]

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastgrpo import block_training
 from fastgrpo.block_training import BlockBatch, measure_block_acceptance
@@ -64,9 +63,9 @@ class EagleObjective:
         return int(batch.is_taught.sum())
 
     def compute_losses(self, head: EagleHead, batch: DraftBatch) -> Float[Tensor, " K"]:
-        logits = head.compute_logits(compute_outputs(head, self.target, batch))
+        hidden = head.read_out(compute_outputs(head, self.target, batch))
         return compare_with_target(
-            logits, head.lm_head.weight, batch.target_hidden, batch.temperature, batch.is_reachable, self.loss
+            hidden, head.lm_head.weight, batch.target_hidden, batch.temperature, batch.is_reachable, self.loss
         )
 
     def weigh(self, losses: Float[Tensor, " K"]) -> Float[Tensor, ""]:
@@ -94,10 +93,10 @@ class BlockObjective:
         return int(batch.is_taught.sum())
 
     def compute_losses(self, head: BlockHead, batch: BlockBatch) -> Float[Tensor, " K"]:
-        logits = block_training.compute_logits(head, self.target, batch)
+        hidden = block_training.compute_hidden(head, self.target, batch)
         losses = [
-            compare_with_target(level[None], head.lm_head.weight, hidden, batch.temperature, taught[None], self.loss)
-            for level, hidden, taught in zip(logits, batch.target_hidden, batch.is_taught, strict=True)
+            compare_with_target(own[None], head.lm_head.weight, theirs, batch.temperature, taught[None], self.loss)
+            for own, theirs, taught in zip(hidden, batch.target_hidden, batch.is_taught, strict=True)
         ]
         return torch.cat(losses)
 
@@ -124,7 +123,7 @@ def measure_head(drafter: TrainableDrafter, rollouts: list[FinishedRollout]) -> 
 
 
 def compare_with_target(
-    logits: Float[Tensor, "K Q C"],
+    hidden: Float[Tensor, "K Q H"],
     rows: Float[Tensor, "C H"],
     target_hidden: Float[Tensor, "Q H"],
     temperature: Float[Tensor, " Q"],
@@ -134,14 +133,13 @@ def compare_with_target(
     """Mean loss of each step against the target's distribution over the draft vocabulary.
 
     Args:
-        logits: of the head, for Q tokens at each of K steps.
+        hidden: what meets the output rows, for Q tokens at each of K steps.
         rows: the target's output rows for the draft vocabulary.
         target_hidden: final hidden states of the target that predict the same tokens.
         is_taught: [K, Q], which rows count.
     """
     with torch.no_grad():
-        target_logits = F.linear(target_hidden.to(rows.dtype), rows)
         counted = is_taught.float()
         weights = counted / counted.sum(1, keepdim=True).clamp(min=1)
-    losses: Tensor = DraftLoss.apply(logits, target_logits, temperature, weights, loss)
+    losses: Tensor = DraftLoss.apply(hidden, rows.detach(), target_hidden, temperature, weights, loss)
     return losses

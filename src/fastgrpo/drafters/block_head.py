@@ -142,15 +142,15 @@ class BlockHead(nn.Module):
         """
         return last + self.embedding_in(self.embedding_norm(embedded))
 
-    def compute_logits(self, output: Float[Tensor, "*n H"], previous: Float[Tensor, "*n H"]) -> Float[Tensor, "*n V"]:
-        """Logits over the draft vocabulary.
+    def read_out(self, output: Float[Tensor, "*n H"], previous: Float[Tensor, "*n H"]) -> Float[Tensor, "*n H"]:
+        """What meets the output rows.
 
         Args:
             output: of the last layer.
             previous: the target's embedding of the token before the one predicted.
         """
         hidden = self.norm(output) + self.previous_out(self.previous_in(previous))
-        return self.lm_head(hidden.to(self.lm_head.weight.dtype))
+        return hidden.to(self.lm_head.weight.dtype)
 
 
 def build_block_head(

@@ -106,7 +106,11 @@ class EagleHead(nn.Module):
 
     def compute_logits(self, output: Float[Tensor, "*n H"]) -> Float[Tensor, "*n V"]:
         """Logits over the draft vocabulary."""
-        return self.lm_head(self.norm(output).to(self.lm_head.weight.dtype))
+        return self.lm_head(self.read_out(output))
+
+    def read_out(self, output: Float[Tensor, "*n H"]) -> Float[Tensor, "*n H"]:
+        """What meets the output rows."""
+        return self.norm(output).to(self.lm_head.weight.dtype)
 
 
 def start_from_target(head: EagleHead, target: TargetModel) -> None:
