@@ -444,7 +444,7 @@ def test_learning_raises_acceptance_and_the_measure_says_how_much():
     rates = measure_block_acceptance(drafter, rollouts)
     assert rates.shape == (8, 4) and ((rates >= 0) & (rates <= 1)).all()
     learner = build_learner(drafter, rollouts, learning_rate=1e-2)
-    for _ in range(60):
+    for _ in range(100):
         learner.update(rollouts)
     drafter.refresh()
     assert measure() > before + 1.5
