@@ -115,7 +115,7 @@ def draft_logits(drafter: BlockDrafter, rollout: FinishedRollout, num_cached: in
         levels.append(logits[0, 0])
         return logits.new_zeros(1, 1, 1), torch.tensor([[[tokens[num_cached + len(levels)]]]])
 
-    drafter.rank_level = follow
+    drafter.rank = follow
     drafter._rows.clear()
     with target.rollout_mode():
         drafter.propose(context, SpeculationPlan(depth=depth, width=1, num_draft_tokens=depth))

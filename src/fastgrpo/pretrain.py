@@ -27,9 +27,8 @@ from torch import Tensor
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.data import build_task_dataset, load_prompts
 from fastgrpo.drafters.block import BlockDrafter
-from fastgrpo.drafters.block_files import load_block_head, save_block_head
 from fastgrpo.drafters.eagle import EagleDrafter
-from fastgrpo.drafters.eagle_files import load_head, save_head
+from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.drafters.head_parts import choose_vocab_size
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.state import load_state, save_state
@@ -49,6 +48,7 @@ _LEAST_RATE = 0.02  # of the peak learning rate, at the end
 _SAVE_EVERY = 250  # updates
 _HELD_OUT = 32  # answers kept back to measure acceptance on
 _MIN_ANSWER = 4  # tokens; shorter answers teach nothing
+_KINDS: dict[str, type[HeadDrafter[Any]]] = {"eagle": EagleDrafter, "block": BlockDrafter}
 _FREE = ("skip_broken",)  # settings that may change when a run goes on: without it, broken lines stop the run at once
 _SHOWN_PLANS = (
     SpeculationPlan(depth=1, width=2, num_draft_tokens=2),
@@ -88,7 +88,7 @@ def run_draft_training(options: DraftTrainOptions, command: str, console: Consol
         "num_answers": len(answers),
         "num_tokens": sum(len(answer.token_ids) for answer in answers),
     }
-    _save_head(training.drafter, folder / "head", training.count_tokens(), compact=options.compact)
+    training.drafter.save_head(folder / "head", compact=options.compact, counts=training.count_tokens())
     write_json(result, folder / "result.json", indent=1)
     _say(console, f"written: {folder / 'head'} (use it as drafter={folder / 'head'})")
     return result
@@ -279,25 +279,14 @@ class _Training:
         )
 
 
-def _build_drafter(options: DraftTrainOptions, target: TargetModel) -> EagleDrafter | BlockDrafter:
+def _build_drafter(options: DraftTrainOptions, target: TargetModel) -> HeadDrafter[Any]:
     """A new head of the kind asked for, or the one to begin with."""
+    kind = _KINDS[options.kind]
     size = options.draft_vocab_size or choose_vocab_size(target)
-    if options.kind == "block":
-        block = None if options.head is None else load_block_head(options.head, target)
-        if block is not None:
-            block.resize_vocabulary(size)
-        return BlockDrafter(target, head=block, draft_vocab_size=size)
-    head = None if options.head is None else load_head(options.head, target)
+    head = None if options.head is None else kind.load_head(options.head, target)
     if head is not None:
         head.resize_vocabulary(size)
-    return EagleDrafter(target, head=head, draft_vocab_size=size)
-
-
-def _save_head(drafter: EagleDrafter | BlockDrafter, folder: Path, counts: Int[Tensor, " V"], *, compact: bool) -> None:
-    if isinstance(drafter, BlockDrafter):
-        save_block_head(drafter.head, folder, drafter.target, compact=compact)
-    else:
-        save_head(drafter.head, folder, drafter.target, compact=compact, counts=counts)
+    return kind(target, head=head, draft_vocab_size=size)
 
 
 @torch.no_grad()

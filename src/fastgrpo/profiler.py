@@ -11,8 +11,7 @@ import torch
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import HardwareProfile
-from fastgrpo.sampling import SamplingBatch, sample, stream_key
-from fastgrpo.types import SamplingParams, Sequence
+from fastgrpo.sampling import SamplingBatch, sample
 
 if TYPE_CHECKING:
     from fastgrpo.drafters import Drafter
@@ -98,11 +97,7 @@ def _build_forward(target: TargetModel, rows: int, width: int, context: int = 1)
 def _measure_sample_s(target: TargetModel) -> float:
     """Seconds for each sampled row."""
     rows = 16
-    sequences = [
-        Sequence(request_id=i, prompt_ids=[0], params=SamplingParams(), max_tokens=1, stream_key=stream_key(0, i))
-        for i in range(rows)
-    ]
-    batch = SamplingBatch.build(sequences, target.device)
+    batch = SamplingBatch.build_blank(rows, target.device)
     logits = torch.zeros(rows, target.vocab_size, dtype=target.dtype, device=target.device)
     vocabulary = torch.arange(target.vocab_size, dtype=torch.int32, device=target.device)
     return _measure(lambda: sample(logits, batch, vocabulary), target.device) / rows

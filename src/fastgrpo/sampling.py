@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastgrpo.types import Sequence
+from fastgrpo.types import SamplingParams, Sequence
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -136,6 +136,15 @@ class SamplingBatch:
             is_truncated=any(p.top_k > 0 or p.top_p < 1 for p in params),
             is_noisy=any(p.temperature > 0 for p in params),
         )
+
+    @staticmethod
+    def build_blank(num_rows: int, device: torch.device) -> SamplingBatch:
+        """Rows of default parameters at the start of a completion, each with noise of its own; to time what samples."""
+        sequences = [
+            Sequence(request_id=row, prompt_ids=[0], params=SamplingParams(), max_tokens=1, stream_key=row)
+            for row in range(num_rows)
+        ]
+        return SamplingBatch.build(sequences, device)
 
     def rows(self, index: Int[Tensor, " R2"], advance: Int[Tensor, " R2"] | int = 0) -> SamplingBatch:
         """The rows at `index`, `advance` tokens further along."""

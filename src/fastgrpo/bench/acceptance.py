@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fastgrpo.bench.measure import describe_run
 from fastgrpo.data import build_task_dataset
 from fastgrpo.drafters.calibration import Calibration
-from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.engine import Engine
 from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
 from fastgrpo.metrics import compute_ratio
@@ -45,7 +45,7 @@ def run_acceptance_bench(options: AcceptanceOptions, command: str, console: Cons
     model = opened.model
     engine = Engine(model, drafter=options.drafter, speculation=PLANS[0], max_num_seqs=options.max_num_seqs)
     drafter = engine.drafter
-    if not isinstance(drafter, EagleDrafter):
+    if not isinstance(drafter, HeadDrafter):
         raise ValueError(f"only drafts of a head are ranked with noise or without; got drafter={options.drafter}")
     rows = []
     for task in options.task:
@@ -80,7 +80,7 @@ def run_acceptance_bench(options: AcceptanceOptions, command: str, console: Cons
 
 def measure_plan(
     model: PreTrainedModel,
-    drafter: EagleDrafter,
+    drafter: HeadDrafter[Any],
     plan: SpeculationPlan,
     prompts: list[list[int]],
     params: SamplingParams,

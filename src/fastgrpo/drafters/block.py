@@ -8,7 +8,6 @@ and ranked with the target's own noise, as for every drafter here.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,98 +18,56 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgrpo.attention import ForwardBatch
-from fastgrpo.drafters.beams import grow_trees, rank_candidates
 from fastgrpo.drafters.block_files import load_block_head, save_block_head
 from fastgrpo.drafters.block_head import BlockHead, build_block_head, start_from_target
-from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
-from fastgrpo.drafters.head_parts import choose_vocab_size, select_vocabulary, take_output_rows
-from fastgrpo.drafters.head_rows import HeadRows
+from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.tree import Draft
-from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
-from fastgrpo.verify import Verdict
+from fastgrpo.types import SpeculationPlan
 
 
-class BlockDrafter:
-    """Drafts with a `BlockHead`; keeps one row of context keys and values for each running sequence.
-
-    Args:
-        target: the model to draft for; its embedding, RoPE and output rows are used.
-        head: trained weights; None starts from the target's own, and `was_trained` is False.
-        draft_vocab_size: rows of a new head's reduced output head; None takes what the device is good for.
-
-    Attributes:
-        calibration: what its chances have been worth so far.
-        ranks_with_noise: False drafts the likeliest tokens whatever the noise; for comparison.
-    """
+class BlockDrafter(HeadDrafter[BlockHead]):
+    """Drafts with a `BlockHead`, all levels in one pass."""
 
     name = "block"
-    wants_features = True
     is_one_pass = True
 
-    def __init__(
-        self,
-        target: TargetModel,
-        *,
-        head: BlockHead | None = None,
-        draft_vocab_size: int | None = None,
-    ) -> None:
-        self.target = target
-        self.calibration = Calibration()
-        self.ranks_with_noise = True
-        self.was_trained = head is not None
-        if head is None:
-            head = build_block_head(target, draft_vocab_size or choose_vocab_size(target))
-            start_from_target(head, target)
-        self.head = head.to(target.device)
-        if target.dtype in (torch.bfloat16, torch.float16):
-            self.head.lm_head.to(target.dtype)  # not trained: a copy of the target's rows as they are
-        self._rows = HeadRows(target, num_layers=len(head.layers))
-        self.refresh()
+    @staticmethod
+    def build_head(target: TargetModel, draft_vocab_size: int) -> BlockHead:
+        head = build_block_head(target, draft_vocab_size)
+        start_from_target(head, target)
+        return head
+
+    @staticmethod
+    def load_head(folder: Path, target: TargetModel) -> BlockHead:
+        return load_block_head(folder, target)
+
+    def save_head(self, folder: Path, *, compact: bool = False, counts: Int[Tensor, " V"] | None = None) -> None:
+        save_block_head(self.head, folder, self.target, compact=compact, counts=counts)
+
+    def check_like(self, head: BlockHead, folder: Path) -> None:
+        found, own = ((each.block_size, each.num_layers, each.rank) for each in (head, self.head))
+        if found != own:
+            raise ValueError(
+                f"the head in {folder} has block_size, layers and rank {', '.join(map(str, found))}; this one has "
+                f"{', '.join(map(str, own))}"
+            )
 
     def refresh(self) -> None:
-        """Take the trained weights into the copy that drafts; output rows come from the target as it is now."""
-        take_output_rows(self.head, self.target)
-        self.fast_head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
+        super().refresh()
         with torch.no_grad():  # the correction's way to the logits as one small matrix
             self._correction = (self.head.lm_head.weight.float() @ self.head.previous_out.weight.float()).to(
                 self.target.dtype
             )
 
-    def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
-        """Draft from the most counted tokens."""
-        select_vocabulary(self.head, counts)
-
-    def begin(self) -> None:
-        self._rows.clear()
-        self.calibration.fit()
-        self.refresh()
-
-    def count_unread(self, lengths: list[int]) -> int:
-        return self._rows.count_unread(lengths)
-
-    def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
-        pass  # features are read when they are needed
-
-    def judge(self, draft: Draft, verdict: Verdict) -> None:
-        self.calibration.observe(draft, verdict)
-
-    def release(self, slot: int, last_slot: int) -> None:
-        self._rows.release(slot, last_slot)
-
     def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
-        lengths = context.cache.lengths
-        if min(lengths) == 0:  # a one-token prompt has no feature yet
-            return Draft.roots(context.pending_token_ids)
-        plan = replace(plan, depth=min(plan.depth, self.head.block_size))
-        self._rows.admit(len(lengths))
-        self._rows.reserve(len(lengths), max(lengths) + plan.depth)
+        return super().propose(context, replace(plan, depth=min(plan.depth, self.head.block_size)))
+
+    def start_levels(self, context: DraftContext, plan: SpeculationPlan) -> _BlockLevels:
         last = self._read_features(context)
-        self._rows.num_read = list(lengths)
-        levels = _BlockLevels(self, context.pending_token_ids, last, lengths, plan.depth)
-        return grow_trees(context, plan, levels, self.calibration)
+        return _BlockLevels(self, context.pending_token_ids, last, context.cache.lengths, plan.depth)
 
     def _read_features(self, context: DraftContext) -> Float[Tensor, "B H"]:
         """Keys and values of the cached tokens that are new; returns each row's last context."""
@@ -175,21 +132,11 @@ class BlockDrafter:
         """Logits of one level below nodes with these tokens."""
         return logits[:, None] + F.linear(self.fast_head.previous_in(self.embed(token_ids)), self._correction)
 
-    def rank_level(
-        self, logits: Float[Tensor, "B W C"], noise_rows: SamplingBatch, width: int
-    ) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
-        """The `width` most promising tokens below each node: log chance of being chosen, token id."""
-        return rank_candidates(logits, self.head.draft_vocab, noise_rows, width, with_noise=self.ranks_with_noise)
-
     def measure_level(self, num_tokens: int) -> Callable[[], object]:
         """One pass over `num_tokens` positions and the ranking of each, for the profiler; leaves no row behind."""
         depth = min(self.head.block_size, num_tokens)
         num_rows = num_tokens // depth
-        sequences = [
-            Sequence(request_id=i, prompt_ids=[0], params=SamplingParams(), max_tokens=1, stream_key=i)
-            for i in range(num_rows)
-        ]
-        noise_rows = SamplingBatch.build(sequences, self.target.device)
+        noise_rows = SamplingBatch.build_blank(num_rows, self.target.device)
         tokens = torch.ones(num_rows, dtype=torch.int64, device=self.target.device)
         last = self.embed(tokens)
         self._rows.reserve(num_rows, depth)
@@ -201,38 +148,6 @@ class BlockDrafter:
                 levels.advance(tokens[:, None])
 
         return run
-
-    def save(self, folder: Path) -> None:
-        """Write the trained head, what its chances are worth beside it."""
-        save_block_head(self.head, folder, self.target)
-        self.calibration.save(folder)
-
-    def restore(self, folder: Path) -> None:
-        """Read what `save` wrote into this head."""
-        head = load_block_head(folder, self.target)
-        if (head.block_size, len(head.layers), head.rank) != self._shape:
-            raise ValueError(
-                f"the head in {folder} has block_size, layers and rank {head.block_size}, {len(head.layers)}, "
-                f"{head.rank}; this one has {', '.join(map(str, self._shape))}"
-            )
-        self.head.resize_vocabulary(head.draft_vocab_size)
-        self.head.lm_head.to(head.lm_head.weight.dtype)
-        self.head.load_state_dict(head.state_dict())
-        self.calibration.restore(folder)
-        self.refresh()
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        return self.head.block_size, len(self.head.layers), self.head.rank
-
-    @classmethod
-    def load(cls, folder: Path, target: TargetModel) -> BlockDrafter:
-        """Read a folder that `save` wrote.
-
-        Raises:
-            ValueError: damaged files, or a head of another target; names what differs.
-        """
-        return cls(target, head=load_block_head(folder, target))
 
 
 class _BlockLevels:
@@ -253,7 +168,7 @@ class _BlockLevels:
 
     def rank(self, noise_rows: SamplingBatch, width: int) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
         corrected = self.drafter.correct(self.logits[:, self.level], self.tokens)
-        return self.drafter.rank_level(corrected, noise_rows, width)
+        return self.drafter.rank(corrected, noise_rows, width)
 
     def expand(self, token_ids: Int[Tensor, "B W"], above: Int[Tensor, "B W"], visible: Bool[Tensor, "B W E"]) -> None:
         self.advance(token_ids)  # a level is the same below every node but for the node's own token

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fastgrpo.drafters.block_head import BlockHead, build_block_head
 from fastgrpo.drafters.head_files import (
@@ -30,16 +32,21 @@ _MOST_POSITIONS, _MOST_LAYERS, _MOST_RANK = 64, 64, 65536  # a damaged size is r
 
 
 def save_block_head(
-    head: BlockHead, folder: Path, target: TargetModel, *, dtype: torch.dtype | None = None, compact: bool = False
+    head: BlockHead,
+    folder: Path,
+    target: TargetModel,
+    *,
+    dtype: torch.dtype | None = None,
+    compact: bool = False,
+    counts: Int[Tensor, " V"] | None = None,
 ) -> None:
     """Write `config.json` and `model.safetensors`.
 
     Args:
-        dtype: of the weights on file; None writes them as they are.
-        compact: bfloat16, and without the output rows, which the target has itself.
+        dtype, compact, counts: see `collect_tensors`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = collect_tensors(head, dtype=dtype, compact=compact)
+    tensors = collect_tensors(head, dtype=dtype, compact=compact, counts=counts)
     save_file(tensors, folder / "model.safetensors")
     record = _describe(head, target) | {
         "torch_dtype": str(tensors["fc.weight"].dtype).removeprefix("torch."),

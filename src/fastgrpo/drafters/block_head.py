@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastgrpo.drafters.head_parts import RMSNorm, SwiGLU, rotate
+from fastgrpo.drafters.head_parts import DraftHead, RMSNorm, SwiGLU, rotate, same_random_weights
 from fastgrpo.model import TargetModel
 
 DEFAULT_BLOCK_SIZE = 8
@@ -71,15 +71,12 @@ class BlockLayer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class BlockHead(nn.Module):
+class BlockHead(DraftHead):
     """The head's weights: what is trained and saved.
 
     Position 0 of a block is the pending token, token n of its sequence; the masks stand for tokens n + 1,
     n + 2, ... The output at position j predicts token n + j + 1. The context is the features of tokens
     0..n - 1.
-
-    The output head holds rows of the target's own and is not trained here; `draft_vocab` lists the
-    target ids of its rows in increasing order.
 
     Args:
         block_size: positions of a block, the deepest draft.
@@ -87,7 +84,6 @@ class BlockHead(nn.Module):
         rank: of the correction by the token before.
     """
 
-    draft_vocab: Tensor  # int32 target ids, increasing
     layers: Any  # nn.ModuleList of BlockLayer
 
     def __init__(
@@ -99,11 +95,11 @@ class BlockHead(nn.Module):
         num_layers: int = DEFAULT_NUM_LAYERS,
         rank: int = DEFAULT_RANK,
     ) -> None:
-        super().__init__()
+        super().__init__(target)
         assert block_size >= 2, f"a block of {block_size} has no mask"
         config = target.config
         hidden, eps = target.hidden_size, float(config.rms_norm_eps)
-        self.hidden_size, self.block_size = hidden, block_size
+        self.block_size = block_size
         shape = int(config.num_attention_heads), target.num_kv_heads, target.head_dim
         self.fc = nn.Linear(3 * hidden, hidden, bias=False)
         self.mask_embeddings = nn.Parameter(torch.randn(block_size - 1, hidden))
@@ -116,18 +112,11 @@ class BlockHead(nn.Module):
         self.previous_in = nn.Linear(hidden, rank, bias=False)
         self.previous_out = nn.Linear(rank, hidden, bias=False)
         nn.init.zeros_(self.previous_out.weight)  # no correction at first
-        self.target_vocab_size = target.vocab_size
         self.resize_vocabulary(draft_vocab_size)
 
-    def resize_vocabulary(self, size: int) -> None:
-        """Output rows for the first `size` tokens, or for all; the drafter fills them from the target."""
-        size = min(size, self.target_vocab_size)
-        self.lm_head = nn.Linear(self.hidden_size, size, bias=False).requires_grad_(False)
-        self.register_buffer("draft_vocab", torch.arange(size, dtype=torch.int32))
-
     @property
-    def draft_vocab_size(self) -> int:
-        return self.lm_head.out_features
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def rank(self) -> int:
@@ -161,9 +150,8 @@ def build_block_head(
     num_layers: int = DEFAULT_NUM_LAYERS,
     rank: int = DEFAULT_RANK,
 ) -> BlockHead:
-    """A random head, always the same one; the run's generators are neither read nor moved."""
-    with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
-        torch.manual_seed(0)
+    """A random head, always the same one."""
+    with same_random_weights(target):
         return BlockHead(
             target, draft_vocab_size=draft_vocab_size, block_size=block_size, num_layers=num_layers, rank=rank
         )

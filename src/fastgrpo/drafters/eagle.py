@@ -7,7 +7,6 @@ head's own outputs as features.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,91 +15,36 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastgrpo.attention import ForwardBatch
-from fastgrpo.drafters.beams import grow_trees, rank_candidates
-from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.eagle_files import load_head, save_head
 from fastgrpo.drafters.eagle_head import EagleHead, build_head, start_from_target
-from fastgrpo.drafters.head_parts import choose_vocab_size, select_vocabulary, take_output_rows
-from fastgrpo.drafters.head_rows import HeadRows
+from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
-from fastgrpo.tree import Draft
-from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
-from fastgrpo.verify import Verdict
+from fastgrpo.types import SpeculationPlan
 
 
-class EagleDrafter:
-    """Drafts with an `EagleHead`; keeps one row of keys and values for each running sequence.
-
-    Args:
-        target: the model to draft for; its embedding, RoPE and output rows are used.
-        head: trained weights; None starts from the target's own, and `was_trained` is False.
-        draft_vocab_size: rows of a new head's reduced output head; None takes what the device is good for.
-
-    Attributes:
-        calibration: what its chances have been worth so far.
-        ranks_with_noise: False drafts the likeliest tokens whatever the noise, as the paper does; for comparison.
-    """
+class EagleDrafter(HeadDrafter[EagleHead]):
+    """Drafts with an `EagleHead`, one level at a time."""
 
     name = "eagle"
-    wants_features = True
 
-    def __init__(
-        self,
-        target: TargetModel,
-        *,
-        head: EagleHead | None = None,
-        draft_vocab_size: int | None = None,
-    ) -> None:
-        self.target = target
-        self.calibration = Calibration()
-        self.ranks_with_noise = True
-        self.was_trained = head is not None
-        if head is None:
-            head = build_head(target, draft_vocab_size or choose_vocab_size(target))
-            start_from_target(head, target)
-        self.head = head.to(target.device)
-        if target.dtype in (torch.bfloat16, torch.float16):
-            self.head.lm_head.to(target.dtype)  # not trained: a copy of the target's rows as they are
-        self._rows = HeadRows(target, num_layers=1)  # of pairs
-        self.refresh()
+    @staticmethod
+    def build_head(target: TargetModel, draft_vocab_size: int) -> EagleHead:
+        head = build_head(target, draft_vocab_size)
+        start_from_target(head, target)
+        return head
 
-    def refresh(self) -> None:
-        """Take the trained weights into the copy that drafts; output rows come from the target as it is now."""
-        take_output_rows(self.head, self.target)
-        self.fast_head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
+    @staticmethod
+    def load_head(folder: Path, target: TargetModel) -> EagleHead:
+        return load_head(folder, target)
 
-    def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
-        """Draft from the most counted tokens."""
-        select_vocabulary(self.head, counts)
+    def save_head(self, folder: Path, *, compact: bool = False, counts: Int[Tensor, " V"] | None = None) -> None:
+        """Write the trained head as an EAGLE-3 checkpoint; see `HeadDrafter.save_head`."""
+        save_head(self.head, folder, self.target, compact=compact, counts=counts)
 
-    def begin(self) -> None:
-        self._rows.clear()
-        self.calibration.fit()
-        self.refresh()
-
-    def count_unread(self, lengths: list[int]) -> int:
-        return self._rows.count_unread(lengths)
-
-    def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
-        pass  # features and tokens are read when they are needed
-
-    def judge(self, draft: Draft, verdict: Verdict) -> None:
-        self.calibration.observe(draft, verdict)
-
-    def release(self, slot: int, last_slot: int) -> None:
-        self._rows.release(slot, last_slot)
-
-    def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
-        lengths = context.cache.lengths
-        if min(lengths) == 0:  # a one-token prompt has no feature yet
-            return Draft.roots(context.pending_token_ids)
-        self._rows.admit(len(lengths))
-        self._rows.reserve(len(lengths), max(lengths) + plan.width * plan.depth)
-        output = self._read_pairs(context)
-        self._rows.num_read = list(lengths)
-        return grow_trees(context, plan, _EagleLevels(self, context, output), self.calibration)
+    def start_levels(self, context: DraftContext, plan: SpeculationPlan) -> _EagleLevels:
+        return _EagleLevels(self, context, self._read_pairs(context))
 
     def _read_pairs(self, context: DraftContext) -> Float[Tensor, "B H"]:
         """Run the pairs whose true features are new; returns each row's last output."""
@@ -143,18 +87,13 @@ class EagleDrafter:
         self, output: Float[Tensor, "B W H"], noise_rows: SamplingBatch, width: int
     ) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
         """The `width` most promising tokens after each output: log chance of being chosen, token id."""
-        logits = self.fast_head.compute_logits(output)
-        return rank_candidates(logits, self.head.draft_vocab, noise_rows, width, with_noise=self.ranks_with_noise)
+        return self.rank(self.fast_head.compute_logits(output), noise_rows, width)
 
     def measure_level(self, num_tokens: int) -> Callable[[], object]:
         """One draft level over `num_tokens` nodes, for the profiler to time; leaves no row behind."""
         device, rows = self.target.device, min(num_tokens, 64)
         width = num_tokens // rows
-        sequences = [
-            Sequence(request_id=i, prompt_ids=[0], params=SamplingParams(), max_tokens=1, stream_key=i)
-            for i in range(rows)
-        ]
-        noise_rows = SamplingBatch.build(sequences, device)
+        noise_rows = SamplingBatch.build_blank(rows, device)
         hidden = torch.zeros(num_tokens, self.target.hidden_size, dtype=self.target.dtype, device=device)
         self._rows.reserve(rows, width)
         batch = ForwardBatch.build(
@@ -169,30 +108,6 @@ class EagleDrafter:
             num_repeats=self.target.num_repeats,
         )
         return lambda: self.rank_level(self.forward(batch, hidden).view(rows, width, -1), noise_rows, 4)
-
-    def save(self, folder: Path) -> None:
-        """Write the trained head as an EAGLE-3 checkpoint, what its chances are worth beside it."""
-        save_head(self.head, folder, self.target)
-        self.calibration.save(folder)
-
-    def restore(self, folder: Path) -> None:
-        """Read what `save` wrote into this head."""
-        head = load_head(folder, self.target)
-        self.head.resize_vocabulary(head.draft_vocab_size)
-        self.head.lm_head.to(head.lm_head.weight.dtype)
-        self.head.load_state_dict(head.state_dict())
-        self.calibration.restore(folder)
-        self.refresh()
-
-    @classmethod
-    def load(cls, folder: Path, target: TargetModel) -> EagleDrafter:
-        """Read a folder that `save` wrote.
-
-        Raises:
-            ValueError: damaged files, or a head of another target; names what differs.
-        """
-        head = load_head(folder, target)
-        return cls(target, head=head)
 
 
 class _EagleLevels:

@@ -32,7 +32,6 @@ from fastgrpo.drafters.head_files import (
 from fastgrpo.model import TargetModel
 
 _ARCHITECTURE = "LlamaForCausalLMEagle3"
-_RANK = "vocab_rank"
 _SHIPPED = Path(__file__).parent.parent / "heads"
 
 
@@ -48,21 +47,13 @@ def save_head(
     """Write `config.json` and `model.safetensors` in the EAGLE-3 layout.
 
     Args:
-        dtype: of the weights on file; None writes them as they are.
-        compact: bfloat16, and without the output rows, which the target has itself: half the size, for
-            heads that ship with a package.
-        counts: how often each token was said; a compact head keeps their order, to be cut on small machines.
+        dtype, compact, counts: see `collect_tensors`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = target.config
-    tensors = collect_tensors(head, dtype=dtype, compact=compact)
+    tensors = collect_tensors(head, dtype=dtype, compact=compact, counts=counts)
     vocab = head.draft_vocab.long().cpu()
     tensors["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill_(0, vocab, True)
-    if compact and counts is not None:
-        order = counts.cpu()[vocab].argsort(descending=True, stable=True)
-        tensors[_RANK] = torch.empty(len(vocab), dtype=torch.int32).index_copy_(
-            0, order, torch.arange(len(vocab), dtype=torch.int32)
-        )
     save_file(tensors, folder / "model.safetensors")
     record = {
         "architectures": [_ARCHITECTURE],
@@ -99,7 +90,6 @@ def load_head(folder: Path, target: TargetModel) -> EagleHead:
     config, tensors = _unify_layout(*read_files(folder), folder)
     _check_config(config, folder, target)
     check_tokenizer(config, folder, target)
-    rank = tensors.pop(_RANK, None)
     for name in ("t2d", "embed_tokens.weight"):  # said again by d2t, and by the target
         tensors.pop(name, None)
     tensors["draft_vocab"] = read_vocabulary(_find_offsets(tensors, folder, target), folder, target.vocab_size)
@@ -107,10 +97,6 @@ def load_head(folder: Path, target: TargetModel) -> EagleHead:
         target, len(tensors["draft_vocab"]), norm_before_residual=bool(config.get("norm_before_residual", False))
     )
     fill_head(head, tensors, folder, target)
-    if rank is not None:
-        if not torch.equal(rank.long().sort().values, torch.arange(head.draft_vocab_size)):
-            raise ValueError(f"the head in {folder} has a {_RANK} that does not rank its draft vocabulary")
-        head.vocab_rank = rank.long()
     return head
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastgrpo.drafters.head_parts import RMSNorm, SwiGLU, rotate
+from fastgrpo.drafters.head_parts import DraftHead, RMSNorm, SwiGLU, rotate, same_random_weights
 from fastgrpo.model import TargetModel
 
 
@@ -32,18 +32,12 @@ class _MidLayer(nn.Module):
         self.mlp = SwiGLU(hidden, inner)
 
 
-class EagleHead(nn.Module):
+class EagleHead(DraftHead):
     """The head's weights: what is trained, saved and exchanged.
-
-    The output head holds rows of the target's own and is not trained here; `draft_vocab` lists the
-    target ids of its rows in increasing order.
 
     Args:
         norm_before_residual: the residual is the normed hidden state, as heads in the speculators format may have it.
     """
-
-    draft_vocab: Tensor  # int32 target ids, increasing
-    vocab_rank: Tensor | None = None  # place of each by frequency, 0 the most frequent, where the file says it
 
     def __init__(
         self,
@@ -52,38 +46,18 @@ class EagleHead(nn.Module):
         draft_vocab_size: int,
         norm_before_residual: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(target)
         self.norm_before_residual = norm_before_residual
         config = target.config
         hidden, eps = target.hidden_size, float(config.rms_norm_eps)
-        self.hidden_size, self.head_dim = hidden, target.head_dim
+        self.head_dim = target.head_dim
         self.num_heads, self.num_kv_heads = int(config.num_attention_heads), target.num_kv_heads
         self.fc = nn.Linear(3 * hidden, hidden, bias=False)
         self.midlayer = _MidLayer(
             hidden, int(config.intermediate_size), self.num_heads, self.num_kv_heads, self.head_dim, eps
         )
         self.norm = RMSNorm(hidden, eps)
-        self.target_vocab_size = target.vocab_size
         self.resize_vocabulary(draft_vocab_size)
-
-    def resize_vocabulary(self, size: int) -> None:
-        """Output rows for the first `size` tokens, or for all; the drafter fills them from the target."""
-        size = min(size, self.target_vocab_size)
-        self.lm_head = nn.Linear(self.hidden_size, size, bias=False).requires_grad_(False)
-        self.register_buffer("draft_vocab", torch.arange(size, dtype=torch.int32))
-
-    def keep_frequent(self, size: int) -> None:
-        """Output rows for the `size` most frequent tokens of this vocabulary, where their frequency is known."""
-        if self.vocab_rank is None or size >= self.draft_vocab_size:
-            return
-        kept = self.draft_vocab[self.vocab_rank < size]
-        self.resize_vocabulary(len(kept))
-        self.draft_vocab.copy_(kept)
-        self.vocab_rank = None
-
-    @property
-    def draft_vocab_size(self) -> int:
-        return self.lm_head.out_features
 
     def attention_inputs(
         self, embedded: Float[Tensor, "*n H"], hidden: Float[Tensor, "*n H"], cos: Tensor, sin: Tensor
@@ -133,7 +107,6 @@ def start_from_target(head: EagleHead, target: TargetModel) -> None:
 
 
 def build_head(target: TargetModel, draft_vocab_size: int, *, norm_before_residual: bool = False) -> EagleHead:
-    """A random head, always the same one; the run's generators are neither read nor moved."""
-    with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
-        torch.manual_seed(0)
+    """A random head, always the same one."""
+    with same_random_weights(target):
         return EagleHead(target, draft_vocab_size=draft_vocab_size, norm_before_residual=norm_before_residual)

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastgrpo.drafters.head_parts import DraftHead
 from fastgrpo.model import TargetModel
 
 FINGERPRINT = "target_final_norm"
 TOKENIZER = "tokenizer_hash"
+_RANK = "vocab_rank"
 _LIKENESS = 0.05  # relative distance of final norms that training on the same model stays below
 
 
@@ -39,12 +42,16 @@ def read_architecture(folder: Path) -> str | None:
         return None
 
 
-def collect_tensors(head: nn.Module, *, dtype: torch.dtype | None, compact: bool) -> dict[str, Tensor]:
+def collect_tensors(
+    head: DraftHead, *, dtype: torch.dtype | None, compact: bool, counts: Int[Tensor, " V"] | None
+) -> dict[str, Tensor]:
     """Weights as they go on file, the draft vocabulary as d2t: what to add to each draft id for its target id.
 
     Args:
         dtype: of the weights; None leaves them as they are.
-        compact: bfloat16, and without the output rows, which the target has itself.
+        compact: bfloat16, and without the output rows, which the target has itself: half the size, for
+            heads that ship with a package.
+        counts: how often each token was said; a compact head keeps their order, to be cut on small machines.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     vocab = tensors.pop("draft_vocab").long()
@@ -53,7 +60,10 @@ def collect_tensors(head: nn.Module, *, dtype: torch.dtype | None, compact: bool
         dtype = torch.bfloat16
     if dtype is not None:
         tensors = {name: value.to(dtype) for name, value in tensors.items()}
-    return tensors | {"d2t": vocab - torch.arange(len(vocab))}
+    tensors["d2t"] = vocab - torch.arange(len(vocab))
+    if compact and counts is not None:
+        tensors[_RANK] = counts.cpu()[vocab].argsort(descending=True, stable=True).argsort().int()
+    return tensors
 
 
 def describe_target(target: TargetModel) -> dict[str, int]:
@@ -110,12 +120,15 @@ def read_vocabulary(offsets: Tensor, folder: Path, vocab_size: int) -> Tensor:
     return ids.to(torch.int32)
 
 
-def fill_head(head: nn.Module, tensors: dict[str, Tensor], folder: Path, target: TargetModel) -> None:
+def fill_head(head: DraftHead, tensors: dict[str, Tensor], folder: Path, target: TargetModel) -> None:
     """Give the tensors to a head, once they are known to fit; output rows that are not on file are the target's.
 
     Raises:
         ValueError: a tensor is missing, unknown, of another shape or not finite; names it.
     """
+    rank = tensors.pop(_RANK, None)
+    if rank is not None and not torch.equal(rank.long().sort().values, torch.arange(head.draft_vocab_size)):
+        raise ValueError(f"the head in {folder} has a {_RANK} that does not rank its draft vocabulary")
     if "lm_head.weight" not in tensors:
         tensors["lm_head.weight"] = target.lm_head.weight.detach()[tensors["draft_vocab"].long()]
     wanted = head.state_dict()
@@ -130,3 +143,4 @@ def fill_head(head: nn.Module, tensors: dict[str, Tensor], folder: Path, target:
     if broken is not None:
         raise ValueError(f"the head in {folder} has values that are not finite in {broken}")
     head.load_state_dict(tensors)
+    head.vocab_rank = None if rank is None else rank.long()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Int
@@ -17,8 +18,8 @@ _CPU_VOCAB_SIZE, _VOCAB_SIZE = 4096, 16384
 def choose_vocab_size(target: TargetModel) -> int:
     """Tokens worth drafting from on this device.
 
-    More tokens hold more of what the target says, and a draft level reads an output row for each: on a CPU that is
-    half of its time (measured in dev/LOG.md), on a GPU next to nothing.
+    More tokens hold more of what the target says, and a draft level reads an output row and makes noise for each: on
+    a CPU that decides what a level costs (dev/LOG.md), on a GPU it is next to nothing.
     """
     return min(_CPU_VOCAB_SIZE if target.device.type == "cpu" else _VOCAB_SIZE, target.vocab_size)
 
@@ -51,19 +52,63 @@ def rotate(x: Float[Tensor, "*n heads d"], cos: Float[Tensor, "*#n d"], sin: Flo
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
-def take_output_rows(head: Any, target: TargetModel) -> None:
-    """Fill the head's output rows from the target as it is now."""
-    with torch.no_grad():
-        head.lm_head.weight.copy_(target.lm_head.weight[head.draft_vocab.long()])
+class DraftHead(nn.Module):
+    """What heads of every kind have: output rows of the target's own for a reduced vocabulary, not trained.
 
-
-def select_vocabulary(head: Any, counts: Int[Tensor, " V"]) -> None:
-    """Draft from the most counted tokens; among equals those drafted already, then low ids, stay.
-
-    The output rows are the target's own, so a change of rows costs nothing that was learnt.
+    `draft_vocab` lists the target ids of the rows in increasing order.
     """
-    score = counts.double() * 2
-    score[head.draft_vocab.long()] += 1
-    order = torch.argsort(score, descending=True, stable=True)
-    chosen = order[: head.draft_vocab_size].sort().values
-    head.draft_vocab.copy_(chosen.to(torch.int32))
+
+    draft_vocab: Tensor  # int32 target ids, increasing
+    vocab_rank: Tensor | None = None  # place of each by frequency, 0 the most frequent, where the file says it
+
+    def __init__(self, target: TargetModel) -> None:
+        super().__init__()
+        self.hidden_size, self.target_vocab_size = target.hidden_size, target.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers that keep keys and values."""
+        return 1
+
+    @property
+    def draft_vocab_size(self) -> int:
+        return self.lm_head.out_features
+
+    def resize_vocabulary(self, size: int) -> None:
+        """Output rows for the first `size` tokens, or for all; the drafter fills them from the target."""
+        size = min(size, self.target_vocab_size)
+        self.lm_head = nn.Linear(self.hidden_size, size, bias=False).requires_grad_(False)
+        self.register_buffer("draft_vocab", torch.arange(size, dtype=torch.int32))
+
+    def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
+        """Output rows for the most counted tokens; among equals those drafted already, then low ids, stay.
+
+        The output rows are the target's own, so a change of rows costs nothing that was learnt.
+        """
+        score = counts.double() * 2
+        score[self.draft_vocab.long()] += 1
+        order = torch.argsort(score, descending=True, stable=True)
+        chosen = order[: self.draft_vocab_size].sort().values
+        self.draft_vocab.copy_(chosen.to(torch.int32))
+
+    def keep_frequent(self, size: int) -> None:
+        """Output rows for the `size` most frequent tokens of this vocabulary, where their frequency is known."""
+        if self.vocab_rank is None or size >= self.draft_vocab_size:
+            return
+        kept = self.draft_vocab[self.vocab_rank < size]
+        self.resize_vocabulary(len(kept))
+        self.draft_vocab.copy_(kept)
+        self.vocab_rank = None
+
+    def take_output_rows(self, target: TargetModel) -> None:
+        """Fill the output rows from the target as it is now."""
+        with torch.no_grad():
+            self.lm_head.weight.copy_(target.lm_head.weight[self.draft_vocab.long()])
+
+
+@contextlib.contextmanager
+def same_random_weights(target: TargetModel) -> Iterator[None]:
+    """What is drawn here is always the same; the run's generators are neither read nor moved."""
+    with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield

@@ -24,7 +24,7 @@ from fastgrpo.drafters.lm_files import check_tokenizer, load_lm
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.tree import Draft
-from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
+from fastgrpo.types import Sequence, SpeculationPlan
 from fastgrpo.verify import Verdict
 
 _READ_TOKENS = 4096  # read in one forward, padding included
@@ -204,11 +204,7 @@ class LmDrafter:
         """One draft level over `num_tokens` nodes, for the profiler to time; has a cache of its own."""
         device, rows = self.lm.device, min(num_tokens, 64)
         width = num_tokens // rows
-        sequences = [
-            Sequence(request_id=i, prompt_ids=[0], params=SamplingParams(), max_tokens=1, stream_key=i)
-            for i in range(rows)
-        ]
-        noise_rows = SamplingBatch.build(sequences, device)
+        noise_rows = SamplingBatch.build_blank(rows, device)
         cache = self.lm.build_cache(with_features=False)
         cache.reserve(rows, width)
         cache.add_rows(rows)

@@ -31,7 +31,7 @@ from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.ngram_table import MAX_ORDER, NO_TOKEN, ORDERS, NgramTable
 from fastgrpo.sampling import SamplingBatch, gumbel_noise_of
 from fastgrpo.tree import Draft
-from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
+from fastgrpo.types import Sequence, SpeculationPlan
 from fastgrpo.verify import Verdict
 
 DEFAULT_MAX_BYTES = 64 * 2**20
@@ -124,8 +124,7 @@ class NgramDrafter:
 
     def measure_level(self, num_tokens: int) -> Callable[[], object]:
         """One draft level below `num_tokens` nodes, for the profiler to time."""
-        sequence = Sequence(request_id=0, prompt_ids=[0], params=SamplingParams(), max_tokens=1, stream_key=0)
-        noise_rows = SamplingBatch.build([sequence] * num_tokens, torch.device("cpu"))
+        noise_rows = SamplingBatch.build_blank(num_tokens, torch.device("cpu"))
         table = NgramTable(2**16)
         groups, contexts = np.zeros(num_tokens, np.uint64), np.zeros((num_tokens, MAX_ORDER), np.int64)
         table.add(groups[:1].repeat(16), contexts[:1].repeat(16, axis=0), np.arange(16))

@@ -1,0 +1,171 @@
+"""What drafters with a head share: weights that learn, a fast copy that drafts, rows that are read lazily."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Generic, Self, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastgrpo.drafters.beams import Levels, grow_trees, rank_candidates
+from fastgrpo.drafters.calibration import Calibration
+from fastgrpo.drafters.drafter import DraftContext
+from fastgrpo.drafters.head_parts import DraftHead, choose_vocab_size
+from fastgrpo.drafters.head_rows import HeadRows
+from fastgrpo.model import TargetModel
+from fastgrpo.sampling import SamplingBatch
+from fastgrpo.tree import Draft
+from fastgrpo.types import Sequence, SpeculationPlan
+from fastgrpo.verify import Verdict
+
+Head = TypeVar("Head", bound=DraftHead)
+
+
+class HeadDrafter(ABC, Generic[Head]):
+    """Drafts with a head over the target's features; keeps one row of keys and values for each running sequence.
+
+    Args:
+        target: the model to draft for; its embedding, RoPE and output rows are used.
+        head: trained weights; None starts from the target's own, and `was_trained` is False.
+        draft_vocab_size: rows of a new head's reduced output head; None takes what the device is good for.
+
+    Attributes:
+        head: float32, what is trained.
+        fast_head: a copy of it in the target's type, which drafts.
+        calibration: what its chances have been worth so far.
+        ranks_with_noise: False drafts the likeliest tokens whatever the noise, as the paper does; for comparison.
+    """
+
+    name: str
+    wants_features = True
+
+    def __init__(
+        self,
+        target: TargetModel,
+        *,
+        head: Head | None = None,
+        draft_vocab_size: int | None = None,
+    ) -> None:
+        self.target = target
+        self.calibration = Calibration()
+        self.ranks_with_noise = True
+        self.was_trained = head is not None
+        if head is None:
+            head = self.build_head(target, draft_vocab_size or choose_vocab_size(target))
+        self.head: Head = head.to(target.device)
+        if target.dtype in (torch.bfloat16, torch.float16):
+            self.head.lm_head.to(target.dtype)  # not trained: a copy of the target's rows as they are
+        self._rows = HeadRows(target, num_layers=self.head.num_layers)
+        self.refresh()
+
+    # -- a kind of head ------------------------------------------------------------------------------
+
+    @staticmethod
+    @abstractmethod
+    def build_head(target: TargetModel, draft_vocab_size: int) -> Head:
+        """A head that starts from the target's own weights."""
+
+    @staticmethod
+    @abstractmethod
+    def load_head(folder: Path, target: TargetModel) -> Head:
+        """Read and check a saved head.
+
+        Raises:
+            ValueError: damaged files, or a head of another target; names what differs.
+        """
+
+    @abstractmethod
+    def save_head(self, folder: Path, *, compact: bool = False, counts: Int[Tensor, " V"] | None = None) -> None:
+        """Write the trained head.
+
+        Args:
+            compact: bfloat16, and without the output rows, which the target has itself.
+            counts: how often each token was said; a compact head may keep their order, to be cut on small machines.
+        """
+
+    @abstractmethod
+    def start_levels(self, context: DraftContext, plan: SpeculationPlan) -> Levels:
+        """Read what the rows have not read yet; the levels of a draft behind them."""
+
+    # -- learning ------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Take the trained weights into the copy that drafts; output rows come from the target as it is now."""
+        self.head.take_output_rows(self.target)
+        self.fast_head: Head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
+
+    def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
+        """Draft from the most counted tokens."""
+        self.head.select_vocabulary(counts)
+
+    def save(self, folder: Path) -> None:
+        """Write the trained head, and what its chances are worth beside it."""
+        self.save_head(folder)
+        self.calibration.save(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Read what `save` wrote into this head.
+
+        Raises:
+            ValueError: damaged files, or a head of another target or shape; names what differs.
+        """
+        head = self.load_head(folder, self.target)
+        self.check_like(head, folder)
+        self.head.resize_vocabulary(head.draft_vocab_size)
+        self.head.lm_head.to(head.lm_head.weight.dtype)
+        self.head.load_state_dict(head.state_dict())
+        self.calibration.restore(folder)
+        self.refresh()
+
+    def check_like(self, head: Head, folder: Path) -> None:
+        """Refuse a head of another shape than this drafter's."""
+
+    @classmethod
+    def load(cls, folder: Path, target: TargetModel) -> Self:
+        """Read a folder that `save` wrote.
+
+        Raises:
+            ValueError: damaged files, or a head of another target; names what differs.
+        """
+        drafter = cls(target, head=cls.load_head(folder, target))
+        drafter.calibration.restore(folder)
+        return drafter
+
+    # -- drafting ------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        self._rows.clear()
+        self.calibration.fit()
+        self.refresh()
+
+    def count_unread(self, lengths: list[int]) -> int:
+        return self._rows.count_unread(lengths)
+
+    def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
+        pass  # features and tokens are read when they are needed
+
+    def judge(self, draft: Draft, verdict: Verdict) -> None:
+        self.calibration.observe(draft, verdict)
+
+    def release(self, slot: int, last_slot: int) -> None:
+        self._rows.release(slot, last_slot)
+
+    def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
+        lengths = context.cache.lengths
+        if min(lengths) == 0:  # a one-token prompt has no feature yet
+            return Draft.roots(context.pending_token_ids)
+        self._rows.admit(len(lengths))
+        self._rows.reserve(len(lengths), max(lengths) + plan.width * plan.depth)
+        levels = self.start_levels(context, plan)
+        self._rows.num_read = list(lengths)
+        return grow_trees(context, plan, levels, self.calibration)
+
+    def rank(
+        self, logits: Float[Tensor, "B W C"], noise_rows: SamplingBatch, width: int
+    ) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
+        """The `width` most promising tokens by logits over the draft vocabulary: log chance of being chosen, id."""
+        return rank_candidates(logits, self.head.draft_vocab, noise_rows, width, with_noise=self.ranks_with_noise)
