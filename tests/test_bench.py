@@ -7,12 +7,18 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from fastgrpo.bench import drafters
+from fastgrpo.bench import drafters, rollout
 from fastgrpo.bench.measure import RolloutResult, break_down, compute_equal_share, match_rates
 from fastgrpo.bench.worker import read_peak_rss_bytes, run_worker
 from fastgrpo.cli import main
-from fastgrpo.options import E2EOptions
+from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.drafters.eagle_files import save_head
+from fastgrpo.drafters.eagle_head import build_head
+from fastgrpo.model import TargetModel
+from fastgrpo.options import E2EOptions, RolloutOptions
 from fastgrpo.report import load_run
 from fastgrpo.types import PLAIN, StepRecord
 from tiny import save_tiny_model
@@ -86,6 +92,26 @@ def test_rollout_writes_what_it_measured(model_dir: Path, tmp_path: Path, capsys
         assert {"num_seqs", "tokens_per_s", "step_ms", "nodes_per_sequence"} <= own["by_concurrency"][0].keys()
     assert result["variants"]["off"]["acceptance_length"] == 1
     assert "x vs off" in capsys.readouterr().out
+
+
+def test_a_saved_head_is_measured_with_a_smaller_vocabulary(model_dir: Path, tmp_path: Path) -> None:
+    target = TargetModel(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32))
+    head = build_head(target, 90)
+    counts = torch.arange(target.vocab_size)  # high ids are the frequent ones
+    save_head(head, tmp_path / "ranked", target, compact=True, counts=counts)
+    save_head(head, tmp_path / "unranked", target)
+    options = RolloutOptions(head=tmp_path / "ranked", draft_vocab_size=40)
+    drafter = rollout.open_drafter(options, target)
+    assert isinstance(drafter, EagleDrafter)
+    assert drafter.head.draft_vocab.tolist() == list(range(50, 90))
+    fitting = rollout.open_drafter(RolloutOptions(head=tmp_path / "ranked", draft_vocab_size=90), target)
+    assert isinstance(fitting, EagleDrafter) and fitting.head.draft_vocab_size == 90
+    with pytest.raises(ValueError, match="does not say which 40 of them"):
+        rollout.open_drafter(RolloutOptions(head=tmp_path / "unranked", draft_vocab_size=40), target)
+    with pytest.raises(ValueError, match="none ships for this model"):
+        rollout.open_drafter(RolloutOptions(draft_vocab_size=40), target)
+    with pytest.raises(ValueError, match="only heads have a draft_vocab_size"):
+        RolloutOptions(drafter="ngram", draft_vocab_size=40)
 
 
 def test_drafts_are_accepted_oftener_when_ranked_with_the_noise(model_dir: Path, tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 No target forward: features and final hidden states were kept when tokens were verified. The head is
 unrolled on its own outputs as it is when it drafts (training-time test of EAGLE-3, arXiv:2503.01840)
-and follows the target's distribution at the rollout's temperature: Kullback-Leibler divergence plus
-total variation, which bounds the acceptance under shared noise. All completions teach, zero-variance
-groups included. How a kind of head learns from a rollout is its objective's.
+and follows the target's distribution at the rollout's temperature, in the sense of one of the losses of
+`fastgrpo.draft_loss`. All completions teach, zero-variance groups included. How a kind of head learns
+from a rollout is its objective's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NEW_RATE, _TRAINED_RATE = 2e-3, 3e-4
 class LearnReport:
     """What one call of `Learner.learn` did."""
 
-    loss: float  # divergence (nats a token) plus total variation over the draft vocabulary, first unroll step
+    loss: float  # the learner's loss at the first unroll step, mean over tokens
     num_tokens: int  # completion tokens learnt from, repetitions counted
     num_updates: int
     num_skipped: int  # batches with a non-finite loss or gradient, and rollouts with such features

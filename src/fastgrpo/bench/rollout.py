@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from fastgrpo.bench.measure import (
 from fastgrpo.data import build_task_dataset
 from fastgrpo.drafters import Drafter
 from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.drafters.eagle_files import find_shipped_head, load_head
 from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
@@ -105,7 +107,8 @@ def _warm_up(
     """The head all variants share, after it has learnt on rollouts of other prompts."""
     if options.drafter not in ("eagle", "eagle-new"):
         return None, []
-    engine = Engine(model, drafter=options.head or options.drafter, max_num_seqs=options.max_num_seqs)
+    drafter = open_drafter(options, TargetModel(model))
+    engine = Engine(model, drafter=drafter, max_num_seqs=options.max_num_seqs)
     assert isinstance(engine.drafter, EagleDrafter)
     learner = Learner(engine.drafter, seed=options.seed)
     engine.on_finish.append(learner.add)
@@ -116,6 +119,28 @@ def _warm_up(
         emitted, forwards = (sum(getattr(r, name) for r in result.records) for name in ("num_emitted", "num_seqs"))
         learned.append({"loss": report.loss, "learn_s": report.learn_s, "acceptance_length": emitted / forwards})
     return engine.drafter.head, learned
+
+
+def open_drafter(options: RolloutOptions, target: TargetModel) -> str | Path | Drafter:
+    """The drafter asked for, its draft vocabulary cut to what is asked for."""
+    size = options.draft_vocab_size
+    if size is None:
+        return options.head or options.drafter
+    if options.drafter == "eagle-new":
+        return EagleDrafter(target, draft_vocab_size=size)
+    folder = options.head or find_shipped_head(target)
+    if folder is None:
+        raise ValueError(
+            "draft_vocab_size cuts the vocabulary of a saved head, and none ships for this model: name one"
+        )
+    head = load_head(folder, target)
+    head.keep_frequent(size)
+    if head.draft_vocab_size > size:
+        raise ValueError(
+            f"the head in {folder} drafts from {head.draft_vocab_size} tokens and does not say which {size} of them "
+            "are the most frequent; heads of `fastgrpo draft train --compact` do"
+        )
+    return EagleDrafter(target, head=head)
 
 
 def _describe_workload(results: Sequence[RolloutResult], max_tokens: int) -> dict[str, float]:

@@ -79,6 +79,10 @@ class RolloutOptions:
     head: Path | None = field(
         default=None, metadata=about("folder with a saved EAGLE-3 head (default: one started from the target)")
     )
+    draft_vocab_size: int | None = field(
+        default=None,
+        metadata=about("draft from so many of the head's most frequent tokens (default: 4096 on a CPU, or all)"),
+    )
     warmup_steps: int = field(
         default=0, metadata=about("rollouts of other prompts on which the eagle head learns first")
     )
@@ -96,6 +100,10 @@ class RolloutOptions:
             raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
         if self.head is not None and self.drafter != "eagle":
             raise ValueError(f"a saved head is drafted with by drafter=eagle, got drafter={self.drafter}")
+        if self.draft_vocab_size is not None:
+            check_positive(self, "draft_vocab_size")
+            if self.drafter not in ("eagle", "eagle-new"):
+                raise ValueError(f"only heads have a draft_vocab_size, got drafter={self.drafter}")
         if self.drafter not in ("eagle", "eagle-new", "ngram", "none"):
             raise ValueError(f"drafter must be eagle, eagle-new, ngram or none, got '{self.drafter}'")
         if self.max_tokens is None:
