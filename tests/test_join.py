@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def test_it_drafts_with_what_pays() -> None:
     plan = SpeculationPlan(depth=4, width=2, num_draft_tokens=6)
     engine = Engine(model, drafter=drafter, speculation=plan)
     params = SamplingParams(temperature=0.0, max_tokens=100)
-    for _ in range(4):  # greedy, so that every epoch is the first one again
+    for _ in range(12):  # greedy, so that every epoch is the first one again
         engine.generate([[3, 1, 4, 1, 5]], params)
     ledger = drafter._find_ledger(1)
     lengths = {way: mean.value for way, mean in ledger.lengths.items()}
@@ -181,6 +182,29 @@ def test_it_drafts_with_what_pays() -> None:
     assert drafter.choose_way(1) == "eagle", "a draft that takes too long does not pay"
     ledger.draft_s["ngram"].value = 1e-6
     assert drafter.choose_way(1) == "ngram"
+
+
+def test_trials_become_rare_where_they_change_nothing() -> None:
+    model = shared_model("llama")
+    drafter = build_auto(model)
+    engine = Engine(model, drafter=drafter, speculation=SpeculationPlan(depth=1, width=1, num_draft_tokens=1))
+    params = SamplingParams(temperature=0.0, max_tokens=100)
+    engine.generate([[3, 1, 4, 1, 5]], params)
+    ledger = drafter._find_ledger(1)
+    ledger.draft_s["ngram"].value = ledger.draft_s["joined"].value = 100.0  # the choice is clear, and stays so
+    gaps = set()
+    for _ in range(12):
+        for way in ("ngram", "joined"):
+            ledger.draft_s[way].value = 100.0
+        engine.generate([[3, 1, 4, 1, 5]], params)
+        gaps.add(ledger.gap)
+    assert ledger.gap == max(gaps) >= 64
+    joined = drafter.way_shares["joined"]
+    assert joined <= 0.05, f"{joined:.0%} of the drafts were still trials"
+    ledger.way = "ngram"  # what would be chosen is another way now
+    ledger.next_trial = 0
+    engine.generate([[3, 1, 4, 1, 5]], dataclasses.replace(params, max_tokens=8))
+    assert ledger.gap == 16, "a change is looked at again soon"
 
 
 def test_what_both_know_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

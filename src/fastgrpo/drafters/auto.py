@@ -16,20 +16,23 @@ from fastgrpo.tree import Draft
 from fastgrpo.types import Sequence, SpeculationPlan
 from fastgrpo.verify import Verdict
 
-_TRIAL_EVERY = 16  # drafting steps between two that measure all ways
 _FIRST_TRIALS = 4  # drafting steps of a kind that are all trials
-_SMOOTHING = 0.1
-_MARGIN = 1.02  # gain that a change of way must promise
+_LEAST_GAP, _MOST_GAP = 16, 128  # drafting steps from one trial to the next; doubled by each that changes nothing
+_TIMES_WINDOW, _TRIALS_WINDOW = 10, 16  # values that a running mean remembers
+_MARGIN = 1.05  # gain that a change of way must promise; less is within the noise of so many trials
 
 
 @dataclass
 class _Running:
-    """A running mean; None before the first value."""
+    """The mean of about the last `window` values; None before the first."""
 
+    window: int
     value: float | None = None
+    num_values: int = 0
 
     def observe(self, value: float) -> None:
-        self.value = value if self.value is None else self.value + _SMOOTHING * (value - self.value)
+        self.num_values = min(self.num_values + 1, self.window)
+        self.value = value if self.value is None else self.value + (value - self.value) / self.num_values
 
 
 @dataclass
@@ -38,9 +41,19 @@ class _Ledger:
 
     lengths: dict[str, _Running] = field(default_factory=dict)  # tokens a forward of each way, in trials
     draft_s: dict[str, _Running] = field(default_factory=dict)  # seconds of a draft of each way
-    rest_s: _Running = field(default_factory=_Running)  # from the end of a draft to its judgement
+    rest_s: _Running = field(default_factory=lambda: _Running(_TIMES_WINDOW))  # from a draft's end to its judgement
     num_drafts: int = 0
+    next_trial: int = 0  # number of the draft that measures all ways again
+    gap: int = _LEAST_GAP
     way: str = ""
+
+    def plan_trial(self, *, is_settled: bool) -> None:
+        """After a trial: the next one comes later if this one has changed nothing."""
+        if self.num_drafts < _FIRST_TRIALS:
+            self.next_trial = self.num_drafts
+            return
+        self.gap = min(2 * self.gap, _MOST_GAP) if is_settled else _LEAST_GAP
+        self.next_trial = self.num_drafts + self.gap
 
     def rate(self, way: str) -> float:
         """Tokens a second of a sequence; 0 for what was never measured."""
@@ -63,9 +76,10 @@ class Member(StatefulDrafter, Protocol):
 class AutoDrafter:
     """Drafts with one of two drafters or with both trees joined, whichever emits more tokens a second.
 
-    Every so many steps both draft in full and their trees are joined: the tokens that the target then chooses
-    say what each would have had accepted alone. The choice is made for each power of two of live sequences,
-    since a draft's cost weighs less beside a larger forward. Nodes are joined by calibrated chances.
+    In a trial both draft in full and their trees are joined: the tokens that the target then chooses say what
+    each would have had accepted alone. Trials become rare where they change nothing. The choice is made for each
+    power of two of live sequences, since a draft's cost weighs less beside a larger forward. Nodes are joined by
+    calibrated chances.
 
     Args:
         first: is used until something better has been measured.
@@ -132,8 +146,10 @@ class AutoDrafter:
     def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         self._num_live = len(context.sequences)
         ledger = self._find_ledger(self._num_live)
-        is_trial = ledger.num_drafts < _FIRST_TRIALS or ledger.num_drafts % _TRIAL_EVERY == 0
+        is_trial = ledger.num_drafts >= ledger.next_trial
         ledger.num_drafts += 1
+        if is_trial:
+            ledger.next_trial = ledger.num_drafts + ledger.gap  # should nothing be joined
         self._way = self.JOINED if is_trial else self.choose_way(self._num_live)
         self._drafts, self._draft_s, self._joined = {}, {}, None
         for member in self.members:
@@ -161,7 +177,7 @@ class AutoDrafter:
         ledger = self._find_ledger(self._num_live)
         ledger.rest_s.observe(time.perf_counter() - self._drafted_at)
         for way, draft_s in self._draft_s.items():
-            ledger.draft_s.setdefault(way, _Running()).observe(draft_s)
+            ledger.draft_s.setdefault(way, _Running(_TIMES_WINDOW)).observe(draft_s)
         if self._joined is None:
             own = next(member for member in self.members if member.name == self._way)
             own.judge(draft, verdict)
@@ -170,7 +186,9 @@ class AutoDrafter:
             member.calibration.observe(draft, verdict, chances)
         accepted = {member.name: count_matched(self._drafts[member.name], verdict) for member in self.members}
         for way, count in {**accepted, self.JOINED: verdict.num_accepted}.items():
-            ledger.lengths.setdefault(way, _Running()).observe(1 + float(count.double().mean()))
+            ledger.lengths.setdefault(way, _Running(_TRIALS_WINDOW)).observe(1 + float(count.double().mean()))
+        before = ledger.way
+        ledger.plan_trial(is_settled=self.choose_way(self._num_live) == before)
 
     def save(self, folder: Path) -> None:
         """Write what the members keep, each in a folder of its own."""
