@@ -10,7 +10,10 @@ import torch
 
 from conftest import build_model, shared_model
 from fastgrpo.draft_control import Judgement, LearningControl, Outcome
+from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
+from fastgrpo.types import SamplingParams, SpeculationPlan
 from test_eagle import assert_same_head, build_drafter_for, build_learner, collect_rollouts, head_bits
 
 
@@ -98,6 +101,18 @@ def test_a_head_that_got_worse_is_rolled_back() -> None:
     assert max(differences) < 0.1, "back to a head of the last calls, not to the damaged one"
     for parameter, kept in zip(learner.drafter.fast_head.parameters(), learner.drafter.head.parameters(), strict=True):
         assert torch.equal(parameter, kept.to(parameter.dtype)), "and it is the one that drafts"
+    assert_plain_tokens(learner.drafter)
+
+
+def assert_plain_tokens(drafter: EagleDrafter) -> None:
+    """Whatever became of the head, the tokens are those of plain decoding."""
+    model = drafter.target.model
+    params = SamplingParams(max_tokens=30, seed=3)
+    prompts = [[3, 1, 4, 1, 5], [7, 7]]
+    plan = SpeculationPlan(depth=3, width=2, num_draft_tokens=6)
+    drafted = Engine(model, drafter=drafter, speculation=plan).generate(prompts, params)
+    plain = Engine(model, drafter="none").generate(prompts, params)
+    assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
 
 
 def test_new_rollouts_are_judged_before_they_are_learnt_from() -> None:

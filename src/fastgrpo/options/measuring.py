@@ -115,7 +115,7 @@ class AcceptanceOptions:
     """`fastgrpo bench acceptance`."""
 
     model: str = field(default="demo", metadata=about("model: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct"))
-    drafter: str = field(default="eagle", metadata=about("eagle, eagle-new, or a folder with a saved EAGLE-3 head"))
+    drafter: str = field(default="eagle", metadata=about("eagle, eagle-new, block, or a folder with a saved head"))
     task: tuple[str, ...] = field(
         default=("gsm_symbolic", "chain_sum"),
         metadata=about("reasoning-gym tasks that make the prompts, parted by commas"),
