@@ -100,6 +100,22 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
+def test_a_head_goes_on_counting_the_tokens_it_meets(model_dir: Path, tmp_path: Path) -> None:
+    settings = {"updates": 1, "compact": True, "draft_vocab_size": 50}
+    pretrain.run_draft_training(build_options(model_dir, tmp_path / "first", **settings), "")
+    again = build_options(model_dir, tmp_path / "again", head=tmp_path / "first" / "head", seed=1, **settings)
+    pretrain.run_draft_training(again, "")
+    counts = []
+    for name in ("first", "again"):
+        tensors = load_file(tmp_path / name / "head" / "model.safetensors")
+        ids = (tensors["d2t"] + torch.arange(50)).tolist()
+        counts.append(dict(zip(ids, tensors["vocab_counts"].tolist(), strict=True)))
+    first, both = counts
+    assert set(first) & set(both), "some tokens are frequent in both"
+    assert all(both[token] >= first[token] for token in set(first) & set(both))
+    assert sum(both.values()) > 1.5 * sum(first.values())
+
+
 def test_prompts_come_from_a_file_too(model_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "one"}\n{"prompt": "two"}\n{"prompt": "' + "x" * 50 + '"}\n')
@@ -253,6 +269,7 @@ def test_a_compact_head_is_cut_to_its_frequent_tokens(tmp_path: Path, monkeypatc
     assert torch.equal(shipped.head.lm_head.weight, drafter.target.lm_head.weight[45:60])
     assert torch.allclose(shipped.head.fc.weight, drafter.head.fc.weight, rtol=2**-8)
     tensors = load_file(tmp_path / "mine" / "model.safetensors")
-    save_file(tensors | {"vocab_rank": tensors["vocab_rank"] * 2}, tmp_path / "mine" / "model.safetensors")
-    with pytest.raises(ValueError, match="vocab_rank"):
-        load_head(tmp_path / "mine", drafter.target)
+    for damaged in (-tensors["vocab_counts"], tensors["vocab_counts"][1:], tensors["vocab_counts"].float()):
+        save_file(tensors | {"vocab_counts": damaged}, tmp_path / "mine" / "model.safetensors")
+        with pytest.raises(ValueError, match="vocab_counts"):
+            load_head(tmp_path / "mine", drafter.target)

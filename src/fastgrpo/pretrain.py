@@ -196,7 +196,7 @@ class _Training:
     def __init__(self, options: DraftTrainOptions, opened: Opened, answers: list[Answer]) -> None:
         self.options = options
         target = TargetModel(opened.model, tokenizer=opened.tokenizer)
-        self.drafter = _build_drafter(options, target)
+        self.drafter, self._counted_before = _build_drafter(options, target)
         self.learner = Learner(self.drafter, learning_rate=options.learning_rate, seed=options.seed)
         self.engine = Engine(opened.model, drafter=self.drafter, speculation="off")  # what the state is saved with
         kept = [answer for answer in answers if len(answer.token_ids) >= _MIN_ANSWER]
@@ -240,9 +240,9 @@ class _Training:
         return measure_head(self.drafter, rollouts)
 
     def count_tokens(self) -> Int[Tensor, " V"]:
-        """How often each token was said."""
+        """How often each token was said in all that the head has learnt from, as far as that is known."""
         ids = torch.tensor([token_id for answer in self.answers for token_id in answer.token_ids])
-        return torch.bincount(ids, minlength=self.drafter.target.vocab_size)
+        return self._counted_before + torch.bincount(ids, minlength=self.drafter.target.vocab_size)
 
     def _select_vocabulary(self) -> None:
         self.drafter.select_vocabulary(self.count_tokens().to(self.drafter.target.device))
@@ -279,14 +279,17 @@ class _Training:
         )
 
 
-def _build_drafter(options: DraftTrainOptions, target: TargetModel) -> HeadDrafter[Any]:
-    """A new head of the kind asked for, or the one to begin with."""
+def _build_drafter(options: DraftTrainOptions, target: TargetModel) -> tuple[HeadDrafter[Any], Int[Tensor, " V"]]:
+    """A new head of the kind asked for or the one to begin with, and how often it has met each token."""
     kind = _KINDS[options.kind]
     size = options.draft_vocab_size or choose_vocab_size(target)
+    counts = torch.zeros(target.vocab_size, dtype=torch.int64)
     head = None if options.head is None else kind.load_head(options.head, target)
     if head is not None:
+        if head.vocab_counts is not None:
+            counts[head.draft_vocab.long()] = head.vocab_counts
         head.resize_vocabulary(size)
-    return kind(target, head=head, draft_vocab_size=size)
+    return kind(target, head=head, draft_vocab_size=size), counts
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ class HeadDrafter(ABC, Generic[Head]):
 
         Args:
             compact: bfloat16, and without the output rows, which the target has itself.
-            counts: how often each token was said; a compact head may keep their order, to be cut on small machines.
+            counts: how often each token was said; a compact head keeps those of its vocabulary.
         """
 
     @abstractmethod

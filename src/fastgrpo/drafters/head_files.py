@@ -17,7 +17,7 @@ from fastgrpo.model import TargetModel
 
 FINGERPRINT = "target_final_norm"
 TOKENIZER = "tokenizer_hash"
-_RANK = "vocab_rank"
+_COUNTS = "vocab_counts"
 _LIKENESS = 0.05  # relative distance of final norms that training on the same model stays below
 
 
@@ -51,7 +51,8 @@ def collect_tensors(
         dtype: of the weights; None leaves them as they are.
         compact: bfloat16, and without the output rows, which the target has itself: half the size, for
             heads that ship with a package.
-        counts: how often each token was said; a compact head keeps their order, to be cut on small machines.
+        counts: how often each token was said; a compact head keeps those of its vocabulary, so that it can be cut on
+            small machines and goes on counting.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     vocab = tensors.pop("draft_vocab").long()
@@ -62,7 +63,7 @@ def collect_tensors(
         tensors = {name: value.to(dtype) for name, value in tensors.items()}
     tensors["d2t"] = vocab - torch.arange(len(vocab))
     if compact and counts is not None:
-        tensors[_RANK] = counts.cpu()[vocab].argsort(descending=True, stable=True).argsort().int()
+        tensors[_COUNTS] = counts.cpu()[vocab].int()
     return tensors
 
 
@@ -126,9 +127,11 @@ def fill_head(head: DraftHead, tensors: dict[str, Tensor], folder: Path, target:
     Raises:
         ValueError: a tensor is missing, unknown, of another shape or not finite; names it.
     """
-    rank = tensors.pop(_RANK, None)
-    if rank is not None and not torch.equal(rank.long().sort().values, torch.arange(head.draft_vocab_size)):
-        raise ValueError(f"the head in {folder} has a {_RANK} that does not rank its draft vocabulary")
+    counts = tensors.pop(_COUNTS, None)
+    if counts is not None:
+        size = head.draft_vocab_size
+        if counts.shape != (size,) or counts.is_floating_point() or bool((counts < 0).any()):
+            raise ValueError(f"the head in {folder} has {_COUNTS} that do not count its {size} draft tokens")
     if "lm_head.weight" not in tensors:
         tensors["lm_head.weight"] = target.lm_head.weight.detach()[tensors["draft_vocab"].long()]
     wanted = head.state_dict()
@@ -143,4 +146,4 @@ def fill_head(head: DraftHead, tensors: dict[str, Tensor], folder: Path, target:
     if broken is not None:
         raise ValueError(f"the head in {folder} has values that are not finite in {broken}")
     head.load_state_dict(tensors)
-    head.vocab_rank = None if rank is None else rank.long()
+    head.vocab_counts = None if counts is None else counts.long()

@@ -59,7 +59,7 @@ class DraftHead(nn.Module):
     """
 
     draft_vocab: Tensor  # int32 target ids, increasing
-    vocab_rank: Tensor | None = None  # place of each by frequency, 0 the most frequent, where the file says it
+    vocab_counts: Tensor | None = None  # how often each was said in what the head learnt from, where that is known
 
     def __init__(self, target: TargetModel) -> None:
         super().__init__()
@@ -79,6 +79,7 @@ class DraftHead(nn.Module):
         size = min(size, self.target_vocab_size)
         self.lm_head = nn.Linear(self.hidden_size, size, bias=False).requires_grad_(False)
         self.register_buffer("draft_vocab", torch.arange(size, dtype=torch.int32))
+        self.vocab_counts = None
 
     def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
         """Output rows for the most counted tokens; among equals those drafted already, then low ids, stay.
@@ -90,15 +91,17 @@ class DraftHead(nn.Module):
         order = torch.argsort(score, descending=True, stable=True)
         chosen = order[: self.draft_vocab_size].sort().values
         self.draft_vocab.copy_(chosen.to(torch.int32))
+        self.vocab_counts = counts[chosen]
 
     def keep_frequent(self, size: int) -> None:
         """Output rows for the `size` most frequent tokens of this vocabulary, where their frequency is known."""
-        if self.vocab_rank is None or size >= self.draft_vocab_size:
+        if self.vocab_counts is None or size >= self.draft_vocab_size:
             return
-        kept = self.draft_vocab[self.vocab_rank < size]
-        self.resize_vocabulary(len(kept))
+        order = self.vocab_counts.argsort(descending=True, stable=True)[:size].sort().values
+        kept, counts = self.draft_vocab[order], self.vocab_counts[order]
+        self.resize_vocabulary(size)
         self.draft_vocab.copy_(kept)
-        self.vocab_rank = None
+        self.vocab_counts = counts
 
     def take_output_rows(self, target: TargetModel) -> None:
         """Fill the output rows from the target as it is now."""
