@@ -35,7 +35,7 @@ class DraftersOptions:
         default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
     )
     dtype: str = field(default="bfloat16", metadata=about("type of the weights", choices=DTYPES))
-    seed: int = field(default=1000, metadata=about("seed of prompts and noise; 0 and 1 made the shipped head's"))
+    seed: int = field(default=1000, metadata=about("seed of prompts and noise; 0 to 2 made the shipped head's"))
     output: Path | None = field(
         default=None, metadata=about("JSON file for the results; without it they are only printed")
     )
