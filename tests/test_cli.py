@@ -167,7 +167,7 @@ def test_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str], fo
         ({"max_steps": True}, "max_steps: 'True' is no int"),
         ({"use_peft": 3}, "use_peft: "),
         ({"dtype": "float23"}, "dtype must be one of auto, bfloat16"),
-        ({"speculation": "always"}, "speculation must be one of auto, paper, fixed, off"),
+        ({"speculation": "always"}, "speculation must be one of auto, off, paper, paper-own"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "prompts has no part to evaluate on"),
         ({"env": [1]}, "env must map names to values"),
         ({"resume_from_checkpoint": True}, "there is no checkpoint in out"),

@@ -34,7 +34,7 @@ from fastgrpo.drafters.none import NoDrafter
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.learner import Learner
 from fastgrpo.model import TargetModel
-from fastgrpo.planner import FixedPlanner, PaperPlanner, Planner
+from fastgrpo.planner import BanditPlanner, FixedPlanner, PaperPlanner, Planner
 from fastgrpo.sampling import stream_key
 from fastgrpo.types import PLAIN, SamplingParams, Sequence, SpeculationPlan, StepRecord
 
@@ -45,6 +45,8 @@ PLANNERS: dict[str, Callable[[], Planner]] = {
     "chain": lambda: FixedPlanner(fixed=CHAIN),
     "tree": lambda: FixedPlanner(fixed=TREE),
     "paper": lambda: PaperPlanner(capacity=20),
+    "paper-own": PaperPlanner.with_own_capacity,
+    "bandit": lambda: BanditPlanner(max_num_tokens=256, epsilon=0.5),
     "auto": SyntheticClockPlanner,
 }
 DRAFTERS = ("none", "ngram", "eagle_untrained", "eagle_trained", "lm", "always_wrong", "oracle")

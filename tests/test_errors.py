@@ -126,8 +126,8 @@ def test_stop_tokens_may_be_a_list():
             "causal LM; got 'eagel'",
         ),
         ({"drafter": "/no/such/folder"}, "got '/no/such/folder'"),
-        ({"drafter": "ngram", "speculation": "fast"}, "speculation must be one of auto, paper, fixed, off"),
-        ({"drafter": "none", "speculation": "fast"}, "speculation must be one of auto, paper, fixed, off"),
+        ({"drafter": "ngram", "speculation": "fast"}, "speculation must be one of auto, off, paper, paper-own"),
+        ({"drafter": "none", "speculation": "fast"}, "speculation must be one of auto, off, paper, paper-own"),
         ({"drafter": "none", "max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
     ],
 )

@@ -18,14 +18,17 @@ from hypothesis import strategies as st
 import fastgrpo
 from conftest import SMALL_CPU, SyntheticClockPlanner
 from fastgrpo.planner import (
+    SPECULATION,
     AcceptanceTable,
     AutoPlanner,
+    BanditPlanner,
     FixedPlanner,
     HardwareProfile,
     PaperPlanner,
     PlanInputs,
     build_planner,
     compute_expected_length,
+    restore_planner,
 )
 from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
 from fastgrpo.planner.auto import _GRID as GRID
@@ -128,16 +131,29 @@ def test_the_papers_rule_decodes_plainly_without_room_for_a_node(num_seqs):
     assert PaperPlanner(capacity=160).plan(PlanInputs(num_seqs=num_seqs)) == PLAIN
 
 
-@given(capacity=st.floats(1, 5000), num_seqs=st.integers(1, 512))
-def test_the_papers_rule_stays_within_capacity(capacity, num_seqs):
-    plan = PaperPlanner(capacity=capacity).plan(PlanInputs(num_seqs=num_seqs))
+@given(capacity=st.floats(1, 5000), num_seqs=st.integers(1, 512), alpha=st.floats(0.1, 10), num_read=st.integers(0, 99))
+def test_the_papers_rule_stays_within_capacity(capacity, num_seqs, alpha, num_read):
+    """And is a function of the live sequences: neither what is read nor what was observed matters."""
+    planner = PaperPlanner(capacity=capacity, alpha=alpha)
+    plan = planner.plan(PlanInputs(num_seqs=num_seqs))
     assert plan.is_plain or num_seqs * (1 + plan.num_draft_tokens) <= capacity
-    assert plan.num_draft_tokens <= plan.width + plan.width**2 * max(plan.depth - 1, 0)
+    assert plan.num_draft_tokens <= min(plan.width + plan.width**2 * max(plan.depth - 1, 0), planner.max_verify - 1)
+    assert plan.width <= planner.max_width and plan.depth <= planner.max_depth
+    planner.observe(build_record(plan, num_seqs))
+    assert planner.plan(PlanInputs(num_seqs=num_seqs, num_read=num_read)) == plan
 
 
-def test_a_capacity_below_one_token_is_refused():
-    with pytest.raises(ValueError, match=r"capacity must be at least 1 token, got 0\.5"):
-        PaperPlanner(capacity=0.5)
+@pytest.mark.parametrize("capacity", [0, 0.5, -3, math.nan, math.inf])
+def test_a_capacity_below_one_token_is_refused(capacity):
+    with pytest.raises(ValueError, match=rf"capacity must be at least 1 token, got {capacity}"):
+        PaperPlanner(capacity=capacity)
+
+
+@given(st.integers(1, 512))
+def test_the_papers_own_capacity_is_160_on_every_machine(num_seqs):
+    own, inputs = PaperPlanner.with_own_capacity(), PlanInputs(num_seqs=num_seqs)
+    assert own.plan(inputs) == PaperPlanner(capacity=160).plan(inputs)
+    assert (own.name, own.state_dict()) == ("paper-own", {"capacity": 160})
 
 
 # -- expected length -----------------------------------------------------------------------------------------
@@ -421,8 +437,21 @@ def test_the_planner_behind_a_key():
         "capacity": SMALL_CPU.capacity
     }
     assert build_planner("auto", fixed=fixed, measure=lambda: SMALL_CPU).name == "auto"
-    with pytest.raises(ValueError, match="one of auto, paper, fixed, off, or a SpeculationPlan, got 'fast'"):
+    assert build_planner("paper-own", fixed=fixed, measure=refuse) == PaperPlanner.with_own_capacity()
+    bandit = build_planner("bandit", fixed=fixed, measure=lambda: SMALL_CPU)
+    assert bandit == BanditPlanner(max_num_tokens=SMALL_CPU.num_tokens[-1])
+    with pytest.raises(ValueError, match=r"one of auto, off, .*, fixed, or a SpeculationPlan, got 'fast'"):
         build_planner("fast", fixed=fixed, measure=refuse)
+
+
+@pytest.mark.parametrize("key", SPECULATION)
+def test_every_key_has_a_planner_of_its_name_that_can_be_restored(key):
+    planner = build_planner(key, fixed=GRID[0], measure=lambda: SMALL_CPU)
+    assert planner.name == key
+    planner.observe(build_record(planner.plan(PlanInputs(num_seqs=2)), 2, num_emitted=5))
+    restored = restore_planner(key, json.loads(json.dumps(planner.state_dict())))
+    assert restored is None or restored.state_dict() == planner.state_dict()
+    assert (restored is None) == (key in ("off", "fixed", "paper-own"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.none import NoDrafter
 from fastgrpo.model import ForwardOutput, TargetModel
-from fastgrpo.planner import AutoPlanner, FixedPlanner, PaperPlanner, PlanInputs, Planner, build_planner
+from fastgrpo.planner import MEASURED, FixedPlanner, PlanInputs, Planner, build_planner, restore_planner
 from fastgrpo.prefill import Prefiller
 from fastgrpo.profiler import measure_profile
 from fastgrpo.sampling import SamplingBatch, stream_key
@@ -51,7 +51,7 @@ class Engine:
         drafter: "eagle" (the head shipped for the model, if there is one), "eagle-new" (never the shipped one),
             "block" (a head that drafts in one pass), "ngram", "auto" (eagle and ngram, whichever pays), "none", a
             folder with a saved head or with a small causal LM of the same tokenizer, or a `Drafter`.
-        speculation: "auto", "paper", "fixed", "off", or a `SpeculationPlan` used at every step.
+        speculation: "auto", "paper", "paper-own", "bandit", "fixed", "off", or a `SpeculationPlan` used at every step.
         max_num_seqs: sequences decoded together; others wait.
         fixed_plan: the plan of "fixed".
         compute_dtype: run under autocast in this type; None computes in the model's own.
@@ -340,15 +340,11 @@ class Engine:
 
     def restore_planner(self, name: str, state: Mapping[str, Any]) -> None:
         """Go on with a saved planner's measurements; one of another kind is left out."""
-        planner: Planner | None = self.planner
-        if name == "auto" and self._speculation == "auto":
-            planner = AutoPlanner.from_state(state)
-        elif name == "paper" and self._speculation == "paper":
-            planner = PaperPlanner(capacity=float(state["capacity"]))
-        self.planner = planner
+        if name == self._speculation:
+            self.planner = restore_planner(name, state) or self.planner
 
     def _check_speculation(self) -> None:
-        if self._speculation not in ("auto", "paper"):
+        if self._speculation not in MEASURED:
             self.planner = build_planner(self._speculation, fixed=self._fixed_plan, measure=_no_measure)
 
     def _reset(self) -> None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from fastgrpo.draft_loss import DEFAULT_LOSS, LOSSES, check_loss
+from fastgrpo.planner import SPECULATION
 from fastgrpo.types import SpeculationPlan
-
-_SPECULATION = ("auto", "paper", "fixed", "off")
 
 
 @dataclass
@@ -20,7 +19,8 @@ class FastGRPOConfig(GRPOConfig):
         default="auto",
         metadata={
             "help": "How drafts are sized: `auto` (measured cost and acceptance decide, plain decoding included), "
-            "`paper` (FastGRPO's rule with a calibrated capacity), `fixed`, or `off`. Never changes the tokens."
+            "`paper` (FastGRPO's rule with a calibrated capacity), `paper-own` (with its own capacity, 160), `bandit` "
+            "(TLT's, by trial alone), `fixed`, or `off`. Never changes the tokens."
         },
     )
     drafter: str = field(
@@ -70,8 +70,8 @@ class FastGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.speculation not in _SPECULATION:
-            raise ValueError(f"speculation must be one of {', '.join(_SPECULATION)}, got '{self.speculation}'")
+        if self.speculation not in SPECULATION:
+            raise ValueError(f"speculation must be one of {', '.join(SPECULATION)}, got '{self.speculation}'")
         if self.draft_time_share is not None and not 0 <= self.draft_time_share < 1:
             raise ValueError(f"draft_time_share must be in [0, 1), got {self.draft_time_share}")
         if self.draft_learning_rate is not None and not self.draft_learning_rate > 0:

@@ -71,7 +71,8 @@ class RolloutOptions:
     )
     temperature: float = field(default=1.0, metadata=about("sampling temperature; 0 is greedy"))
     speculation: tuple[str, ...] = field(
-        default=SPECULATION, metadata=about("variants that roll out in turn, parted by commas", choices=SPECULATION)
+        default=("auto", "off", "paper", "fixed"),
+        metadata=about("variants that roll out in turn, parted by commas", choices=SPECULATION),
     )
     drafter: str = field(
         default="eagle", metadata=about("eagle, eagle-new (the shipped head left out), ngram, or none")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fastgrpo.planner.acceptance import AcceptanceTable, compute_expected_length
 from fastgrpo.planner.auto import AutoPlanner
+from fastgrpo.planner.bandit import BanditPlanner
 from fastgrpo.planner.fixed import FixedPlanner
 from fastgrpo.planner.paper import PaperPlanner
 from fastgrpo.planner.planner import PlanInputs, Planner
@@ -13,8 +15,11 @@ from fastgrpo.planner.profile import HardwareProfile
 from fastgrpo.types import SpeculationPlan
 
 __all__ = [
+    "MEASURED",
+    "SPECULATION",
     "AcceptanceTable",
     "AutoPlanner",
+    "BanditPlanner",
     "FixedPlanner",
     "HardwareProfile",
     "PaperPlanner",
@@ -22,7 +27,11 @@ __all__ = [
     "Planner",
     "build_planner",
     "compute_expected_length",
+    "restore_planner",
 ]
+
+SPECULATION = ("auto", "off", "paper", "paper-own", "bandit", "fixed")
+MEASURED = ("auto", "paper", "bandit")  # those that ask what the machine costs
 
 
 def build_planner(
@@ -31,7 +40,7 @@ def build_planner(
     fixed: SpeculationPlan,
     measure: Callable[[], HardwareProfile],
 ) -> Planner:
-    """The planner behind a `speculation` key: auto, paper, fixed, off, or a plan of one's own.
+    """The planner behind a `speculation` key: one of `SPECULATION`, or a plan of one's own.
 
     Args:
         fixed: the plan of `fixed`.
@@ -48,6 +57,21 @@ def build_planner(
         return FixedPlanner(fixed=fixed)
     if speculation == "paper":
         return PaperPlanner(capacity=measure().capacity)
+    if speculation == "paper-own":
+        return PaperPlanner.with_own_capacity()
+    if speculation == "bandit":
+        return BanditPlanner(max_num_tokens=measure().num_tokens[-1])
     if speculation == "auto":
         return AutoPlanner(measure())
-    raise ValueError(f"speculation must be one of auto, paper, fixed, off, or a SpeculationPlan, got {speculation!r}")
+    raise ValueError(f"speculation must be one of {', '.join(SPECULATION)}, or a SpeculationPlan, got {speculation!r}")
+
+
+def restore_planner(name: str, state: Mapping[str, Any]) -> Planner | None:
+    """The planner whose name and `state_dict` these are; None for a kind that has nothing to remember."""
+    if name == "auto":
+        return AutoPlanner.from_state(state)
+    if name == "paper":
+        return PaperPlanner(capacity=float(state["capacity"]))
+    if name == "bandit":
+        return BanditPlanner.from_state(state)
+    return None
