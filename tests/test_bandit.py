@@ -75,11 +75,8 @@ def test_buckets_learn_apart_and_prompts_cost_an_arm_nothing():
         planner.observe(record)
     assert list(planner.rewards[find_bucket(8)][2]) == pytest.approx([24 / 0.2] * 2)
     before = planner.state_dict()
-    for ignored in (
-        build_record(PLAIN, 8),
-        build_record(SpeculationPlan(depth=1, width=1, num_draft_tokens=1), 8),
-        build_record(ARMS[0], 33),
-    ):
+    other = SpeculationPlan(depth=1, width=1, num_draft_tokens=1)
+    for ignored in (build_record(PLAIN, 8), build_record(other, 8), build_record(ARMS[0], 33)):
         planner.observe(ignored)
     assert planner.state_dict() == before
 

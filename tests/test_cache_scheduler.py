@@ -85,9 +85,13 @@ class CacheAndScheduler(RuleBasedStateMachine):
     @precondition(lambda self: self.scheduler.waiting)
     @rule()
     def admit(self) -> None:
-        """Prompts are computed once for siblings that are admitted together."""
+        """Prompts are computed once for siblings that are admitted together; who fits is admitted as they came."""
+        arrived, num_free = list(self.scheduler.waiting), self.scheduler.max_num_seqs - len(self.scheduler.running)
         admitted = self.scheduler.admit()
         running = self.scheduler.running
+        assert len(admitted) == min(num_free, len(arrived))
+        if len(arrived) <= num_free:
+            assert admitted == arrived
         assert running[len(running) - len(admitted) :] == admitted
         if not admitted:
             return
@@ -161,9 +165,11 @@ class CacheAndScheduler(RuleBasedStateMachine):
         assert [self.read(row) for row in range(len(running))] == [self.contents[s.request_id] for s in running]
 
     @invariant()
-    def nobody_is_overtaken_or_lost(self) -> None:
-        waiting = [sequence.request_id for sequence in self.scheduler.waiting]
-        assert waiting == sorted(waiting)
+    def no_sibling_is_overtaken_and_nobody_lost(self) -> None:
+        waiting: dict[tuple[int, ...], list[int]] = {}
+        for sequence in self.scheduler.waiting:
+            waiting.setdefault(sequence.group_key, []).append(sequence.request_id)
+        assert all(group == sorted(group) for group in waiting.values())
         assert set(self.contents) == {sequence.request_id for sequence in self.scheduler.running}
         for sequence in self.scheduler.running:
             is_sibling = any(other.prompt_ids == sequence.prompt_ids for other in self.scheduler.waiting)
@@ -259,7 +265,7 @@ def test_check_finds_what_is_broken():
         cache.truncate(1, 3)
 
 
-def test_the_scheduler_is_first_come_first_served():
+def test_the_scheduler_is_first_come_first_served_while_no_length_is_known():
     scheduler = Scheduler(2)
     sequences = [build_sequence(index, [index % 2]) for index in range(5)]
     for sequence in sequences:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +34,7 @@ from fastgrpo.drafters.ngram import NgramDrafter
 from fastgrpo.drafters.none import NoDrafter
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.learner import Learner
+from fastgrpo.lengths import LengthPredictor
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import BanditPlanner, FixedPlanner, PaperPlanner, Planner
 from fastgrpo.sampling import stream_key
@@ -247,6 +249,31 @@ def test_arrivals_while_others_run(drafter, seed):
         assert sequence.token_ids == expected.token_ids
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("drafter", ["none", "ngram", "eagle_trained"])
+@pytest.mark.parametrize("max_num_seqs", [1, 3])
+def test_the_order_of_admission_changes_no_token(drafter, max_num_seqs):
+    """As they came, longest first after an epoch, and by lengths made up: the tokens of plain decoding."""
+    model, requests, rng = shared_model("llama"), build_requests(None), random.Random(max_num_seqs)
+    prompts, params = [prompt for prompt, _ in requests], [each for _, each in requests]
+    expected = expected_tokens(model, prompts, params)
+    engine = build_engine(model, build_test_drafter(drafter, model, requests), TREE, max_num_seqs)
+    admit, orders = engine.scheduler.admit, []
+    engine.scheduler.admit = lambda: [orders[-1].append(s.request_id) or s for s in admit()]
+    for is_made_up in (False, False, True):
+        if is_made_up:
+            engine.scheduler.lengths = LengthPredictor()
+            for prompt in prompts:
+                engine.scheduler.lengths.observe(prompt, rng.randint(1, 99))
+        orders.append([])
+        assert [c.token_ids for c in engine.generate(prompts, params)] == expected
+        assert_nothing_is_left(engine)
+    assert orders[0] == sorted(orders[0]) and len({tuple(order) for order in orders}) == 3
+    assert sorted(orders[1]) == orders[0]
+    groups = [group for group, _ in itertools.groupby(orders[1], key=lambda i: prompts[i])]
+    assert len(groups) == len({tuple(prompt) for prompt in prompts}), "siblings are admitted together"
+
+
 # -- limits and stops ----------------------------------------------------------------------------------------
 
 
@@ -316,9 +343,10 @@ def test_each_prompt_is_computed_once(max_num_seqs, drafter):
     other = list(range(20))
     prompts = [GROUP, other, GROUP, GROUP, [7], other, GROUP, [7], other, GROUP]
     engine = build_engine(model, drafter, TREE, max_num_seqs)
-    completions = engine.generate(prompts, params)
-    assert [c.token_ids for c in completions] == expected_tokens(model, prompts, params)
-    assert sum(record.num_prefilled for record in engine.records) == len(GROUP) - 1 + len(other) - 1
+    for _ in range(2):  # as they came, then with lengths known
+        completions = engine.generate(prompts, params)
+        assert [c.token_ids for c in completions] == expected_tokens(model, prompts, params)
+        assert sum(record.num_prefilled for record in engine.records) == len(GROUP) - 1 + len(other) - 1
 
 
 @pytest.mark.parametrize(("chunk", "tokens"), [(1, 1), (5, 12), (8, 64), (512, 4096)])

@@ -560,6 +560,7 @@ def test_counts_travel_with_a_checkpoint(tmp_path):
     assert tokens == [completion.token_ids for completion in resumed.generate(PROMPTS, again)]
     facts = [[(record.num_tokens, record.offered, record.hits) for record in e.records] for e in (engine, resumed)]
     assert facts[0] == facts[1]
+    assert engine.scheduler.lengths.state_dict() == resumed.scheduler.lengths.state_dict()
     (tmp_path / "drafter" / "ngram.json").unlink()
     with pytest.raises(ValueError, match=r"ngram\.json"):
         load_state(tmp_path, resumed, None)

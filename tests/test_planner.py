@@ -98,7 +98,7 @@ def test_planner_types_and_metrics_import_no_torch():
         "import sys, types\n"
         f"package = types.ModuleType('fastgrpo'); package.__path__ = [{folder!r}]\n"
         "sys.modules['fastgrpo'] = package\n"
-        "import fastgrpo.planner, fastgrpo.types, fastgrpo.metrics, fastgrpo.draft_control\n"
+        "import fastgrpo.planner, fastgrpo.lengths, fastgrpo.types, fastgrpo.metrics, fastgrpo.draft_control\n"
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -52,7 +52,7 @@ class Engine:
             "block" (a head that drafts in one pass), "ngram", "auto" (eagle and ngram, whichever pays), "none", a
             folder with a saved head or with a small causal LM of the same tokenizer, or a `Drafter`.
         speculation: "auto", "paper", "paper-own", "bandit", "fixed", "off", or a `SpeculationPlan` used at every step.
-        max_num_seqs: sequences decoded together; others wait.
+        max_num_seqs: sequences decoded together; others wait, the longest expected completions at the front.
         fixed_plan: the plan of "fixed".
         compute_dtype: run under autocast in this type; None computes in the model's own.
         tokenizer: the model's, compared with that of a drafter from a folder; None looks where the model came from.

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
+from fastgrpo.lengths import LengthPredictor
 from fastgrpo.types import Sequence
 
 
 class Scheduler:
-    """First come, first served over `max_num_seqs` slots; every sequence ends on its own limits."""
+    """Continuous batching over `max_num_seqs` slots; every sequence ends on its own limits.
 
-    def __init__(self, max_num_seqs: int) -> None:
+    Where not all who wait can be admitted, prompts of the longest expected completions go first, that a long one
+    does not begin when the others end. Ties, and all while no length is known, keep the order of arrival, as does a
+    queue that fits into the free slots. Siblings stand together, so that their prompt is kept only for a short while.
+
+    Args:
+        max_num_seqs: slots, at least 1.
+        lengths: what is known of earlier completions; it learns of every sequence that is removed.
+
+    Raises:
+        ValueError: there is no slot.
+    """
+
+    def __init__(self, max_num_seqs: int, lengths: LengthPredictor | None = None) -> None:
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
         self.max_num_seqs = max_num_seqs
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.lengths = lengths or LengthPredictor()
+        self._has_arrivals = False  # since the queue was last put in order
         self._num_waiting_siblings: Counter[tuple[int, ...]] = Counter()
 
     @property
@@ -24,11 +39,14 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
+        self._has_arrivals = True
         self._num_waiting_siblings[sequence.group_key] += 1
 
     def admit(self) -> list[Sequence]:
         """Move waiting sequences behind the running ones while slots are free; returns those moved."""
         admitted = []
+        if self._has_arrivals and 0 < self.max_num_seqs - len(self.running) < len(self.waiting):
+            self._put_longest_first()
         while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.popleft()
             self._num_waiting_siblings[sequence.group_key] -= 1
@@ -36,20 +54,36 @@ class Scheduler:
             admitted.append(sequence)
         return admitted
 
+    def _put_longest_first(self) -> None:
+        """Order the queue, once after each arrival: the first to end are the shortest, and would mislead until then."""
+        self._has_arrivals = False
+        if not self.lengths.num_prompts:
+            return
+        groups: dict[tuple[int, ...], list[Sequence]] = {}
+        for sequence in self.waiting:
+            groups.setdefault(sequence.group_key, []).append(sequence)
+        longest_first = sorted(groups.values(), key=self._predict_length, reverse=True)  # stable: ties do not move
+        self.waiting = deque(sequence for group in longest_first for sequence in group)
+
+    def _predict_length(self, siblings: list[Sequence]) -> float:
+        return min(self.lengths.predict(siblings[0].prompt_ids), max(sequence.max_tokens for sequence in siblings))
+
     def has_waiting_sibling(self, sequence: Sequence) -> bool:
         return self._num_waiting_siblings[sequence.group_key] > 0
 
     def remove(self, slot: int) -> Sequence:
-        """Take a finished sequence out; the last running one moves into its slot."""
+        """Take a finished sequence out and learn its length; the last running one moves into its slot."""
         sequence = self.running[slot]
+        self.lengths.observe(sequence.prompt_ids, len(sequence.token_ids))
         last = self.running.pop()
         if last is not sequence:
             self.running[slot] = last
         return sequence
 
     def abort(self) -> None:
-        """Forget everything, as after an interrupted rollout."""
+        """Forget everybody, as after an interrupted rollout; known lengths stay."""
         self.waiting.clear()
+        self._has_arrivals = False
         self.running.clear()
         self._num_waiting_siblings.clear()
 

@@ -1,4 +1,7 @@
-"""Draft state beside a checkpoint: head or counts, draft optimiser, planner. Safetensors and JSON, nothing pickled."""
+"""Draft state beside a checkpoint: head or counts, draft optimiser, planner, lengths seen.
+
+Safetensors and JSON, nothing pickled.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from fastgrpo.drafters.drafter import StatefulDrafter, TrainableDrafter
 from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
+from fastgrpo.lengths import LengthPredictor
 from fastgrpo.rollouts import load_rollouts, save_rollouts
 
 _COUNTERS = ("num_updates", "rate_scale", "warm_from", "control")
@@ -21,8 +25,9 @@ _REPLAY = "replay.safetensors"
 
 
 def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
-    """Write head or counts, draft optimiser, replayed rollouts and planner as safetensors and JSON."""
+    """Write head or counts, draft optimiser, replayed rollouts, planner and lengths as safetensors and JSON."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "lengths.json").write_text(json.dumps(engine.scheduler.lengths.state_dict()) + "\n")
     if engine.planner is not None:
         saved = {"name": engine.planner.name, "state": engine.planner.state_dict()}
         (folder / "planner.json").write_text(json.dumps(saved) + "\n")
@@ -60,6 +65,8 @@ def load_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
         if (folder / "planner.json").exists():
             saved = json.loads((folder / "planner.json").read_text())
             engine.restore_planner(saved["name"], saved["state"])
+        if (folder / "lengths.json").exists():
+            engine.scheduler.lengths = LengthPredictor.from_state(json.loads((folder / "lengths.json").read_text()))
         if learner is not None and (folder / "learner.json").exists():
             learner.load_state_dict(_read_learner(folder))
     except (OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
