@@ -36,7 +36,7 @@ from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.learner import Learner
 from fastgrpo.lengths import LengthPredictor
 from fastgrpo.model import TargetModel
-from fastgrpo.planner import BanditPlanner, FixedPlanner, PaperPlanner, Planner
+from fastgrpo.planner import SPECULATION, BanditPlanner, FixedPlanner, PaperPlanner, Planner
 from fastgrpo.sampling import stream_key
 from fastgrpo.types import PLAIN, SamplingParams, Sequence, SpeculationPlan, StepRecord
 
@@ -149,6 +149,21 @@ def test_tokens_depend_on_the_seed_alone(family, drafter, plan):
         expected = [expected_completion(model, tuple(prompt), each, each.stream) for prompt, each in requests]
         assert [c.finish_reason for c in completions] == [e.finish_reason for e in expected]
         assert_nothing_is_left(engine)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("key", SPECULATION)
+def test_every_key_draws_the_same_tokens_and_its_planner_goes_on_elsewhere(key):
+    """By the names a user gives, costs measured on this machine."""
+    model, params = shared_model("qwen2"), SamplingParams(max_tokens=8)
+    first, second = (Engine(model, drafter="ngram", speculation=key) for _ in range(2))
+    assert [c.token_ids for c in first.generate(PROMPTS, params)] == expected_tokens(model, PROMPTS, params)
+    assert first.plan_name == key
+    second.restore_planner(first.planner.name, first.planner.state_dict())
+    assert second.planner is not None and second.planner.state_dict() == first.planner.state_dict()
+    other = Engine(model, drafter="ngram", speculation="off")
+    other.restore_planner(first.planner.name, first.planner.state_dict())
+    assert other.planner == FixedPlanner()
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "eagle_trained", "oracle"])
