@@ -1,8 +1,9 @@
 """What a run tells people: a live panel while it trains, a file, a figure and two tables afterwards."""
 
+from fastgrpo.json_files import write_json
+from fastgrpo.machine import describe_commit, describe_machine
 from fastgrpo.report.figure import BLUE, GREY, PALETTE, plot_run
-from fastgrpo.report.history import Baseline, LogRow, Measurement, RunHistory, load_run, save_run, write_json
-from fastgrpo.report.machine import describe_commit, describe_machine
+from fastgrpo.report.history import Baseline, LogRow, Measurement, RunHistory, load_run, save_run
 from fastgrpo.report.progress import LiveProgress
 from fastgrpo.report.summary import print_summary
 
