@@ -42,6 +42,14 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, MAX_POSITION = 120, 32, 3, 128
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_profile_cache() -> Iterator[None]:
+    """No test reads or writes the user's own cache, nor does a process that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTGRPO_CACHE", "off")
+        yield
+
+
 @pytest.fixture
 def unchecked_shapes() -> Iterator[None]:
     """Twice as fast, for tests of many rollouts of a kind that others run with the check."""

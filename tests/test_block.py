@@ -30,7 +30,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.objective import BlockObjective
 from fastgrpo.options import DraftTrainOptions
 from fastgrpo.planner import AutoPlanner, PlanInputs
-from fastgrpo.profiler import measure_profile
+from fastgrpo.profiler import measure_costs
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.tree import check_draft, compute_ancestors, compute_depths
 from fastgrpo.types import PLAIN, SamplingParams, Sequence, SpeculationPlan, StepRecord
@@ -362,8 +362,8 @@ def test_the_profile_says_what_kind_of_drafter_it_is_of_and_old_ones_still_load(
     model = shared_model("llama", torch.float32)
     drafter, target = build_block(model), TargetModel(model)
     with target.rollout_mode():
-        profile = measure_profile(target, drafter)
-        of_levels = measure_profile(target, EagleDrafter(target))
+        profile = measure_costs(target, drafter).profile
+        of_levels = measure_costs(target, EagleDrafter(target)).profile
     assert profile.is_one_pass and not of_levels.is_one_pass
     assert len(profile.draft_s) == len(profile.num_tokens)
     assert drafter.count_unread([]) == 0 and drafter._rows.num_read == []

@@ -25,6 +25,7 @@ from fastgrpo.options import (
     E2EOptions,
     GenerateOptions,
     LearningOptions,
+    ProfileOptions,
     RolloutOptions,
 )
 from fastgrpo.report import load_run
@@ -33,6 +34,7 @@ from tiny import save_tiny_model
 COMMANDS = {
     ("demo",): DemoOptions,
     ("generate",): GenerateOptions,
+    ("profile",): ProfileOptions,
     ("bench", "rollout"): RolloutOptions,
     ("bench", "acceptance"): AcceptanceOptions,
     ("bench", "learning"): LearningOptions,

@@ -1,4 +1,4 @@
-"""The command line: `fastgrpo demo | train | generate | draft ... | bench ...`.
+"""The command line: `fastgrpo demo | train | generate | profile | draft ... | bench ...`.
 
 What a command needs is imported when it runs, so that `--help` is quick.
 """
@@ -23,6 +23,7 @@ from fastgrpo.options import (
     E2EOptions,
     GenerateOptions,
     LearningOptions,
+    ProfileOptions,
     RolloutOptions,
     add_options,
     read_options,
@@ -45,6 +46,12 @@ class Command(NamedTuple):
 _COMMANDS = (
     Command("demo", "train SmolLM2-135M on a task and time its rollouts beside TRL's", DemoOptions, "demo:run_demo"),
     Command("generate", "complete prompts with a model", GenerateOptions, "generate:run_generate"),
+    Command(
+        "profile",
+        "measure what a model costs on this machine, and predict what speculation gains",
+        ProfileOptions,
+        "profile:run_profile",
+    ),
 )
 _DRAFT_COMMANDS = (
     Command(

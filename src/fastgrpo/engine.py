@@ -18,9 +18,17 @@ from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.none import NoDrafter
 from fastgrpo.model import ForwardOutput, TargetModel
-from fastgrpo.planner import MEASURED, FixedPlanner, PlanInputs, Planner, build_planner, restore_planner
+from fastgrpo.planner import (
+    MEASURED,
+    FixedPlanner,
+    HardwareProfile,
+    PlanInputs,
+    Planner,
+    build_planner,
+    restore_planner,
+)
 from fastgrpo.prefill import Prefiller
-from fastgrpo.profiler import measure_profile
+from fastgrpo.profile_files import find_profile, take_profile
 from fastgrpo.sampling import SamplingBatch, stream_key
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.tree import Draft, compute_ancestors
@@ -56,9 +64,12 @@ class Engine:
         fixed_plan: the plan of "fixed".
         compute_dtype: run under autocast in this type; None computes in the model's own.
         tokenizer: the model's, compared with that of a drafter from a folder; None looks where the model came from.
+        profile: what forwards and drafts cost: measured before, or a file of `fastgrpo profile`; None takes what the
+            cache has of this machine, model and drafter (see `profile_files`), or measures at first use.
 
     Raises:
-        ValueError: the model, drafter or speculation cannot be used; the message names the remedy.
+        ValueError: the model, drafter, speculation or profile cannot be used; the message names the remedy.
+        FileNotFoundError: there is no such profile.
     """
 
     def __init__(
@@ -71,9 +82,11 @@ class Engine:
         fixed_plan: SpeculationPlan = DEFAULT_FIXED_PLAN,
         compute_dtype: torch.dtype | None = None,
         tokenizer: Any = None,
+        profile: HardwareProfile | str | Path | None = None,
     ) -> None:
         self.target = TargetModel(model, compute_dtype=compute_dtype, tokenizer=tokenizer)
         self.drafter = build_drafter(drafter, self.target)
+        self._profile = None if profile is None else take_profile(profile, self.target, self.drafter)
         if speculation == "off" and isinstance(drafter, str | Path):
             self.drafter = NoDrafter()  # a named drafter is checked all the same, but keeps no features
         self._judge: Callable[[Draft, Verdict], None] | None = getattr(self.drafter, "judge", None)
@@ -327,13 +340,13 @@ class Engine:
         return sequences
 
     def _ensure_planner(self) -> Planner:
-        """The planner, its costs measured at first use."""
+        """The planner, its costs looked up or measured at first use."""
         if self.planner is None:
             started = time.perf_counter()
             self.planner = build_planner(
                 self._speculation,
                 fixed=self._fixed_plan,
-                measure=lambda: measure_profile(self.target, self.drafter),
+                measure=lambda: self._profile or find_profile(self.target, self.drafter),
             )
             self.profile_s = time.perf_counter() - started
         return self.planner

@@ -84,7 +84,7 @@ def _print(rows: Iterable[dict[str, Any]], console: Console) -> None:
 
 def _build_closing_line(engine: Engine, rows: list[dict[str, Any]], generation_s: float) -> str:
     summary = summarise_rollout(engine.records, rollout_s=generation_s)
-    calibration = f"; calibrated once in {engine.profile_s:.1f} s" if engine.profile_s else ""
+    calibration = f"; calibrated once in {engine.profile_s:.1f} s" if engine.profile_s >= 0.05 else ""
     return (
         f"{len(rows)} completions, {summary.num_tokens_emitted} tokens in {generation_s:.2f} s: "
         f"{summary.tokens_per_s:.1f} tokens/s, acceptance length {summary.acceptance_length:.2f} tokens per sequence "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import statistics
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,69 +14,157 @@ from fastgrpo.attention import ForwardBatch
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import HardwareProfile
 from fastgrpo.sampling import SamplingBatch, sample
+from fastgrpo.timing import LARGE_SPREAD, Timing, level, measure_timing, repeat_disturbed
+from fastgrpo.tree import Draft
 
 if TYPE_CHECKING:
     from fastgrpo.drafters import Drafter
 
 _LEAST_TOKENS, _MOST_TOKENS = 256, 4096  # where the grid of tokens per forward may end
 _LINEAR = 1.45  # twice the tokens take so many times as long: past the knee, where few plans pay
+_BUDGET_S = 30.0  # timed runs of the grid; a machine too slow for all of it ends sooner
 _ROWS = 8  # sequences that share the tokens of a measured forward
 _READ_ROWS, _READ_CONTEXTS = 16, (32, 512)  # forwards whose difference prices a cached position
-_REPEATS = 3
 
 
-def measure_profile(target: TargetModel, drafter: Drafter) -> HardwareProfile:
+@dataclass(frozen=True, kw_only=True)
+class TimedForward:
+    """One measured point of the target."""
+
+    num_tokens: int  # of the whole forward
+    num_seqs: int  # rows that share them
+    context_len: int  # cached positions of each row
+    timing: Timing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What was measured: the points, and what the planner makes of them."""
+
+    profile: HardwareProfile
+    by_tokens: tuple[TimedForward, ...]  # hardly any context
+    by_context: tuple[TimedForward, ...]
+    levels: tuple[Timing, ...]  # draft levels, one for each of `by_tokens`; empty without a neural drafter
+
+    @property
+    def worst(self) -> tuple[str, Timing]:
+        """What disagreed most, in words, and its timing."""
+        forwards = [
+            (f"a forward of {each.num_tokens} tokens", each.timing) for each in self.by_tokens + self.by_context
+        ]
+        grid = self.profile.num_tokens
+        levels = [(f"a draft level of {n} tokens", timing) for n, timing in zip(grid, self.levels, strict=False)]
+        return max((*forwards, *levels), key=lambda named: named[1].spread)
+
+    @property
+    def is_steady(self) -> bool:
+        return self.worst[1].spread <= LARGE_SPREAD
+
+
+def measure_costs(
+    target: TargetModel,
+    drafter: Drafter,
+    *,
+    contexts: tuple[int, ...] = _READ_CONTEXTS,
+    widths: tuple[int, ...] = (1,),
+) -> Measurement:
     """Time target forwards, draft levels and sampling over a grid of tokens per forward; price cached positions.
 
-    Takes about a second on a small model. Call inside `target.rollout_mode`.
+    Takes about a second on a small model. Call inside `target.rollout_mode`. Warns where repeated runs disagree much.
+
+    Args:
+        contexts: cached positions of each row in the forwards that price them, at least two.
+        widths: tokens of each row in these forwards.
+
+    Raises:
+        OSError: the machine's clock stands still.
     """
+    forwards = _measure_grid(target)
+    grid = tuple(each.num_tokens for each in forwards)
     measure_level = getattr(drafter, "measure_level", None)
-    grid: list[int] = []
-    target_s: list[float] = []
-    draft_s: list[float] = []
-    while not grid or grid[-1] < _LEAST_TOKENS or (target_s[-1] < _LINEAR * target_s[-2] and grid[-1] < _MOST_TOKENS):
-        grid.append(2 * grid[-1] if grid else 1)
-        rows = min(grid[-1], _ROWS)
-        target_s.append(_measure(_build_forward(target, rows, grid[-1] // rows), target.device))
-        if measure_level is not None:
-            draft_s.append(_measure(measure_level(grid[-1]), target.device))
-    return HardwareProfile(
-        num_tokens=tuple(grid),
-        target_s=tuple(_rising(target_s)),
-        draft_s=tuple(_rising(draft_s)),
-        read_s=_measure_read_s(target),
+    levels: list[Timing] = []
+    if measure_level is not None:
+        levels = [_measure(measure_level(num_tokens), target.device) for num_tokens in grid]
+        levels = repeat_disturbed(levels, lambda index: _measure(measure_level(grid[index]), target.device))
+    reads = [[_measure_forward(target, _READ_ROWS, width, context=c) for c in contexts] for width in widths]
+    profile = HardwareProfile(
+        num_tokens=grid,
+        target_s=tuple(level([each.timing.least_s for each in forwards])),
+        draft_s=tuple(level([timing.least_s for timing in levels])),
+        read_s=_fit_read_s(reads),
         sample_s=_measure_sample_s(target),
+        fixed_s=_measure_fixed_s(target),
         is_one_pass=bool(getattr(drafter, "is_one_pass", False)),
+    )
+    measurement = Measurement(
+        profile=profile,
+        by_tokens=forwards,
+        by_context=tuple(each for group in reads for each in group),
+        levels=tuple(levels),
+    )
+    if not measurement.is_steady:
+        warnings.warn(_describe_scatter(*measurement.worst), stacklevel=2)
+    return measurement
+
+
+def _measure_grid(target: TargetModel) -> tuple[TimedForward, ...]:
+    """Forwards of ever more tokens, those that were disturbed once more."""
+
+    def measure(num_tokens: int) -> TimedForward:
+        rows = min(num_tokens, _ROWS)
+        return _measure_forward(target, rows, num_tokens // rows, context=1)
+
+    forwards: list[TimedForward] = []
+    while _goes_on(forwards):
+        forwards.append(measure(2 * forwards[-1].num_tokens if forwards else 1))
+    timings = repeat_disturbed(
+        [each.timing for each in forwards], lambda index: measure(forwards[index].num_tokens).timing
+    )
+    return tuple(replace(each, timing=timing) for each, timing in zip(forwards, timings, strict=True))
+
+
+def _goes_on(forwards: list[TimedForward]) -> bool:
+    """Whether the grid of tokens per forward has not yet seen the knee."""
+    if len(forwards) < 2:
+        return True
+    before, last = forwards[-2:]
+    if sum(each.timing.total_s for each in forwards) > _BUDGET_S:
+        return False
+    is_linear = last.timing.least_s >= _LINEAR * before.timing.least_s
+    return last.num_tokens < _LEAST_TOKENS or (not is_linear and last.num_tokens < _MOST_TOKENS)
+
+
+def _describe_scatter(what: str, timing: Timing) -> str:
+    return (
+        f"the costs of this machine scatter: {what} took {100 * timing.spread:.0f} % longer in the median of "
+        f"{timing.num_runs} runs than it can, so other work is probably on the machine; the fastest run is believed, "
+        "and corrected at every step. Where the machine is quiet, fastgrpo profile measures again"
     )
 
 
-def _measure(run: Callable[[], object], device: torch.device) -> float:
-    """Least seconds of a few runs after one warm-up: other work on the machine only ever adds."""
-    run()
-    times = []
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
+def _measure(run: Callable[[], object], device: torch.device) -> Timing:
+    def finish() -> None:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times)
+
+    return measure_timing(finish)
 
 
-def _rising(times: list[float]) -> list[float]:
-    """More tokens never cost less: noise that says otherwise is levelled."""
-    return [max(times[: i + 1]) for i in range(len(times))]
+def _fit_read_s(groups: list[list[TimedForward]]) -> float:
+    """Seconds for each cached position: the common slope of forwards that differ, within a group, in these alone."""
+    products, squares = 0.0, 0.0
+    for group in groups:
+        read = [each.num_seqs * each.context_len for each in group]
+        times = [each.timing.least_s for each in group]
+        mean_read, mean_s = statistics.fmean(read), statistics.fmean(times)
+        products += sum((n - mean_read) * (s - mean_s) for n, s in zip(read, times, strict=True))
+        squares += sum((n - mean_read) ** 2 for n in read)
+    assert squares > 0, "a slope needs two contexts"
+    return max(products / squares, 0.0)
 
 
-def _measure_read_s(target: TargetModel) -> float:
-    """Seconds for each cached position of one row."""
-    short_s, long_s = (
-        _measure(_build_forward(target, _READ_ROWS, 1, context), target.device) for context in _READ_CONTEXTS
-    )
-    return max(long_s - short_s, 0.0) / (_READ_ROWS * (_READ_CONTEXTS[1] - _READ_CONTEXTS[0]))
-
-
-def _build_forward(target: TargetModel, rows: int, width: int, context: int = 1) -> Callable[[], object]:
+def _measure_forward(target: TargetModel, rows: int, width: int, *, context: int) -> TimedForward:
     """A target forward of `rows` sequences with `width` tokens each behind `context` cached ones."""
     cache = target.build_cache(with_features=False)
     cache.reserve(rows, context + width)
@@ -91,7 +181,8 @@ def _build_forward(target: TargetModel, rows: int, width: int, context: int = 1)
         dtype=target.dtype,
         num_repeats=target.num_repeats,
     )
-    return lambda: target.compute_logits(target.forward(batch, cache).last_hidden)
+    timing = _measure(lambda: target.compute_logits(target.forward(batch, cache).last_hidden), device)
+    return TimedForward(num_tokens=rows * width, num_seqs=rows, context_len=context, timing=timing)
 
 
 def _measure_sample_s(target: TargetModel) -> float:
@@ -100,4 +191,14 @@ def _measure_sample_s(target: TargetModel) -> float:
     batch = SamplingBatch.build_blank(rows, target.device)
     logits = torch.zeros(rows, target.vocab_size, dtype=target.dtype, device=target.device)
     vocabulary = torch.arange(target.vocab_size, dtype=torch.int32, device=target.device)
-    return _measure(lambda: sample(logits, batch, vocabulary), target.device) / rows
+    return _measure(lambda: sample(logits, batch, vocabulary), target.device).least_s / rows
+
+
+def _measure_fixed_s(target: TargetModel) -> float:
+    """Seconds that every step takes before its forward: the sampling rows and the roots of the drafts."""
+
+    def build() -> None:
+        SamplingBatch.build_blank(1, target.device)
+        Draft.roots(torch.tensor([1], device=target.device))
+
+    return _measure(build, target.device).least_s

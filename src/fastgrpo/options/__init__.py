@@ -3,7 +3,7 @@
 from fastgrpo.options.command_line import about, add_options, read_options
 from fastgrpo.options.drafting import DraftExportOptions, DraftImportOptions, DraftTrainOptions
 from fastgrpo.options.generating import GenerateOptions
-from fastgrpo.options.measuring import AcceptanceOptions, DraftersOptions, RolloutOptions
+from fastgrpo.options.measuring import AcceptanceOptions, DraftersOptions, ProfileOptions, RolloutOptions
 from fastgrpo.options.training import DemoOptions, E2EOptions, LearningOptions, Workload
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "E2EOptions",
     "GenerateOptions",
     "LearningOptions",
+    "ProfileOptions",
     "RolloutOptions",
     "Workload",
     "about",

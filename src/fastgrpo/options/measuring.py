@@ -1,4 +1,4 @@
-"""Commands that measure the engine alone."""
+"""Commands that measure the engine alone, or what is below it."""
 
 from __future__ import annotations
 
@@ -141,3 +141,38 @@ class AcceptanceOptions:
         check_positive(self, "num_prompts", "max_tokens", "max_num_seqs")
         if not all(temperature >= 0 for temperature in self.temperature):
             raise ValueError(f"temperature must be >= 0, got {','.join(map(str, self.temperature))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """`fastgrpo profile`."""
+
+    model: str = field(default="demo", metadata=about("model: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct"))
+    drafter: str = field(
+        default="eagle",
+        metadata=about("eagle, eagle-new, block, ngram, auto, none, or a folder with a saved head or a small LM"),
+    )
+    prompts: Path | None = field(
+        default=None,
+        metadata=about("JSONL file of objects with 'prompt' that drafts are measured on (default: those of the task)"),
+    )
+    task: str = field(default="chain_sum", metadata=about("reasoning-gym task that makes the prompts otherwise"))
+    num_prompts: int = field(default=8, metadata=about("prompts, one completion each, that drafts are measured on"))
+    max_tokens: int = field(
+        default=48, metadata=about("longest completion, in tokens; less where the machine is too slow for them")
+    )
+    temperature: float = field(default=1.0, metadata=about("sampling temperature; 0 is greedy"))
+    device: str = field(
+        default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
+    )
+    dtype: str = field(default="bfloat16", metadata=about("type of the weights", choices=DTYPES))
+    seed: int = field(default=1000, metadata=about("seed of prompts and noise; 0 and 1 made the shipped head's"))
+    output: Path | None = field(
+        default=None,
+        metadata=about("JSON file for the profile, a plot beside it; without it they are only printed and cached"),
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_prompts", "max_tokens")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be >= 0, got {self.temperature}")

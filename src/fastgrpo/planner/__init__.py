@@ -9,6 +9,7 @@ from fastgrpo.planner.acceptance import AcceptanceTable, compute_expected_length
 from fastgrpo.planner.auto import AutoPlanner
 from fastgrpo.planner.bandit import BanditPlanner
 from fastgrpo.planner.fixed import FixedPlanner
+from fastgrpo.planner.forecast import Forecast, describe_gains, find_break_even, forecast_gains
 from fastgrpo.planner.paper import PaperPlanner
 from fastgrpo.planner.planner import PlanInputs, Planner
 from fastgrpo.planner.profile import HardwareProfile
@@ -21,12 +22,16 @@ __all__ = [
     "AutoPlanner",
     "BanditPlanner",
     "FixedPlanner",
+    "Forecast",
     "HardwareProfile",
     "PaperPlanner",
     "PlanInputs",
     "Planner",
     "build_planner",
     "compute_expected_length",
+    "describe_gains",
+    "find_break_even",
+    "forecast_gains",
     "restore_planner",
 ]
 

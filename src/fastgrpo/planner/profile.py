@@ -7,6 +7,8 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
+MEASURE_AGAIN = "measure again with fastgrpo profile"
+
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
@@ -35,15 +37,25 @@ class HardwareProfile:
     is_one_pass: bool = False
 
     def __post_init__(self) -> None:
-        grid = self.num_tokens
+        grid, num_times = self.num_tokens, (len(self.target_s), len(self.draft_s))
         if len(grid) < 2 or any(b <= a for a, b in itertools.pairwise(grid)) or grid[0] < 1:
-            raise ValueError(f"a profile needs an increasing grid of at least two token counts, got {grid}")
-        if len(self.target_s) != len(grid) or len(self.draft_s) not in (0, len(grid)):
-            raise ValueError(f"a profile needs one time for each of {len(grid)} points, got {len(self.target_s)}")
-        times = (*self.target_s, *self.draft_s)
-        extra = (self.read_s, self.sample_s, self.fixed_s)  # these may be zero
-        if not all(math.isfinite(s) and s > 0 for s in times) or not all(math.isfinite(s) and s >= 0 for s in extra):
-            raise ValueError(f"profile times must be finite and positive, got {(*times, *extra)}")
+            raise ValueError(
+                f"a profile needs an increasing grid of at least two token counts, got {grid}; {MEASURE_AGAIN}"
+            )
+        if num_times[0] != len(grid) or num_times[1] not in (0, len(grid)):
+            raise ValueError(
+                f"a profile needs one time for each of {len(grid)} points, got {num_times[0]} of the target and "
+                f"{num_times[1]} of the drafter; {MEASURE_AGAIN}"
+            )
+        for name in ("target_s", "draft_s"):
+            for num_tokens, seconds in zip(grid, getattr(self, name), strict=False):
+                if not (math.isfinite(seconds) and seconds > 0):
+                    where = f"{name} at {num_tokens} tokens is {seconds}"
+                    raise ValueError(f"profile times must be finite and positive: {where}; {MEASURE_AGAIN}")
+        for name in ("read_s", "sample_s", "fixed_s"):  # these may be zero
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                where = f"{name} is {getattr(self, name)}"
+                raise ValueError(f"profile times must be finite and positive, or 0: {where}; {MEASURE_AGAIN}")
 
     def compute_target_s(self, num_tokens: float, num_read: float = 0.0) -> float:
         return _interpolate(self.num_tokens, self.target_s, num_tokens) + self.read_s * num_read
@@ -67,13 +79,22 @@ class HardwareProfile:
         return replace(self, target_s=tuple(itertools.accumulate(times, max)), read_s=read_s)
 
     @property
+    def floor_s(self) -> float:
+        """Seconds of the smallest forward, which reads the weights once: the memory-bound limit of the roofline."""
+        return self.target_s[0]
+
+    @property
+    def per_token_s(self) -> float:
+        """Seconds for each token at the best rate of the grid: the compute-bound limit of the roofline."""
+        return min(s / n for n, s in zip(self.num_tokens, self.target_s, strict=True))
+
+    @property
     def capacity(self) -> float:
-        """Tokens per forward at the knee of the roofline: one-token time times the best rate of the grid.
+        """Tokens per forward at the knee of the roofline, where both limits meet, within the grid.
 
         The paper's C_peak, calibrated: what the machine could compute while it reads the weights once.
         """
-        best_per_s = max(n / s for n, s in zip(self.num_tokens, self.target_s, strict=True))
-        return min(max(self.target_s[0] * best_per_s, 1.0), float(self.num_tokens[-1]))
+        return min(max(self.floor_s / self.per_token_s, 1.0), float(self.num_tokens[-1]))
 
 
 def _interpolate(grid: tuple[int, ...], values: tuple[float, ...], at: float) -> float:

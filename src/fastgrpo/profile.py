@@ -1,0 +1,182 @@
+"""`fastgrpo profile`: what forwards and drafts cost on this machine, and what speculation would gain."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastgrpo.bench.measure import describe_run
+from fastgrpo.data import build_task_dataset, load_prompts
+from fastgrpo.engine import Engine
+from fastgrpo.loading import Opened, encode_prompts, open_model, quiet_libraries
+from fastgrpo.options import ProfileOptions
+from fastgrpo.planner import AcceptanceTable, Forecast, HardwareProfile, describe_gains, forecast_gains
+from fastgrpo.profile_files import describe_identity, keep_profile, save_profile
+from fastgrpo.profiler import Measurement, TimedForward, measure_costs
+from fastgrpo.report.roofline import plot_roofline
+from fastgrpo.types import SamplingParams, SpeculationPlan
+
+_CONTEXTS, _WIDTHS = (32, 128, 512, 1024), (1, 4)  # of the forwards that price cached positions
+_WIDE = SpeculationPlan(depth=6, width=4, num_draft_tokens=32)  # offers what any smaller plan would
+_ROLLOUT_S, _LEAST_TOKENS = 20.0, 8  # about what the rollout may take, and what each completion has at least
+_UNMEASURED_CONTEXT = 128  # cached positions of a sequence where no rollout was made
+
+
+def run_profile(options: ProfileOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+    """Measure, predict, print and, where `options.output` says so, write a profile and a plot; returns what it writes.
+
+    What was measured is put into the user's cache too, so that the engine begins with it.
+
+    Raises:
+        ValueError: the model, the drafter or the prompts cannot be used.
+        OSError: a file is missing or cannot be written, or the machine's clock stands still.
+    """
+    console = console or Console()
+    quiet_libraries()
+    opened = open_model(options.model, dtype=options.dtype, device=options.device)
+    engine = Engine(
+        opened.model,
+        drafter=options.drafter,
+        speculation=_WIDE,
+        max_num_seqs=options.num_prompts,
+        tokenizer=opened.tokenizer,
+    )
+    prompts = [] if engine.drafter.name == "none" else _load_prompts(options, opened)
+    identity = describe_identity(engine.target, engine.drafter)
+    measurement = _measure(engine)
+    profile = measurement.profile
+    table, context_len = AcceptanceTable(decay=1.0), _UNMEASURED_CONTEXT
+    if prompts:
+        context_len = _count_acceptance(engine, profile, prompts, options, opened.stop_token_ids, table)
+    forecasts = forecast_gains(profile, table, context_len=context_len)
+    is_measured = table.offered[0][0] > 0
+    verdict = _describe_verdict(engine.drafter.name, forecasts, table, is_measured)
+    result = (
+        describe_run(command, dataclasses.asdict(options))
+        | {"model": options.model, "drafter": engine.drafter.name, "verdict": verdict}
+        | _describe_measurement(measurement)
+        | {"acceptance": {"is_measured": is_measured, "context_len": context_len, "rates": table.compute_rates()}}
+        | {"forecasts": [dataclasses.asdict(forecast) for forecast in forecasts]}
+    )
+    console.print(_build_cost_table(profile))
+    console.print(_build_table(forecasts, engine.drafter.name))
+    console.print(verdict, markup=False, highlight=False)
+    kept = keep_profile(measurement, identity)
+    if options.output is not None:
+        save_profile(profile, identity, options.output, result)
+        spreads = [each.timing.spread for each in measurement.by_tokens]
+        title = f"{options.model}, {identity['dtype']}, {identity['device']}, drafter {engine.drafter.name}"
+        plot_roofline(profile, spreads, options.output.with_suffix(".png"), title=title)
+        console.print(f"written: {options.output} and a plot beside it", markup=False, highlight=False, soft_wrap=True)
+    if kept is not None:
+        console.print(f"kept for the engine: {kept}", markup=False, highlight=False, soft_wrap=True)
+    return result
+
+
+def _load_prompts(options: ProfileOptions, opened: Opened) -> list[list[int]]:
+    if options.prompts is not None:
+        chats = list(load_prompts(options.prompts)["prompt"])[: options.num_prompts]
+    else:
+        chats = list(build_task_dataset(options.task, size=options.num_prompts, seed=options.seed)["prompt"])
+    return encode_prompts(opened.tokenizer, chats)
+
+
+def _measure(engine: Engine) -> Measurement:
+    target = engine.target
+    contexts = tuple(length for length in _CONTEXTS if length <= target.max_position)
+    if len(contexts) < 2:
+        contexts = _CONTEXTS[:2]
+    with target.rollout_mode():
+        return measure_costs(target, engine.drafter, contexts=contexts, widths=_WIDTHS)
+
+
+def _count_acceptance(
+    engine: Engine,
+    profile: HardwareProfile,
+    prompts: list[list[int]],
+    options: ProfileOptions,
+    stop_token_ids: tuple[int, ...],
+    table: AcceptanceTable,
+) -> int:
+    """Fill `table` from a short rollout of wide drafts; returns the cached positions of a sequence in the mean."""
+    step_s = profile.compute_target_s(len(prompts) * (1 + _WIDE.num_draft_tokens))
+    step_s += _WIDE.depth * profile.compute_draft_s(len(prompts) * _WIDE.width)
+    affordable = max(int(_ROLLOUT_S / step_s), _LEAST_TOKENS)  # each step emits a token at least
+    params = SamplingParams(
+        temperature=options.temperature,
+        max_tokens=min(options.max_tokens, affordable),
+        stop_token_ids=stop_token_ids,
+        seed=options.seed,
+    )
+    engine.generate(prompts, params)
+    for record in engine.records:
+        table.observe(record)
+    num_read, num_rows = (sum(getattr(record, key) for record in engine.records) for key in ("num_read", "num_seqs"))
+    return round(num_read / num_rows)
+
+
+def _describe_verdict(drafter: str, forecasts: Sequence[Forecast], table: AcceptanceTable, is_measured: bool) -> str:
+    if is_measured:
+        return describe_gains(drafter, forecasts)
+    assumed = f"Nothing was measured of its drafts: {100 * table.prior:.0f} % of the first ones are assumed accepted"
+    if drafter == "none":
+        assumed += ", at no cost; name a drafter to have it measured"
+    return f"{describe_gains('any drafter' if drafter == 'none' else drafter, forecasts)} {assumed}."
+
+
+def _describe_measurement(measurement: Measurement) -> dict[str, Any]:
+    """Every measured point, for the file."""
+    profile, grid = measurement.profile, measurement.profile.num_tokens
+    levels = [
+        {"num_tokens": count, **dataclasses.asdict(timing)}
+        for count, timing in zip(grid, measurement.levels, strict=False)
+    ]
+    return {
+        "floor_s": profile.floor_s,
+        "per_token_s": profile.per_token_s,
+        "worst_spread": measurement.worst[1].spread,
+        "by_tokens": [_describe_forward(each) for each in measurement.by_tokens],
+        "by_context": [_describe_forward(each) for each in measurement.by_context],
+        "draft_levels": levels,
+    }
+
+
+def _describe_forward(forward: TimedForward) -> dict[str, Any]:
+    shape = {"num_tokens": forward.num_tokens, "num_seqs": forward.num_seqs, "context_len": forward.context_len}
+    return shape | dataclasses.asdict(forward.timing)
+
+
+def _build_cost_table(profile: HardwareProfile) -> Table:
+    title = (
+        f"knee at {profile.capacity:.0f} tokens a forward; {1e6 * profile.sample_s:.0f} us for a sampled token, "
+        f"{1e6 * profile.fixed_s:.0f} us for a step, {1e6 * profile.read_s:.2f} us for a cached position"
+    )
+    table = Table(title=title, title_justify="left")
+    columns = ["tokens a forward", "target, ms", "tokens/s", *(["draft level, ms"] if profile.draft_s else [])]
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for index, count in enumerate(profile.num_tokens):
+        seconds = profile.target_s[index]
+        cells = [str(count), f"{1000 * seconds:.1f}", f"{count / seconds:.0f}"]
+        table.add_row(*cells, *(f"{1000 * each:.2f}" for each in profile.draft_s[index : index + 1]))
+    return table
+
+
+def _build_table(forecasts: Sequence[Forecast], drafter: str) -> Table:
+    table = Table(
+        title=f"expected with drafter {drafter} and so many live sequences, before any training", title_justify="left"
+    )
+    table.add_column("live", justify="right")
+    table.add_column("plan of auto")
+    for heading in ("acceptance length", "x plain"):
+        table.add_column(heading, justify="right")
+    for forecast in forecasts:
+        plan = forecast.plan
+        shape = f"{plan.num_draft_tokens} nodes, depth {plan.depth}, width {plan.width}"
+        cells = ("plain" if plan.is_plain else shape, f"{forecast.acceptance_length:.2f}", f"{forecast.speed_up:.2f}x")
+        table.add_row(str(forecast.num_seqs), *cells)
+    return table

@@ -1,0 +1,92 @@
+"""How long a call takes, and how far its repetitions disagree."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from time import perf_counter
+
+LARGE_SPREAD = 0.5  # a median half again as long as the least run: something else is at work
+_REPEAT_SPREAD = 0.25  # runs that disagree more are repeated
+_RUNS, _MAX_ROUNDS = 3, 4
+_BUDGET_S = 3.0  # runs of one point; slow ones are repeated less
+_MAX_CALLS = 64  # calls timed as one while the clock shows no difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Several runs of one call.
+
+    Args:
+        least_s: seconds of the fastest run: other work on the machine only ever adds.
+        spread: how much longer the median run took, as a share of the fastest; 0 where all agree.
+        num_runs: runs that were timed.
+        total_s: seconds of all of them.
+    """
+
+    least_s: float
+    spread: float
+    num_runs: int
+    total_s: float
+
+
+def measure_timing(run: Callable[[], object]) -> Timing:
+    """Time a call after one warm-up; runs that disagree are repeated, a bounded number of times.
+
+    Args:
+        run: returns when its work is done, an accelerator's included.
+
+    Raises:
+        OSError: the clock stands still.
+    """
+    run()
+    times: list[float] = []
+    while True:
+        for _ in range(_RUNS):
+            times.append(_time(run))
+            if sum(times) > _BUDGET_S and len(times) > 1:
+                break
+        spread = statistics.median(times) / min(times) - 1
+        if spread <= _REPEAT_SPREAD or sum(times) > _BUDGET_S or len(times) >= _RUNS * _MAX_ROUNDS:
+            return Timing(least_s=min(times), spread=spread, num_runs=len(times), total_s=sum(times))
+
+
+def level(times: list[float]) -> list[float]:
+    """Times of ever larger work, none above a later one's: more work never takes less, and noise only ever adds."""
+    return list(accumulate(reversed(times), min))[::-1]
+
+
+def repeat_disturbed(timings: list[Timing], measure: Callable[[int], Timing]) -> list[Timing]:
+    """Timings of ever larger work, those that took clearly longer than a later one once more, and the better kept.
+
+    A point that still does has the excess for its spread: its runs may agree with each other, but not with the rest.
+
+    Args:
+        measure: from the index of a point to another timing of it.
+    """
+    settled = list(timings)
+    for index in reversed(range(len(settled) - 1)):
+        later_s = min(timing.least_s for timing in settled[index + 1 :])
+        if settled[index].least_s > (1 + _REPEAT_SPREAD) * later_s:
+            best = min(settled[index], measure(index), key=lambda timing: timing.least_s)
+            settled[index] = replace(best, spread=max(best.spread, best.least_s / later_s - 1))
+    return settled
+
+
+def _time(run: Callable[[], object]) -> float:
+    """Seconds of a call, always above 0: where the clock shows none, of several calls at once."""
+    num_calls = 1
+    while num_calls <= _MAX_CALLS:
+        started = perf_counter()
+        for _ in range(num_calls):
+            run()
+        elapsed_s = perf_counter() - started
+        if elapsed_s > 0:
+            return elapsed_s / num_calls
+        num_calls *= 2
+    raise OSError(
+        f"the clock of this machine stood still over {_MAX_CALLS} calls, so nothing can be timed; set "
+        "speculation=off or fixed, which need no times, or give a profile that was measured before"
+    )

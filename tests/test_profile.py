@@ -1,0 +1,458 @@
+"""What things cost: timed though the machine is busy, kept on file, refused elsewhere, and turned into a forecast."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+
+from conftest import SMALL_CPU, build_model, shared_model
+from fastgrpo import timing
+from fastgrpo.cli import main
+from fastgrpo.drafters import build_drafter
+from fastgrpo.engine import Engine
+from fastgrpo.model import TargetModel
+from fastgrpo.planner import AcceptanceTable, AutoPlanner, HardwareProfile, describe_gains, forecast_gains
+from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
+from fastgrpo.planner.forecast import find_break_even
+from fastgrpo.profile_files import (
+    describe_identity,
+    find_cache_folder,
+    find_profile,
+    keep_profile,
+    read_profile,
+    save_profile,
+    take_profile,
+)
+from fastgrpo.profiler import Measurement, TimedForward, _fit_read_s, measure_costs
+from fastgrpo.types import SamplingParams
+from tiny import save_tiny_model
+
+PROMPTS = [[3, 5, 7], [11, 13]]
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, durations: Iterable[float]) -> list[float]:
+    """A clock by which the runs that are timed take these seconds; returns the readings, as they are taken."""
+    readings: list[float] = []
+    ahead: Iterator[float] = iter(durations)
+
+    def read() -> float:
+        last = readings[-1] if readings else 0.0
+        readings.append(last + next(ahead) if len(readings) % 2 else last)
+        return readings[-1]
+
+    monkeypatch.setattr(timing, "perf_counter", read)
+    return readings
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTGRPO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run takes four seconds, so few are made: what is measured does not depend on this machine."""
+    set_clock(monkeypatch, itertools.repeat(4.0))
+
+
+def build_target(**changes: object) -> TargetModel:
+    return TargetModel(build_model("llama", torch.float32, **changes) if changes else shared_model("llama"))
+
+
+def find(target: TargetModel, drafter: str = "ngram") -> HardwareProfile:
+    with target.rollout_mode():
+        return find_profile(target, build_drafter(drafter, target))
+
+
+# -- the clock -------------------------------------------------------------------------------------------------
+
+
+def test_runs_that_agree_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, itertools.repeat(0.25))
+    measured = timing.measure_timing(lambda: None)
+    assert (measured.least_s, measured.spread, measured.num_runs) == (0.25, 0, 3)
+
+
+def test_runs_that_disagree_are_repeated_until_they_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, [0.5, 0.2, 0.4, *itertools.repeat(0.2, 20)])
+    measured = timing.measure_timing(lambda: None)
+    assert (measured.least_s, measured.spread, measured.num_runs) == (pytest.approx(0.2), pytest.approx(0), 6)
+
+
+def test_runs_that_never_agree_end_with_their_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, itertools.cycle([0.01, 0.03, 0.03]))
+    measured = timing.measure_timing(lambda: None)
+    assert (measured.spread, measured.num_runs) == (pytest.approx(2), 12)
+
+
+def test_slow_runs_are_repeated_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, [20.0, 90.0])
+    assert timing.measure_timing(lambda: None).num_runs == 2
+
+
+def test_a_clock_that_stalls_is_asked_again_over_more_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, [0.0, 0.0, 0.4, 0.1, 0.1])
+    calls: list[None] = []
+    measured = timing.measure_timing(lambda: calls.append(None))
+    assert measured.least_s == pytest.approx(0.1), "0.4 s were of four calls"
+    assert len(calls) == 1 + (1 + 2 + 4) + 1 + 1
+
+
+def test_a_dead_clock_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "perf_counter", lambda: 3.0)
+    calls: list[None] = []
+    with pytest.raises(OSError, match="clock of this machine stood still over 64 calls"):
+        timing.measure_timing(lambda: calls.append(None))
+    assert len(calls) < 200
+
+
+# -- what is measured --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafter", ["none", "ngram", "eagle-new", "block"])
+def test_a_measured_profile_has_all_its_costs(steady: None, drafter: str) -> None:
+    target = build_target(tie_word_embeddings=False)
+    with target.rollout_mode():
+        measured = measure_costs(target, build_drafter(drafter, target), contexts=(8, 32, 64), widths=(1, 2))
+    profile = measured.profile
+    assert profile.num_tokens == (1, 2, 4, 8), "more would take too long at four seconds each"
+    assert profile.target_s == (4.0,) * 4
+    assert profile.draft_s == (() if drafter == "none" else profile.target_s)
+    assert (profile.read_s, profile.fixed_s, profile.sample_s) == (0, 4.0, 0.25)
+    assert profile.capacity == 8, "time that never rises has no knee"
+    assert [(each.num_tokens, each.context_len) for each in measured.by_context] == [
+        (16, 8), (16, 32), (16, 64), (32, 8), (32, 32), (32, 64),
+    ]  # fmt: skip
+
+
+def test_the_grid_goes_on_while_the_time_is_flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, itertools.repeat(2**-10))
+    target = build_target()
+    with target.rollout_mode():
+        measured = measure_costs(target, build_drafter("none", target))
+    assert measured.profile.capacity == measured.profile.num_tokens[-1] == 4096
+    assert measured.is_steady
+
+
+def test_a_busy_machine_is_named_with_its_figure(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    set_clock(monkeypatch, itertools.cycle([4.0, 12.0]))
+    target = build_target()
+    with pytest.warns(UserWarning, match=r"a forward of \d+ tokens took 100 % longer in the median of 2 runs"):
+        assert find(target).floor_s == 4.0, "the fastest run is believed"
+    assert not cache.exists(), "and not kept for the next time"
+
+
+@given(times=st.lists(st.floats(1e-4, 10), min_size=1, max_size=9), slow=st.integers(0, 8))
+def test_times_are_levelled_by_later_ones_alone(times: list[float], slow: int) -> None:
+    """One disturbed point lifts no other."""
+    levelled = timing.level(times)
+    assert levelled == sorted(levelled) and all(a <= b for a, b in zip(levelled, times, strict=True))
+    assert levelled[-1] == times[-1] and timing.level(sorted(times)) == sorted(times)
+    disturbed = sorted(times)
+    index = slow % len(times)
+    disturbed[index] += 100
+    assert index == len(times) - 1 or timing.level(disturbed)[:index] == sorted(times)[:index]
+
+
+@pytest.mark.parametrize(("again", "spread"), [(1.0, 0.0), (2.0, 1.0), (9.0, 7.0)])
+def test_what_took_longer_than_more_work_is_timed_again(again: float, spread: float) -> None:
+    def build(seconds: float) -> timing.Timing:
+        return timing.Timing(least_s=seconds, spread=0.0, num_runs=3, total_s=3 * seconds)
+
+    asked: list[int] = []
+
+    def measure(index: int) -> timing.Timing:
+        asked.append(index)
+        return build(again)
+
+    settled = timing.repeat_disturbed([build(8.0), build(1.0), build(1.1), build(4.0)], measure)
+    assert asked == [0]
+    assert [each.spread for each in settled] == [spread, 0, 0, 0]
+    assert [each.least_s for each in settled] == [min(again, 8.0), 1.0, 1.1, 4.0]
+
+
+def test_a_disturbance_at_the_start_does_not_make_the_machine_look_flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, itertools.chain([9.0, 9.0], itertools.repeat(4.0)))
+    target = build_target()
+    with target.rollout_mode():
+        measured = measure_costs(target, build_drafter("none", target))
+    assert measured.profile.target_s == (4.0,) * len(measured.by_tokens)
+    assert measured.is_steady and measured.by_tokens[0].timing.least_s == 4.0
+
+
+@given(
+    read_s=st.floats(0, 1e-3),
+    starts=st.lists(st.floats(0.01, 1), min_size=1, max_size=3),
+    contexts=st.lists(st.integers(1, 4096), min_size=2, max_size=4, unique=True),
+)
+def test_the_price_of_a_position_is_found_behind_any_width(
+    read_s: float, starts: list[float], contexts: list[int]
+) -> None:
+    def build(start: float, context: int) -> TimedForward:
+        seconds = start + 16 * context * read_s
+        each = timing.Timing(least_s=seconds, spread=0.0, num_runs=3, total_s=3 * seconds)
+        return TimedForward(num_tokens=16, num_seqs=16, context_len=context, timing=each)
+
+    groups = [[build(start, context) for context in contexts] for start in starts]
+    assert _fit_read_s(groups) == pytest.approx(read_s, rel=1e-6, abs=1e-12)
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """SMALL_CPU, as if measured of the tiny Llama with ngram."""
+    target = build_target()
+    save_profile(SMALL_CPU, describe_identity(target, build_drafter("ngram", target)), tmp_path / "profile.json")
+    return tmp_path / "profile.json"
+
+
+def change(path: Path, edit: Callable[[dict], object]) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_profile_on_file_is_the_one_that_was_measured(path: Path) -> None:
+    assert read_profile(path)[0] == SMALL_CPU
+    engine = Engine(shared_model("llama"), drafter="ngram", profile=path)
+    engine.generate(PROMPTS, SamplingParams(max_tokens=2))
+    assert isinstance(engine.planner, AutoPlanner)
+    assert engine.planner.profile.num_tokens == SMALL_CPU.num_tokens
+    given = Engine(shared_model("llama"), drafter="ngram", speculation="paper", profile=replace(SMALL_CPU, read_s=1.0))
+    given.generate(PROMPTS, SamplingParams(max_tokens=2))
+    assert given.planner is not None and given.planner.state_dict() == {"capacity": SMALL_CPU.capacity}
+    Engine(shared_model("llama"), drafter="ngram", speculation="off", profile=path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c["identity"].update(cpu="abacus"), "cpu is 'abacus' there and '.*' here"),
+        (lambda c: c["identity"].update(num_threads=99), "num_threads is 99 there and 1 here"),
+        (lambda c: c["identity"].update(hidden_size=4096), "hidden_size is 4096 there and 32 here"),
+        (lambda c: c["identity"].update(dtype="int4"), "dtype is 'int4' there and 'float64' here"),
+        (lambda c: c["identity"].update(drafter="block"), "drafter is 'block' there and 'ngram' here"),
+        (lambda c: c["identity"].pop("device"), "device is None there and 'cpu' here"),
+        (lambda c: c["identity"].update(coolant="water"), "coolant is 'water' there and None here"),
+    ],
+)
+def test_a_profile_of_something_else_is_refused_by_name(path: Path, edit: Callable[[dict], object], message: str):
+    change(path, edit)
+    with pytest.raises(ValueError, match=f"{message}.*fastgrpo profile --model MODEL --drafter ngram --output"):
+        Engine(shared_model("llama"), drafter="ngram", profile=path)
+
+
+def test_a_profile_that_is_given_outlives_an_update_of_a_library(path: Path) -> None:
+    change(path, lambda content: content["identity"].update(torch="1.0"))
+    target = build_target()
+    assert take_profile(path, target, build_drafter("ngram", target)) == SMALL_CPU
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(format="else"), "is no profile"),
+        (lambda c: c.update(version=99), "has version 99"),
+        (lambda c: c.update(capacity=0), "capacity must be at least 1 token, got 0"),
+        (lambda c: c.update(capacity=None), "capacity must be at least 1 token, got None"),
+        (lambda c: c.pop("identity"), "identity must be a mapping, got None"),
+        (lambda c: c["profile"].pop("read_s"), "profile must be a mapping of num_tokens"),
+        (lambda c: c["profile"].update(num_tokens=[4], target_s=[1.0], draft_s=[]), r"at least two.*got \(4,\)"),
+        (lambda c: c["profile"].update(num_tokens=[1, 8, 4, 64, 128, 256]), r"increasing grid.*1, 8, 4"),
+        (lambda c: c["profile"]["target_s"].pop(), "one time for each of 6 points, got 5"),
+        (lambda c: c["profile"]["target_s"].__setitem__(2, -1.0), "target_s at 32 tokens is -1.0"),
+        (lambda c: c["profile"]["draft_s"].__setitem__(0, 0.0), "draft_s at 1 tokens is 0.0"),
+        (lambda c: c["profile"]["target_s"].__setitem__(1, float("nan")), "target_s at 8 tokens is nan"),
+        (lambda c: c["profile"]["target_s"].__setitem__(1, None), "target_s is .0.06, None"),
+        (lambda c: c["profile"].update(fixed_s=float("inf")), "fixed_s is inf"),
+        (lambda c: c["profile"].update(is_one_pass="yes"), "is_one_pass is 'yes'"),
+    ],
+)
+def test_a_profile_that_cannot_be_is_refused_with_value_and_remedy(
+    path: Path, edit: Callable[[dict], object], message: str
+) -> None:
+    change(path, edit)
+    with pytest.raises(ValueError, match=f"profile.json.*{message}.*measure again with fastgrpo profile"):
+        read_profile(path)
+
+
+def test_a_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no profile at .*; fastgrpo profile writes one"):
+        Engine(shared_model("llama"), drafter="ngram", profile=tmp_path / "nowhere.json")
+    (tmp_path / "bytes.json").write_bytes(b"\xff\x00")
+    with pytest.raises(ValueError, match=r"bytes.json is not JSON.*measure again"):
+        read_profile(tmp_path / "bytes.json")
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------
+
+
+def test_what_was_measured_once_is_read_the_next_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, itertools.repeat(4.0))
+    engine = Engine(shared_model("llama"), drafter="ngram")
+    engine.generate(PROMPTS, SamplingParams(max_tokens=2))
+    (file,) = cache.iterdir()
+    first = read_profile(file)[0]
+    set_clock(monkeypatch, ())  # a run that is timed now would raise
+    assert find(build_target()) == first
+    assert find(TargetModel(build_model("llama", seed=9))) == first, "other weights cost the same"
+
+
+def test_whatever_costs_depend_on_is_kept_by_itself(cache: Path) -> None:
+    timed = timing.Timing(least_s=1.0, spread=0.0, num_runs=3, total_s=3.0)
+    forward = TimedForward(num_tokens=1, num_seqs=1, context_len=1, timing=timed)
+    measured = Measurement(profile=SMALL_CPU, by_tokens=(forward,), by_context=(), levels=())
+
+    def keep(target: TargetModel, drafter: str = "ngram") -> None:
+        assert keep_profile(measured, describe_identity(target, build_drafter(drafter, target))) is not None
+
+    keep(build_target())
+    keep(build_target(), "none")
+    keep(build_target(num_hidden_layers=2))
+    keep(build_target(vocab_size=130))
+    keep(TargetModel(shared_model("llama", torch.float32), compute_dtype=torch.bfloat16))
+    torch.set_num_threads(2)
+    keep(build_target())
+    torch.set_num_threads(1)
+    keep(TargetModel(build_model("llama", seed=9)))  # as the first
+    assert len(list(cache.iterdir())) == 6
+
+
+def test_a_model_is_the_same_inside_a_rollout(steady: None) -> None:
+    model = get_peft_model(
+        build_model("llama", torch.float32, tie_word_embeddings=True), LoraConfig(target_modules="all-linear")
+    )
+    for target in (TargetModel(model), TargetModel(model, compute_dtype=torch.bfloat16)):
+        drafter = build_drafter("eagle-new", target)
+        outside = describe_identity(target, drafter)
+        with target.rollout_mode():
+            assert describe_identity(target, drafter) == outside
+        assert outside["draft_parameters"] > 0
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"format": "fastgrpo-profile", "version": 1}'])
+def test_a_damaged_cache_is_named_and_replaced(cache: Path, steady: None, damage: str) -> None:
+    first = find(build_target())
+    (file,) = cache.iterdir()
+    file.write_text(damage)
+    with pytest.warns(UserWarning, match=f"left out and measured anew: {file}"):
+        assert find(build_target()) == first
+    assert read_profile(file)[0] == first
+    change(file, lambda content: content["identity"].update(cpu="abacus"))
+    with pytest.warns(UserWarning, match=f"{file} is of something else and is measured anew"):
+        assert find(build_target()) == first
+
+
+def test_a_cache_that_cannot_be_written_is_named(cache: Path, steady: None) -> None:
+    cache.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="could not be kept .*FASTGRPO_CACHE names another folder"):
+        find(build_target())
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert find_cache_folder() is None, "off in tests"
+    profile = Measurement(profile=SMALL_CPU, by_tokens=(), by_context=(), levels=())
+    assert keep_profile(profile, {}) is None
+    monkeypatch.setenv("FASTGRPO_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert find_cache_folder() == tmp_path / "fastgrpo"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert find_cache_folder() == tmp_path / "home" / ".cache" / "fastgrpo"
+    monkeypatch.setenv("FASTGRPO_CACHE", "~/profiles")
+    assert find_cache_folder() == tmp_path / "home" / "profiles"
+
+
+# -- the forecast ------------------------------------------------------------------------------------------------
+
+
+def build_table(chance: float) -> AcceptanceTable:
+    table = AcceptanceTable()
+    table.offered = [[1e9] * MAX_WIDTH for _ in range(MAX_DEPTH)]
+    table.hits = [[1e9 * chance * 0.3**rank for rank in range(MAX_WIDTH)] for _ in range(MAX_DEPTH)]
+    return table
+
+
+@given(chance=st.floats(0, 0.7), context_len=st.integers(0, 4096))
+def test_a_forecast_never_promises_less_than_plain_decoding(chance: float, context_len: int) -> None:
+    for forecast in forecast_gains(replace(SMALL_CPU, read_s=1e-6), build_table(chance), context_len=context_len):
+        assert forecast.speed_up == 1 if forecast.plan.is_plain else forecast.speed_up > 1
+        assert 1 <= forecast.acceptance_length <= 1 + forecast.plan.depth
+
+
+def test_a_useless_drafter_is_said_to_be_one() -> None:
+    forecasts = forecast_gains(SMALL_CPU, build_table(0.0), context_len=100)
+    assert all(forecast.plan.is_plain and forecast.speed_up == 1 for forecast in forecasts)
+    assert describe_gains("eagle", forecasts).startswith("Speculation with eagle will not pay here: with 1 to 64 live")
+
+
+def test_a_good_drafter_pays_until_the_knee() -> None:
+    forecasts = forecast_gains(SMALL_CPU, build_table(0.5), context_len=100)
+    assert forecasts[0].speed_up > 1.4
+    break_even = find_break_even(forecasts)
+    assert break_even is not None and break_even > 8
+    text = describe_gains("eagle", forecasts)
+    assert f"from {break_even} live sequences on it stops paying" in text and text.count(".") == 2
+    flat = HardwareProfile(num_tokens=(1, 4096), target_s=(1.0, 1.0), draft_s=(0.001, 0.001))
+    assert describe_gains("eagle", forecast_gains(flat, build_table(0.5), context_len=9)).endswith("pays with 64.")
+
+
+# -- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("drafter", ["eagle", "none"])
+def test_profile_writes_what_the_engine_takes(
+    model_dir: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], steady: None, drafter: str
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one and one"}\n{"prompt": "two"}\n')
+    output = tmp_path / "profiles" / "tiny.json"
+    argv = ["profile", "--model", str(model_dir), "--drafter", drafter, "--device", "cpu", "--dtype", "float32"]
+    argv += ["--prompts", str(tmp_path / "prompts.jsonl"), "--max-tokens", "12", "--output", str(output)]
+    assert main(argv) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "knee at 8 tokens a forward" in text and "before any training" in text
+    assert "Speculation with" in text
+    assert ("Nothing was measured of its drafts: 30 % of the first ones are assumed" in text) == (drafter == "none")
+    result = json.loads(output.read_text())
+    assert {"command", "commit", "machine", "identity", "settings", "by_tokens", "by_context"} <= result.keys()
+    assert result["acceptance"]["is_measured"] == (drafter != "none")
+    assert [forecast["num_seqs"] for forecast in result["forecasts"]] == [1, 2, 4, 8, 16, 32, 64]
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    engine = Engine.from_pretrained(model_dir, dtype=torch.float32, device="cpu", drafter=drafter, profile=output)
+    assert asdict(read_profile(output)[0]) == asdict(find_profile(engine.target, engine.drafter)), "and it is cached"
+    other = "ngram" if drafter == "none" else "none"
+    with pytest.raises(ValueError, match=f"drafter is '{drafter}' there and '{other}' here"):
+        Engine.from_pretrained(model_dir, dtype=torch.float32, device="cpu", drafter=other, profile=output)
+
+
+def test_profile_refuses_in_one_line(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["profile", "--model", str(model_dir), "--drafter", "none", "--device", "cpu"]
+    assert main([*argv, "--max-tokens", "0"]) == 2
+    assert "max_tokens must be above 0, got 0" in capsys.readouterr().err
+    assert main([*argv, "--drafter", "nowhere"]) == 2
+    assert "drafter must be eagle" in capsys.readouterr().err
+    monkeypatch.setattr(timing, "perf_counter", lambda: 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(argv) == 2
+    assert "the clock of this machine stood still" in capsys.readouterr().err
