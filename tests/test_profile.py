@@ -34,6 +34,7 @@ from fastgrpo.profile_files import (
     take_profile,
 )
 from fastgrpo.profiler import Measurement, TimedForward, _fit_read_s, measure_costs
+from fastgrpo.report.roofline import build_roofline
 from fastgrpo.types import SamplingParams
 from tiny import save_tiny_model
 
@@ -441,6 +442,20 @@ def test_profile_writes_what_the_engine_takes(
     other = "ngram" if drafter == "none" else "none"
     with pytest.raises(ValueError, match=f"drafter is '{drafter}' there and '{other}' here"):
         Engine.from_pretrained(model_dir, dtype=torch.float32, device="cpu", drafter=other, profile=output)
+
+
+@pytest.mark.parametrize("profile", [SMALL_CPU, HardwareProfile(num_tokens=(1, 8), target_s=(4.0, 4.0))])
+def test_the_plot_shows_every_measured_point(profile: HardwareProfile) -> None:
+    figure = build_roofline(profile, [0.5] * len(profile.num_tokens), title="tiny")
+    expected = [profile.target_s[0] * 1000, 1 / profile.target_s[0]]
+    for axes, first in zip(figure.axes, expected, strict=True):
+        bottom, top = axes.get_ylim()
+        assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+        measured = [line for line in axes.lines if line.get_marker() in ("o", "s")]
+        heights = [height for line in measured for height in line.get_ydata()]
+        assert first == pytest.approx(heights[0])
+        assert 0 < bottom < min(heights) and 1.5 * max(heights) <= top < 100 * max(heights)
+        assert "knee" in " ".join(text.get_text() for text in axes.get_legend().get_texts())
 
 
 def test_profile_refuses_in_one_line(

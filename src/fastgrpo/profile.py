@@ -176,7 +176,9 @@ def _build_table(forecasts: Sequence[Forecast], drafter: str) -> Table:
         table.add_column(heading, justify="right")
     for forecast in forecasts:
         plan = forecast.plan
-        shape = f"{plan.num_draft_tokens} nodes, depth {plan.depth}, width {plan.width}"
+        shape = (
+            f"{plan.num_draft_tokens} node{'s' * (plan.num_draft_tokens > 1)}, depth {plan.depth}, width {plan.width}"
+        )
         cells = ("plain" if plan.is_plain else shape, f"{forecast.acceptance_length:.2f}", f"{forecast.speed_up:.2f}x")
         table.add_row(str(forecast.num_seqs), *cells)
     return table
