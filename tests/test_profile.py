@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import SMALL_CPU, build_model, shared_model
 from fastgrpo import timing
+from fastgrpo.cache_folder import find_cache_folder, has_profile_cache
 from fastgrpo.cli import main
 from fastgrpo.drafters import build_drafter
 from fastgrpo.engine import Engine
@@ -26,7 +27,6 @@ from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
 from fastgrpo.planner.forecast import find_break_even
 from fastgrpo.profile_files import (
     describe_identity,
-    find_cache_folder,
     find_profile,
     keep_profile,
     read_profile,
@@ -364,7 +364,8 @@ def test_a_cache_that_cannot_be_written_is_named(cache: Path, steady: None) -> N
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert find_cache_folder() is None, "off in tests"
+    assert not has_profile_cache(), "off in tests"
+    assert find_cache_folder().name == "fastgrpo", "a demo model is converted there all the same, not in ./off"
     profile = Measurement(profile=SMALL_CPU, by_tokens=(), by_context=(), levels=())
     assert keep_profile(profile, {}) is None
     monkeypatch.setenv("FASTGRPO_CACHE", "")

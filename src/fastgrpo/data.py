@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fastgrpo import rewards
+from fastgrpo.cache_folder import find_cache_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEMO_MODEL_ENV: Final = "FASTGRPO_DEMO_MODEL"
-CACHE_ENV: Final = "FASTGRPO_CACHE"
 HUB_TIMEOUT_S: Final = 5.0
 
 _DIR_NAME = "smollm2-135m-instruct"
@@ -106,7 +106,7 @@ def load_demo_model_dir(cache_dir: Path | None = None) -> Path:
     converted once (about 20 s). An interrupted conversion leaves no directory behind.
 
     Args:
-        cache_dir: holds the converted copy; by default `$FASTGRPO_CACHE`, else `~/.cache/fastgrpo`.
+        cache_dir: holds the converted copy; by default the user's, see `find_cache_folder`.
 
     Raises:
         ValueError: `FASTGRPO_DEMO_MODEL` names no model directory.
@@ -117,8 +117,7 @@ def load_demo_model_dir(cache_dir: Path | None = None) -> Path:
         if not _is_model_dir(Path(named)):
             raise ValueError(f"{DEMO_MODEL_ENV} is {named!r}, which has no config.json with model.safetensors")
         return Path(named)
-    root = cache_dir or Path(os.environ.get(CACHE_ENV) or Path.home() / ".cache" / "fastgrpo")
-    target = root.expanduser() / _DIR_NAME
+    target = (cache_dir or find_cache_folder()).expanduser() / _DIR_NAME
     if _is_model_dir(target):
         return target
     snapshot = _load_from_hub()

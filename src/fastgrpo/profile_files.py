@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import nn
 
+from fastgrpo.cache_folder import CACHE_ENV, find_cache_folder, has_profile_cache
 from fastgrpo.drafters import find_trainable
 from fastgrpo.json_files import write_json
 from fastgrpo.machine import describe_machine
@@ -25,7 +25,6 @@ from fastgrpo.profiler import Measurement, measure_costs
 if TYPE_CHECKING:
     from fastgrpo.drafters import Drafter
 
-CACHE_ENV = "FASTGRPO_CACHE"  # a folder, or `off`
 PROFILE_FORMAT, PROFILE_VERSION = "fastgrpo-profile", 1
 _SIZES = (
     *("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
@@ -151,23 +150,14 @@ def take_profile(profile: HardwareProfile | str | Path, target: TargetModel, dra
 # -- the cache -------------------------------------------------------------------------------------------------
 
 
-def find_cache_folder() -> Path | None:
-    """Where this user's profiles are kept; None where that is off."""
-    setting = os.environ.get(CACHE_ENV, "")
-    if setting == "off":
-        return None
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(setting).expanduser() if setting else Path(root) / "fastgrpo"
-
-
 def find_profile(target: TargetModel, drafter: Drafter) -> HardwareProfile:
     """The profile of exactly this from the cache, else measured now and kept. Call inside `target.rollout_mode`.
 
     A file that cannot be read is named in a warning and replaced.
     """
-    folder, identity = find_cache_folder(), describe_identity(target, drafter)
-    path = None if folder is None else _build_path(folder, identity)
-    if path is not None and path.is_file():
+    identity = describe_identity(target, drafter)
+    path = _build_path(identity)
+    if has_profile_cache() and path.is_file():
         try:
             profile, theirs = read_profile(path)
             if theirs == identity:
@@ -185,10 +175,9 @@ def keep_profile(measurement: Measurement, identity: Identity) -> Path | None:
 
     A folder that cannot be written is named in a warning: the next process measures again.
     """
-    folder = find_cache_folder()
-    if folder is None or not measurement.is_steady:
+    if not (has_profile_cache() and measurement.is_steady):
         return None
-    path = _build_path(folder, identity)
+    path = _build_path(identity)
     try:
         save_profile(measurement.profile, identity, path)
     except OSError as error:
@@ -197,6 +186,6 @@ def keep_profile(measurement: Measurement, identity: Identity) -> Path | None:
     return path
 
 
-def _build_path(folder: Path, identity: Identity) -> Path:
+def _build_path(identity: Identity) -> Path:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return folder / f"profile-{digest[:20]}.json"
+    return find_cache_folder() / f"profile-{digest[:20]}.json"
