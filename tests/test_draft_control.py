@@ -14,7 +14,8 @@ from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
 from fastgrpo.types import SamplingParams, SpeculationPlan
-from test_eagle import assert_same_head, build_drafter_for, build_learner, collect_rollouts, head_bits
+from test_eagle import build_drafter_for
+from test_heads import assert_same_head, build_learner, collect_rollouts, head_bits
 
 
 def play(control: LearningControl, losses: list[float]) -> list[tuple[Outcome, float]]:

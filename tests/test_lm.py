@@ -25,7 +25,7 @@ from fastgrpo.planner import PlanInputs
 from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.tree import Draft, check_draft
 from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan
-from test_eagle import _EveryOtherStep
+from test_heads import EveryOtherStep
 from test_trainer import build_tokenizer, build_trainer
 from tiny import save_tiny_model
 
@@ -129,7 +129,7 @@ def collect_drafts(max_num_seqs: int, period: int) -> dict[tuple[int, int], tupl
     model = shared_model("llama")
     drafter = build_lm_drafter(model, build_lm())
     engine = Engine(model, drafter=drafter, speculation="off", max_num_seqs=max_num_seqs)
-    engine.planner = _EveryOtherStep(TREE, period)
+    engine.planner = EveryOtherStep(TREE, period)
     seen = record_drafts(drafter)
     params = [SamplingParams(max_tokens=4 + 7 * (index % 4), stream=index) for index in range(10)]
     engine.generate([PROMPTS[index % len(PROMPTS)] for index in range(10)], params)

@@ -18,7 +18,8 @@ from fastgrpo.engine import Engine
 from fastgrpo.model import TargetModel
 from fastgrpo.types import SamplingParams, SpeculationPlan
 from fastgrpo.unroll import collate, compute_outputs
-from test_eagle import build_drafter_for, collect_rollouts, draft_chains
+from test_eagle import build_drafter_for, draft_chains
+from test_heads import collect_rollouts
 from test_trainer import build_tokenizer
 
 PLAN = SpeculationPlan(depth=2, width=2, num_draft_tokens=4)

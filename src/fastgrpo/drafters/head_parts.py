@@ -77,7 +77,9 @@ class DraftHead(nn.Module):
     def resize_vocabulary(self, size: int) -> None:
         """Output rows for the first `size` tokens, or for all; the drafter fills them from the target."""
         size = min(size, self.target_vocab_size)
-        self.lm_head = nn.Linear(self.hidden_size, size, bias=False).requires_grad_(False)
+        rows = nn.utils.skip_init(nn.Linear, self.hidden_size, size, bias=False)  # draws nothing
+        nn.init.zeros_(rows.weight)
+        self.lm_head = rows.requires_grad_(False)
         self.register_buffer("draft_vocab", torch.arange(size, dtype=torch.int32))
         self.vocab_counts = None
 
