@@ -116,6 +116,7 @@ class HeadDrafter(ABC, Generic[Head]):
         head = self.load_head(folder, self.target)
         self.check_like(head, folder)
         self.head.resize_vocabulary(head.draft_vocab_size)
+        self.head.to(self.target.device)  # the new rows came on the CPU
         self.head.lm_head.to(head.lm_head.weight.dtype)
         self.head.load_state_dict(head.state_dict())
         self.calibration.restore(folder)
