@@ -78,7 +78,7 @@ class RolloutOptions:
         default="eagle", metadata=about("eagle, eagle-new (the shipped head left out), ngram, or none")
     )
     head: Path | None = field(
-        default=None, metadata=about("folder with a saved EAGLE-3 head (default: one started from the target)")
+        default=None, metadata=about("folder with a saved EAGLE-3 head (default: what the drafter begins with)")
     )
     draft_vocab_size: int | None = field(
         default=None,
@@ -166,7 +166,7 @@ class ProfileOptions:
         default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
     )
     dtype: str = field(default="bfloat16", metadata=about("type of the weights", choices=DTYPES))
-    seed: int = field(default=1000, metadata=about("seed of prompts and noise; 0 and 1 made the shipped head's"))
+    seed: int = field(default=1000, metadata=about("seed of prompts and noise; 0 to 2 made the shipped head's"))
     output: Path | None = field(
         default=None,
         metadata=about("JSON file for the profile, a plot beside it; without it they are only printed and cached"),
