@@ -27,7 +27,7 @@ from conftest import (
     shared_model,
 )
 from fastgrpo import prefill as prefill_module
-from fastgrpo.drafters import Drafter
+from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.lm import LmDrafter
 from fastgrpo.drafters.ngram import NgramDrafter
@@ -36,16 +36,19 @@ from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.learner import Learner
 from fastgrpo.lengths import LengthPredictor
 from fastgrpo.model import TargetModel
-from fastgrpo.planner import SPECULATION, BanditPlanner, FixedPlanner, PaperPlanner, Planner
+from fastgrpo.planner import SPECULATION, BanditPlanner, FixedPlanner, PaperPlanner, PlanInputs, Planner
 from fastgrpo.sampling import stream_key
+from fastgrpo.tree import Draft, check_draft
 from fastgrpo.types import PLAIN, SamplingParams, Sequence, SpeculationPlan, StepRecord
 
 CHAIN = SpeculationPlan(depth=4, width=1, num_draft_tokens=4)
 TREE = SpeculationPlan(depth=3, width=3, num_draft_tokens=10)
+SHARED = SpeculationPlan(depth=3, width=3, num_draft_tokens=4, most_draft_tokens=20)
 PLANNERS: dict[str, Callable[[], Planner]] = {
     "off": FixedPlanner,
     "chain": lambda: FixedPlanner(fixed=CHAIN),
     "tree": lambda: FixedPlanner(fixed=TREE),
+    "shared": lambda: FixedPlanner(fixed=SHARED),
     "paper": lambda: PaperPlanner(capacity=20),
     "paper-own": PaperPlanner.with_own_capacity,
     "bandit": lambda: BanditPlanner(max_num_tokens=256, epsilon=0.5),
@@ -458,6 +461,35 @@ def test_auto_keeps_an_oracle():
 
 
 # -- the facts of a step -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafter", ["eagle", "block", "ngram", "auto"])
+def test_a_shared_budget_goes_to_the_likeliest_nodes_of_all_sequences(drafter, monkeypatch):
+    model, params = shared_model("llama"), SamplingParams(max_tokens=24, temperature=0.0)
+    engine = build_engine(model, build_drafter(drafter, TargetModel(model)), SHARED, max_num_seqs=4)
+    pools: list[tuple[Draft, Draft]] = []
+    spend = engine._spend_budget
+
+    def watch(pool: Draft, plan: SpeculationPlan, inputs: PlanInputs) -> Draft:
+        pools.append((pool, spend(pool, plan, inputs)))
+        return pools[-1][1]
+
+    monkeypatch.setattr(engine, "_spend_budget", watch)
+    engine.generate([*PROMPTS, *PROMPTS], params)
+    is_ragged = False
+    for pool, kept in pools:
+        check_draft(kept)
+        if pool.scores is None:
+            continue
+        num_seqs = len(pool.num_nodes)
+        assert (pool.num_nodes <= 21).all()
+        assert kept.num_tokens == num_seqs + min(4 * num_seqs, pool.num_tokens - num_seqs)
+        is_kept = torch.arange(pool.scores.shape[1]) < kept.num_nodes[:, None]
+        left_out = pool.scores.masked_fill(is_kept, -torch.inf)
+        assert left_out.max() <= kept.scores.masked_fill(~kept.node_mask, torch.inf).min() + 1e-6
+        assert (pool.scores.diff(dim=1)[pool.node_mask[:, 1:]] <= 0).all(), "best nodes come first"
+        is_ragged |= int(kept.num_nodes.max()) > int(kept.num_nodes.min())
+    assert is_ragged, "every tree was the same size: nothing was shared"
 
 
 def test_step_records_add_up():

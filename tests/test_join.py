@@ -106,8 +106,6 @@ def build_verdict(tokens: list[list[int]]) -> Verdict:
         token_ids=padded,
         logprobs=empty.float(),
         num_accepted=(padded >= 0).sum(1) - 1,
-        num_children=empty,
-        ranks=empty,
     )
 
 

@@ -484,3 +484,55 @@ def test_state_is_plain_json():
     assert json.loads(json.dumps(PaperPlanner(capacity=12.5).state_dict())) == {"capacity": 12.5}
     assert FixedPlanner().state_dict() == {}
     assert asdict(SMALL_CPU)["num_tokens"] == SMALL_CPU.num_tokens
+
+
+# -- one budget for all sequences ------------------------------------------------------------------------------
+
+SHARED = SpeculationPlan(depth=3, width=3, num_draft_tokens=4, most_draft_tokens=12)
+
+
+def compute_worth(planner: AutoPlanner, inputs: PlanInputs, chances: list[float], budget: int) -> float:
+    """What the first `budget` tokens bring, less the tokens that plain work would have brought in their time."""
+    rate = max(planner._predict_rate(SHARED, inputs), planner._predict_rate(PLAIN, inputs))
+    accepted = sum(chances[:budget]) * planner._accepted / planner._promised
+    seconds = planner.profile.compute_target_s(inputs.num_seqs + budget, inputs.num_read)
+    seconds += planner.profile.sample_s * accepted
+    return accepted - rate * seconds
+
+
+@given(
+    chances=st.lists(st.floats(0, 1), max_size=80).map(lambda found: sorted(found, reverse=True)),
+    num_seqs=st.integers(1, 100),
+    sample_s=st.sampled_from([0.0, 1e-4]),
+)
+def test_the_budget_is_the_best_of_all_numbers(chances, num_seqs, sample_s):
+    planner = AutoPlanner(replace(SMALL_CPU, sample_s=sample_s))
+    inputs = PlanInputs(num_seqs=num_seqs)
+    budget = planner.choose_budget(SHARED, inputs, chances)
+    most = max(min(len(chances), planner.max_num_tokens - num_seqs), 0)
+    assert 0 <= budget <= most
+    best = max(compute_worth(planner, inputs, chances, n) for n in range(most + 1))
+    assert compute_worth(planner, inputs, chances, budget) == pytest.approx(best, abs=1e-9)
+
+
+def test_broken_promises_shrink_the_budget():
+    planner = AutoPlanner(SMALL_CPU)
+    inputs, chances = PlanInputs(num_seqs=2), [0.6] * 20 + [0.3] * 20
+    before = planner.choose_budget(SHARED, inputs, chances)
+    for _ in range(200):
+        planner.observe(build_record(SHARED, 2, num_promised=6.0, target_s=SMALL_CPU.compute_target_s(10)))
+    assert before >= 20
+    assert planner.choose_budget(SHARED, inputs, chances) == 0
+    restored = AutoPlanner.from_state(json.loads(json.dumps(planner.state_dict())))
+    assert restored.choose_budget(SHARED, inputs, chances) == 0
+
+
+def test_a_fixed_budget_is_shared_and_kept():
+    inputs = PlanInputs(num_seqs=3)
+    assert FixedPlanner(fixed=SHARED).choose_budget(SHARED, inputs, [0.5] * 36) == 12
+    assert FixedPlanner(fixed=SHARED).choose_budget(SHARED, inputs, [0.5] * 7) == 7
+
+
+def test_a_tree_may_not_be_smaller_than_its_share():
+    with pytest.raises(ValueError, match="most_draft_tokens 3 must be at least num_draft_tokens 4"):
+        SpeculationPlan(depth=3, width=3, num_draft_tokens=4, most_draft_tokens=3)

@@ -13,7 +13,7 @@ from conftest import VOCAB_SIZE
 from fastgrpo.sampling import SamplingBatch, sample, stream_key
 from fastgrpo.tree import Draft, check_draft, compute_ancestors, compute_depths
 from fastgrpo.types import SamplingParams, Sequence
-from fastgrpo.verify import Verdict, count_hits, verify
+from fastgrpo.verify import Verdict, count_hits, find_ranks, verify
 
 Node = tuple[int, int]  # (token, parent)
 
@@ -144,6 +144,7 @@ def test_the_walk_is_that_of_plain_python(rows, padding, seed, settings, positio
     starts = draft.num_nodes.cumsum(0) - draft.num_nodes
     batch = build_batch(len(rows), settings, positions)
     verdict = verify(logits, draft, starts, batch, torch.arange(5, dtype=torch.int32))
+    num_children, ranks = find_ranks(verdict, draft)
     longest = 0
     for index, row in enumerate(rows):
         start = int(starts[index])
@@ -155,12 +156,12 @@ def test_the_walk_is_that_of_plain_python(rows, padding, seed, settings, positio
         assert verdict.token_ids[index, :count].tolist() == [token_id for _, token_id, _ in steps]
         assert verdict.logprobs[index, :count].tolist() == [logprob for _, _, logprob in steps]
         assert (verdict.path[index, count:] == -1).all()
-        assert (verdict.num_children[index, count:] == 0).all()
+        assert (num_children[index, count:] == 0).all()
         for depth, (node, token_id, _) in enumerate(steps):
             siblings = [token for token, parent in row if parent == node]
-            assert verdict.num_children[index, depth] == len(siblings)
+            assert num_children[index, depth] == len(siblings)
             rank = siblings.index(token_id) if token_id in siblings else -1
-            assert verdict.ranks[index, depth] == rank
+            assert ranks[index, depth] == rank
     assert verdict.path.shape[1] == longest
     check_hits(verdict, rows)
 
@@ -176,7 +177,7 @@ def check_hits(verdict: Verdict, rows: list[list[Node]]) -> None:
                 offered[depth, rank] = offered.get((depth, rank), 0) + 1
                 is_hit = siblings[rank] == int(verdict.token_ids[index, depth])
                 hits[depth, rank] = hits.get((depth, rank), 0) + is_hit
-    counted_offered, counted_hits = count_hits(verdict)
+    counted_offered, counted_hits = count_hits(verdict, build_draft(rows))
     assert {(d, r): n for d, level in enumerate(counted_offered) for r, n in enumerate(level)} == offered
     assert {(d, r): n for d, level in enumerate(counted_hits) for r, n in enumerate(level)} == hits
 
@@ -191,7 +192,7 @@ def test_a_draft_never_changes_the_first_token(row, seed):
     drafted = verify(logits, build_draft([row]), start, batch, vocabulary)
     assert plain.token_ids[0, 0] == drafted.token_ids[0, 0]
     assert plain.logprobs[0, 0] == drafted.logprobs[0, 0]
-    assert count_hits(plain) == ((), ())
+    assert count_hits(plain, Draft.roots(torch.tensor([row[0][0]]))) == ((), ())
 
 
 def test_a_walk_to_the_end_of_a_deep_chain():

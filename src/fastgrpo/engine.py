@@ -172,8 +172,10 @@ class Engine:
         running = self.scheduler.running
         context = self._build_context()
         num_read = len(running) * max(self.cache.lengths)
-        plan = self._ensure_planner().plan(self._plan_inputs(num_read))
-        draft = Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
+        inputs = self._build_plan_inputs(num_read)
+        plan = self._ensure_planner().plan(inputs)
+        pool = Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
+        draft = self._spend_budget(pool, plan, inputs)
         drafted = time.perf_counter()
         batch = self._layout(draft)
         output = self.target.forward(batch, self.cache)
@@ -186,7 +188,7 @@ class Engine:
         num_seqs = len(running)
         self._retire()
         finished = time.perf_counter()
-        offered, hits = count_hits(verdict)
+        offered, hits = count_hits(verdict, pool)
         record = StepRecord(
             num_seqs=num_seqs,
             num_waiting=len(self.scheduler.waiting),
@@ -202,6 +204,7 @@ class Engine:
             target_s=forwarded - drafted,
             verify_s=finished - forwarded,
             step_s=finished - started,
+            num_promised=draft.num_promised,
         )
         self._ensure_planner().observe(record)
         return record
@@ -230,13 +233,24 @@ class Engine:
             cache=self.cache,
         )
 
-    def _plan_inputs(self, num_read: int) -> PlanInputs:
+    def _build_plan_inputs(self, num_read: int) -> PlanInputs:
         return PlanInputs(
             num_seqs=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             num_read=num_read,
             num_unread=self.drafter.count_unread(self.cache.lengths),
         )
+
+    def _spend_budget(self, pool: Draft, plan: SpeculationPlan, inputs: PlanInputs) -> Draft:
+        """What is verified: every node of the pool, or the likeliest ones over all sequences."""
+        if plan.most_draft_tokens is None or pool.scores is None:
+            return pool
+        chances = pool.scores[:, 1:].exp()
+        ranked = chances.flatten().sort(descending=True)
+        drafted = ranked.values[: pool.num_tokens - len(chances)].tolist()
+        budget = self._ensure_planner().choose_budget(plan, inputs, drafted)
+        rows = ranked.indices[:budget] // max(chances.shape[1], 1)
+        return pool.keep(1 + torch.bincount(rows, minlength=len(chances)))
 
     def _layout(self, draft: Draft) -> ForwardBatch:
         """Room for the draft's nodes behind every running row."""

@@ -15,13 +15,15 @@ class Draft:
 
     Nodes are in topological order (a parent comes before its children), siblings carry distinct
     tokens and stand in the drafter's order of preference; node 0 is the pending token. Rows may
-    use fewer than N nodes.
+    use fewer than N nodes. Where there are `scores` they fall from node to node, so that the best
+    n nodes of a row are its first ones.
     """
 
     token_ids: Int[Tensor, "B N"]
     parents: Int[Tensor, "B N"]  # index of the parent; -1 for the root and for unused nodes
     num_nodes: Int[Tensor, " B"]  # root included, at least 1
     log_chances: Float[Tensor, "B N"] | None = None  # of each node, given its parent, as the drafter sees it
+    scores: Float[Tensor, "B N"] | None = None  # calibrated log chance of the path to each node; -inf where unused
 
     @staticmethod
     def roots(pending_token_ids: Int[Tensor, " B"]) -> Draft:
@@ -32,6 +34,23 @@ class Draft:
             parents=parents,
             num_nodes=torch.ones_like(pending_token_ids),
         )
+
+    def keep(self, num_nodes: Int[Tensor, " B"]) -> Draft:
+        """The first `num_nodes` nodes of each row, root included."""
+        width = int(num_nodes.max())
+        used = torch.arange(width, device=num_nodes.device) < num_nodes[:, None]
+        return Draft(
+            token_ids=self.token_ids[:, :width],
+            parents=self.parents[:, :width].masked_fill(~used, -1),
+            num_nodes=num_nodes,
+            log_chances=None if self.log_chances is None else self.log_chances[:, :width],
+            scores=None if self.scores is None else self.scores[:, :width].masked_fill(~used, -torch.inf),
+        )
+
+    @property
+    def num_promised(self) -> float:
+        """Draft tokens that are accepted if the scores are right; 0 where there are none."""
+        return 0.0 if self.scores is None else float(self.scores[:, 1:].exp().sum())
 
     @property
     def num_tokens(self) -> int:

@@ -121,17 +121,20 @@ class Sequence:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculationPlan:
-    """The shape of every draft tree of one step. `num_draft_tokens` 0 is plain decoding.
+    """The shape of the draft trees of one step. `num_draft_tokens` 0 is plain decoding.
 
     Args:
         depth: draft levels, the longest path a draft can add.
         width: children considered for a node, and nodes expanded on a level.
         num_draft_tokens: nodes kept for verification in each tree, the root not counted.
+        most_draft_tokens: where it is set, the sequences share one budget of about num_draft_tokens for each, and
+            this many nodes may go to one of them; None gives every tree its own num_draft_tokens.
     """
 
     depth: int = 0
     width: int = 0
     num_draft_tokens: int = 0
+    most_draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.depth, self.width, self.num_draft_tokens) < 0:
@@ -143,9 +146,19 @@ class SpeculationPlan:
                 f"num_draft_tokens {self.num_draft_tokens} cannot fill a depth of {self.depth}; lower draft_depth"
             )
 
+        if self.most_draft_tokens is not None and self.most_draft_tokens < self.num_draft_tokens:
+            raise ValueError(
+                f"most_draft_tokens {self.most_draft_tokens} must be at least num_draft_tokens {self.num_draft_tokens}"
+            )
+
     @property
     def is_plain(self) -> bool:
         return self.num_draft_tokens == 0
+
+    @property
+    def tree_size(self) -> int:
+        """Draft tokens that one tree may have."""
+        return self.num_draft_tokens if self.most_draft_tokens is None else self.most_draft_tokens
 
 
 PLAIN = SpeculationPlan()
@@ -156,7 +169,8 @@ class StepRecord:
     """Raw facts of one `Engine.step`. Planner, metrics and reports read it; nobody writes it.
 
     For walked nodes of depth d, `offered[d][r]` counts those that had a draft child of sibling rank
-    r, and `hits[d][r]` those whose target chose it. Both end where no walked node had children.
+    r, and `hits[d][r]` those whose target chose it. Both end where no walked node had children. Children that
+    were drafted and not verified count as well.
     """
 
     num_seqs: int
@@ -173,6 +187,7 @@ class StepRecord:
     target_s: float  # the target forward, its output head included
     verify_s: float  # sampling, walking and committing
     step_s: float  # everything, prefill included
+    num_promised: float = 0.0  # draft tokens that the drafter's calibrated chances had accepted; 0 where it says none
 
     @property
     def acceptance_length(self) -> float:

@@ -24,8 +24,6 @@ class Verdict:
     token_ids: Int[Tensor, "B D"]
     logprobs: Float[Tensor, "B D"]
     num_accepted: Int[Tensor, " B"]  # accepted draft tokens; num_accepted + 1 tokens are emitted
-    num_children: Int[Tensor, "B D"]  # draft children of each node on the path, 0 past its end
-    ranks: Int[Tensor, "B D"]  # place of the accepted child among its siblings, -1 where none was
 
 
 def verify(
@@ -58,26 +56,31 @@ def verify(
         is_match = is_child & (draft.token_ids[alive] == chosen[:, None])
         is_hit = is_match.any(-1)
         child = is_match.int().argmax(-1)
-        rank = (is_child.cumsum(-1).gather(-1, child[:, None])[:, 0] - 1).masked_fill(~is_hit, -1)
-        found = ((node, -1), (chosen, -1), (logprobs, 0), (is_child.sum(-1), 0), (rank, -1))
+        found = ((node, -1), (chosen, -1), (logprobs, 0))
         columns.append(tuple(value.new_full((num_seqs,), empty).scatter_(0, alive, value) for value, empty in found))
         num_accepted[alive] += is_hit
         alive, node = alive[is_hit], child[is_hit]
-    path, token_ids, logprobs, num_children, ranks = (torch.stack(c, dim=1) for c in zip(*columns, strict=True))
-    return Verdict(
-        path=path,
-        token_ids=token_ids,
-        logprobs=logprobs,
-        num_accepted=num_accepted,
-        num_children=num_children,
-        ranks=ranks,
-    )
+    path, token_ids, logprobs = (torch.stack(c, dim=1) for c in zip(*columns, strict=True))
+    return Verdict(path=path, token_ids=token_ids, logprobs=logprobs, num_accepted=num_accepted)
 
 
-def count_hits(verdict: Verdict) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+def find_ranks(verdict: Verdict, draft: Draft) -> tuple[Int[Tensor, "B D"], Int[Tensor, "B D"]]:
+    """(number of draft children, place among them of the one that the target chose or -1) of each walked node.
+
+    Args:
+        draft: what was verified, or what it was the first nodes of: children that were not verified count too.
+    """
+    walked = (verdict.path >= 0)[..., None]
+    is_child = walked & (draft.parents[:, None] == verdict.path[..., None])
+    is_hit = is_child & (draft.token_ids[:, None] == verdict.token_ids[..., None])
+    place = is_child.cumsum(-1).gather(-1, is_hit.int().argmax(-1, keepdim=True))[..., 0] - 1
+    return is_child.sum(-1), place.masked_fill(~is_hit.any(-1), -1)
+
+
+def count_hits(verdict: Verdict, draft: Draft) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
     """(offered, hits) by depth and sibling rank, as `StepRecord` keeps them."""
     offered, hits = [], []
-    for children, ranks in zip(verdict.num_children.T, verdict.ranks.T, strict=True):
+    for children, ranks in zip(*(found.T for found in find_ranks(verdict, draft)), strict=True):
         width = int(children.max())
         if width:
             offered.append(tuple(int((children > rank).sum()) for rank in range(width)))

@@ -169,7 +169,7 @@ class AutoDrafter:
             self._way = self.members[0 if second.log_chances is None else 1].name
             return self._drafts[self._way]
         calibrations = (self.members[0].calibration, self.members[1].calibration)
-        self._joined = join_drafts(first, second, calibrations, plan.num_draft_tokens)
+        self._joined = join_drafts(first, second, calibrations, plan.tree_size)
         self._draft_s[self.JOINED] = sum(self._draft_s.values()) + time.perf_counter() - started
         return self._joined.draft
 
@@ -182,8 +182,9 @@ class AutoDrafter:
             own = next(member for member in self.members if member.name == self._way)
             own.judge(draft, verdict)
             return
+        width = draft.token_ids.shape[1]  # the first nodes of the joined draft were verified
         for member, chances in zip(self.members, (self._joined.of_first, self._joined.of_second), strict=True):
-            member.calibration.observe(draft, verdict, chances)
+            member.calibration.observe(draft, verdict, chances[:, :width])
         accepted = {member.name: count_matched(self._drafts[member.name], verdict) for member in self.members}
         for way, count in {**accepted, self.JOINED: verdict.num_accepted}.items():
             ledger.lengths.setdefault(way, _Running(_TRIALS_WINDOW)).observe(1 + float(count.double().mean()))

@@ -124,7 +124,7 @@ class _Pool:
         self.parents.append(parents[..., None].expand(tokens.shape).flatten(1))
 
     def prune(self) -> Draft:
-        """The best nodes over all levels; the order of places is topological and siblings stand best first.
+        """The best nodes over all levels, best first; so parents stand before their children.
 
         Absent candidates, and all below them, score -inf; where they are chosen they fill the end of a row as a
         place of their own, `nowhere`.
@@ -135,8 +135,8 @@ class _Pool:
         nowhere = tokens.shape[1]
         tokens, chances, parents = F.pad(tokens, (0, 1)), F.pad(chances, (0, 1)), F.pad(parents, (0, 1))
         parents[:, nowhere] = nowhere + 1
-        best = scores.topk(min(self.plan.num_draft_tokens, nowhere), dim=1)
-        kept = best.indices.masked_fill(best.values.isneginf(), nowhere).sort(dim=1).values
+        best = scores.topk(min(self.plan.tree_size, nowhere), dim=1)
+        kept = best.indices.masked_fill(best.values.isneginf(), nowhere)
         count = kept.shape[1]
         place = self.rows.new_zeros(len(self.rows), nowhere + 2)
         place.scatter_(1, kept + 1, torch.arange(1, count + 1, device=self.rows.device).expand_as(kept).contiguous())
@@ -147,4 +147,5 @@ class _Pool:
             parents=torch.cat((roots.parents, place.gather(1, parents.gather(1, kept))), 1),
             num_nodes=roots.num_nodes + (kept < nowhere).sum(1),
             log_chances=torch.cat((chances.new_zeros(len(self.rows), 1), chances.gather(1, kept)), 1),
+            scores=torch.cat((best.values.new_zeros(len(self.rows), 1), best.values), 1),
         )

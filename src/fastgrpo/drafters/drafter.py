@@ -44,7 +44,7 @@ class Drafter(Protocol):
         ...
 
     def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
-        """At most `plan.num_draft_tokens` nodes a row and `plan.depth` levels; rows may get fewer.
+        """At most `plan.tree_size` nodes a row and `plan.depth` levels; rows may get fewer.
 
         Called only with a plan that is not plain; steps may pass between two calls.
         """

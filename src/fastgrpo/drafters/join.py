@@ -48,7 +48,7 @@ def join_drafts(
     of_second.scatter_reduce_(1, place, second_chances, "amax")
     used = torch.cat((first.node_mask, second.node_mask & ~is_shared), 1)
     scores = _score(of_first, of_second, calibrations, parents, depths).masked_fill(~used, -torch.inf)
-    return _keep_best(tokens, parents, depths, scores, (of_first, of_second), num_draft_tokens)
+    return _keep_best(tokens, parents, scores, (of_first, of_second), num_draft_tokens)
 
 
 def count_matched(draft: Draft, verdict: Verdict) -> Int[Tensor, " B"]:
@@ -97,17 +97,14 @@ def _score(
 def _keep_best(
     tokens: Int[Tensor, "B P"],
     parents: Int[Tensor, "B P"],
-    depths: Int[Tensor, "B P"],
     scores: Float[Tensor, "B P"],
     chances: tuple[Float[Tensor, "B P"], Float[Tensor, "B P"]],
     num_draft_tokens: int,
 ) -> JoinedDraft:
-    """Root and best nodes, level by level, siblings best first."""
+    """Root and best nodes, best first."""
     root_first = scores.index_fill(1, torch.zeros(1, dtype=torch.int64, device=scores.device), torch.inf)
     best, kept = root_first.topk(min(1 + num_draft_tokens, scores.shape[1]), dim=1)  # best first
     unused = best == -torch.inf
-    order = depths.gather(1, kept).masked_fill(unused, torch.iinfo(depths.dtype).max).sort(dim=1, stable=True).indices
-    kept, unused = kept.gather(1, order), unused.gather(1, order)
     place = torch.zeros_like(tokens).scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
     links = place.gather(1, parents.gather(1, kept).clamp(min=0)).masked_fill(unused, -1)
     links[:, 0] = -1
@@ -118,6 +115,7 @@ def _keep_best(
             parents=links,
             num_nodes=(~unused).sum(1),
             log_chances=torch.maximum(first, second),
+            scores=best.index_fill(1, torch.zeros(1, dtype=torch.int64, device=best.device), 0.0),
         ),
         of_first=first,
         of_second=second,

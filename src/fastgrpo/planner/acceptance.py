@@ -49,12 +49,18 @@ class AcceptanceTable:
         return [[self.rate(depth, rank) for rank in range(MAX_WIDTH)] for depth in range(MAX_DEPTH)]
 
 
-def compute_expected_length(plan: SpeculationPlan, rates: list[list[float]]) -> float:
-    """Expected tokens per sequence and forward: one, plus the best `num_draft_tokens` path chances of the tree."""
+def compute_expected_length(
+    plan: SpeculationPlan, rates: list[list[float]], num_draft_tokens: int | None = None
+) -> float:
+    """Expected tokens per sequence and forward: one, plus the best `num_draft_tokens` path chances of the tree.
+
+    Args:
+        num_draft_tokens: None takes those of the plan.
+    """
     heap: list[tuple[float, int]] = [(-rate, 1) for rate in rates[0][: plan.width]] if plan.depth else []
     heapq.heapify(heap)
     total = 1.0
-    for _ in range(plan.num_draft_tokens):
+    for _ in range(plan.num_draft_tokens if num_draft_tokens is None else num_draft_tokens):
         if not heap:
             break
         chance, depth = heapq.heappop(heap)

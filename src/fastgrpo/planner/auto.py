@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import bisect
+import itertools
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fastgrpo.planner.acceptance import AcceptanceTable, compute_expected_length
-from fastgrpo.planner.planner import PlanInputs
+from fastgrpo.planner.planner import PlanInputs, Planner
 from fastgrpo.planner.profile import HardwareProfile
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
@@ -18,6 +21,9 @@ _GRID = tuple(
         *((3, 3, 8), (3, 4, 12), (4, 2, 8), (4, 4, 16), (5, 4, 16), (5, 4, 24), (6, 4, 24), (6, 8, 32), (8, 8, 48)),
     )
 )
+
+
+_PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step
 
 
 class _Ratio:
@@ -32,7 +38,7 @@ class _Ratio:
         self.value = min(max(self.value * ratio**self.rate, 0.1), 10.0)
 
 
-class AutoPlanner:
+class AutoPlanner(Planner):
     """Takes the plan with the most expected tokens per second, and keeps learning whether that is true.
 
     A plan must promise `margin` more than plain decoding. Every real step corrects the costs: the time of
@@ -65,6 +71,7 @@ class AutoPlanner:
         self._draft_cost = _Ratio()
         self._sample_cost = _Ratio()
         self._length = _Ratio(rate=0.05)
+        self._promised, self._accepted = _PRIOR_PROMISED, _PRIOR_PROMISED  # draft tokens, of shared budgets
         self._expected: dict[SpeculationPlan, float] = {}
         self._age = 0
         self._current = PLAIN
@@ -120,6 +127,32 @@ class AutoPlanner:
         self._current = chosen
         return chosen
 
+    def choose_budget(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Sequence[float]) -> int:
+        """The draft tokens worth their time: what they promise, less what that time brings at the better of two rates.
+
+        These are the rates of this plan and of plain decoding.
+
+        Between two points of the profile a token's time is the same, so that the best number is one of these points
+        or where a chance falls below that time's worth.
+        """
+        batch, profile = inputs.num_seqs, self.profile
+        most = max(min(len(chances), self.max_num_tokens - batch), 0)
+        rate = max(self._predict_rate(plan, inputs), self._predict_rate(PLAIN, inputs))
+        trust = self._accepted / self._promised
+        worth = trust * (1 - rate * profile.sample_s * self._sample_cost.value)  # of a token that is surely accepted
+        knots = [0, *(n - batch for n in profile.num_tokens if 0 < n - batch < most), most]
+        times = [profile.compute_target_s(batch + n, inputs.num_read) for n in knots]
+        choices = set(knots)
+        for (left, right), (start_s, end_s) in zip(itertools.pairwise(knots), itertools.pairwise(times), strict=True):
+            price = rate * (end_s - start_s) / max(right - left, 1)
+            paying = bisect.bisect_left(chances, -price / worth, key=operator.neg) if worth > 0 else 0
+            choices.add(min(max(paying, left), right))
+        gains = [0.0, *itertools.accumulate(chances)]
+        return max(
+            sorted(choices),
+            key=lambda n: worth * gains[n] - rate * profile.compute_target_s(batch + n, inputs.num_read),
+        )
+
     def _trial(self, rates: dict[SpeculationPlan, float], plain_rate: float) -> SpeculationPlan:
         """Plain decoding, but for a cheap trial once in a while where speculation is near to paying."""
         cheapest = min(rates, key=lambda p: (p.num_draft_tokens, -rates[p]))
@@ -139,13 +172,28 @@ class AutoPlanner:
         predicted_s = self._predict_draft_s(plan, record.num_seqs) * self._draft_cost.value
         if predicted_s:
             self._draft_cost.observe(record.draft_s, predicted_s)
-        self._length.observe(record.acceptance_length - 0.9, self._predict_length(plan) - 0.9)
+        self._length.observe(record.acceptance_length - 0.9, self._predict_length_of(record) - 0.9)
+        if record.num_promised:
+            self._observe_promise(record)
         self.acceptance.observe(record)
         self._age += 1
         if self._age % 8 == 0:
             self._expected.clear()
         if record.acceptance_length > 1.5:
             self._wait = self.trial_wait
+
+    def _predict_length_of(self, record: StepRecord) -> float:
+        """What `_predict_length` says with as many nodes as were verified."""
+        nodes = round(record.num_tokens / record.num_seqs) - 1
+        if nodes == record.plan.num_draft_tokens:
+            return self._predict_length(record.plan)
+        expected = compute_expected_length(record.plan, self.acceptance.compute_rates(), nodes)
+        return 1 + (expected - 1) * self._length.value
+
+    def _observe_promise(self, record: StepRecord) -> None:
+        """How many of the tokens that the chances promised were accepted."""
+        self._promised = _KEEP_PROMISED * self._promised + record.num_promised
+        self._accepted = _KEEP_PROMISED * self._accepted + record.num_emitted - record.num_seqs
 
     def estimate_saved_s(self, records: Iterable[StepRecord]) -> float:
         """Seconds that the speculating steps saved over plain decoding of the same tokens; negative if they lost."""
@@ -171,6 +219,8 @@ class AutoPlanner:
             "draft_cost": self._draft_cost.value,
             "sample_cost": self._sample_cost.value,
             "length": self._length.value,
+            "promised": self._promised,
+            "accepted": self._accepted,
             "plain_steps": self._plain_steps,
             "age": self._age,
         }
@@ -187,5 +237,7 @@ class AutoPlanner:
         planner._draft_cost.value = float(state["draft_cost"])
         planner._sample_cost.value = float(state["sample_cost"])
         planner._length.value = float(state["length"])
+        planner._promised = float(state.get("promised", _PRIOR_PROMISED))
+        planner._accepted = float(state.get("accepted", _PRIOR_PROMISED))
         planner._plain_steps, planner._age = int(state["plain_steps"]), int(state["age"])
         return planner

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastgrpo.planner.planner import PlanInputs
+from fastgrpo.planner.planner import PlanInputs, Planner
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
 ARMS = tuple(SpeculationPlan(depth=8, width=4, num_draft_tokens=nodes) for nodes in (48, 32, 16, 8))
@@ -19,7 +19,7 @@ MAX_SPECULATING = 32  # live sequences; above, plain decoding
 
 
 @dataclass(kw_only=True)
-class BanditPlanner:
+class BanditPlanner(Planner):
     """Epsilon-greedy over four trees, apart for each bucket of live sequences; no model of what a step costs.
 
     An arm's reward is what its steps emitted a second (acceptance length x live sequences / step seconds, prompts

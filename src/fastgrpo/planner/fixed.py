@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastgrpo.planner.planner import PlanInputs
+from fastgrpo.planner.planner import PlanInputs, Planner
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
 
 @dataclass(kw_only=True)
-class FixedPlanner:
+class FixedPlanner(Planner):
     """The same plan at every step; plain decoding is the fixed plan `PLAIN`."""
 
     fixed: SpeculationPlan = PLAIN

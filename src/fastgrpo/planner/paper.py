@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fastgrpo.planner.planner import PlanInputs
+from fastgrpo.planner.planner import PlanInputs, Planner
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
 OWN_CAPACITY = 160.0  # tokens per target forward
 
 
 @dataclass(kw_only=True)
-class PaperPlanner:
+class PaperPlanner(Planner):
     """FastGRPO's open-loop rule: N_verify = capacity / B, K = min(N_verify - 1, K_max), L from a logarithm.
 
     Differs from the reference code in one point: with fewer than two nodes a sequence it decodes

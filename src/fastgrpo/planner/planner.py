@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +30,15 @@ class Planner(Protocol):
         ...
 
     def plan(self, inputs: PlanInputs) -> SpeculationPlan: ...
+
+    def choose_budget(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Sequence[float]) -> int:
+        """Draft tokens to verify, all sequences together; asked where the plan has them share a budget.
+
+        Args:
+            plan: what `plan` returned for the same inputs.
+            chances: of being accepted, in [0, 1], of each drafted token of each sequence, in falling order.
+        """
+        return min(inputs.num_seqs * plan.num_draft_tokens, len(chances))
 
     def observe(self, record: StepRecord) -> None: ...
 
