@@ -259,10 +259,11 @@ class SyntheticClockPlanner(AutoPlanner):
 
     def compute_step_s(self, record: StepRecord) -> float:
         """What the step really takes."""
-        draft_s = 0.0 if record.plan.is_plain else self.machine.compute_draft_s(record.num_seqs) * record.plan.depth
+        draft_s = self.machine.compute_draft_s(record.plan, record.num_seqs)
         return self.speed * (draft_s + self.machine.compute_target_s(record.num_tokens, record.num_read))
 
     def observe(self, record: StepRecord) -> None:
         target_s = self.speed * self.machine.compute_target_s(record.num_tokens, record.num_read)
-        draft_s = self.compute_step_s(record) - target_s
-        super().observe(replace(record, draft_s=draft_s, target_s=target_s, verify_s=0.0))
+        step_s = self.compute_step_s(record)
+        times = {"draft_s": step_s - target_s, "target_s": target_s, "verify_s": 0.0, "prefill_s": 0.0}
+        super().observe(replace(record, **times, step_s=step_s))

@@ -196,7 +196,7 @@ def test_slots_are_released_and_moved():
     assert cache.num_bytes == 0
 
 
-def test_the_profiler_can_time_a_level():
+def test_the_profiler_can_time_its_drafts():
     model = shared_model("llama", torch.float32)
     drafter = build_lm_drafter(model, build_lm().float())
     engine = Engine(model, drafter=drafter, speculation="auto")

@@ -31,7 +31,8 @@ from fastgrpo.planner import (
     restore_planner,
 )
 from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
-from fastgrpo.planner.auto import _GRID as GRID
+from fastgrpo.planner.auto import GRID
+from fastgrpo.planner.costs import FollowedProfile
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
 FLAT = HardwareProfile(num_tokens=(1, 64, 512), target_s=(0.020, 0.0201, 0.021), draft_s=(0.001, 0.001, 0.0011))
@@ -99,7 +100,7 @@ def test_planner_types_and_metrics_import_no_torch():
         f"package = types.ModuleType('fastgrpo'); package.__path__ = [{folder!r}]\n"
         "sys.modules['fastgrpo'] = package\n"
         "import fastgrpo.planner, fastgrpo.lengths, fastgrpo.types, fastgrpo.metrics, fastgrpo.draft_control\n"
-        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
@@ -230,7 +231,7 @@ def test_the_chosen_plan_promises_most(num_seqs, num_waiting, chance, slope, dra
         length = compute_expected_length(plan, rates)
         seconds = profile.compute_target_s(num_seqs * (1 + plan.num_draft_tokens)) + 1e-5 * num_seqs * length
         if not plan.is_plain:
-            seconds += plan.depth * profile.compute_draft_s(num_seqs)
+            seconds += plan.depth * (draft_s + 1e-6)
         return num_seqs * length / seconds
 
     fitting = [p for p in GRID if num_seqs * (1 + p.num_draft_tokens) <= planner.max_num_tokens]
@@ -240,9 +241,8 @@ def test_the_chosen_plan_promises_most(num_seqs, num_waiting, chance, slope, dra
         assert chosen in fitting
     if best > planner.margin * plain * 1.001:
         assert tokens_per_s(chosen) == pytest.approx(best, rel=1e-6)
-    elif best < planner.margin * plain * 0.999 and not chosen.is_plain:
-        fewest = min(plan.num_draft_tokens for plan in fitting)
-        assert chosen.num_draft_tokens == fewest, "a trial is as cheap as can be"
+    elif best < planner.margin * plain * 0.999:
+        assert chosen.is_plain, "nothing was earned yet that a trial could lose"
 
 
 # -- mistakes cost little ------------------------------------------------------------------------------------
@@ -257,20 +257,40 @@ def test_a_useless_drafter_is_dropped_whatever_the_profile_said(machine, speed, 
     records = play(planner, 600, num_seqs, chance=0.0)
     has_tried = [not record.plan.is_plain for record in records]
     assert sum(has_tried[:100]) <= 60
-    assert sum(has_tried[100:]) <= 8
-    assert compute_speed(planner, records[100:]) > 0.98
+    assert sum(has_tried[100:]) <= 60
+    assert compute_speed(planner, records[100:]) > 0.985
 
 
-def test_trials_become_rarer_and_start_again_with_the_next_rollout():
-    planner = SyntheticClockPlanner(FLAT)
-    play(planner, 200, 1, chance=0.0)
-    records = play(planner, 1500, 1, chance=0.0)
-    trials = [index for index, record in enumerate(records) if not record.plan.is_plain]
-    assert 1 <= len(trials) <= 8
-    waits = [b - a for a, b in itertools.pairwise(trials)]
-    assert waits == sorted(waits)
-    again = play(planner, 100, 1, chance=0.0)
-    assert any(not record.plan.is_plain for record in again)
+@pytest.mark.parametrize("machine", [SMALL_CPU, FLAT], ids=["small_cpu", "flat"])
+@pytest.mark.parametrize("num_seqs", [1, 64])
+@pytest.mark.parametrize("trial_share", [0.002, 0.02])
+def test_trials_go_on_and_cost_their_share(machine, num_seqs, trial_share):
+    planner = SyntheticClockPlanner(machine)
+    planner.trial_share = trial_share
+    play(planner, 200, num_seqs, chance=0.0)
+    records = play(planner, 4000, num_seqs, chance=0.0)
+    trials = [record for record in records if not record.plan.is_plain]
+    assert trials, "a drafter may have learnt"
+    assert 1 - 1.5 * trial_share < compute_speed(planner, records) < 1 - 0.25 * trial_share
+
+
+@pytest.mark.parametrize("num_unread", [0, 10**6])
+def test_the_price_of_switching_on_counts(num_unread):
+    """Reading a million tokens takes longer than the next steps could win; what was read is free."""
+    planner = AutoPlanner(replace(SMALL_CPU, draft_read_s=1e-4))
+    assert planner.plan(PlanInputs(num_seqs=1, num_unread=num_unread)).is_plain == bool(num_unread)
+
+
+def test_a_switch_must_promise_more_than_the_margin():
+    """Plans whose rates cross back and forth by less than it do not take turns."""
+    planner, rng = SyntheticClockPlanner(), random.Random(0)
+    plans = []
+    for step in range(400):
+        num_seqs = 6 + step % 2
+        plans.append(planner.plan(PlanInputs(num_seqs=num_seqs)))
+        planner.observe(play_step(plans[-1], num_seqs, 0.6, rng))
+    switches = sum(a != b for a, b in itertools.pairwise(plans[100:]))
+    assert switches <= 12
 
 
 def test_a_drafter_that_became_good_is_noticed():
@@ -332,7 +352,7 @@ def test_the_predicted_length_follows_the_measured_one(num_emitted):
     planner, plan = AutoPlanner(FLAT), SpeculationPlan(depth=1, width=1, num_draft_tokens=1)
     for _ in range(800):
         planner.observe(build_record(plan, 10, num_emitted=num_emitted, offered=((10,),), hits=((8,),)))
-    assert planner._predict_length(plan) == pytest.approx(num_emitted / 10, abs=0.03)
+    assert planner.predict_length(plan) == pytest.approx(num_emitted / 10, abs=0.03)
 
 
 # -- profiles ------------------------------------------------------------------------------------------------
@@ -365,7 +385,16 @@ def test_impossible_profiles_are_refused(change, message):
 def test_times_are_interpolated_and_continued(num_tokens):
     profile = HardwareProfile(num_tokens=(1, 10, 100), target_s=(1.0, 1.9, 10.9))
     assert profile.compute_target_s(num_tokens) == pytest.approx(0.9 + 0.1 * num_tokens)
-    assert profile.compute_draft_s(num_tokens) == 0
+    assert profile.compute_draft_s(GRID[0], 4) == 0, "drafts were not timed"
+
+
+def test_a_draft_is_a_start_and_further_levels():
+    profile = replace(FLAT, draft_start_s=(0.01, 0.073, 0.521), draft_s=(0.001, 0.001, 0.001), draft_read_s=1e-5)
+    plan = SpeculationPlan(depth=3, width=2, num_draft_tokens=4)
+    assert profile.compute_draft_s(plan, 32) == pytest.approx(0.041 + 2 * 0.001)
+    assert profile.compute_draft_s(plan, 32, num_unread=100) == pytest.approx(0.041 + 2 * 0.001 + 1e-3)
+    assert replace(profile, draft_start_s=()).compute_draft_s(plan, 32) == pytest.approx(3 * 0.001)
+    assert profile.compute_draft_s(PLAIN, 32) == 0
 
 
 @pytest.mark.parametrize("stale", [0.3, 3.0])
@@ -373,15 +402,39 @@ def test_the_price_of_reading_heals_from_plain_steps(stale):
     """Rollouts whose contexts grow while sequences finish tell both apart: what a token and what a position costs."""
     grid, read_s = (1, 2, 4, 8, 16, 32, 64), 2.5e-6
     truth = HardwareProfile(num_tokens=grid, target_s=tuple(0.03 + 0.0005 * n for n in grid), read_s=read_s)
-    profile = replace(truth, read_s=stale * read_s)
+    followed = FollowedProfile(replace(truth, read_s=stale * read_s))
     for _ in range(12):
         for length in range(100, 400, 2):
             num_seqs = max(1, 32 - length // 10)
             measured_s = truth.compute_target_s(num_seqs, num_seqs * length)
-            profile = profile.corrected(num_seqs, measured_s, num_read=num_seqs * length)
+            followed.observe(num_seqs, num_seqs * length, measured_s)
     for num_seqs, length in ((4, 300), (16, 150), (24, 110)):
         expected_s = truth.compute_target_s(num_seqs, num_seqs * length)
-        assert profile.compute_target_s(num_seqs, num_seqs * length) == pytest.approx(expected_s, rel=0.05)
+        found_s = followed.profile.compute_target_s(num_seqs, num_seqs * length)
+        assert found_s == pytest.approx(expected_s, rel=0.02)
+
+
+@pytest.mark.parametrize("stale", [0.5, 1.0, 2.0])
+def test_a_machine_is_recovered_from_noisy_steps(stale):
+    """3 % of noise, and one step in twenty that something else held up; within 3 % wherever steps went."""
+    grid = (1, 2, 4, 8, 16, 32, 64)
+    truth = HardwareProfile(num_tokens=grid, target_s=tuple(0.03 + 0.0005 * n for n in grid), read_s=2.5e-6)
+    planner = AutoPlanner(replace(truth, target_s=tuple(stale * seconds for seconds in truth.target_s)))
+    rng = random.Random(0)
+    errors: list[float] = []
+    for rollout in range(12):
+        for length in range(100, 400, 2):
+            num_seqs = max(1, 32 - length // 10)
+            expected_s = truth.compute_target_s(num_seqs, num_seqs * length)
+            if rollout >= 8:
+                errors.append(planner.profile.compute_target_s(num_seqs, num_seqs * length) / expected_s - 1)
+            held_up = rng.uniform(2, 6) if rng.random() < 0.05 else 1.0
+            measured_s = expected_s * held_up * math.exp(rng.gauss(0, 0.03))
+            planner.observe(
+                build_record(PLAIN, num_seqs, num_tokens=num_seqs, num_read=num_seqs * length, target_s=measured_s)
+            )
+    assert abs(sum(errors) / len(errors)) < 0.02
+    assert sum(abs(error) < 0.03 for error in errors) > 0.95 * len(errors)
 
 
 def test_long_contexts_make_drafts_pay():

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from conftest import SMALL_CPU, build_model, shared_model
-from fastgrpo import timing
+from fastgrpo import draft_timing, profiler, timing
 from fastgrpo.cache_folder import find_cache_folder, has_profile_cache
 from fastgrpo.cli import main
-from fastgrpo.drafters import build_drafter
+from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.engine import Engine
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import AcceptanceTable, AutoPlanner, HardwareProfile, describe_gains, forecast_gains
@@ -35,7 +35,7 @@ from fastgrpo.profile_files import (
 )
 from fastgrpo.profiler import Measurement, TimedForward, _fit_read_s, measure_costs
 from fastgrpo.report.roofline import build_roofline
-from fastgrpo.types import SamplingParams
+from fastgrpo.types import SamplingParams, SpeculationPlan
 from tiny import save_tiny_model
 
 PROMPTS = [[3, 5, 7], [11, 13]]
@@ -129,8 +129,12 @@ def test_a_measured_profile_has_all_its_costs(steady: None, drafter: str) -> Non
     profile = measured.profile
     assert profile.num_tokens == (1, 2, 4, 8), "more would take too long at four seconds each"
     assert profile.target_s == (4.0,) * 4
-    assert profile.draft_s == (() if drafter == "none" else profile.target_s)
-    assert (profile.read_s, profile.fixed_s, profile.sample_s) == (0, 4.0, 0.25)
+    assert profile.draft_start_s == (() if drafter == "none" else profile.target_s)
+    assert profile.draft_s == (() if drafter == "none" else (pytest.approx(4.0 / 30),) * 4), "no depth is dearer"
+    assert [(each.num_seqs, each.plan.depth, each.num_new) for each in measured.drafts] == (
+        [] if drafter == "none" else [*itertools.product((1, 4, 16, 64), (1, 4), (2,)), (16, 1, 18), (16, 4, 18)]
+    )
+    assert (profile.read_s, profile.draft_read_s, profile.sample_s, profile.fixed_s) == (0, 0, 0, 4.0)
     assert profile.capacity == 8, "time that never rises has no knee"
     assert [(each.num_tokens, each.context_len) for each in measured.by_context] == [
         (16, 8), (16, 32), (16, 64), (32, 8), (32, 32), (32, 64),
@@ -144,6 +148,67 @@ def test_the_grid_goes_on_while_the_time_is_flat(monkeypatch: pytest.MonkeyPatch
         measured = measure_costs(target, build_drafter("none", target))
     assert measured.profile.capacity == measured.profile.num_tokens[-1] == 4096
     assert measured.is_steady
+
+
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_a_grid_that_does_not_fit_the_memory_is_shrunk_and_named(
+    steady: None, monkeypatch: pytest.MonkeyPatch, is_cuda: bool
+) -> None:
+    target = build_target(tie_word_embeddings=False)
+    forward, drafted = profiler._measure_forward, draft_timing._time_draft
+    error = torch.OutOfMemoryError("CUDA") if is_cuda else RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    def measure(target: TargetModel, rows: int, width: int, *, context: int) -> TimedForward:
+        if rows * width == 4 and context == 1:
+            raise error
+        return forward(target, rows, width, context=context)
+
+    def draft(target: TargetModel, drafter: Drafter, num_seqs: int, *shape: object) -> object:
+        if num_seqs >= 16:
+            raise error
+        return drafted(target, drafter, num_seqs, *shape)
+
+    monkeypatch.setattr(profiler, "_measure_forward", measure)
+    monkeypatch.setattr(draft_timing, "_time_draft", draft)
+    with target.rollout_mode(), pytest.warns(UserWarning) as warned:
+        measured = measure_costs(target, build_drafter("eagle-new", target))
+    messages = " ".join(str(each.message) for each in warned)
+    assert "a forward of 4 tokens does not fit the memory, so the profile ends at 2" in messages
+    assert "a draft for 16 sequences does not fit the memory" in messages
+    assert measured.profile.num_tokens == (1, 2) and len(measured.profile.draft_start_s) == 2
+    monkeypatch.setattr(profiler, "_measure_forward", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("broken")))
+    with target.rollout_mode(), pytest.raises(RuntimeError, match="broken"):
+        measure_costs(target, build_drafter("none", target))
+
+
+@given(
+    start=st.tuples(st.floats(1e-3, 1e-2), st.floats(0, 1e-3)),
+    level=st.tuples(st.floats(1e-3, 1e-2), st.floats(0, 1e-4)),
+    read_s=st.floats(0, 1e-4),
+)
+def test_the_costs_of_drafts_are_recovered(
+    start: tuple[float, float], level: tuple[float, float], read_s: float
+) -> None:
+    """From whole drafts of a machine whose starts and levels are straight lines."""
+
+    def build(num_seqs: int, plan: SpeculationPlan, num_new: int) -> draft_timing.TimedDraft:
+        seconds = start[0] + start[1] * num_seqs + read_s * num_seqs * (num_new - 2)
+        seconds += (plan.depth - 1) * (level[0] + level[1] * num_seqs * plan.width)
+        timed = timing.Timing(least_s=seconds, spread=0.0, num_runs=3, total_s=3 * seconds)
+        return draft_timing.TimedDraft(num_seqs=num_seqs, plan=plan, num_new=num_new, timing=timed)
+
+    shapes = [*((n, 2) for n in (1, 4, 16, 64)), (16, 18)]
+    plans = (draft_timing._SHALLOW, draft_timing._DEEP)
+    costs = draft_timing.fit_draft_costs(tuple(build(n, p, new) for n, new in shapes for p in plans), (1, 8, 64, 256))
+    profile = HardwareProfile(
+        num_tokens=(1, 8, 64, 256), target_s=(1.0,) * 4, draft_s=costs.level_s, draft_start_s=costs.start_s,
+        draft_read_s=costs.read_s,
+    )  # fmt: skip
+    for num_seqs in (1, 5, 32, 64):
+        plan = SpeculationPlan(depth=3, width=4, num_draft_tokens=8)
+        expected = start[0] + start[1] * num_seqs + 2 * (level[0] + level[1] * max(num_seqs * 4, 4))
+        assert profile.compute_draft_s(plan, num_seqs) == pytest.approx(expected, rel=0.03)
+    assert profile.draft_read_s == pytest.approx(read_s, abs=1e-9)
 
 
 def test_a_busy_machine_is_named_with_its_figure(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
@@ -279,7 +344,8 @@ def test_a_profile_that_is_given_outlives_an_update_of_a_library(path: Path) -> 
         (lambda c: c["profile"]["target_s"].__setitem__(1, float("nan")), "target_s at 8 tokens is nan"),
         (lambda c: c["profile"]["target_s"].__setitem__(1, None), "target_s is .0.06, None"),
         (lambda c: c["profile"].update(fixed_s=float("inf")), "fixed_s is inf"),
-        (lambda c: c["profile"].update(is_one_pass="yes"), "is_one_pass is 'yes'"),
+        (lambda c: c["profile"].update(draft_read_s="dear"), "draft_read_s is 'dear'"),
+        (lambda c: c["profile"].update(draft_start_s=[1.0]), "one time for each of 6 points, got 1 in draft_start_s"),
     ],
 )
 def test_a_profile_that_cannot_be_is_refused_with_value_and_remedy(
@@ -315,7 +381,7 @@ def test_what_was_measured_once_is_read_the_next_time(cache: Path, monkeypatch: 
 def test_whatever_costs_depend_on_is_kept_by_itself(cache: Path) -> None:
     timed = timing.Timing(least_s=1.0, spread=0.0, num_runs=3, total_s=3.0)
     forward = TimedForward(num_tokens=1, num_seqs=1, context_len=1, timing=timed)
-    measured = Measurement(profile=SMALL_CPU, by_tokens=(forward,), by_context=(), levels=())
+    measured = Measurement(profile=SMALL_CPU, by_tokens=(forward,), by_context=(), drafts=())
 
     def keep(target: TargetModel, drafter: str = "ngram") -> None:
         assert keep_profile(measured, describe_identity(target, build_drafter(drafter, target))) is not None
@@ -344,7 +410,7 @@ def test_a_model_is_the_same_inside_a_rollout(steady: None) -> None:
         assert outside["draft_parameters"] > 0
 
 
-@pytest.mark.parametrize("damage", ["", "{", '{"format": "fastgrpo-profile", "version": 1}'])
+@pytest.mark.parametrize("damage", ["", "{", '{"format": "fastgrpo-profile", "version": 2}'])
 def test_a_damaged_cache_is_named_and_replaced(cache: Path, steady: None, damage: str) -> None:
     first = find(build_target())
     (file,) = cache.iterdir()
@@ -366,7 +432,7 @@ def test_a_cache_that_cannot_be_written_is_named(cache: Path, steady: None) -> N
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not has_profile_cache(), "off in tests"
     assert find_cache_folder().name == "fastgrpo", "a demo model is converted there all the same, not in ./off"
-    profile = Measurement(profile=SMALL_CPU, by_tokens=(), by_context=(), levels=())
+    profile = Measurement(profile=SMALL_CPU, by_tokens=(), by_context=(), drafts=())
     assert keep_profile(profile, {}) is None
     monkeypatch.setenv("FASTGRPO_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -204,6 +204,7 @@ class Engine:
             target_s=forwarded - drafted,
             verify_s=finished - forwarded,
             step_s=finished - started,
+            num_unread=inputs.num_unread,
             num_promised=draft.num_promised,
         )
         self._ensure_planner().observe(record)

@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastgrpo.bench.measure import describe_run
+from fastgrpo.bench.measure import describe_run, interleave, match_rates
 from fastgrpo.data import build_task_dataset, load_prompts
+from fastgrpo.draft_timing import TimedDraft
 from fastgrpo.engine import Engine
 from fastgrpo.loading import Opened, encode_prompts, open_model, quiet_libraries
 from fastgrpo.options import ProfileOptions
@@ -23,7 +24,25 @@ from fastgrpo.types import SamplingParams, SpeculationPlan
 _CONTEXTS, _WIDTHS = (32, 128, 512, 1024), (1, 4)  # of the forwards that price cached positions
 _WIDE = SpeculationPlan(depth=6, width=4, num_draft_tokens=32)  # offers what any smaller plan would
 _ROLLOUT_S, _LEAST_TOKENS = 20.0, 8  # about what the rollout may take, and what each completion has at least
+_DRAFT_COLUMNS = ("draft level of so many nodes, ms", "draft of one level for so many sequences, ms")
+_CHECKS = 2  # rollouts that a forecast is checked with
 _UNMEASURED_CONTEXT = 128  # cached positions of a sequence where no rollout was made
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """A forecast beside what rollouts then did: tokens per second with so many live sequences, over plain decoding."""
+
+    num_seqs: int
+    expected: float
+    measured: float
+
+    def describe(self) -> str:
+        error = self.expected / self.measured - 1
+        return (
+            f"Tried with {self.num_seqs} live: {self.measured:.2f}x was measured where {self.expected:.2f}x was "
+            f"expected, so the forecast is {100 * abs(error):.0f} % too {'high' if error > 0 else 'low'}."
+        )
 
 
 def run_profile(options: ProfileOptions, command: str, console: Console | None = None) -> dict[str, Any]:
@@ -50,8 +69,12 @@ def run_profile(options: ProfileOptions, command: str, console: Console | None =
     measurement = _measure(engine)
     profile = measurement.profile
     table, context_len = AcceptanceTable(decay=1.0), _UNMEASURED_CONTEXT
+    check: Check | None = None
     if prompts:
-        context_len = _count_acceptance(engine, profile, prompts, options, opened.stop_token_ids, table)
+        params = _choose_params(profile, len(prompts), options, opened.stop_token_ids)
+        context_len = _count_acceptance(engine, prompts, params, table)
+        (expected,) = forecast_gains(profile, table, context_len=context_len, concurrencies=(len(prompts),))
+        check = _check_forecast(engine, prompts, params, expected)
     forecasts = forecast_gains(profile, table, context_len=context_len)
     is_measured = table.offered[0][0] > 0
     verdict = _describe_verdict(engine.drafter.name, forecasts, table, is_measured)
@@ -61,10 +84,13 @@ def run_profile(options: ProfileOptions, command: str, console: Console | None =
         | _describe_measurement(measurement)
         | {"acceptance": {"is_measured": is_measured, "context_len": context_len, "rates": table.compute_rates()}}
         | {"forecasts": [dataclasses.asdict(forecast) for forecast in forecasts]}
+        | {"check": None if check is None else dataclasses.asdict(check)}
     )
     console.print(_build_cost_table(profile))
     console.print(_build_table(forecasts, engine.drafter.name))
     console.print(verdict, markup=False, highlight=False)
+    if check is not None:
+        console.print(check.describe(), markup=False, highlight=False)
     kept = keep_profile(measurement, identity)
     if options.output is not None:
         save_profile(profile, identity, options.output, result)
@@ -94,29 +120,49 @@ def _measure(engine: Engine) -> Measurement:
         return measure_costs(target, engine.drafter, contexts=contexts, widths=_WIDTHS)
 
 
-def _count_acceptance(
-    engine: Engine,
-    profile: HardwareProfile,
-    prompts: list[list[int]],
-    options: ProfileOptions,
-    stop_token_ids: tuple[int, ...],
-    table: AcceptanceTable,
-) -> int:
-    """Fill `table` from a short rollout of wide drafts; returns the cached positions of a sequence in the mean."""
-    step_s = profile.compute_target_s(len(prompts) * (1 + _WIDE.num_draft_tokens))
-    step_s += _WIDE.depth * profile.compute_draft_s(len(prompts) * _WIDE.width)
+def _choose_params(
+    profile: HardwareProfile, num_seqs: int, options: ProfileOptions, stop_token_ids: tuple[int, ...]
+) -> SamplingParams:
+    """How the rollouts are sampled: as long as a machine of this speed can afford."""
+    step_s = profile.compute_target_s(num_seqs * (1 + _WIDE.num_draft_tokens))
+    step_s += profile.compute_draft_s(_WIDE, num_seqs)
     affordable = max(int(_ROLLOUT_S / step_s), _LEAST_TOKENS)  # each step emits a token at least
-    params = SamplingParams(
+    return SamplingParams(
         temperature=options.temperature,
         max_tokens=min(options.max_tokens, affordable),
         stop_token_ids=stop_token_ids,
         seed=options.seed,
     )
+
+
+def _count_acceptance(engine: Engine, prompts: list[list[int]], params: SamplingParams, table: AcceptanceTable) -> int:
+    """Fill `table` from a short rollout of wide drafts; returns the cached positions of a sequence in the mean."""
     engine.generate(prompts, params)
     for record in engine.records:
         table.observe(record)
     num_read, num_rows = (sum(getattr(record, key) for record in engine.records) for key in ("num_read", "num_seqs"))
     return round(num_read / num_rows)
+
+
+def _check_forecast(
+    engine: Engine, prompts: list[list[int]], params: SamplingParams, expected: Forecast
+) -> Check | None:
+    """Rollouts by the plan that was forecast for as many live sequences, in turn with plain ones; other noise."""
+    if expected.plan.is_plain:
+        return None
+    model, speculating = engine.target.model, engine.drafter
+    engines = {
+        "plain": Engine(model, drafter="none", speculation="off", max_num_seqs=len(prompts)),
+        "planned": Engine(model, drafter=speculating, speculation=expected.plan, max_num_seqs=len(prompts)),
+    }
+    results = interleave(
+        engines, prompts, lambda repeat: dataclasses.replace(params, seed=params.seed + 1 + repeat), _CHECKS
+    )
+    plain, planned = (
+        [record for result in results[name] for record in result.records if record.num_seqs == len(prompts)]
+        for name in engines
+    )
+    return Check(num_seqs=len(prompts), expected=expected.speed_up, measured=match_rates(planned, plain).gain)
 
 
 def _describe_verdict(drafter: str, forecasts: Sequence[Forecast], table: AcceptanceTable, is_measured: bool) -> str:
@@ -130,18 +176,14 @@ def _describe_verdict(drafter: str, forecasts: Sequence[Forecast], table: Accept
 
 def _describe_measurement(measurement: Measurement) -> dict[str, Any]:
     """Every measured point, for the file."""
-    profile, grid = measurement.profile, measurement.profile.num_tokens
-    levels = [
-        {"num_tokens": count, **dataclasses.asdict(timing)}
-        for count, timing in zip(grid, measurement.levels, strict=False)
-    ]
+    profile = measurement.profile
     return {
         "floor_s": profile.floor_s,
         "per_token_s": profile.per_token_s,
         "worst_spread": measurement.worst[1].spread,
         "by_tokens": [_describe_forward(each) for each in measurement.by_tokens],
         "by_context": [_describe_forward(each) for each in measurement.by_context],
-        "draft_levels": levels,
+        "drafts": [_describe_draft(each) for each in measurement.drafts],
     }
 
 
@@ -150,19 +192,25 @@ def _describe_forward(forward: TimedForward) -> dict[str, Any]:
     return shape | dataclasses.asdict(forward.timing)
 
 
+def _describe_draft(draft: TimedDraft) -> dict[str, Any]:
+    shape = {"num_seqs": draft.num_seqs, "plan": dataclasses.asdict(draft.plan), "num_new": draft.num_new}
+    return shape | dataclasses.asdict(draft.timing)
+
+
 def _build_cost_table(profile: HardwareProfile) -> Table:
     title = (
         f"knee at {profile.capacity:.0f} tokens a forward; {1e6 * profile.sample_s:.0f} us for a sampled token, "
         f"{1e6 * profile.fixed_s:.0f} us for a step, {1e6 * profile.read_s:.2f} us for a cached position"
     )
     table = Table(title=title, title_justify="left")
-    columns = ["tokens a forward", "target, ms", "tokens/s", *(["draft level, ms"] if profile.draft_s else [])]
+    columns = ["tokens a forward", "target, ms", "tokens/s", *(_DRAFT_COLUMNS if profile.draft_s else ())]
     for heading in columns:
         table.add_column(heading, justify="right")
     for index, count in enumerate(profile.num_tokens):
         seconds = profile.target_s[index]
         cells = [str(count), f"{1000 * seconds:.1f}", f"{count / seconds:.0f}"]
-        table.add_row(*cells, *(f"{1000 * each:.2f}" for each in profile.draft_s[index : index + 1]))
+        drafts = (profile.draft_s[index : index + 1], profile.draft_start_s[index : index + 1])
+        table.add_row(*cells, *(f"{1000 * each:.2f}" for times in drafts for each in times))
     return table
 
 

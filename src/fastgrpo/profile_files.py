@@ -25,11 +25,12 @@ from fastgrpo.profiler import Measurement, measure_costs
 if TYPE_CHECKING:
     from fastgrpo.drafters import Drafter
 
-PROFILE_FORMAT, PROFILE_VERSION = "fastgrpo-profile", 1
+PROFILE_FORMAT, PROFILE_VERSION = "fastgrpo-profile", 2
 _SIZES = (
     *("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings"),
 )
+_LISTS = ("num_tokens", "target_s", "draft_s", "draft_start_s")
 _LIBRARIES = ("torch", "transformers")  # a profile that is given outlives their updates, a cached one does not
 
 Identity = dict[str, Any]
@@ -113,10 +114,9 @@ def _build_profile(raw: Any) -> HardwareProfile:
         raise ValueError(f"profile must be a mapping of {', '.join(names)}, got {raw!r:.60}; {MEASURE_AGAIN}")
     values: dict[str, Any] = {}
     for name, value in raw.items():
-        is_list = name in ("num_tokens", "target_s", "draft_s")
+        is_list = name in _LISTS
         numbers = value if is_list and isinstance(value, list) else [value]
-        is_right = isinstance(value, bool) if name == "is_one_pass" else all(_is_number(each) for each in numbers)
-        if not is_right:
+        if not all(_is_number(each) for each in numbers):
             raise ValueError(f"profile: {name} is {value!r:.60}; {MEASURE_AGAIN}")
         values[name] = tuple(numbers) if is_list else value
     return HardwareProfile(**values)

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from fastgrpo.attention import ForwardBatch
+from fastgrpo.draft_timing import TimedDraft, fit_draft_costs, time_drafts
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import HardwareProfile
-from fastgrpo.sampling import SamplingBatch, sample
-from fastgrpo.timing import LARGE_SPREAD, Timing, level, measure_timing, repeat_disturbed
+from fastgrpo.sampling import SamplingBatch
+from fastgrpo.timing import LARGE_SPREAD, Timing, is_out_of_memory, level, measure_on, repeat_disturbed
 from fastgrpo.tree import Draft
+from fastgrpo.verify import verify
 
 if TYPE_CHECKING:
     from fastgrpo.drafters import Drafter
 
 _LEAST_TOKENS, _MOST_TOKENS = 256, 4096  # where the grid of tokens per forward may end
-_LINEAR = 1.45  # twice the tokens take so many times as long: past the knee, where few plans pay
+_LINEAR = 1.7  # twice the tokens take so many times as long: past the knee, where few plans pay
 _BUDGET_S = 30.0  # timed runs of the grid; a machine too slow for all of it ends sooner
 _ROWS = 8  # sequences that share the tokens of a measured forward
 _READ_ROWS, _READ_CONTEXTS = 16, (32, 512)  # forwards whose difference prices a cached position
@@ -44,7 +45,7 @@ class Measurement:
     profile: HardwareProfile
     by_tokens: tuple[TimedForward, ...]  # hardly any context
     by_context: tuple[TimedForward, ...]
-    levels: tuple[Timing, ...]  # draft levels, one for each of `by_tokens`; empty without a neural drafter
+    drafts: tuple[TimedDraft, ...]  # empty where the drafter cannot be timed
 
     @property
     def worst(self) -> tuple[str, Timing]:
@@ -52,9 +53,10 @@ class Measurement:
         forwards = [
             (f"a forward of {each.num_tokens} tokens", each.timing) for each in self.by_tokens + self.by_context
         ]
-        grid = self.profile.num_tokens
-        levels = [(f"a draft level of {n} tokens", timing) for n, timing in zip(grid, self.levels, strict=False)]
-        return max((*forwards, *levels), key=lambda named: named[1].spread)
+        drafts = [
+            (f"a draft of depth {each.plan.depth} for {each.num_seqs} sequences", each.timing) for each in self.drafts
+        ]
+        return max((*forwards, *drafts), key=lambda named: named[1].spread)
 
     @property
     def is_steady(self) -> bool:
@@ -68,7 +70,7 @@ def measure_costs(
     contexts: tuple[int, ...] = _READ_CONTEXTS,
     widths: tuple[int, ...] = (1,),
 ) -> Measurement:
-    """Time target forwards, draft levels and sampling over a grid of tokens per forward; price cached positions.
+    """Time target forwards over a grid of tokens per forward, whole drafts, and sampling; price cached positions.
 
     Takes about a second on a small model. Call inside `target.rollout_mode`. Warns where repeated runs disagree much.
 
@@ -81,26 +83,25 @@ def measure_costs(
     """
     forwards = _measure_grid(target)
     grid = tuple(each.num_tokens for each in forwards)
-    measure_level = getattr(drafter, "measure_level", None)
-    levels: list[Timing] = []
-    if measure_level is not None:
-        levels = [_measure(measure_level(num_tokens), target.device) for num_tokens in grid]
-        levels = repeat_disturbed(levels, lambda index: _measure(measure_level(grid[index]), target.device))
+    drafts = time_drafts(target, drafter)
+    costs = fit_draft_costs(drafts, grid)
     reads = [[_measure_forward(target, _READ_ROWS, width, context=c) for c in contexts] for width in widths]
+    sample_s, fixed_s = _measure_rest(target)
     profile = HardwareProfile(
         num_tokens=grid,
         target_s=tuple(level([each.timing.least_s for each in forwards])),
-        draft_s=tuple(level([timing.least_s for timing in levels])),
+        draft_s=costs.level_s,
+        draft_start_s=costs.start_s,
         read_s=_fit_read_s(reads),
-        sample_s=_measure_sample_s(target),
-        fixed_s=_measure_fixed_s(target),
-        is_one_pass=bool(getattr(drafter, "is_one_pass", False)),
+        draft_read_s=costs.read_s,
+        sample_s=sample_s,
+        fixed_s=fixed_s,
     )
     measurement = Measurement(
         profile=profile,
         by_tokens=forwards,
         by_context=tuple(each for group in reads for each in group),
-        levels=tuple(levels),
+        drafts=drafts,
     )
     if not measurement.is_steady:
         warnings.warn(_describe_scatter(*measurement.worst), stacklevel=2)
@@ -116,7 +117,18 @@ def _measure_grid(target: TargetModel) -> tuple[TimedForward, ...]:
 
     forwards: list[TimedForward] = []
     while _goes_on(forwards):
-        forwards.append(measure(2 * forwards[-1].num_tokens if forwards else 1))
+        num_tokens = 2 * forwards[-1].num_tokens if forwards else 1
+        try:
+            forwards.append(measure(num_tokens))
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(forwards) < 2:
+                raise
+            warnings.warn(
+                f"a forward of {num_tokens} tokens does not fit the memory, so the profile ends at "
+                f"{forwards[-1].num_tokens} and no plan goes beyond",
+                stacklevel=2,
+            )
+            break
     timings = repeat_disturbed(
         [each.timing for each in forwards], lambda index: measure(forwards[index].num_tokens).timing
     )
@@ -140,15 +152,6 @@ def _describe_scatter(what: str, timing: Timing) -> str:
         f"{timing.num_runs} runs than it can, so other work is probably on the machine; the fastest run is believed, "
         "and corrected at every step. Where the machine is quiet, fastgrpo profile measures again"
     )
-
-
-def _measure(run: Callable[[], object], device: torch.device) -> Timing:
-    def finish() -> None:
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return measure_timing(finish)
 
 
 def _fit_read_s(groups: list[list[TimedForward]]) -> float:
@@ -181,24 +184,24 @@ def _measure_forward(target: TargetModel, rows: int, width: int, *, context: int
         dtype=target.dtype,
         num_repeats=target.num_repeats,
     )
-    timing = _measure(lambda: target.compute_logits(target.forward(batch, cache).last_hidden), device)
+    timing = measure_on(lambda: target.compute_logits(target.forward(batch, cache).last_hidden), device)
     return TimedForward(num_tokens=rows * width, num_seqs=rows, context_len=context, timing=timing)
 
 
-def _measure_sample_s(target: TargetModel) -> float:
-    """Seconds for each sampled row."""
-    rows = 16
-    batch = SamplingBatch.build_blank(rows, target.device)
-    logits = torch.zeros(rows, target.vocab_size, dtype=target.dtype, device=target.device)
-    vocabulary = torch.arange(target.vocab_size, dtype=torch.int32, device=target.device)
-    return _measure(lambda: sample(logits, batch, vocabulary), target.device).least_s / rows
+def _measure_rest(target: TargetModel) -> tuple[float, float]:
+    """Seconds for each sampled row, and of a step whatever its rows: its sampling state, its roots, its walk."""
 
+    def walk(rows: int) -> float:
+        logits = torch.zeros(rows, target.vocab_size, dtype=target.dtype, device=target.device)
+        vocabulary = torch.arange(target.vocab_size, dtype=torch.int32, device=target.device)
+        row_starts = torch.arange(rows, device=target.device)
 
-def _measure_fixed_s(target: TargetModel) -> float:
-    """Seconds that every step takes before its forward: the sampling rows and the roots of the drafts."""
+        def run() -> None:
+            batch = SamplingBatch.build_blank(rows, target.device)
+            verify(logits, Draft.roots(torch.ones_like(row_starts)), row_starts, batch, vocabulary)
 
-    def build() -> None:
-        SamplingBatch.build_blank(1, target.device)
-        Draft.roots(torch.tensor([1], device=target.device))
+        return measure_on(run, target.device).least_s
 
-    return _measure(build, target.device).least_s
+    one_s, many_s = walk(1), walk(_READ_ROWS)
+    sample_s = max(many_s - one_s, 0.0) / (_READ_ROWS - 1)
+    return sample_s, max(one_s - sample_s, 0.0)

@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from time import perf_counter
 
+import torch
+
 LARGE_SPREAD = 0.5  # a median half again as long as the least run: something else is at work
 _REPEAT_SPREAD = 0.25  # runs that disagree more are repeated
 _RUNS, _MAX_ROUNDS = 3, 4
+MOST_RUNS = 1 + _RUNS * _MAX_ROUNDS  # calls of what is timed, the warm-up included, by a clock that works
 _BUDGET_S = 3.0  # runs of one point; slow ones are repeated less
 _MAX_CALLS = 64  # calls timed as one while the clock shows no difference
 
@@ -51,6 +54,22 @@ def measure_timing(run: Callable[[], object]) -> Timing:
         spread = statistics.median(times) / min(times) - 1
         if spread <= _REPEAT_SPREAD or sum(times) > _BUDGET_S or len(times) >= _RUNS * _MAX_ROUNDS:
             return Timing(least_s=min(times), spread=spread, num_runs=len(times), total_s=sum(times))
+
+
+def measure_on(run: Callable[[], object], device: torch.device) -> Timing:
+    """`measure_timing` of work that an accelerator may still be at when the call returns."""
+
+    def finish() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return measure_timing(finish)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch could not get memory; the CPU's allocator raises no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def level(times: list[float]) -> list[float]:

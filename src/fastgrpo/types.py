@@ -187,6 +187,7 @@ class StepRecord:
     target_s: float  # the target forward, its output head included
     verify_s: float  # sampling, walking and committing
     step_s: float  # everything, prefill included
+    num_unread: int = 0  # cached tokens that the drafter had not read before this step
     num_promised: float = 0.0  # draft tokens that the drafter's calibrated chances had accepted; 0 where it says none
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -70,8 +69,6 @@ class Member(StatefulDrafter, Protocol):
 
     def judge(self, draft: Draft, verdict: Verdict) -> None: ...
 
-    def measure_level(self, num_tokens: int) -> Callable[[], object]: ...
-
 
 class AutoDrafter:
     """Drafts with one of two drafters or with both trees joined, whichever emits more tokens a second.
@@ -111,10 +108,6 @@ class AutoDrafter:
     @property
     def _ways(self) -> tuple[str, str, str]:
         return self.members[0].name, self.members[1].name, self.JOINED
-
-    def measure_level(self, num_tokens: int) -> Callable[[], object]:
-        """The first member's: what the planner begins with, and corrects as it sees what drafts take."""
-        return self.members[0].measure_level(num_tokens)
 
     def begin(self) -> None:
         self._num_drafts.clear()

@@ -8,7 +8,6 @@ and ranked with the target's own noise, as for every drafter here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +31,6 @@ class BlockDrafter(HeadDrafter[BlockHead]):
     """Drafts with a `BlockHead`, all levels in one pass."""
 
     name = "block"
-    is_one_pass = True
 
     @staticmethod
     def build_head(target: TargetModel, draft_vocab_size: int) -> BlockHead:
@@ -131,23 +129,6 @@ class BlockDrafter(HeadDrafter[BlockHead]):
     def correct(self, logits: Float[Tensor, "B C"], token_ids: Int[Tensor, "B W"]) -> Float[Tensor, "B W C"]:
         """Logits of one level below nodes with these tokens."""
         return logits[:, None] + F.linear(self.fast_head.previous_in(self.embed(token_ids)), self._correction)
-
-    def measure_level(self, num_tokens: int) -> Callable[[], object]:
-        """One pass over `num_tokens` positions and the ranking of each, for the profiler; leaves no row behind."""
-        depth = min(self.head.block_size, num_tokens)
-        num_rows = num_tokens // depth
-        noise_rows = SamplingBatch.build_blank(num_rows, self.target.device)
-        tokens = torch.ones(num_rows, dtype=torch.int64, device=self.target.device)
-        last = self.embed(tokens)
-        self._rows.reserve(num_rows, depth)
-
-        def run() -> None:
-            levels = _BlockLevels(self, tokens, last, [0] * num_rows, depth)
-            for _ in range(depth):
-                levels.rank(noise_rows, 4)
-                levels.advance(tokens[:, None])
-
-        return run
 
 
 class _BlockLevels:

@@ -30,10 +30,9 @@ class Drafter(Protocol):
     """Proposes draft trees. Any proposal is exact; a good one is accepted.
 
     `name` is what users type and logs show; `wants_features` asks the engine to keep target features.
-    Two methods are optional: `judge(draft, verdict)` hears what the target chose of the draft proposed last;
-    `measure_level(num_tokens)` returns a call that drafts one level of so many nodes, for the profiler to time.
-    One attribute too: `is_one_pass` True says that a draft is one pass whose positions are one for each level; then
-    `measure_level` times a pass over so many positions.
+    A method is optional: `judge(draft, verdict)` hears what the target chose of the draft proposed last. Two
+    attributes too, for the profiler: `can_be_timed` True says that `propose` may be called for sequences that are
+    made up, after which `begin` forgets them; of a drafter with `members`, the first is timed in its place.
     """
 
     name: str

@@ -7,7 +7,6 @@ head's own outputs as features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -88,26 +87,6 @@ class EagleDrafter(HeadDrafter[EagleHead]):
     ) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
         """The `width` most promising tokens after each output: log chance of being chosen, token id."""
         return self.rank(self.fast_head.compute_logits(output), noise_rows, width)
-
-    def measure_level(self, num_tokens: int) -> Callable[[], object]:
-        """One draft level over `num_tokens` nodes, for the profiler to time; leaves no row behind."""
-        device, rows = self.target.device, min(num_tokens, 64)
-        width = num_tokens // rows
-        noise_rows = SamplingBatch.build_blank(rows, device)
-        hidden = torch.zeros(num_tokens, self.target.hidden_size, dtype=self.target.dtype, device=device)
-        self._rows.reserve(rows, width)
-        batch = ForwardBatch.build(
-            token_ids=torch.ones(rows, width, dtype=torch.int64, device=device),
-            num_nodes=torch.full((rows,), width, device=device),
-            visible=torch.eye(width, dtype=torch.bool, device=device).expand(rows, -1, -1),
-            rows=slice(0, rows),
-            row_numbers=torch.arange(rows, device=device),
-            lengths=torch.zeros(rows, dtype=torch.int64, device=device),
-            store=self._rows.keys,
-            dtype=self.target.dtype,
-            num_repeats=self.target.num_repeats,
-        )
-        return lambda: self.rank_level(self.forward(batch, hidden).view(rows, width, -1), noise_rows, 4)
 
 
 class _EagleLevels:

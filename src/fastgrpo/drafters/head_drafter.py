@@ -42,6 +42,7 @@ class HeadDrafter(ABC, Generic[Head]):
 
     name: str
     wants_features = True
+    can_be_timed = True
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ a tree stand behind what a row has read and are dropped afterwards: accepted one
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class LmDrafter:
 
     name = "lm"
     wants_features = False
+    can_be_timed = True
 
     def __init__(self, target: TargetModel, model: nn.Module, *, tokenizer: Any = None) -> None:
         self.lm = TargetModel(model, tokenizer=tokenizer)
@@ -200,29 +201,6 @@ class LmDrafter:
         logits = self.lm.compute_logits(hidden.flatten(0, 1))[:, : len(self._vocabulary)]
         return rank_candidates(logits.unflatten(0, hidden.shape[:2]), self._vocabulary, noise_rows, width)
 
-    def measure_level(self, num_tokens: int) -> Callable[[], object]:
-        """One draft level over `num_tokens` nodes, for the profiler to time; has a cache of its own."""
-        device, rows = self.lm.device, min(num_tokens, 64)
-        width = num_tokens // rows
-        noise_rows = SamplingBatch.build_blank(rows, device)
-        cache = self.lm.build_cache(with_features=False)
-        cache.reserve(rows, width)
-        cache.add_rows(rows)
-        batch = self.lay_out(
-            token_ids=torch.ones(rows, width, dtype=torch.int64, device=device),
-            num_nodes=torch.full((rows,), width, device=device),
-            visible=torch.eye(width, dtype=torch.bool, device=device).expand(rows, -1, -1),
-            slots=slice(0, rows),
-            cache=cache,
-        )
-
-        def run() -> object:
-            with self._drafting():
-                hidden = self.lm.forward(batch, cache).last_hidden
-                return self.rank_level(hidden.view(rows, width, -1), noise_rows, 4)
-
-        return run
-
 
 class _LmLevels:
     """Nodes of a draft run through the LM, behind what each row has read."""
@@ -254,4 +232,5 @@ def _keep_rows(draft: Draft, is_kept: list[bool]) -> Draft:
         parents=draft.parents.masked_fill(~kept[:, None], -1),
         num_nodes=torch.where(kept, draft.num_nodes, 1),
         log_chances=draft.log_chances,
+        scores=None if draft.scores is None else draft.scores.masked_fill(~kept[:, None], -torch.inf),
     )

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +58,7 @@ class NgramDrafter:
 
     name = "ngram"
     wants_features = False
+    can_be_timed = True
 
     def __init__(self, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         self.table = NgramTable(max_bytes)
@@ -113,23 +113,15 @@ class NgramDrafter:
         tails = [_pad(_read_tail(sequence, MAX_ORDER)) for sequence in sequences]
         levels = _NgramLevels(self.table, np.array(groups, np.uint64), np.array(tails))
         draft = grow_trees(context, plan, levels, self.calibration)
-        assert draft.log_chances is not None
+        assert draft.log_chances is not None and draft.scores is not None
         used = int(draft.num_nodes.max())  # rows may all be shorter than the plan
         return Draft(
             token_ids=draft.token_ids[:, :used].to(device),
             parents=draft.parents[:, :used].to(device),
             num_nodes=draft.num_nodes.to(device),
             log_chances=draft.log_chances[:, :used].to(device),
+            scores=draft.scores[:, :used].to(device),
         )
-
-    def measure_level(self, num_tokens: int) -> Callable[[], object]:
-        """One draft level below `num_tokens` nodes, for the profiler to time."""
-        noise_rows = SamplingBatch.build_blank(num_tokens, torch.device("cpu"))
-        table = NgramTable(2**16)
-        groups, contexts = np.zeros(num_tokens, np.uint64), np.zeros((num_tokens, MAX_ORDER), np.int64)
-        table.add(groups[:1].repeat(16), contexts[:1].repeat(16, axis=0), np.arange(16))
-        levels = _NgramLevels(table, groups, contexts)
-        return lambda: levels.rank(noise_rows, 4)
 
     def save(self, folder: Path) -> None:
         """Write the counts and what they have been worth; raises OSError where that fails."""

@@ -10,11 +10,12 @@ from dataclasses import asdict
 from typing import Any
 
 from fastgrpo.planner.acceptance import AcceptanceTable, compute_expected_length
+from fastgrpo.planner.costs import FollowedProfile
 from fastgrpo.planner.planner import PlanInputs, Planner
 from fastgrpo.planner.profile import HardwareProfile
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
-_GRID = tuple(
+GRID = tuple(
     SpeculationPlan(depth=d, width=w, num_draft_tokens=n)
     for d, w, n in (
         *((1, 1, 1), (1, 2, 2), (1, 3, 3), (2, 1, 2), (2, 2, 3), (2, 2, 4), (2, 3, 6), (3, 1, 3), (3, 2, 6)),
@@ -23,7 +24,13 @@ _GRID = tuple(
 )
 
 
+READ_PER_DRAFT = 2  # tokens of each sequence that the profiler's drafts read
+_LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
+_TRIAL_WAIT = 8  # steps from one trial to the next at least
 _PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step
+_PRIOR_EVIDENCE, _KEEP_EVIDENCE = 40.0, 0.99  # draft tokens; of what was counted, at each step of the plan
+_NEW_STEPS, _KEEP_STEPS = 16, 8  # speculating steps that a planner is new for, and that predictions are kept for
+_KEEP_AT_BEGIN = 0.7  # of all that was counted, at each rollout
 
 
 class _Ratio:
@@ -38,15 +45,44 @@ class _Ratio:
         self.value = min(max(self.value * ratio**self.rate, 0.1), 10.0)
 
 
+class _Evidence:
+    """Draft tokens that a plan had accepted, beside what was predicted of it: decayed counts, drawn to agreement."""
+
+    def __init__(self, accepted: float = 0.0, predicted: float = 0.0) -> None:
+        self.accepted, self.predicted = accepted, predicted
+
+    def observe(self, accepted: float, predicted: float) -> None:
+        self.fade(_KEEP_EVIDENCE)
+        self.accepted += accepted
+        self.predicted += predicted
+
+    def fade(self, keep: float) -> None:
+        self.accepted *= keep
+        self.predicted *= keep
+
+    @property
+    def ratio(self) -> float:
+        return (self.accepted + _PRIOR_EVIDENCE) / (self.predicted + _PRIOR_EVIDENCE)
+
+
 class AutoPlanner(Planner):
     """Takes the plan with the most expected tokens per second, and keeps learning whether that is true.
 
-    A plan must promise `margin` more than plain decoding. Every real step corrects the costs: the time of
-    its forward corrects the table near its number of tokens (plain steps, as sequences finish, visit what
-    trees would cost), the times of drafting and sampling their own ratios; so a wrong or stale profile
-    heals. Acceptance is corrected likewise, and a tree goes at most one level deeper than what was tried.
-    Where plain decoding is chosen although speculation is near to paying, a cheap trial step is made after a
-    wait that doubles each time, so that what a bad drafter can cost stays bounded.
+    Every real step corrects the costs, those of forwards (plain steps, as sequences finish, visit what trees would
+    cost), of drafts and of sampling; so a wrong or stale profile heals. What plans have had accepted corrects
+    what is predicted of each, and a tree goes at most one level deeper than what was tried.
+
+    A plan does not flap: from plain decoding to drafts, and from one tree to another, the new one must promise
+    `margin` more; the price of switching on, reading what the drafter has not read, is part of it. Once in a while
+    a step tries the other side, drafts where plain decoding is chosen and plain decoding where drafts are: this may
+    cost `trial_share` of the time, and is all that a bad drafter can take.
+
+    Args:
+        profile: what forwards and drafts cost, to begin with.
+        margin: rate over the present one that is worth a change, above 1.
+        max_num_tokens: tokens in a target forward at most, roots included; None takes the end of the profile's grid,
+            beyond which costs are guessed.
+        trial_share: share of the time that trials may lose, in [0, 1).
     """
 
     name = "auto"
@@ -57,75 +93,108 @@ class AutoPlanner(Planner):
         *,
         margin: float = 1.03,
         max_num_tokens: int | None = None,
-        trial_wait: int = 32,
-        max_trial_wait: int = 512,
-        trial_floor: float = 0.85,
+        trial_share: float = 0.005,
     ) -> None:
-        self.profile = profile
-        self.margin = margin
-        self.max_num_tokens = max_num_tokens or profile.num_tokens[-1]  # beyond, costs are guessed
+        self._costs = FollowedProfile(profile)
+        self.margin, self.trial_share = margin, trial_share
+        self.max_num_tokens = max_num_tokens or profile.num_tokens[-1]
         self.acceptance = AcceptanceTable()
-        self.trial_wait, self.max_trial_wait, self.trial_floor = trial_wait, max_trial_wait, trial_floor
-        self._wait = trial_wait
-        self._plain_steps = trial_wait  # the first trial may come at once
         self._draft_cost = _Ratio()
-        self._sample_cost = _Ratio()
+        self._rest_cost = _Ratio()
         self._length = _Ratio(rate=0.05)
+        self._evidence: dict[SpeculationPlan, _Evidence] = {}
         self._promised, self._accepted = _PRIOR_PROMISED, _PRIOR_PROMISED  # draft tokens, of shared budgets
+        self._credit_s = 0.0  # that trials may lose
+        self._trial_age = 0  # steps since the last one
+        self._rates: list[list[float]] | None = None
         self._expected: dict[SpeculationPlan, float] = {}
         self._age = 0
         self._current = PLAIN
 
+    @property
+    def profile(self) -> HardwareProfile:
+        """What forwards and drafts cost, as far as is known now."""
+        return self._costs.profile
+
+    # -- predictions -----------------------------------------------------------------------------------------
+
     def predict_step_s(self, plan: SpeculationPlan, inputs: PlanInputs) -> float:
-        """Seconds of a step with this plan."""
+        """Seconds of a step with this plan, what the drafter has not read left out."""
         batch, profile = inputs.num_seqs, self.profile
-        emitted = batch * self._predict_length(plan)
-        seconds = profile.fixed_s + profile.sample_s * emitted * self._sample_cost.value
-        seconds += profile.compute_target_s(batch * (1 + plan.num_draft_tokens), inputs.num_read)
-        return seconds + self._predict_draft_s(plan, batch) * self._draft_cost.value
+        seconds = profile.compute_target_s(batch * (1 + plan.num_draft_tokens), inputs.num_read)
+        seconds += self._draft_cost.value * profile.compute_draft_s(plan, batch)
+        return seconds + self._predict_rest_s(batch * self.predict_length(plan))
 
-    def _predict_draft_s(self, plan: SpeculationPlan, batch: int) -> float:
-        if plan.is_plain:
-            return 0.0
-        if self.profile.is_one_pass:  # what it reads beside is not run through its layers
-            return self.profile.compute_draft_s(batch * plan.depth)
-        reading = self.profile.compute_draft_s(batch * self._predict_length(plan))
-        return reading + (plan.depth - 1) * self.profile.compute_draft_s(batch * plan.width)
-
-    def _predict_length(self, plan: SpeculationPlan) -> float:
+    def predict_length(self, plan: SpeculationPlan) -> float:
+        """Tokens per sequence and step, next token included."""
         if plan.is_plain:
             return 1.0
+        evidence = self._evidence.get(plan)
+        accepted = self._predict_accepted(plan) * (evidence.ratio if evidence else 1.0)
+        return 1 + min(accepted, plan.depth)
+
+    def _predict_accepted(self, plan: SpeculationPlan) -> float:
+        """Draft tokens accepted of a tree, from the rates of depths and ranks that all plans share."""
         if plan not in self._expected:
-            self._expected[plan] = compute_expected_length(plan, self.acceptance.compute_rates())
-        return 1 + (self._expected[plan] - 1) * self._length.value
+            self._expected[plan] = compute_expected_length(plan, self._find_rates()) - 1
+        return self._expected[plan] * self._length.value
+
+    def _find_rates(self) -> list[list[float]]:
+        if self._rates is None:
+            self._rates = self.acceptance.compute_rates()
+        return self._rates
+
+    def _forget_predictions(self) -> None:
+        self._rates = None
+        self._expected.clear()
+
+    def _predict_rest_s(self, num_emitted: float) -> float:
+        """Seconds of a step beside its forward and its draft."""
+        return self._rest_cost.value * (self.profile.fixed_s + self.profile.sample_s * num_emitted)
 
     def _predict_rate(self, plan: SpeculationPlan, inputs: PlanInputs) -> float:
-        """Tokens per second; the price of switching on is spread over the steps until it is asked again.
-
-        A one-pass drafter projects what it has not read to keys and values and runs no layer on it: no price is put
-        on that.
-        """
+        """Tokens per second; the price of switching on is spread over the steps that drafts are expected to last."""
         seconds = self.predict_step_s(plan, inputs)
-        if not plan.is_plain and self._current.is_plain and not self.profile.is_one_pass:
-            seconds += self._draft_cost.value * self.profile.compute_draft_s(inputs.num_unread) / self.trial_wait
-        return inputs.num_seqs * self._predict_length(plan) / seconds
+        if not plan.is_plain:
+            seconds += self._predict_reading_s(inputs.num_unread, inputs.num_seqs) / _LASTING_STEPS
+        return inputs.num_seqs * self.predict_length(plan) / seconds
+
+    def _predict_reading_s(self, num_unread: int, num_seqs: int) -> float:
+        """Seconds to read what no draft has read yet, beyond the few tokens that every draft reads."""
+        return self._draft_cost.value * self.profile.draft_read_s * max(num_unread - READ_PER_DRAFT * num_seqs, 0)
+
+    # -- the decision ----------------------------------------------------------------------------------------
 
     def plan(self, inputs: PlanInputs) -> SpeculationPlan:
         room, deepest = self.max_num_tokens // inputs.num_seqs, self.acceptance.explored_depth + 1
-        fitting = [p for p in _GRID if 1 + p.num_draft_tokens <= room and p.depth <= deepest]
+        fitting = [p for p in GRID if 1 + p.num_draft_tokens <= room and p.depth <= deepest]
         plain_rate = self._predict_rate(PLAIN, inputs)
         rates = {p: self._predict_rate(p, inputs) for p in fitting}
         best = max(rates, key=rates.__getitem__, default=PLAIN)
-        if best.is_plain:
-            chosen = PLAIN
-        elif rates[best] > self.margin * plain_rate:
-            keep = self._current in rates and rates[self._current] * self.margin > rates[best]
-            chosen = self._current if keep else best
-        else:
-            chosen = self._trial(rates, plain_rate)
-        self._plain_steps = self._plain_steps + 1 if chosen.is_plain else 0
-        self._current = chosen
-        return chosen
+        if best.is_plain or rates[best] <= plain_rate * (self.margin if self._current.is_plain else 1.0):
+            self._current = PLAIN
+        elif self._current not in rates or rates[best] > self.margin * rates[self._current]:
+            self._current = best
+        rates[PLAIN] = plain_rate
+        other = best if self._current.is_plain else PLAIN
+        return other if self._can_afford(other, rates, inputs) else self._current
+
+    def _can_afford(self, other: SpeculationPlan, rates: dict[SpeculationPlan, float], inputs: PlanInputs) -> bool:
+        """Whether a step with this plan in place of the current one is paid for; then it is charged for.
+
+        Drafts count as behind until they promise a gain that is worth a change.
+        """
+        if other == self._current or self._trial_age < _TRIAL_WAIT:
+            return False
+        rate = rates[self._current] * (self.margin if self._current.is_plain else 1.0)
+        emitted = inputs.num_seqs * self.predict_length(other)
+        loss_s = emitted * (1 / rates[other] - 1 / rate)
+        if not other.is_plain:
+            loss_s += self._predict_reading_s(inputs.num_unread, inputs.num_seqs)
+        if loss_s > self._credit_s:
+            return False
+        self._credit_s, self._trial_age = self._credit_s - loss_s, 0
+        return True
 
     def choose_budget(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Sequence[float]) -> int:
         """The draft tokens worth their time: what they promise, less what that time brings at the better of two rates.
@@ -139,7 +208,7 @@ class AutoPlanner(Planner):
         most = max(min(len(chances), self.max_num_tokens - batch), 0)
         rate = max(self._predict_rate(plan, inputs), self._predict_rate(PLAIN, inputs))
         trust = self._accepted / self._promised
-        worth = trust * (1 - rate * profile.sample_s * self._sample_cost.value)  # of a token that is surely accepted
+        worth = trust * (1 - rate * profile.sample_s * self._rest_cost.value)  # of a token that is surely accepted
         knots = [0, *(n - batch for n in profile.num_tokens if 0 < n - batch < most), most]
         times = [profile.compute_target_s(batch + n, inputs.num_read) for n in knots]
         choices = set(knots)
@@ -153,47 +222,46 @@ class AutoPlanner(Planner):
             key=lambda n: worth * gains[n] - rate * profile.compute_target_s(batch + n, inputs.num_read),
         )
 
-    def _trial(self, rates: dict[SpeculationPlan, float], plain_rate: float) -> SpeculationPlan:
-        """Plain decoding, but for a cheap trial once in a while where speculation is near to paying."""
-        cheapest = min(rates, key=lambda p: (p.num_draft_tokens, -rates[p]))
-        if self._plain_steps < self._wait or rates[cheapest] < self.trial_floor * plain_rate:
-            return PLAIN
-        self._wait = min(2 * self._wait, self.max_trial_wait)
-        return cheapest
+    # -- learning --------------------------------------------------------------------------------------------
 
     def observe(self, record: StepRecord) -> None:
         plan = record.plan
-        self.profile = self.profile.corrected(record.num_tokens, record.target_s, num_read=record.num_read)
-        if self.profile.sample_s:
-            predicted_s = self.profile.sample_s * record.num_emitted * self._sample_cost.value
-            self._sample_cost.observe(record.verify_s, predicted_s)
+        self._credit_s += self.trial_share * (record.step_s - record.prefill_s)
+        self._trial_age += 1
+        self._costs.observe(record.num_tokens, record.num_read, record.target_s)
+        rest_s = self._predict_rest_s(record.num_emitted)
+        if rest_s:
+            self._rest_cost.observe(record.verify_s, rest_s)
         if plan.is_plain or not record.offered:
             return  # nothing was drafted, so neither the cost nor the acceptance of a draft was seen
-        predicted_s = self._predict_draft_s(plan, record.num_seqs) * self._draft_cost.value
-        if predicted_s:
-            self._draft_cost.observe(record.draft_s, predicted_s)
-        self._length.observe(record.acceptance_length - 0.9, self._predict_length_of(record) - 0.9)
+        draft_s = self._draft_cost.value * self.profile.compute_draft_s(plan, record.num_seqs)
+        if draft_s:
+            draft_s += self._predict_reading_s(record.num_unread, record.num_seqs)
+            self._draft_cost.observe(record.draft_s, draft_s)
+        self._observe_acceptance(record)
+
+    def _observe_acceptance(self, record: StepRecord) -> None:
+        plan, accepted = record.plan, float(record.num_emitted - record.num_seqs)
+        predicted = record.num_seqs * self._predict_accepted_of(record)
+        self._length.observe(accepted / record.num_seqs + 0.1, predicted / record.num_seqs + 0.1)
+        is_new = self._age < _NEW_STEPS  # the shared rates are still far off, which says nothing of this plan
+        if not is_new:
+            self._evidence.setdefault(plan, _Evidence()).observe(accepted, predicted)
         if record.num_promised:
-            self._observe_promise(record)
+            self._promised = _KEEP_PROMISED * self._promised + record.num_promised
+            self._accepted = _KEEP_PROMISED * self._accepted + accepted
         self.acceptance.observe(record)
         self._age += 1
-        if self._age % 8 == 0:
-            self._expected.clear()
-        if record.acceptance_length > 1.5:
-            self._wait = self.trial_wait
+        if is_new or self._age % _KEEP_STEPS == 0:
+            self._forget_predictions()
 
-    def _predict_length_of(self, record: StepRecord) -> float:
-        """What `_predict_length` says with as many nodes as were verified."""
+    def _predict_accepted_of(self, record: StepRecord) -> float:
+        """What `_predict_accepted` says with as many nodes as were verified."""
         nodes = round(record.num_tokens / record.num_seqs) - 1
         if nodes == record.plan.num_draft_tokens:
-            return self._predict_length(record.plan)
-        expected = compute_expected_length(record.plan, self.acceptance.compute_rates(), nodes)
-        return 1 + (expected - 1) * self._length.value
-
-    def _observe_promise(self, record: StepRecord) -> None:
-        """How many of the tokens that the chances promised were accepted."""
-        self._promised = _KEEP_PROMISED * self._promised + record.num_promised
-        self._accepted = _KEEP_PROMISED * self._accepted + record.num_emitted - record.num_seqs
+            return self._predict_accepted(record.plan)
+        expected = compute_expected_length(record.plan, self._find_rates(), nodes)
+        return (expected - 1) * self._length.value
 
     def estimate_saved_s(self, records: Iterable[StepRecord]) -> float:
         """Seconds that the speculating steps saved over plain decoding of the same tokens; negative if they lost."""
@@ -206,38 +274,43 @@ class AutoPlanner(Planner):
         return plain_s - sum(record.step_s - record.prefill_s for record in speculating)
 
     def begin(self) -> None:
-        self._wait = self.trial_wait
         self._current = PLAIN
-        self.acceptance.forget(0.7)  # a drafter once useless may have learnt
-        self._expected.clear()
+        self.acceptance.forget(_KEEP_AT_BEGIN)  # a drafter once useless may have learnt
+        for evidence in self._evidence.values():
+            evidence.fade(_KEEP_AT_BEGIN)
+        self._forget_predictions()
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "profile": asdict(self.profile),
+            "costs": self._costs.state_dict(),
             "offered": self.acceptance.offered,
             "hits": self.acceptance.hits,
             "draft_cost": self._draft_cost.value,
-            "sample_cost": self._sample_cost.value,
+            "rest_cost": self._rest_cost.value,
             "length": self._length.value,
             "promised": self._promised,
             "accepted": self._accepted,
-            "plain_steps": self._plain_steps,
+            "evidence": [[asdict(plan), each.accepted, each.predicted] for plan, each in self._evidence.items()],
+            "credit_s": self._credit_s,
+            "trial_age": self._trial_age,
             "age": self._age,
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> AutoPlanner:
         """The planner that `state_dict` described."""
-        profile: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in state["profile"].items()
-        }
-        planner = cls(HardwareProfile(**profile))
+        costs = FollowedProfile.from_state(state["costs"])
+        planner = cls(costs.start)
+        planner._costs = costs
         planner.acceptance.offered = [list(row) for row in state["offered"]]
         planner.acceptance.hits = [list(row) for row in state["hits"]]
         planner._draft_cost.value = float(state["draft_cost"])
-        planner._sample_cost.value = float(state["sample_cost"])
+        planner._rest_cost.value = float(state["rest_cost"])
         planner._length.value = float(state["length"])
-        planner._promised = float(state.get("promised", _PRIOR_PROMISED))
-        planner._accepted = float(state.get("accepted", _PRIOR_PROMISED))
-        planner._plain_steps, planner._age = int(state["plain_steps"]), int(state["age"])
+        planner._promised, planner._accepted = float(state["promised"]), float(state["accepted"])
+        planner._evidence = {
+            SpeculationPlan(**plan): _Evidence(accepted, predicted) for plan, accepted, predicted in state["evidence"]
+        }
+        planner._credit_s, planner._trial_age = float(state["credit_s"]), int(state["trial_age"])
+        planner._age = int(state["age"])
         return planner

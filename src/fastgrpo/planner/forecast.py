@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +45,7 @@ def forecast_gains(
     rates = acceptance.compute_rates()
     forecasts = []
     for num_seqs in concurrencies:
-        planner = AutoPlanner(profile, trial_floor=math.inf)
+        planner = AutoPlanner(profile, trial_share=0.0)
         planner.acceptance = acceptance
         inputs = PlanInputs(num_seqs=num_seqs, num_read=num_seqs * context_len)
         plan = planner.plan(inputs)

@@ -54,8 +54,8 @@ def _plot_times(axes: Axes, profile: HardwareProfile, spreads: Sequence[float]) 
         grid, times_ms, yerr=([0.0] * len(grid), above), color=BLUE, marker="o", capsize=2, label="target forward"
     )
     if profile.draft_s:
-        label = "draft pass" if profile.is_one_pass else "draft level"
-        axes.plot(grid, [1000 * seconds for seconds in profile.draft_s], color=GREEN, marker="s", label=label)
+        drafts_ms = [1000 * seconds for seconds in profile.draft_s]
+        axes.plot(grid, drafts_ms, color=GREEN, marker="s", label="draft level of so many nodes")
     axes.axhline(1000 * profile.floor_s, color=GREY, linestyle="--", label="memory-bound: the weights, read once")
     compute_ms = [1000 * profile.per_token_s * count for count in grid]
     axes.plot(grid, compute_ms, color=ORANGE, linestyle="--", label="compute-bound: the best rate")
