@@ -190,8 +190,8 @@ def test_expected_length_at_the_ends():
         assert compute_expected_length(plan, one) == 1 + plan.depth
 
 
-def test_acceptance_rates_are_counted_and_forget():
-    table = AcceptanceTable()
+def test_acceptance_rates_are_counted_and_forgotten():
+    table = AcceptanceTable(window=500)
     assert table.rate(0, 0) == pytest.approx(0.3)
     plan = SpeculationPlan(depth=1, width=2, num_draft_tokens=2)
     for _ in range(300):
@@ -223,12 +223,12 @@ def test_the_chosen_plan_promises_most(num_seqs, num_waiting, chance, slope, dra
         sample_s=1e-5,
     )
     planner = AutoPlanner(profile)
-    planner.acceptance.offered = [[1e9] * MAX_WIDTH for _ in range(MAX_DEPTH)]
-    planner.acceptance.hits = [[1e9 * chance * 0.5**rank for rank in range(MAX_WIDTH)] for _ in range(MAX_DEPTH)]
+    planner.expectation.table.offered = [[1e9] * MAX_WIDTH for _ in range(MAX_DEPTH)]
+    planner.expectation.table.hits = [[1e9 * chance * 0.5**rank for rank in range(MAX_WIDTH)] for _ in range(MAX_DEPTH)]
     rates = [[min(1.0, chance * 0.5**rank) for rank in range(MAX_WIDTH)]] * MAX_DEPTH
 
     def tokens_per_s(plan: SpeculationPlan) -> float:
-        length = compute_expected_length(plan, rates)
+        length = min(compute_expected_length(plan, rates), 1 + plan.depth)
         seconds = profile.compute_target_s(num_seqs * (1 + plan.num_draft_tokens)) + 1e-5 * num_seqs * length
         if not plan.is_plain:
             seconds += plan.depth * (draft_s + 1e-6)
@@ -257,7 +257,7 @@ def test_a_useless_drafter_is_dropped_whatever_the_profile_said(machine, speed, 
     records = play(planner, 600, num_seqs, chance=0.0)
     has_tried = [not record.plan.is_plain for record in records]
     assert sum(has_tried[:100]) <= 60
-    assert sum(has_tried[100:]) <= 60
+    assert sum(has_tried[100:]) <= 1 + 500 // 8, "trials are eight steps apart at least"
     assert compute_speed(planner, records[100:]) > 0.985
 
 
@@ -323,16 +323,16 @@ def test_a_tree_grows_a_level_at_a_time():
     for _ in range(12):
         plan = planner.plan(PlanInputs(num_seqs=16))
         depths.append(plan.depth)
-        assert plan.depth <= planner.acceptance.explored_depth + 1
+        assert plan.depth <= planner.expectation.explored_depth + 1
         planner.observe(play_step(plan, 16, 0.95, rng))
     assert depths[:3] == [1, 2, 3] and max(depths) >= 5
 
 
 def test_a_step_without_drafts_says_nothing_about_acceptance():
     planner = AutoPlanner(FLAT)
-    before = planner.acceptance.compute_rates()
+    before = planner.expectation.table.compute_rates()
     planner.observe(build_record(GRID[0], 4, offered=(), hits=()))
-    assert planner.acceptance.compute_rates() == before
+    assert planner.expectation.table.compute_rates() == before
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
@@ -352,7 +352,7 @@ def test_the_predicted_length_follows_the_measured_one(num_emitted):
     planner, plan = AutoPlanner(FLAT), SpeculationPlan(depth=1, width=1, num_draft_tokens=1)
     for _ in range(800):
         planner.observe(build_record(plan, 10, num_emitted=num_emitted, offered=((10,),), hits=((8,),)))
-    assert planner.predict_length(plan) == pytest.approx(num_emitted / 10, abs=0.03)
+    assert planner.expectation.predict_length(plan, 10) == pytest.approx(num_emitted / 10, abs=0.03)
 
 
 # -- profiles ------------------------------------------------------------------------------------------------
@@ -443,8 +443,8 @@ def test_long_contexts_make_drafts_pay():
         num_tokens=(1, 32, 64, 128), target_s=(0.04, 0.05, 0.06, 0.09), draft_s=(0.003,) * 4, read_s=2.5e-6
     )
     planner = AutoPlanner(profile)
-    planner.acceptance.offered = [[1e9] * MAX_WIDTH for _ in range(MAX_DEPTH)]
-    planner.acceptance.hits = [[1e9 * 0.25 * 0.5**rank for rank in range(MAX_WIDTH)] for _ in range(MAX_DEPTH)]
+    planner.expectation.table.offered = [[1e9] * MAX_WIDTH for _ in range(MAX_DEPTH)]
+    planner.expectation.table.hits = [[1e9 * 0.25 * 0.5**rank for rank in range(MAX_WIDTH)] for _ in range(MAX_DEPTH)]
     short, long = (PlanInputs(num_seqs=32, num_read=32 * length) for length in (16, 4096))
     assert planner.plan(short).num_draft_tokens <= 1, "plain, or the cheapest trial"
     assert planner.plan(long).num_draft_tokens > 1

@@ -68,7 +68,7 @@ def run_profile(options: ProfileOptions, command: str, console: Console | None =
     identity = describe_identity(engine.target, engine.drafter)
     measurement = _measure(engine)
     profile = measurement.profile
-    table, context_len = AcceptanceTable(decay=1.0), _UNMEASURED_CONTEXT
+    table, context_len = AcceptanceTable(), _UNMEASURED_CONTEXT
     check: Check | None = None
     if prompts:
         params = _choose_params(profile, len(prompts), options, opened.stop_token_ids)

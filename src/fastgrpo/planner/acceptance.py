@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import math
+from collections.abc import Mapping
 
 from fastgrpo.types import SpeculationPlan, StepRecord
 
@@ -13,31 +15,50 @@ class AcceptanceTable:
     """The chance that the target chooses the child of sibling rank r of a walked node at depth d.
 
     Counts decay, so that the table follows a changing drafter; a weak prior fills what is unknown.
+
+    Args:
+        prior: chance of the first child of the root, before anything was seen; falls by half with each rank.
+        prior_weight: trials that the prior counts for.
+        window: sequences and steps that counts are remembered for; infinite forgets nothing.
+        above: a table of more steps than this one's, whose rates are the prior instead.
     """
 
-    def __init__(self, *, prior: float = 0.3, prior_weight: float = 4.0, decay: float = 0.98) -> None:
-        self.prior, self.prior_weight, self.decay = prior, prior_weight, decay
+    def __init__(
+        self,
+        *,
+        prior: float = 0.3,
+        prior_weight: float = 4.0,
+        window: float = math.inf,
+        above: AcceptanceTable | None = None,
+    ) -> None:
+        self.prior, self.prior_weight, self.window, self.above = prior, prior_weight, window, above
         self.offered = [[0.0] * MAX_WIDTH for _ in range(MAX_DEPTH)]
         self.hits = [[0.0] * MAX_WIDTH for _ in range(MAX_DEPTH)]
 
     def observe(self, record: StepRecord) -> None:
+        self.fade(max(1 - record.num_seqs / self.window, 0.5))
         for depth, (offered, hits) in enumerate(zip(record.offered, record.hits, strict=True)):
             for rank, (trials, count) in enumerate(zip(offered, hits, strict=True)):
                 if depth < MAX_DEPTH and rank < MAX_WIDTH:
-                    self.offered[depth][rank] = self.decay * self.offered[depth][rank] + trials
-                    self.hits[depth][rank] = self.decay * self.hits[depth][rank] + count
+                    self.offered[depth][rank] += trials
+                    self.hits[depth][rank] += count
 
-    def forget(self, keep: float) -> None:
+    def fade(self, keep: float) -> None:
         """Weigh down what was counted so far."""
         for table in (self.offered, self.hits):
             for row in table:
                 row[:] = [count * keep for count in row]
 
     def rate(self, depth: int, rank: int) -> float:
-        """Acceptance rate in [0, 1]; the prior of a depth is the level above, of a rank a fall by half."""
-        prior = self.prior * 0.5**rank if depth == 0 else self.rate(depth - 1, rank)
-        weight = self.prior_weight
-        return (self.hits[depth][rank] + weight * prior) / (self.offered[depth][rank] + weight)
+        """Acceptance rate in [0, 1]."""
+        return self.compute_rates()[depth][rank]
+
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        return {"offered": self.offered, "hits": self.hits}
+
+    def restore(self, state: Mapping[str, list[list[float]]]) -> None:
+        """Go on with the counts that `state_dict` described."""
+        self.offered, self.hits = ([list(row) for row in state[name]] for name in ("offered", "hits"))
 
     @property
     def explored_depth(self) -> int:
@@ -46,7 +67,18 @@ class AcceptanceTable:
         return next((depth for depth, count in enumerate(trials) if count < 2 * self.prior_weight), MAX_DEPTH)
 
     def compute_rates(self) -> list[list[float]]:
-        return [[self.rate(depth, rank) for rank in range(MAX_WIDTH)] for depth in range(MAX_DEPTH)]
+        """Acceptance rates by depth and rank.
+
+        The prior is the table above; without one, that of a depth is the level above, of a rank a fall by half.
+        """
+        weight, rates = self.prior_weight, []
+        priors = None if self.above is None else self.above.compute_rates()
+        prior = [self.prior * 0.5**rank for rank in range(MAX_WIDTH)]
+        for depth in range(MAX_DEPTH):
+            counts = zip(self.hits[depth], self.offered[depth], priors[depth] if priors else prior, strict=True)
+            prior = [(hits + weight * expected) / (offered + weight) for hits, offered, expected in counts]
+            rates.append(prior)
+        return rates
 
 
 def compute_expected_length(

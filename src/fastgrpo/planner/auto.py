@@ -6,17 +6,16 @@ import bisect
 import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
-from fastgrpo.planner.acceptance import AcceptanceTable, compute_expected_length
 from fastgrpo.planner.costs import FollowedProfile
+from fastgrpo.planner.expectation import Expectation
 from fastgrpo.planner.planner import PlanInputs, Planner
 from fastgrpo.planner.profile import HardwareProfile
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
-GRID = tuple(
-    SpeculationPlan(depth=d, width=w, num_draft_tokens=n)
+GRID = tuple(  # sequences share their budgets; one of them may have three times its share, or all that is drafted
+    SpeculationPlan(depth=d, width=w, num_draft_tokens=n, most_draft_tokens=min(w + w * w * (d - 1), 3 * n))
     for d, w, n in (
         *((1, 1, 1), (1, 2, 2), (1, 3, 3), (2, 1, 2), (2, 2, 3), (2, 2, 4), (2, 3, 6), (3, 1, 3), (3, 2, 6)),
         *((3, 3, 8), (3, 4, 12), (4, 2, 8), (4, 4, 16), (5, 4, 16), (5, 4, 24), (6, 4, 24), (6, 8, 32), (8, 8, 48)),
@@ -26,10 +25,10 @@ GRID = tuple(
 
 READ_PER_DRAFT = 2  # tokens of each sequence that the profiler's drafts read
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
+_IDLE_RATE, _IDLE_STEP_S = 0.1, 1e-3  # of the running mean; what it may grow by beyond doubling
+_CLEAR_GAIN = 1.2  # rate of drafts over plain decoding that needs no trial of the latter
 _TRIAL_WAIT = 8  # steps from one trial to the next at least
 _PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step
-_PRIOR_EVIDENCE, _KEEP_EVIDENCE = 40.0, 0.99  # draft tokens; of what was counted, at each step of the plan
-_NEW_STEPS, _KEEP_STEPS = 16, 8  # speculating steps that a planner is new for, and that predictions are kept for
 _KEEP_AT_BEGIN = 0.7  # of all that was counted, at each rollout
 
 
@@ -43,26 +42,6 @@ class _Ratio:
         """`predicted` is what this ratio was already applied to."""
         ratio = min(max(measured / predicted, 0.5), 2.0)
         self.value = min(max(self.value * ratio**self.rate, 0.1), 10.0)
-
-
-class _Evidence:
-    """Draft tokens that a plan had accepted, beside what was predicted of it: decayed counts, drawn to agreement."""
-
-    def __init__(self, accepted: float = 0.0, predicted: float = 0.0) -> None:
-        self.accepted, self.predicted = accepted, predicted
-
-    def observe(self, accepted: float, predicted: float) -> None:
-        self.fade(_KEEP_EVIDENCE)
-        self.accepted += accepted
-        self.predicted += predicted
-
-    def fade(self, keep: float) -> None:
-        self.accepted *= keep
-        self.predicted *= keep
-
-    @property
-    def ratio(self) -> float:
-        return (self.accepted + _PRIOR_EVIDENCE) / (self.predicted + _PRIOR_EVIDENCE)
 
 
 class AutoPlanner(Planner):
@@ -93,22 +72,18 @@ class AutoPlanner(Planner):
         *,
         margin: float = 1.03,
         max_num_tokens: int | None = None,
-        trial_share: float = 0.005,
+        trial_share: float = 0.01,
     ) -> None:
         self._costs = FollowedProfile(profile)
         self.margin, self.trial_share = margin, trial_share
         self.max_num_tokens = max_num_tokens or profile.num_tokens[-1]
-        self.acceptance = AcceptanceTable()
+        self.expectation = Expectation()
         self._draft_cost = _Ratio()
         self._rest_cost = _Ratio()
-        self._length = _Ratio(rate=0.05)
-        self._evidence: dict[SpeculationPlan, _Evidence] = {}
+        self._idle_s = 0.0  # what a step takes where its draft would be made, though none is
         self._promised, self._accepted = _PRIOR_PROMISED, _PRIOR_PROMISED  # draft tokens, of shared budgets
         self._credit_s = 0.0  # that trials may lose
         self._trial_age = 0  # steps since the last one
-        self._rates: list[list[float]] | None = None
-        self._expected: dict[SpeculationPlan, float] = {}
-        self._age = 0
         self._current = PLAIN
 
     @property
@@ -122,31 +97,8 @@ class AutoPlanner(Planner):
         """Seconds of a step with this plan, what the drafter has not read left out."""
         batch, profile = inputs.num_seqs, self.profile
         seconds = profile.compute_target_s(batch * (1 + plan.num_draft_tokens), inputs.num_read)
-        seconds += self._draft_cost.value * profile.compute_draft_s(plan, batch)
-        return seconds + self._predict_rest_s(batch * self.predict_length(plan))
-
-    def predict_length(self, plan: SpeculationPlan) -> float:
-        """Tokens per sequence and step, next token included."""
-        if plan.is_plain:
-            return 1.0
-        evidence = self._evidence.get(plan)
-        accepted = self._predict_accepted(plan) * (evidence.ratio if evidence else 1.0)
-        return 1 + min(accepted, plan.depth)
-
-    def _predict_accepted(self, plan: SpeculationPlan) -> float:
-        """Draft tokens accepted of a tree, from the rates of depths and ranks that all plans share."""
-        if plan not in self._expected:
-            self._expected[plan] = compute_expected_length(plan, self._find_rates()) - 1
-        return self._expected[plan] * self._length.value
-
-    def _find_rates(self) -> list[list[float]]:
-        if self._rates is None:
-            self._rates = self.acceptance.compute_rates()
-        return self._rates
-
-    def _forget_predictions(self) -> None:
-        self._rates = None
-        self._expected.clear()
+        seconds += self._idle_s + self._draft_cost.value * profile.compute_draft_s(plan, batch)
+        return seconds + self._predict_rest_s(batch * self.expectation.predict_length(plan, batch))
 
     def _predict_rest_s(self, num_emitted: float) -> float:
         """Seconds of a step beside its forward and its draft."""
@@ -157,7 +109,7 @@ class AutoPlanner(Planner):
         seconds = self.predict_step_s(plan, inputs)
         if not plan.is_plain:
             seconds += self._predict_reading_s(inputs.num_unread, inputs.num_seqs) / _LASTING_STEPS
-        return inputs.num_seqs * self.predict_length(plan) / seconds
+        return inputs.num_seqs * self.expectation.predict_length(plan, inputs.num_seqs) / seconds
 
     def _predict_reading_s(self, num_unread: int, num_seqs: int) -> float:
         """Seconds to read what no draft has read yet, beyond the few tokens that every draft reads."""
@@ -166,7 +118,7 @@ class AutoPlanner(Planner):
     # -- the decision ----------------------------------------------------------------------------------------
 
     def plan(self, inputs: PlanInputs) -> SpeculationPlan:
-        room, deepest = self.max_num_tokens // inputs.num_seqs, self.acceptance.explored_depth + 1
+        room, deepest = self.max_num_tokens // inputs.num_seqs, self.expectation.explored_depth + 1
         fitting = [p for p in GRID if 1 + p.num_draft_tokens <= room and p.depth <= deepest]
         plain_rate = self._predict_rate(PLAIN, inputs)
         rates = {p: self._predict_rate(p, inputs) for p in fitting}
@@ -184,10 +136,11 @@ class AutoPlanner(Planner):
 
         Drafts count as behind until they promise a gain that is worth a change.
         """
-        if other == self._current or self._trial_age < _TRIAL_WAIT:
+        is_clear = other.is_plain and rates[self._current] > _CLEAR_GAIN * rates[other]
+        if other == self._current or self._trial_age < _TRIAL_WAIT or is_clear:
             return False
         rate = rates[self._current] * (self.margin if self._current.is_plain else 1.0)
-        emitted = inputs.num_seqs * self.predict_length(other)
+        emitted = inputs.num_seqs * self.expectation.predict_length(other, inputs.num_seqs)
         loss_s = emitted * (1 / rates[other] - 1 / rate)
         if not other.is_plain:
             loss_s += self._predict_reading_s(inputs.num_unread, inputs.num_seqs)
@@ -232,36 +185,18 @@ class AutoPlanner(Planner):
         rest_s = self._predict_rest_s(record.num_emitted)
         if rest_s:
             self._rest_cost.observe(record.verify_s, rest_s)
+        if plan.is_plain:
+            self._idle_s += _IDLE_RATE * (min(record.draft_s, 2 * self._idle_s + _IDLE_STEP_S) - self._idle_s)
         if plan.is_plain or not record.offered:
             return  # nothing was drafted, so neither the cost nor the acceptance of a draft was seen
         draft_s = self._draft_cost.value * self.profile.compute_draft_s(plan, record.num_seqs)
         if draft_s:
             draft_s += self._predict_reading_s(record.num_unread, record.num_seqs)
-            self._draft_cost.observe(record.draft_s, draft_s)
-        self._observe_acceptance(record)
-
-    def _observe_acceptance(self, record: StepRecord) -> None:
-        plan, accepted = record.plan, float(record.num_emitted - record.num_seqs)
-        predicted = record.num_seqs * self._predict_accepted_of(record)
-        self._length.observe(accepted / record.num_seqs + 0.1, predicted / record.num_seqs + 0.1)
-        is_new = self._age < _NEW_STEPS  # the shared rates are still far off, which says nothing of this plan
-        if not is_new:
-            self._evidence.setdefault(plan, _Evidence()).observe(accepted, predicted)
+            self._draft_cost.observe(max(record.draft_s - self._idle_s, 0.0), draft_s)
+        self.expectation.observe(record)
         if record.num_promised:
             self._promised = _KEEP_PROMISED * self._promised + record.num_promised
-            self._accepted = _KEEP_PROMISED * self._accepted + accepted
-        self.acceptance.observe(record)
-        self._age += 1
-        if is_new or self._age % _KEEP_STEPS == 0:
-            self._forget_predictions()
-
-    def _predict_accepted_of(self, record: StepRecord) -> float:
-        """What `_predict_accepted` says with as many nodes as were verified."""
-        nodes = round(record.num_tokens / record.num_seqs) - 1
-        if nodes == record.plan.num_draft_tokens:
-            return self._predict_accepted(record.plan)
-        expected = compute_expected_length(record.plan, self._find_rates(), nodes)
-        return (expected - 1) * self._length.value
+            self._accepted = _KEEP_PROMISED * self._accepted + record.num_emitted - record.num_seqs
 
     def estimate_saved_s(self, records: Iterable[StepRecord]) -> float:
         """Seconds that the speculating steps saved over plain decoding of the same tokens; negative if they lost."""
@@ -275,25 +210,19 @@ class AutoPlanner(Planner):
 
     def begin(self) -> None:
         self._current = PLAIN
-        self.acceptance.forget(_KEEP_AT_BEGIN)  # a drafter once useless may have learnt
-        for evidence in self._evidence.values():
-            evidence.fade(_KEEP_AT_BEGIN)
-        self._forget_predictions()
+        self.expectation.fade(_KEEP_AT_BEGIN)  # a drafter once useless may have learnt
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "costs": self._costs.state_dict(),
-            "offered": self.acceptance.offered,
-            "hits": self.acceptance.hits,
+            "expectation": self.expectation.state_dict(),
             "draft_cost": self._draft_cost.value,
             "rest_cost": self._rest_cost.value,
-            "length": self._length.value,
+            "idle_s": self._idle_s,
             "promised": self._promised,
             "accepted": self._accepted,
-            "evidence": [[asdict(plan), each.accepted, each.predicted] for plan, each in self._evidence.items()],
             "credit_s": self._credit_s,
             "trial_age": self._trial_age,
-            "age": self._age,
         }
 
     @classmethod
@@ -302,15 +231,9 @@ class AutoPlanner(Planner):
         costs = FollowedProfile.from_state(state["costs"])
         planner = cls(costs.start)
         planner._costs = costs
-        planner.acceptance.offered = [list(row) for row in state["offered"]]
-        planner.acceptance.hits = [list(row) for row in state["hits"]]
+        planner.expectation = Expectation.from_state(state["expectation"])
         planner._draft_cost.value = float(state["draft_cost"])
-        planner._rest_cost.value = float(state["rest_cost"])
-        planner._length.value = float(state["length"])
+        planner._rest_cost.value, planner._idle_s = float(state["rest_cost"]), float(state["idle_s"])
         planner._promised, planner._accepted = float(state["promised"]), float(state["accepted"])
-        planner._evidence = {
-            SpeculationPlan(**plan): _Evidence(accepted, predicted) for plan, accepted, predicted in state["evidence"]
-        }
         planner._credit_s, planner._trial_age = float(state["credit_s"]), int(state["trial_age"])
-        planner._age = int(state["age"])
         return planner

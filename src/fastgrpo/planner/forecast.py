@@ -46,7 +46,7 @@ def forecast_gains(
     forecasts = []
     for num_seqs in concurrencies:
         planner = AutoPlanner(profile, trial_share=0.0)
-        planner.acceptance = acceptance
+        planner.expectation.table = acceptance
         inputs = PlanInputs(num_seqs=num_seqs, num_read=num_seqs * context_len)
         plan = planner.plan(inputs)
         length = compute_expected_length(plan, rates)

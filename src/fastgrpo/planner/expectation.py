@@ -1,0 +1,141 @@
+"""How many tokens a step of a plan is expected to emit, learnt from the steps that were taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fastgrpo.planner.acceptance import AcceptanceTable, compute_expected_length
+from fastgrpo.types import SpeculationPlan, StepRecord
+
+_WINDOW = 600.0  # sequences and steps that what was counted is remembered for
+_LOCAL_WEIGHT = 16.0  # trials that the table of the octave below counts for
+_PRIOR_ACCEPTED = 60.0  # draft tokens that agreement with the tables counts for
+_NEW_STEPS, _KEEP_STEPS = 16, 8  # speculating steps that all is new for, and that predictions are kept for
+
+
+class _Agreement:
+    """Draft tokens that were accepted, beside what was predicted of them: decayed counts, drawn to agreement."""
+
+    def __init__(self, accepted: float = 0.0, predicted: float = 0.0) -> None:
+        self.accepted, self.predicted = accepted, predicted
+
+    def observe(self, accepted: float, predicted: float, num_seqs: int) -> None:
+        self.fade(_keep(num_seqs))
+        self.accepted += accepted
+        self.predicted += predicted
+
+    def fade(self, keep: float) -> None:
+        self.accepted *= keep
+        self.predicted *= keep
+
+    @property
+    def ratio(self) -> float:
+        return (self.accepted + _PRIOR_ACCEPTED) / (self.predicted + _PRIOR_ACCEPTED)
+
+
+class Expectation:
+    """Expected tokens of plans, whether they were tried or not.
+
+    A table of acceptance rates by depth and rank predicts every tree, one for each octave of live sequences, for
+    stragglers write other text than most; each is drawn to the octave below. What all plans, and each plan by
+    itself, then had accepted corrects the prediction: rates of depths and ranks do not say how they go together.
+    """
+
+    def __init__(self) -> None:
+        self.table = AcceptanceTable(window=_WINDOW)
+        self._local: dict[int, AcceptanceTable] = {}
+        self._all = _Agreement()
+        self._plans: dict[SpeculationPlan, _Agreement] = {}
+        self._age = 0
+        self._rates: dict[int, list[list[float]]] = {}  # by octave, until they are computed anew
+        self._trees: dict[tuple[int, SpeculationPlan], float] = {}
+
+    @property
+    def explored_depth(self) -> int:
+        """Levels from the root whose rates rest on trials."""
+        return self.table.explored_depth
+
+    def predict_length(self, plan: SpeculationPlan, num_seqs: int) -> float:
+        """Tokens per sequence and step with so many live, next token included."""
+        if plan.is_plain:
+            return 1.0
+        own = self._plans.get(plan)
+        accepted = self._predict_accepted(plan, num_seqs) * (own.ratio if own else 1.0)
+        return 1 + min(accepted, plan.depth)
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn from a step that offered drafts."""
+        plan, num_seqs = record.plan, record.num_seqs
+        accepted, predicted = float(record.num_emitted - num_seqs), num_seqs * self._predict_from_table(record)
+        is_new = self._age < _NEW_STEPS  # the tables are still far off, which says nothing of this plan
+        if not is_new:
+            self._plans.setdefault(plan, _Agreement()).observe(accepted, self._all.ratio * predicted, num_seqs)
+            self._all.observe(accepted, predicted, num_seqs)
+        self.table.observe(record)
+        self._find_local(num_seqs.bit_length()).observe(record)
+        self._age += 1
+        if is_new or self._age % _KEEP_STEPS == 0:
+            self._forget_predictions()
+
+    def fade(self, keep: float) -> None:
+        """Weigh down all that was counted."""
+        for table in (self.table, *self._local.values()):
+            table.fade(keep)
+        for agreement in (self._all, *self._plans.values()):
+            agreement.fade(keep)
+        self._forget_predictions()
+
+    def _predict_accepted(self, plan: SpeculationPlan, num_seqs: int) -> float:
+        """Draft tokens accepted of a tree, from what all plans share."""
+        key = (num_seqs.bit_length(), plan)
+        if key not in self._trees:
+            self._trees[key] = compute_expected_length(plan, self._find_rates(num_seqs)) - 1
+        return self._trees[key] * self._all.ratio
+
+    def _predict_from_table(self, record: StepRecord) -> float:
+        """Draft tokens accepted of trees with as many nodes as were verified, before any correction."""
+        nodes = round(record.num_tokens / record.num_seqs) - 1
+        return compute_expected_length(record.plan, self._find_rates(record.num_seqs), nodes) - 1
+
+    def _find_local(self, octave: int) -> AcceptanceTable:
+        if octave not in self._local:
+            below = self._find_local(octave - 1) if octave > 1 else self.table
+            self._local[octave] = AcceptanceTable(prior_weight=_LOCAL_WEIGHT, window=_WINDOW, above=below)
+        return self._local[octave]
+
+    def _find_rates(self, num_seqs: int) -> list[list[float]]:
+        octave = num_seqs.bit_length()
+        if octave not in self._rates:
+            self._rates[octave] = self._find_local(octave).compute_rates()
+        return self._rates[octave]
+
+    def _forget_predictions(self) -> None:
+        self._rates.clear()
+        self._trees.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "table": self.table.state_dict(),
+            "local": [[octave, table.state_dict()] for octave, table in self._local.items()],
+            "all": [self._all.accepted, self._all.predicted],
+            "plans": [[asdict(plan), each.accepted, each.predicted] for plan, each in self._plans.items()],
+            "age": self._age,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Expectation:
+        """The expectation that `state_dict` described."""
+        expectation = cls()
+        expectation.table.restore(state["table"])
+        for octave, table in state["local"]:
+            expectation._find_local(octave).restore(table)
+        expectation._all = _Agreement(*state["all"])
+        expectation._plans = {SpeculationPlan(**plan): _Agreement(*counts) for plan, *counts in state["plans"]}
+        expectation._age = int(state["age"])
+        return expectation
+
+
+def _keep(num_seqs: int) -> float:
+    return max(1 - num_seqs / _WINDOW, 0.5)
