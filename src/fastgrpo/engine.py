@@ -31,6 +31,7 @@ from fastgrpo.prefill import Prefiller
 from fastgrpo.profile_files import find_profile, take_profile
 from fastgrpo.sampling import SamplingBatch, stream_key
 from fastgrpo.scheduler import Scheduler
+from fastgrpo.timing import Stopwatch
 from fastgrpo.tree import Draft, compute_ancestors
 from fastgrpo.types import Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
 from fastgrpo.verify import Verdict, count_hits, verify
@@ -100,6 +101,7 @@ class Engine:
         if self.drafter.name == "none":
             self._speculation, self.planner = "off", FixedPlanner()
         self.profile_s = 0.0
+        self._planning = Stopwatch()
         self.records: list[StepRecord] = []
         self.on_step: list[Callable[[StepRecord], None]] = []
         self.on_finish: list[Callable[[FinishedRollout], None]] = []
@@ -173,7 +175,9 @@ class Engine:
         context = self._build_context()
         num_read = len(running) * max(self.cache.lengths)
         inputs = self._build_plan_inputs(num_read)
-        plan = self._ensure_planner().plan(inputs)
+        planner = self._ensure_planner()
+        with self._planning:
+            plan = planner.plan(inputs)
         pool = Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
         draft = self._spend_budget(pool, plan, inputs)
         drafted = time.perf_counter()
@@ -206,8 +210,10 @@ class Engine:
             step_s=finished - started,
             num_unread=inputs.num_unread,
             num_promised=draft.num_promised,
+            plan_s=self._planning.take_s(),
         )
-        self._ensure_planner().observe(record)
+        with self._planning:
+            planner.observe(record)
         return record
 
     def check(self) -> None:
@@ -249,7 +255,9 @@ class Engine:
         chances = pool.scores[:, 1:].exp()
         ranked = chances.flatten().sort(descending=True)
         drafted = ranked.values[: pool.num_tokens - len(chances)].tolist()
-        budget = self._ensure_planner().choose_budget(plan, inputs, drafted)
+        planner = self._ensure_planner()
+        with self._planning:
+            budget = planner.choose_budget(plan, inputs, drafted)
         rows = ranked.indices[:budget] // max(chances.shape[1], 1)
         return pool.keep(1 + torch.bincount(rows, minlength=len(chances)))
 
@@ -380,6 +388,7 @@ class Engine:
         self.scheduler.abort()
         self.cache.clear()
         self.prefiller.clear()
+        self._planning.take_s()
 
 
 def _no_measure() -> Any:

@@ -18,6 +18,24 @@ _BUDGET_S = 3.0  # runs of one point; slow ones are repeated less
 _MAX_CALLS = 64  # calls timed as one while the clock shows no difference
 
 
+class Stopwatch:
+    """Seconds spent in its `with` blocks, added up until they are taken; blocks do not nest."""
+
+    def __init__(self) -> None:
+        self._total_s = self._started = 0.0
+
+    def __enter__(self) -> None:
+        self._started = perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._total_s += perf_counter() - self._started
+
+    def take_s(self) -> float:
+        """What was added up since it was last taken."""
+        taken_s, self._total_s = self._total_s, 0.0
+        return taken_s
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timing:
     """Several runs of one call.

@@ -189,6 +189,7 @@ class StepRecord:
     step_s: float  # everything, prefill included
     num_unread: int = 0  # cached tokens that the drafter had not read before this step
     num_promised: float = 0.0  # draft tokens that the drafter's calibrated chances had accepted; 0 where it says none
+    plan_s: float = 0.0  # the planner: this step's plan and budget (in draft_s), and hearing the step before (in none)
 
     @property
     def acceptance_length(self) -> float:
