@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from fastgrpo.options import (
     AcceptanceOptions,
+    BudgetOptions,
     DemoOptions,
     DraftersOptions,
     DraftExportOptions,
@@ -23,6 +24,7 @@ from fastgrpo.options import (
     E2EOptions,
     GenerateOptions,
     LearningOptions,
+    PlansOptions,
     ProfileOptions,
     RolloutOptions,
     add_options,
@@ -63,6 +65,18 @@ _DRAFT_COMMANDS = (
 _BENCHMARKS = (
     Command(
         "rollout", "the engine alone: ways to speculate, in turn", RolloutOptions, "bench.rollout:run_rollout_bench"
+    ),
+    Command(
+        "plans",
+        "auto beside every fixed plan and plain decoding, by live sequences",
+        PlansOptions,
+        "bench.plans:run_plans_bench",
+    ),
+    Command(
+        "budget",
+        "draft tokens shared among all sequences, beside as many for each",
+        BudgetOptions,
+        "bench.budget:run_budget_bench",
     ),
     Command(
         "acceptance",

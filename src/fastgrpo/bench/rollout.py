@@ -32,7 +32,7 @@ from fastgrpo.learner import Learner
 from fastgrpo.loading import Opened, encode_prompts, open_model, quiet_libraries
 from fastgrpo.metrics import compute_ratio
 from fastgrpo.model import TargetModel
-from fastgrpo.options import RolloutOptions
+from fastgrpo.options import RolloutOptions, parse_speculation
 from fastgrpo.report import write_json
 from fastgrpo.types import SamplingParams
 
@@ -98,7 +98,9 @@ def _build_engine(options: RolloutOptions, model: PreTrainedModel, speculation: 
         drafter = "none"
     elif head is not None:
         drafter = EagleDrafter(TargetModel(model), head=head)
-    return Engine(model, drafter=drafter, speculation=speculation, max_num_seqs=options.max_num_seqs)
+    return Engine(
+        model, drafter=drafter, speculation=parse_speculation(speculation), max_num_seqs=options.max_num_seqs
+    )
 
 
 def _warm_up(

@@ -4,10 +4,13 @@ from fastgrpo.options.command_line import about, add_options, read_options
 from fastgrpo.options.drafting import DraftExportOptions, DraftImportOptions, DraftTrainOptions
 from fastgrpo.options.generating import GenerateOptions
 from fastgrpo.options.measuring import AcceptanceOptions, DraftersOptions, ProfileOptions, RolloutOptions
+from fastgrpo.options.planning import BudgetOptions, PlansOptions
+from fastgrpo.options.shapes import name_plan, parse_plan, parse_speculation
 from fastgrpo.options.training import DemoOptions, E2EOptions, LearningOptions, Workload
 
 __all__ = [
     "AcceptanceOptions",
+    "BudgetOptions",
     "DemoOptions",
     "DraftExportOptions",
     "DraftImportOptions",
@@ -16,10 +19,14 @@ __all__ = [
     "E2EOptions",
     "GenerateOptions",
     "LearningOptions",
+    "PlansOptions",
     "ProfileOptions",
     "RolloutOptions",
     "Workload",
     "about",
     "add_options",
+    "name_plan",
+    "parse_plan",
+    "parse_speculation",
     "read_options",
 ]

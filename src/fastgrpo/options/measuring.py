@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastgrpo.options.command_line import about, check_positive
+from fastgrpo.options.shapes import SHAPE_FORM, parse_speculation
 from fastgrpo.options.words import (
     DEVICES,
     DTYPES,
@@ -72,7 +73,10 @@ class RolloutOptions:
     temperature: float = field(default=1.0, metadata=about("sampling temperature; 0 is greedy"))
     speculation: tuple[str, ...] = field(
         default=("auto", "off", "paper", "fixed"),
-        metadata=about("variants that roll out in turn, parted by commas", choices=SPECULATION),
+        metadata=about(
+            f"variants that roll out in turn, parted by commas: {', '.join(SPECULATION)}, or fixed plans by their "
+            f"shape, {SHAPE_FORM}"
+        ),
     )
     drafter: str = field(
         default="eagle", metadata=about("eagle, eagle-new (the shipped head left out), ngram, or none")
@@ -92,11 +96,14 @@ class RolloutOptions:
     max_num_seqs: int = field(default=64, metadata=about("sequences decoded together"))
     seed: int = field(default=0, metadata=about("seed of prompts and noise; repeat r takes seed + r"))
     output: Path | None = field(
-        default=None, metadata=about("JSON file for the results; without it they are only printed")
+        default=None,
+        metadata=about("JSON file for the results, a picture of a rollout beside it; without it they are only printed"),
     )
 
     def __post_init__(self) -> None:
         check_positive(self, "num_prompts", "num_generations", "repeats", "max_num_seqs")
+        for word in self.speculation:
+            parse_speculation(word)
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
         if self.head is not None and self.drafter != "eagle":

@@ -2,15 +2,17 @@
 
 from fastgrpo.json_files import write_json
 from fastgrpo.machine import describe_commit, describe_machine
-from fastgrpo.report.figure import BLUE, GREY, PALETTE, plot_run
+from fastgrpo.report.figure import BLUE, GREEN, GREY, PALETTE, RED, plot_run
 from fastgrpo.report.history import Baseline, LogRow, Measurement, RunHistory, load_run, save_run
 from fastgrpo.report.progress import LiveProgress
 from fastgrpo.report.summary import print_summary
 
 __all__ = [
     "BLUE",
+    "GREEN",
     "GREY",
     "PALETTE",
+    "RED",
     "Baseline",
     "LiveProgress",
     "LogRow",

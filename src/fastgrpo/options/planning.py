@@ -1,0 +1,111 @@
+"""Commands that measure plans with a constant number of live sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastgrpo.options.command_line import about, check_positive
+from fastgrpo.options.shapes import SHAPE_FORM, parse_plan
+from fastgrpo.options.words import DEVICES, DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteadyOptions:
+    """What rollouts with a constant number of live sequences are made of; a command adds its own."""
+
+    model: str = field(default="demo", metadata=about("model: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct"))
+    drafter: str = field(default="eagle", metadata=about("eagle, eagle-new, block, ngram, or a folder with a saved one"))
+    task: str = field(default="gsm_symbolic", metadata=about("reasoning-gym task that makes the prompts"))
+    num_prompts: int = field(default=8, metadata=about("distinct prompts; requests take them in turn"))
+    max_tokens: int = field(default=128, metadata=about("longest completion, in tokens"))
+    temperature: float = field(default=1.0, metadata=about("sampling temperature; 0 is greedy"))
+    max_num_tokens: int = field(
+        default=512, metadata=about("tokens in a target forward at most; plans are left out where they take more")
+    )
+    device: str = field(
+        default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
+    )
+    dtype: str = field(default="bfloat16", metadata=about("type of the weights", choices=DTYPES))
+    seed: int = field(default=1000, metadata=about("seed of prompts and noise; 0 to 2 made the shipped head's"))
+    output: Path | None = field(
+        default=None,
+        metadata=about("JSON file for the results, a plot beside it; without it they are only printed"),
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_prompts", "max_tokens", "max_num_tokens")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        if self.drafter == "none":
+            raise ValueError("drafter must name what drafts, got 'none'; plain decoding is added")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlansOptions(SteadyOptions):
+    """`fastgrpo bench plans`."""
+
+    concurrency: tuple[int, ...] = field(
+        default=(1, 2, 4, 8, 16, 32, 64), metadata=about("numbers of live sequences, parted by commas")
+    )
+    plans: tuple[str, ...] = field(
+        default=(
+            *("1x1x1", "1x3x3", "2x1x2", "2x2x4", "2x3x6", "3x1x3", "3x3x8"),
+            *("4x2x8", "4x4x16", "5x4x24", "6x8x32", "8x8x48"),
+        ),
+        metadata=about(f"fixed plans beside auto and plain decoding, parted by commas: {SHAPE_FORM}"),
+    )
+    tokens_per_seq: int = field(
+        default=40, metadata=about("tokens that each live sequence emits in a measured rollout, in the mean")
+    )
+    min_tokens: int = field(default=120, metadata=about("tokens in a measured rollout at least, all sequences together"))
+    repeats: int = field(default=3, metadata=about("measured rollouts of each plan, in turn"))
+    warmups: int = field(default=2, metadata=about("rollouts in which auto learns first, at each concurrency"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "tokens_per_seq", "min_tokens", "repeats", "warmups")
+        check_concurrency(self.concurrency)
+        if not self.plans:
+            raise ValueError(f"plans must name at least one shape, {SHAPE_FORM}; got none")
+        for shape in self.plans:
+            parse_plan(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions(SteadyOptions):
+    """`fastgrpo bench budget`."""
+
+    concurrency: tuple[int, ...] = field(
+        default=(2, 4, 8, 16, 32, 64), metadata=about("numbers of live sequences, parted by commas")
+    )
+    plans: tuple[str, ...] = field(
+        default=("1x4x1", "1x4x2", "2x2x2", "2x4x4", "3x2x4", "3x3x8", "4x4x8", "4x4x16", "5x4x16"),
+        metadata=about(f"plans, parted by commas; of those with as many draft tokens the best counts: {SHAPE_FORM}"),
+    )
+    most: int = field(
+        default=4, metadata=about("draft tokens of one sequence at most where they share, as a multiple of the mean")
+    )
+    tokens_per_seq: int = field(
+        default=24, metadata=about("tokens that each live sequence emits in a measured rollout, in the mean")
+    )
+    min_tokens: int = field(default=256, metadata=about("tokens in a measured rollout at least, all sequences together"))
+    repeats: int = field(default=2, metadata=about("measured rollouts of each plan with either budget, in turn"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "tokens_per_seq", "min_tokens", "repeats")
+        check_concurrency(self.concurrency)
+        if self.most < 2:
+            raise ValueError(f"most must be at least 2, got {self.most}; with 1 all sequences get as many")
+        if not self.plans:
+            raise ValueError(f"plans must name at least one shape, {SHAPE_FORM}; got none")
+        for shape in self.plans:
+            parse_plan(shape)
+
+
+def check_concurrency(concurrency: tuple[int, ...]) -> None:
+    if not concurrency or min(concurrency) < 1:
+        raise ValueError(
+            f"concurrency must name numbers of live sequences of at least 1, got '{','.join(map(str, concurrency))}'"
+        )
