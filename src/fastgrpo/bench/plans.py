@@ -216,7 +216,7 @@ def _build_grid_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         table.add_column(str(row["num_seqs"]), justify="right")
     for name in dict.fromkeys(name for row in rows for name in row["arms"] if name != PLAIN):
-        cells = [f"{compute_compute_rise(row, name):.2f}" if name in row["arms"] else "-" for row in rows]
+        cells = [f"{compute_rise(row, name):.2f}" if name in row["arms"] else "-" for row in rows]
         table.add_row(name, *cells)
     return table
 
@@ -257,12 +257,21 @@ def plot_plans(rows: Sequence[Row], path: Path) -> None:
         points = [(row["num_seqs"], compute_rise(row, shape)) for row in rows if shape in row["arms"]]
         axes.plot(*zip(*points, strict=True), color=GREY, alpha=0.45, linewidth=1, marker=".", zorder=1)
         axes.annotate(
-            shape, points[0], xytext=(-5, 0), textcoords="offset points", ha="right", va="center", fontsize=7, color=GREY
+            shape,
+            points[0],
+            xytext=(-5, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=7,
+            color=GREY,
         )
-    axes.plot([], [], color=GREY, alpha=0.45, marker=".", label="one plan at every step (depth x width x draft tokens)")
+    axes.plot([], [], color=GREY, alpha=0.45, marker=".", label="one plan (depth x width x draft tokens)")
     best = [compute_rise(row, row["best"]) for row in rows]
     axes.plot(concurrency, best, color=GREEN, linestyle="--", linewidth=1.8, label="the best of them, plain included")
-    axes.plot(concurrency, [compute_rise(row, AUTO) for row in rows], color=BLUE, linewidth=2.8, marker="o", label="auto")
+    axes.plot(
+        concurrency, [compute_rise(row, AUTO) for row in rows], color=BLUE, linewidth=2.8, marker="o", label="auto"
+    )
     axes.axhline(1, color=RED, linestyle=":", linewidth=1.4, label="plain decoding")
     axes.set_xticks(concurrency, [str(count) for count in concurrency])
     axes.minorticks_off()

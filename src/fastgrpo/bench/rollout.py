@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,11 @@ from fastgrpo.loading import Opened, encode_prompts, open_model, quiet_libraries
 from fastgrpo.metrics import compute_ratio
 from fastgrpo.model import TargetModel
 from fastgrpo.options import RolloutOptions, parse_speculation
-from fastgrpo.report import write_json
+from fastgrpo.planner import SPECULATION, AutoPlanner
+from fastgrpo.report import plot_rollout, write_json
 from fastgrpo.types import SamplingParams
 
-BASELINE = "off"
+BASELINE, SHOWN = "off", "auto"
 
 
 def run_rollout_bench(options: RolloutOptions, command: str, console: Console | None = None) -> dict[str, Any]:
@@ -64,10 +65,15 @@ def run_rollout_bench(options: RolloutOptions, command: str, console: Console | 
         "workload": _describe_workload(next(iter(results.values())), params.max_tokens),
         "variants": {name: _describe_variant(name, results) for name in results},
     }
+    result["comparison"] = compare_variants(result["variants"])
     _print(result, console)
     if options.output is not None:
         write_json(result, options.output, indent=1)
         console.print(f"written: {options.output}", markup=False, highlight=False, soft_wrap=True)
+        if SHOWN in results:
+            picture = options.output.with_name(f"{options.output.stem}-{SHOWN}.png")
+            _plot(results, engines[SHOWN], picture, options)
+            console.print(f"written: {picture}", markup=False, highlight=False, soft_wrap=True)
     return result
 
 
@@ -98,9 +104,7 @@ def _build_engine(options: RolloutOptions, model: PreTrainedModel, speculation: 
         drafter = "none"
     elif head is not None:
         drafter = EagleDrafter(TargetModel(model), head=head)
-    return Engine(
-        model, drafter=drafter, speculation=parse_speculation(speculation), max_num_seqs=options.max_num_seqs
-    )
+    return Engine(model, drafter=drafter, speculation=parse_speculation(speculation), max_num_seqs=options.max_num_seqs)
 
 
 def _warm_up(
@@ -179,6 +183,51 @@ def _describe_variant(name: str, results: dict[str, list[RolloutResult]]) -> dic
     return described
 
 
+def compare_variants(variants: Mapping[str, Any]) -> dict[str, Any]:
+    """The best fixed plan, and `auto` beside the best of all others by median tokens/s; None where there is none.
+
+    Completions part where rounding decides, so that whole rollouts are of other tokens: `auto_to_best_matched` holds
+    the gains over plain decoding with as many live sequences against each other, where it took its turn.
+    """
+
+    def choose(names: Iterable[str]) -> str | None:
+        return max(names, key=lambda name: variants[name]["tokens_per_s"], default=None)
+
+    best = choose(name for name in variants if name != SHOWN)
+    compared: dict[str, Any] = {
+        "best_fixed": choose(name for name in variants if name not in SPECULATION),
+        "best_other": best,
+        "auto_to_best": None,
+        "auto_to_best_each": [],
+        "auto_to_best_matched": None,
+    }
+    if best is None or SHOWN not in variants:
+        return compared
+    own, other = variants[SHOWN], variants[best]
+    ratios = [
+        (a["num_tokens"] / a["generation_s"]) / (b["num_tokens"] / b["generation_s"])
+        for a, b in zip(own["each"], other["each"], strict=True)
+    ]
+    compared |= {"auto_to_best": compute_median(ratios), "auto_to_best_each": ratios}
+    key = f"matched_ratio_to_{BASELINE}"
+    if key in own and key in other:
+        compared["auto_to_best_matched"] = compute_ratio(own[key], other[key])
+    return compared
+
+
+def _plot(results: dict[str, list[RolloutResult]], engine: Engine, path: Path, options: RolloutOptions) -> None:
+    """A picture of the last rollout of `auto`, with plain decoding's of the same requests where it took its turn."""
+    shown, plain = results[SHOWN][-1], results.get(BASELINE)
+    planner = engine.planner
+    plot_rollout(
+        shown.records,
+        path,
+        title=f"{len(shown.token_ids)} completions of {options.task}, {shown.num_tokens} tokens, speculation {SHOWN}",
+        plain=plain[-1].records if plain else (),
+        capacity=planner.profile.capacity if isinstance(planner, AutoPlanner) else None,
+    )
+
+
 def _print(result: dict[str, Any], console: Console) -> None:
     load = result["workload"]
     console.print(
@@ -196,6 +245,20 @@ def _print(result: dict[str, Any], console: Console) -> None:
         table.add_row(name, *speed, *compared)
     console.print(table)
     console.print(_build_concurrency_table(result["variants"]))
+    if line := _describe_comparison(result["comparison"]):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _describe_comparison(compared: dict[str, Any]) -> str:
+    parts = [f"best fixed plan: {compared['best_fixed']}"] if compared["best_fixed"] else []
+    if compared["auto_to_best"] is not None:
+        each = " ".join(f"{ratio:.2f}" for ratio in compared["auto_to_best_each"])
+        parts.append(
+            f"{SHOWN} makes {compared['auto_to_best']:.3f} of {compared['best_other']}, the best other ({each})"
+        )
+    if compared["auto_to_best_matched"] is not None:
+        parts.append(f"{compared['auto_to_best_matched']:.3f} with as many live sequences")
+    return "; ".join(parts)
 
 
 def _show_comparison(own: dict[str, Any]) -> tuple[str, str, str]:

@@ -15,7 +15,9 @@ class SteadyOptions:
     """What rollouts with a constant number of live sequences are made of; a command adds its own."""
 
     model: str = field(default="demo", metadata=about("model: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct"))
-    drafter: str = field(default="eagle", metadata=about("eagle, eagle-new, block, ngram, or a folder with a saved one"))
+    drafter: str = field(
+        default="eagle", metadata=about("eagle, eagle-new, block, ngram, or a folder with a saved one")
+    )
     task: str = field(default="gsm_symbolic", metadata=about("reasoning-gym task that makes the prompts"))
     num_prompts: int = field(default=8, metadata=about("distinct prompts; requests take them in turn"))
     max_tokens: int = field(default=128, metadata=about("longest completion, in tokens"))
@@ -58,7 +60,9 @@ class PlansOptions(SteadyOptions):
     tokens_per_seq: int = field(
         default=40, metadata=about("tokens that each live sequence emits in a measured rollout, in the mean")
     )
-    min_tokens: int = field(default=120, metadata=about("tokens in a measured rollout at least, all sequences together"))
+    min_tokens: int = field(
+        default=120, metadata=about("tokens in a measured rollout at least, all sequences together")
+    )
     repeats: int = field(default=3, metadata=about("measured rollouts of each plan, in turn"))
     warmups: int = field(default=2, metadata=about("rollouts in which auto learns first, at each concurrency"))
 
@@ -89,7 +93,9 @@ class BudgetOptions(SteadyOptions):
     tokens_per_seq: int = field(
         default=24, metadata=about("tokens that each live sequence emits in a measured rollout, in the mean")
     )
-    min_tokens: int = field(default=256, metadata=about("tokens in a measured rollout at least, all sequences together"))
+    min_tokens: int = field(
+        default=256, metadata=about("tokens in a measured rollout at least, all sequences together")
+    )
     repeats: int = field(default=2, metadata=about("measured rollouts of each plan with either budget, in turn"))
 
     def __post_init__(self) -> None:

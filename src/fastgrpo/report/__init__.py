@@ -5,6 +5,7 @@ from fastgrpo.machine import describe_commit, describe_machine
 from fastgrpo.report.figure import BLUE, GREEN, GREY, PALETTE, RED, plot_run
 from fastgrpo.report.history import Baseline, LogRow, Measurement, RunHistory, load_run, save_run
 from fastgrpo.report.progress import LiveProgress
+from fastgrpo.report.rollout_picture import plot_rollout
 from fastgrpo.report.summary import print_summary
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "describe_commit",
     "describe_machine",
     "load_run",
+    "plot_rollout",
     "plot_run",
     "print_summary",
     "save_run",
