@@ -17,6 +17,7 @@ from fastgrpo.grpo.arguments import parse_arguments
 from fastgrpo.grpo.script import load_datasets
 from fastgrpo.options import (
     AcceptanceOptions,
+    BudgetOptions,
     DemoOptions,
     DraftersOptions,
     DraftExportOptions,
@@ -25,6 +26,7 @@ from fastgrpo.options import (
     E2EOptions,
     GenerateOptions,
     LearningOptions,
+    PlansOptions,
     ProfileOptions,
     RolloutOptions,
 )
@@ -36,6 +38,8 @@ COMMANDS = {
     ("generate",): GenerateOptions,
     ("profile",): ProfileOptions,
     ("bench", "rollout"): RolloutOptions,
+    ("bench", "plans"): PlansOptions,
+    ("bench", "budget"): BudgetOptions,
     ("bench", "acceptance"): AcceptanceOptions,
     ("bench", "learning"): LearningOptions,
     ("bench", "drafters"): DraftersOptions,

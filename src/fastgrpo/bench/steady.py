@@ -15,7 +15,7 @@ from fastgrpo.metrics import compute_ratio
 from fastgrpo.options.planning import SteadyOptions
 from fastgrpo.types import SamplingParams, StepRecord
 
-_SHORTEST = 8  # tokens of a completion, in the mean, for which there are requests enough
+_SHORTEST = 4  # tokens of a completion, in the mean, for which there are requests enough
 
 
 class _EnoughSeen(Exception):

@@ -1,0 +1,323 @@
+"""The benchmarks of planners on a tiny model, and the arithmetic behind what they say. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastgrpo.bench.budget import choose_best, compare, compute_gain, compute_gain_error
+from fastgrpo.bench.plans import describe_concurrency, judge
+from fastgrpo.bench.rollout import compare_variants
+from fastgrpo.bench.steady import Progress, SteadyRollout, SteadyWorkload
+from fastgrpo.cli import main
+from fastgrpo.engine import Engine
+from fastgrpo.loading import load_model
+from fastgrpo.options import BudgetOptions, PlansOptions, RolloutOptions, name_plan, parse_plan, parse_speculation
+from fastgrpo.planner import FixedPlanner
+from fastgrpo.report.rollout_picture import compute_plain_rates, find_stretches, plot_rollout
+from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan, StepRecord
+from tiny import save_tiny_model
+
+TREE = SpeculationPlan(depth=2, width=2, num_draft_tokens=3)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def build_record(num_seqs: int, num_emitted: int, step_s: float, *, plan: SpeculationPlan = PLAIN) -> StepRecord:
+    return StepRecord(
+        num_seqs=num_seqs, num_waiting=0, plan=plan, num_tokens=num_seqs * (1 + plan.num_draft_tokens),
+        num_emitted=num_emitted, num_read=0, num_prefilled=0, offered=(), hits=(), prefill_s=0.0, draft_s=0.0,
+        target_s=step_s, verify_s=0.0, step_s=step_s, plan_s=0.02 * step_s,
+    )  # fmt: skip
+
+
+# -- shapes ------------------------------------------------------------------------------------------
+
+
+def test_a_shape_is_a_plan_and_back() -> None:
+    assert parse_plan("4x3x16") == SpeculationPlan(depth=4, width=3, num_draft_tokens=16)
+    assert name_plan(parse_plan("4x3x16")) == "4x3x16"
+    assert name_plan(PLAIN) == "off"
+    assert parse_speculation("bandit") == "bandit"
+    assert parse_speculation("1x2x2") == SpeculationPlan(depth=1, width=2, num_draft_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("4x4", "a plan's shape is depth x width x draft tokens, such as 4x4x16; got '4x4'"),
+        ("4x4x16x", "such as 4x4x16; got '4x4x16x'"),
+        ("4x0x16", "has no zero, got '4x0x16'; plain decoding is off"),
+        ("4x4x3", "the shape '4x4x3' cannot be: num_draft_tokens 3 cannot fill a depth of 4"),
+        ("always", "speculation must be one of auto, off, paper, paper-own, bandit, fixed, or depth x width"),
+        ("", "got ''"),
+    ],
+)
+def test_a_word_that_is_neither_planner_nor_shape_is_refused(
+    word: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        parse_speculation(word)
+    assert main(["bench", "rollout", "--speculation", f"off,{word}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_refuse_what_cannot_be_measured() -> None:
+    for options, changes, message in (
+        (PlansOptions, {"plans": ("off",)}, "such as 4x4x16; got 'off'"),
+        (PlansOptions, {"plans": ()}, "plans must name at least one shape"),
+        (PlansOptions, {"concurrency": (0, 4)}, "at least 1, got '0,4'"),
+        (PlansOptions, {"drafter": "none"}, "plain decoding is added"),
+        (BudgetOptions, {"most": 1}, "most must be at least 2, got 1"),
+        (BudgetOptions, {"concurrency": ()}, "concurrency must name"),
+        (BudgetOptions, {"temperature": -1.0}, "temperature must be >= 0, got -1.0"),
+        (RolloutOptions, {"speculation": ("auto", "3x3")}, "got '3x3'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            options(**changes)
+
+
+# -- a constant number of live sequences -------------------------------------------------------------
+
+
+def build_workload(min_tokens: int) -> SteadyWorkload:
+    params = SamplingParams(max_tokens=7, seed=0)
+    return SteadyWorkload(prompts=[[5, 6, 7], [8, 9]], params=params, tokens_per_seq=4, min_tokens=min_tokens)
+
+
+def test_only_full_steps_count_and_the_rollout_ends_with_enough(model_dir: Path) -> None:
+    engine = Engine(load_model(str(model_dir), dtype="float32", device="cpu"), drafter="ngram", speculation=TREE)
+    rollout = build_workload(min_tokens=40).roll_out(engine, 3, seed=1)
+    assert {record.num_seqs for record in rollout.records} == {3}
+    assert not any(record.num_prefilled for record in rollout.records)
+    emitted = [record.num_emitted for record in rollout.records]
+    assert sum(emitted[:-1]) < 40 <= sum(emitted), "it ends with the step that has shown enough"
+    walked = sum(seen.num_forwards for seen in rollout.progress.values())
+    assert 0 < walked < 3 * len(emitted), "steps that end a request are left out"
+    assert all(seen.num_tokens >= seen.num_forwards for seen in rollout.progress.values())
+    assert not engine.on_step and not engine.scheduler.has_work
+    engine.check()
+    again = build_workload(min_tokens=40).roll_out(engine, 3, seed=1)
+    assert {request: seen.num_tokens for request, seen in again.progress.items()}.keys() == rollout.progress.keys()
+    assert len(build_workload(min_tokens=40).roll_out(engine, 3, seed=1, share=0.2).records) < len(emitted)
+
+
+def test_a_rollout_of_a_step_each_counts_each_token_once(model_dir: Path) -> None:
+    engine = Engine(load_model(str(model_dir), dtype="float32", device="cpu"), drafter="none")
+    rollout = build_workload(min_tokens=10).roll_out(engine, 2, seed=1)
+    assert all(seen.num_tokens == seen.num_forwards for seen in rollout.progress.values()), "plain: one a forward"
+
+
+# -- what is read off --------------------------------------------------------------------------------
+
+
+def test_auto_stands_beside_the_best_plan_and_plain_decoding() -> None:
+    rollouts = {
+        "off": [[build_record(2, 2, 0.1)], [build_record(2, 2, 0.1)]],
+        "1x1x1": [[build_record(2, 4, 0.1, plan=TREE)], [build_record(2, 2, 0.1, plan=TREE)]],
+        "3x3x8": [[build_record(2, 3, 0.1, plan=TREE)], [build_record(2, 4, 0.1, plan=TREE)]],
+        "auto": [[build_record(2, 3, 0.1, plan=TREE)], [build_record(2, 3, 0.1)]],
+    }
+    row = describe_concurrency(2, rollouts)
+    assert row["best"] == "3x3x8"
+    assert row["auto_to_best"] == pytest.approx(6 / 7)
+    assert row["auto_to_plain"] == pytest.approx(6 / 4)
+    assert row["each_auto_to_best"] == pytest.approx([1, 3 / 4])
+    assert row["auto_to_best_chosen_apart"] == pytest.approx(6 / 5), "3x3x8 leads the second, 1x1x1 the first repeat"
+    assert row["arms"]["auto"]["share_speculating"] == 0.5
+    assert row["arms"]["auto"]["share_by_plan"] == {"2x2x3": 0.5, "off": 0.5}
+    assert row["arms"]["auto"]["plan_share"] == pytest.approx(0.02)
+    once = describe_concurrency(2, {name: each[:1] for name, each in rollouts.items()})
+    assert once["best"] == "1x1x1" and once["auto_to_best_chosen_apart"] is None
+
+
+def test_each_law_is_judged_plainly() -> None:
+    def build_row(num_seqs: int, to_best: float, to_plain: float, plan_ms: float, plan_share: float) -> dict:
+        arms = {"auto": {"plan_ms": plan_ms, "plan_share": plan_share}}
+        return {"num_seqs": num_seqs, "auto_to_best": to_best, "auto_to_plain": to_plain, "arms": arms}
+
+    met = judge([build_row(1, 0.96, 1.5, 0.5, 0.009), build_row(64, 0.95, 0.98, 0.19, 0.001)])
+    assert all(verdict.endswith(": met") for verdict in met)
+    missed = judge([build_row(1, 0.94, 1.5, 0.5, 0.02), build_row(64, 0.95, 0.97, 0.25, 0.001)])
+    assert [verdict.split(": ")[1] for verdict in missed] == [
+        "MISSED, 0.940 at 1", "MISSED, 0.970 at 64", "MISSED, 2.00% at 1", "MISSED, 0.25 ms at 64",
+    ]  # fmt: skip
+    assert judge([build_row(8, 1.0, 1.0, 0.1, 0.001)])[-1].endswith("not measured")
+
+
+def build_rollout(counts: list[tuple[int, int]], num_tokens: int) -> SteadyRollout:
+    progress = {i: Progress(num_tokens=tokens, num_forwards=forwards) for i, (tokens, forwards) in enumerate(counts)}
+    record = build_record(2, sum(tokens for tokens, _ in counts), 0.1)
+    return SteadyRollout(records=[replace(record, num_tokens=num_tokens)], progress=progress)
+
+
+def test_the_gain_of_sharing_is_of_the_same_requests() -> None:
+    uniform, shared = build_rollout([(10, 10), (20, 10)], 8), build_rollout([(12, 10), (21, 10), (99, 1)], 10)
+    row = compare([uniform], [shared])
+    assert row["gain"] == pytest.approx(33 / 30 - 1), "the third request was seen one way only"
+    assert row["draft_tokens"] == {"uniform": pytest.approx(3), "shared": pytest.approx(4)}
+    assert row["verified_difference"] == pytest.approx(0.25)
+    assert row["num_forwards"] == 20 and row["gain_error"] > 0
+    same = [(seen, Progress(num_tokens=2 * seen.num_tokens, num_forwards=2 * seen.num_forwards))
+            for seen in uniform.progress.values()]  # fmt: skip
+    assert compute_gain(same) == pytest.approx(0)
+    assert compute_gain_error(same) == pytest.approx(0)
+    assert compute_gain_error(same[:1]) is None
+
+
+def test_the_best_plan_is_chosen_without_looking_at_its_gain() -> None:
+    shapes = [
+        {"num_seqs": 2, "plan": plan, "acceptance_length": {"uniform": length}, "gain": gain}
+        for plan, length, gain in (("2x2x4", 1.8, 0.5), ("3x2x4", 1.9, 0.1), ("1x4x1", 1.4, 0.2))
+    ]
+    assert [(row["plan"], row["num_draft_tokens"]) for row in choose_best(shapes)] == [("3x2x4", 4), ("1x4x1", 1)]
+
+
+def test_variants_are_compared_with_the_best_of_the_others() -> None:
+    def build(rates: list[float], matched: float) -> dict:
+        each = [{"num_tokens": rate, "generation_s": 1.0} for rate in rates]
+        return {"tokens_per_s": sorted(rates)[1], "each": each, "matched_ratio_to_off": matched}
+
+    variants = {
+        "off": build([100, 100, 100], 1.0),
+        "bandit": build([150, 130, 140], 1.4),
+        "3x3x8": build([120, 120, 120], 1.2),
+        "4x4x16": build([90, 130, 125], 1.3),
+        "auto": build([150, 143, 126], 1.47),
+    }
+    compared = compare_variants(variants)
+    assert (compared["best_fixed"], compared["best_other"]) == ("4x4x16", "bandit")
+    assert compared["auto_to_best_each"] == pytest.approx([1.0, 1.1, 0.9])
+    assert compared["auto_to_best"] == pytest.approx(1.0)
+    assert compared["auto_to_best_matched"] == pytest.approx(1.05)
+    alone = compare_variants({"auto": variants["auto"]})
+    assert alone["best_other"] is None and alone["auto_to_best"] is None and alone["best_fixed"] is None
+
+
+# -- planning time -----------------------------------------------------------------------------------
+
+
+def test_a_step_says_how_long_its_planner_took(model_dir: Path) -> None:
+    class SlowPlanner(FixedPlanner):
+        def plan(self, inputs: object) -> SpeculationPlan:
+            time.sleep(0.002)
+            return self.fixed
+
+        def choose_budget(self, *arguments: object) -> int:
+            time.sleep(0.004)
+            return 2
+
+        def observe(self, record: StepRecord) -> None:
+            time.sleep(0.008)
+
+    model = load_model(str(model_dir), dtype="float32", device="cpu")
+    engine = Engine(model, drafter="eagle-new", speculation=TREE)
+    params = SamplingParams(max_tokens=12)
+    for plan, first_s in ((PLAIN, 0.002), (replace(TREE, most_draft_tokens=6), 0.006)):
+        engine.planner = SlowPlanner(fixed=plan)
+        for _ in range(2):  # the second rollout is not charged with the end of the first
+            engine.generate([[5, 6, 7]], params)
+            first, second = engine.records[:2]
+            assert first_s <= first.plan_s < first_s + 0.006
+            assert second.plan_s >= first_s + 0.008
+            assert second.plan_s <= second.step_s + 0.012
+
+
+# -- the picture -------------------------------------------------------------------------------------
+
+
+def test_a_rollout_is_cut_where_its_plan_changes(tmp_path: Path) -> None:
+    records = [build_record(4, 4, 1.0), build_record(4, 4, 1.0)] + [build_record(2, 4, 0.5, plan=TREE)] * 3
+    stretches = find_stretches([*records, build_record(1, 1, 2.0)])
+    assert [(s.plan.is_plain, s.start_s, s.end_s) for s in stretches] == [
+        (True, 0.0, 2.0), (False, 2.0, 3.5), (True, 3.5, 5.5),
+    ]  # fmt: skip
+    plain = [build_record(4, 4, 1.0), build_record(4, 4, 2.0), build_record(4, 4, 9.0), build_record(1, 1, 0.25)]
+    assert compute_plain_rates(records, plain) == pytest.approx([2.0, 2.0, 8.0, 8.0, 8.0]), "1 is nearest to 2"
+    for name, others in (("beside.png", plain), ("alone.png", [])):
+        plot_rollout(records, tmp_path / name, title="a rollout", plain=others, capacity=9.0)
+        assert (tmp_path / name).stat().st_size > 20_000
+    with pytest.raises(ValueError, match="the rollout has no step"):
+        plot_rollout([], tmp_path / "none.png", title="nothing")
+
+
+# -- whole commands ----------------------------------------------------------------------------------
+
+TINY = [
+    "--dtype",
+    "float32",
+    "--device",
+    "cpu",
+    "--max-num-tokens",
+    "30",
+    "--tokens-per-seq",
+    "6",
+    "--min-tokens",
+    "12",
+]
+
+
+def test_plans_are_measured_by_live_sequences(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plans.json"
+    argv = ["bench", "plans", "--model", str(model_dir), *TINY, "--concurrency", "1,4", "--plans", "1x1x1,3x3x8"]
+    assert main([*argv, "--repeats", "2", "--warmups", "1", "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    one, four = result["rows"]
+    assert (one["skipped"], four["skipped"]) == ([], ["3x3x8"])
+    assert list(one["arms"]) == ["off", "1x1x1", "3x3x8", "auto"] and list(four["arms"]) == ["off", "1x1x1", "auto"]
+    for row in (one, four):
+        plain, auto = row["arms"]["off"], row["arms"]["auto"]
+        assert plain["share_speculating"] == 0 and plain["acceptance_length"] == 1
+        assert row["arms"]["1x1x1"]["share_by_plan"] == {"1x1x1": 1.0}
+        assert len(auto["each_tokens_per_s"]) == 2
+        assert auto["plan_ms"] > plain["plan_ms"] > 0
+    assert len(result["verdicts"]) == 4
+    text = capsys.readouterr().out
+    assert "left out, too many tokens a forward: 3x3x8" in text
+    assert "planning takes less than 0.2 ms with 64 live sequences: not measured" in text
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_budgets_are_compared_at_as_many_verified_tokens(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "budget.json"
+    argv = ["bench", "budget", "--model", str(model_dir), *TINY, "--concurrency", "2,4"]
+    assert main([*argv, "--plans", "1x4x1,2x2x4,3x2x4,3x3x8", "--repeats", "1", "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert [(row["num_seqs"], row["num_draft_tokens"]) for row in result["rows"]] == [
+        (2, 1), (2, 4), (2, 8), (4, 1), (4, 4),
+    ]  # fmt: skip
+    assert len(result["shapes"]) == 7 and result["skipped"] == [{"num_seqs": 4, "plan": "3x3x8"}]
+    for row in result["shapes"]:
+        assert abs(row["verified_difference"]) <= 0.02
+        assert row["draft_tokens"]["uniform"] == parse_plan(row["plan"]).num_draft_tokens
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    assert "left out with 4 live: 3x3x8" in capsys.readouterr().out
+
+
+def test_rollouts_take_plans_by_shape_and_draw_one(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rollout.json"
+    argv = ["bench", "rollout", "--model", str(model_dir), "--dtype", "float32", "--device", "cpu", "--max-tokens", "8"]
+    argv += ["--num-prompts", "2", "--num-generations", "2", "--repeats", "1", "--drafter", "eagle-new"]
+    assert main([*argv, "--speculation", "off,2x2x4,1x1x1,auto", "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert list(result["variants"]) == ["off", "2x2x4", "1x1x1", "auto"]
+    assert all(own["share_equal_to_off"] == 1 for own in result["variants"].values())
+    assert result["variants"]["2x2x4"]["by_concurrency"][0]["nodes_per_sequence"] == 5
+    compared = result["comparison"]
+    assert compared["best_fixed"] in ("2x2x4", "1x1x1") and compared["best_other"] != "auto"
+    assert compared["auto_to_best"] > 0 and compared["auto_to_best_matched"] > 0
+    assert (tmp_path / "rollout-auto.png").stat().st_size > 20_000
+    assert f"best fixed plan: {compared['best_fixed']}; auto makes " in capsys.readouterr().out
