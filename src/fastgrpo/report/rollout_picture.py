@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _WINDOWS = 40  # windows that a rollout is smoothed over
 _SHADE = "#EFEFEF"
+_MOST_LINES = 40  # switches that are drawn through all panels
 _NAMED_SHARE = 0.045  # of the rollout's seconds: a shorter stretch with one plan has no room for its shape
 
 
@@ -86,7 +87,12 @@ def build_rollout_picture(
     stretches = find_stretches(records)
     for axes, title_of_panel, ylabel in zip(
         panels,
-        ("Live sequences", "Tokens in each target forward", "Acceptance length", "Speed"),
+        (
+            "Live sequences",
+            "Tokens in each target forward (above: plans, as depth x width x draft tokens)",
+            "Acceptance length",
+            "Speed",
+        ),
         ("sequences", "tokens", "tokens a sequence\nand forward", "tokens/s"),
         strict=True,
     ):
@@ -113,7 +119,9 @@ def _prepare(axes: Axes, title: str, ylabel: str, stretches: Sequence[Stretch]) 
     for stretch in stretches:
         if stretch.plan.is_plain:
             axes.axvspan(stretch.start_s, stretch.end_s, color=_SHADE, linewidth=0, zorder=0)
-    axes.fill_between([], [], color=_SHADE, label="no speculation")
+    if len(stretches) <= _MOST_LINES:
+        for stretch in stretches[1:]:
+            axes.axvline(stretch.start_s, color=RED, linewidth=0.7, alpha=0.45, zorder=1)
 
 
 def _ends_s(records: Sequence[StepRecord]) -> list[float]:
@@ -141,6 +149,8 @@ def _plot_sequences(axes: Axes, records: Sequence[StepRecord], plain: Sequence[S
     if any(record.num_waiting for record in records):
         waiting = [record.num_waiting for record in records]
         axes.stairs(waiting, ends_s, baseline=None, color=SKY, linewidth=1.4, linestyle="--", label="waiting")
+    if any(record.plan.is_plain for record in records):
+        axes.fill_between([], [], color=_SHADE, label="no speculation (all panels)")
     axes.set_ylim(bottom=0)
 
 
@@ -156,8 +166,8 @@ def _plot_verified(
         axes.axhline(capacity, color=RED, linestyle=":", linewidth=1.5, label=f"knee: {capacity:.0f} tokens")
     top = 1.05 * max(*totals, 1)
     axes.set_ylim(0, 1.3 * top)
-    switches_s = [stretch.start_s for stretch in stretches[1:]]
-    axes.vlines(switches_s, 1.02 * top, 1.09 * top, color=RED, linewidth=0.9, label="plan changes")
+    if switches_s := [stretch.start_s for stretch in stretches[1:]]:
+        axes.vlines(switches_s, 1.02 * top, 1.09 * top, color=RED, linewidth=1.2, label="plan changes")
     for stretch in stretches:
         if stretch.end_s - stretch.start_s >= _NAMED_SHARE * ends_s[-1]:
             middle_s = (stretch.start_s + stretch.end_s) / 2
