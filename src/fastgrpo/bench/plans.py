@@ -256,22 +256,17 @@ def plot_plans(rows: Sequence[Row], path: Path) -> None:
     for shape in shapes:
         points = [(row["num_seqs"], compute_rise(row, shape)) for row in rows if shape in row["arms"]]
         axes.plot(*zip(*points, strict=True), color=GREY, alpha=0.45, linewidth=1, marker=".", zorder=1)
-        axes.annotate(
-            shape,
-            points[0],
-            xytext=(-5, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            fontsize=7,
-            color=GREY,
-        )
     axes.plot([], [], color=GREY, alpha=0.45, marker=".", label="one plan (depth x width x draft tokens)")
-    best = [compute_rise(row, row["best"]) for row in rows]
-    axes.plot(concurrency, best, color=GREEN, linestyle="--", linewidth=1.8, label="the best of them, plain included")
-    axes.plot(
-        concurrency, [compute_rise(row, AUTO) for row in rows], color=BLUE, linewidth=2.8, marker="o", label="auto"
-    )
+    best, own = ([compute_rise(row, name or row["best"]) for row in rows] for name in (None, AUTO))
+    axes.plot(concurrency, best, color=GREEN, linestyle="--", label="the best of them and of plain decoding")
+    axes.plot(concurrency, own, color=BLUE, linewidth=2.8, marker="o", label="auto, and its share of the best")
+    for row, top, bottom in zip(rows, best, own, strict=True):
+        texts = ((row["best"], top, 9, GREEN), (f"{row['auto_to_best']:.2f}", min(bottom, top), -17, BLUE))
+        for text, height, offset, colour in texts:
+            axes.annotate(
+                text, (row["num_seqs"], height), xytext=(0, offset), textcoords="offset points", ha="center",
+                fontsize=9, color=colour,
+            )  # fmt: skip
     axes.axhline(1, color=RED, linestyle=":", linewidth=1.4, label="plain decoding")
     axes.set_xticks(concurrency, [str(count) for count in concurrency])
     axes.minorticks_off()

@@ -102,7 +102,7 @@ def build_rollout_picture(
     _plot_acceptance(panels[2], records)
     _plot_speed(panels[3], records, plain)
     ends_s = [sum(record.step_s for record in steps) for steps in (records, plain)]
-    panels[3].set_xlim(0, 1.01 * max(ends_s))
+    panels[3].set_xlim(0, 1.01 * min(max(ends_s), 2 * ends_s[0]))  # a plain one far longer would squeeze what is shown
     panels[3].set_xlabel("seconds since the rollout began")
     for axes in panels:
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
