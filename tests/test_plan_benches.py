@@ -174,10 +174,13 @@ def test_the_gain_of_sharing_is_of_the_same_requests() -> None:
 
 def test_the_best_plan_is_chosen_without_looking_at_its_gain() -> None:
     shapes = [
-        {"num_seqs": 2, "plan": plan, "acceptance_length": {"uniform": length}, "gain": gain}
-        for plan, length, gain in (("2x2x4", 1.8, 0.5), ("3x2x4", 1.9, 0.1), ("1x4x1", 1.4, 0.2))
+        {"num_seqs": 2, "plan": plan, "acceptance_length": {"uniform": uniform, "shared": shared}}
+        for plan, uniform, shared in (("2x2x4", 1.8, 2.5), ("3x2x4", 1.9, 2.0), ("1x4x1", 1.4, 1.5))
     ]
-    assert [(row["plan"], row["num_draft_tokens"]) for row in choose_best(shapes)] == [("3x2x4", 4), ("1x4x1", 1)]
+    four, one = choose_best(shapes)
+    assert (four["plan"], four["num_draft_tokens"]) == ("3x2x4", 4)
+    assert four["best_shared"] == {"plan": "2x2x4", "acceptance_length": 2.5}
+    assert (one["plan"], one["num_draft_tokens"], one["best_shared"]["plan"]) == ("1x4x1", 1, "1x4x1")
 
 
 def test_variants_are_compared_with_the_best_of_the_others() -> None:

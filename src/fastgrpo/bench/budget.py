@@ -133,19 +133,23 @@ def compute_gain_error(pairs: Sequence[Pair]) -> float | None:
 def choose_best(shapes: Sequence[Row]) -> list[Row]:
     """For each concurrency and number of draft tokens, the plan that is best with uniform trees.
 
-    The gain is that plan's own; a plan chosen for what it gains would gain by luck.
+    The gain is that plan's own; a plan chosen for what it gains would gain by luck. `best_shared` is the plan that is
+    best with a shared budget, which may be another.
     """
-    best: dict[tuple[int, int], Row] = {}
+    groups: dict[tuple[int, int], list[Row]] = {}
     for row in shapes:
-        key = (row["num_seqs"], parse_plan(row["plan"]).num_draft_tokens)
-        if key not in best or row["acceptance_length"][UNIFORM] > best[key]["acceptance_length"][UNIFORM]:
-            best[key] = row
-    return [row | {"num_draft_tokens": num_draft_tokens} for (_, num_draft_tokens), row in best.items()]
+        groups.setdefault((row["num_seqs"], parse_plan(row["plan"]).num_draft_tokens), []).append(row)
+    rows = []
+    for (_, num_draft_tokens), group in groups.items():
+        best, shared = (max(group, key=lambda row: row["acceptance_length"][way]) for way in (UNIFORM, SHARED))
+        best_shared = {"plan": shared["plan"], "acceptance_length": shared["acceptance_length"][SHARED]}
+        rows.append(best | {"num_draft_tokens": num_draft_tokens, "best_shared": best_shared})
+    return rows
 
 
 def _show_gain(row: Row) -> str:
     error = "" if row["gain_error"] is None else f" +- {100 * row['gain_error']:.1f}"
-    return f"{100 * row['gain']:+.1f}{error} %"
+    return f"{100 * row['gain']:+.1f}{error}"
 
 
 def _describe(row: Row) -> str:
@@ -153,21 +157,22 @@ def _describe(row: Row) -> str:
     unequal = "" if abs(difference) <= MOST_DIFFERENCE else " (NOT as many: the gain does not count)"
     return (
         f"{row['num_seqs']} live, {row['plan']}: {lengths[UNIFORM]:.3f} uniform, {lengths[SHARED]:.3f} shared, gain "
-        f"{_show_gain(row)}; verified tokens {difference:+.1%}{unequal}"
+        f"{_show_gain(row)} %; verified tokens {difference:+.1%}{unequal}"
     )
 
 
 def _build_table(rows: Sequence[Row]) -> Table:
     title = "tokens a sequence and forward, as many draft tokens: shared beside uniform"
     table = Table(title=title, title_justify="left")
-    for heading in ("live", "draft tokens", "plan", "uniform", "shared", "gain", "verified", "forwards"):
+    for heading in ("live", "drafts", "plan", "uniform", "shared", "gain, %", "best shared", "verified"):
         table.add_column(heading, justify="right")
     for row in rows:
         lengths = (f"{row['acceptance_length'][way]:.3f}" for way in (UNIFORM, SHARED))
         counts = (str(row["num_seqs"]), str(row["num_draft_tokens"]), row["plan"])
+        best = f"{row['best_shared']['acceptance_length']:.3f} {row['best_shared']['plan']}"
         verified = f"{row['verified_difference']:+.1%}"
         mark = "" if abs(row["verified_difference"]) <= MOST_DIFFERENCE else " [red]<>[/]"
-        table.add_row(*counts, *lengths, _show_gain(row), verified + mark, str(row["num_forwards"]))
+        table.add_row(*counts, *lengths, _show_gain(row), best, verified + mark)
     return table
 
 
