@@ -32,7 +32,7 @@ from fastgrpo.planner import (
 )
 from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
 from fastgrpo.planner.auto import GRID
-from fastgrpo.planner.costs import FollowedProfile
+from fastgrpo.planner.costs import StepCosts
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
 FLAT = HardwareProfile(num_tokens=(1, 64, 512), target_s=(0.020, 0.0201, 0.021), draft_s=(0.001, 0.001, 0.0011))
@@ -402,12 +402,13 @@ def test_the_price_of_reading_heals_from_plain_steps(stale):
     """Rollouts whose contexts grow while sequences finish tell both apart: what a token and what a position costs."""
     grid, read_s = (1, 2, 4, 8, 16, 32, 64), 2.5e-6
     truth = HardwareProfile(num_tokens=grid, target_s=tuple(0.03 + 0.0005 * n for n in grid), read_s=read_s)
-    followed = FollowedProfile(replace(truth, read_s=stale * read_s))
+    followed = StepCosts(replace(truth, read_s=stale * read_s))
     for _ in range(12):
         for length in range(100, 400, 2):
             num_seqs = max(1, 32 - length // 10)
             measured_s = truth.compute_target_s(num_seqs, num_seqs * length)
-            followed.observe(num_seqs, num_seqs * length, measured_s)
+            facts = {"num_tokens": num_seqs, "num_read": num_seqs * length, "target_s": measured_s}
+            followed.observe(build_record(PLAIN, num_seqs, **facts))
     for num_seqs, length in ((4, 300), (16, 150), (24, 110)):
         expected_s = truth.compute_target_s(num_seqs, num_seqs * length)
         found_s = followed.profile.compute_target_s(num_seqs, num_seqs * length)
@@ -546,7 +547,7 @@ SHARED = SpeculationPlan(depth=3, width=3, num_draft_tokens=4, most_draft_tokens
 
 def compute_worth(planner: AutoPlanner, inputs: PlanInputs, chances: list[float], budget: int) -> float:
     """What the first `budget` tokens bring, less the tokens that plain work would have brought in their time."""
-    rate = max(planner._predict_rate(SHARED, inputs), planner._predict_rate(PLAIN, inputs))
+    rate = max(planner.predict_rate(SHARED, inputs), planner.predict_rate(PLAIN, inputs))
     accepted = sum(chances[:budget]) * planner._accepted / planner._promised
     seconds = planner.profile.compute_target_s(inputs.num_seqs + budget, inputs.num_read)
     seconds += planner.profile.sample_s * accepted

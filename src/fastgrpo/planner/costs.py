@@ -1,102 +1,213 @@
-"""What forwards cost, followed step by step: an extended Kalman filter over the logarithms of a profile's times."""
+"""What the parts of a step cost, followed step by step: extended Kalman filters over the logarithms of a profile."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastgrpo.planner.profile import HardwareProfile
+from fastgrpo.types import SpeculationPlan, StepRecord
 
-_DOUBT = 0.5  # nats; what a time of the profile may be off by, before anything was measured
-_ALIKE = 0.9  # correlation of the errors of two points an octave apart: a slower machine is slower everywhere
-_DRIFT = 0.003  # nats; what a time changes by from step to step
-_NOISE = 0.05  # nats; what steps scatter by
+READ_PER_DRAFT = 2  # tokens of each sequence that the profiler's drafts read
+_DOUBT = 0.5  # nats; what a price may be off by, before anything was measured
+_ALIKE = 0.9  # correlation of the errors of two points of the grid an octave apart: a slow machine is slow everywhere
+_DRIFT = 0.003  # nats; what a price changes by from step to step
 _OUTLIER = 2.5  # standard deviations; more is taken for this much
-_SURPRISE_RATE, _MOST_SURPRISE = 0.25, 1.5  # of the running mean of such deviations; beyond, the times are doubted
+_SURPRISE_RATE, _MOST_SURPRISE = 0.25, 1.5  # of the running mean of such deviations; beyond, the prices are doubted
+_CALM, _MANY, _LISTEN_EVERY = 0.5, 256, 4  # of that mean; steps; after so many, the share that is listened to
 _DOUBT_AGAIN = 0.25  # share of the first doubt's variance that comes back then
+_LEAST_S = 1e-12  # of a price that the profile gives as 0
+_IDLE_S = 1e-4  # what a step may take where a draft would be made, though none is
+
+Vector = NDArray[np.float64]
 
 
-class FollowedProfile:
-    """A profile whose target times follow those of real steps.
+class PriceFilter:
+    """Positive prices whose sum, each times what was bought, is what was measured.
 
-    A step's time is the sum of its tokens' and its positions' times; the blame for an error goes where the doubt is,
-    so that rollouts in which contexts grow while sequences finish tell both apart. Single outliers move little; when
-    several steps agree that the times are wrong, they are doubted anew, and soon right.
+    The blame for an error goes where the doubt is. Single outliers move little; when several measurements agree that
+    the prices are wrong, they are doubted anew, and soon right.
+
+    Args:
+        prices: what is believed to begin with.
+        noise: nats that measurements scatter by.
+        alike: correlation of the prices' errors; None takes them for independent.
+    """
+
+    def __init__(self, prices: Sequence[float], *, noise: float, alike: Vector | None = None) -> None:
+        self.prices: Vector = np.maximum(np.array(prices, dtype=np.float64), _LEAST_S)
+        self.noise = noise
+        self._prior = _DOUBT**2 * (np.eye(len(self.prices)) if alike is None else alike)
+        self.variance = self._prior.copy()
+        self._surprise = 0.0
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether the last measurements were as expected."""
+        return abs(self._surprise) < _CALM
+
+    def observe(self, bought: Vector, measured_s: float) -> None:
+        spent = self.prices * bought
+        predicted_s = float(spent.sum())
+        if predicted_s <= 0 or measured_s <= 0:
+            return
+        shares = spent / predicted_s
+        self.variance += (_DRIFT / _DOUBT) ** 2 * self._prior
+        spread = self.variance @ shares
+        deviation = float(np.sqrt(shares @ spread + self.noise**2))
+        scaled = min(max(float(np.log(measured_s / predicted_s)) / deviation, -_OUTLIER), _OUTLIER)
+        self.prices *= np.exp(spread * (scaled / deviation))
+        self.variance -= np.outer(spread, spread / deviation**2)
+        self._surprise += _SURPRISE_RATE * (scaled - self._surprise)
+        if abs(self._surprise) > _MOST_SURPRISE:
+            self.variance += _DOUBT_AGAIN * self._prior
+            self._surprise = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "prices": self.prices.tolist(),
+            "variance": self.variance.tolist(),
+            "surprise": self._surprise,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state_dict` described."""
+        self.prices, self.variance = np.array(state["prices"]), np.array(state["variance"])
+        self._surprise = float(state["surprise"])
+
+
+class StepCosts:
+    """A profile that follows real steps: of forwards, by tokens and cached positions; of drafts; of all the rest.
+
+    Rollouts in which contexts grow while sequences finish tell tokens and positions apart. More tokens never take
+    less. Plans are priced many at a time, as arrays.
 
     Args:
         start: what was measured before, perhaps long ago.
     """
 
     def __init__(self, start: HardwareProfile) -> None:
-        self.start = self.profile = start
-        octaves = np.log2(np.array(start.num_tokens))
-        alike = _ALIKE ** np.abs(octaves[:, None] - octaves)
-        self._prior = np.eye(len(octaves) + 1)  # the last is the price of a cached position
-        self._prior[:-1, :-1] = alike
-        self._logs = np.zeros(len(self._prior))  # of each time over its start
-        self._variance = _DOUBT**2 * self._prior
-        self._surprise = 0.0
+        self.start = start
+        self._grid = np.array(start.num_tokens, dtype=np.float64)
+        octaves = np.log2(self._grid)
+        alike = np.eye(len(octaves) + 1)  # the last is the price of a cached position
+        alike[:-1, :-1] = _ALIKE ** np.abs(octaves[:, None] - octaves)
+        self._target = PriceFilter((*start.target_s, start.read_s), noise=0.05, alike=alike)
+        self._draft = PriceFilter((_IDLE_S, 1.0, 1.0, 1.0), noise=0.1)  # idle; times of starts, of levels, of reading
+        self._num_seen = 0
+        self._rest = PriceFilter((start.fixed_s, start.sample_s), noise=0.1)
+        self._levels: Vector = np.array(start.draft_s)
+        self._starts: Vector = np.array(start.draft_start_s or start.draft_s)
 
-    def observe(self, num_tokens: int, num_read: int, measured_s: float) -> None:
-        """A target forward of so many tokens that read so many cached positions took so long."""
-        predicted_s = self.profile.compute_target_s(num_tokens, num_read)
-        shares = self._find_shares(num_tokens, num_read, predicted_s)
-        self._variance += _DRIFT**2 * self._prior
-        spread = self._variance @ shares
-        deviation = float(np.sqrt(shares @ spread + _NOISE**2))
-        scaled = float(np.log(measured_s / predicted_s)) / deviation
-        scaled = min(max(scaled, -_OUTLIER), _OUTLIER)
-        self._logs += spread * (scaled / deviation)
-        self._variance -= np.outer(spread, spread) / deviation**2
-        self._surprise += _SURPRISE_RATE * (scaled - self._surprise)
-        if abs(self._surprise) > _MOST_SURPRISE:
-            self._variance += _DOUBT_AGAIN * _DOUBT**2 * self._prior
-            self._surprise = 0.0
-        self._rebuild()
+    @property
+    def profile(self) -> HardwareProfile:
+        """The profile with the target's times as they are now."""
+        *target_s, read_s = self._target.prices.tolist()
+        return replace(self.start, target_s=tuple(target_s), read_s=read_s)
 
-    def _find_shares(self, num_tokens: int, num_read: int, predicted_s: float) -> np.ndarray:
-        """Of a forward's time, what each point of the grid and the cached positions account for; sums to about 1."""
-        grid, times = self.profile.num_tokens, self.profile.target_s
-        right = min(max(int(np.searchsorted(grid, num_tokens)), 1), len(grid) - 1)
-        weight = (num_tokens - grid[right - 1]) / (grid[right] - grid[right - 1])
-        shares = np.zeros(len(grid) + 1)
-        shares[right - 1], shares[right] = (1 - weight) * times[right - 1], weight * times[right]
-        shares[-1] = self.profile.read_s * num_read
-        return shares / predicted_s
+    # -- predictions, in seconds -----------------------------------------------------------------------------
 
-    def _rebuild(self) -> None:
-        start = np.log(self.start.target_s)
-        self._logs[:-1] = _level(start + self._logs[:-1], 1 / np.diag(self._variance)[:-1]) - start
-        factors = np.exp(self._logs).tolist()
-        times = tuple(seconds * factor for seconds, factor in zip(self.start.target_s, factors, strict=False))
-        self.profile = replace(self.start, target_s=times, read_s=self.start.read_s * factors[-1])
+    def predict_target_s(self, num_tokens: Vector | float, num_read: float) -> Vector:
+        prices = self._target.prices
+        return _interpolate(num_tokens, self._grid, prices[:-1]) + prices[-1] * num_read
+
+    def predict_draft_s(self, depths: Vector | float, widths: Vector | float, num_seqs: int) -> Vector:
+        """Of drafts that read what was just accepted; depth 0 is none."""
+        idle_s, start, level, _ = self._draft.prices
+        starts_s, levels_s = self._price_drafts(depths, widths, num_seqs)
+        return idle_s + start * starts_s + level * levels_s
+
+    def predict_reading_s(self, num_unread: int, num_seqs: int) -> float:
+        """Of what no draft has read yet, beyond the few tokens that every draft reads."""
+        return float(self._draft.prices[3]) * self._price_reading(num_unread, num_seqs)
+
+    def predict_rest_s(self, num_emitted: Vector | float) -> Vector:
+        """Of a step beside its forward and its draft."""
+        fixed_s, sample_s = self._rest.prices
+        return np.asarray(fixed_s + sample_s * num_emitted)
+
+    @property
+    def sample_s(self) -> float:
+        """Seconds for one more emitted token."""
+        return float(self._rest.prices[1])
+
+    # -- learning --------------------------------------------------------------------------------------------
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn from a step; from every fourth once many were as expected."""
+        self._num_seen += 1
+        if self._num_seen > _MANY and self._num_seen % _LISTEN_EVERY and self._target.is_calm:
+            return
+        bought = np.zeros(len(self._grid) + 1)
+        right = min(max(int(np.searchsorted(self._grid, record.num_tokens)), 1), len(self._grid) - 1)
+        left_at, right_at = self._grid[right - 1], self._grid[right]
+        weight = (record.num_tokens - left_at) / (right_at - left_at)
+        bought[right - 1], bought[right], bought[-1] = max(1 - weight, 0.0), weight, record.num_read
+        self._target.observe(bought, record.target_s)
+        prices = self._target.prices
+        prices[:-1] = np.exp(_level(np.log(prices[:-1]), 1 / np.diag(self._target.variance)[:-1]))
+        self._rest.observe(np.array([1.0, record.num_emitted]), record.verify_s)
+        self._observe_draft(record)
+
+    def _observe_draft(self, record: StepRecord) -> None:
+        plan = record.plan
+        if not plan.is_plain and not record.offered:
+            return  # nothing was drafted: it says what neither a draft nor its absence takes
+        starts_s, levels_s = self._price_drafts(plan.depth, plan.width, record.num_seqs)
+        reading_s = 0.0 if plan.is_plain else self._price_reading(record.num_unread, record.num_seqs)
+        self._draft.observe(np.array([1.0, float(starts_s), float(levels_s), reading_s]), record.draft_s)
+
+    def _price_drafts(self, depths: Vector | float, widths: Vector | float, num_seqs: int) -> tuple[Vector, Vector]:
+        """Seconds of a draft's start and of its further levels, by the profile it began with."""
+        depths, widths = np.asarray(depths, dtype=np.float64), np.asarray(widths, dtype=np.float64)
+        if not len(self._levels):
+            return np.zeros_like(depths), np.zeros_like(depths)
+        starts_s = _interpolate(float(num_seqs), self._grid, self._starts)
+        levels_s = _interpolate(num_seqs * widths, self._grid, self._levels)
+        return np.where(depths > 0, starts_s, 0.0), np.maximum(depths - 1, 0.0) * levels_s
+
+    def _price_reading(self, num_unread: int, num_seqs: int) -> float:
+        return self.start.draft_read_s * max(num_unread - READ_PER_DRAFT * num_seqs, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "start": asdict(self.start),
-            "logs": self._logs.tolist(),
-            "variance": self._variance.tolist(),
-            "surprise": self._surprise,
-        }
+        filters = {"target": self._target, "draft": self._draft, "rest": self._rest}
+        seen = {"start": asdict(self.start), "num_seen": self._num_seen}
+        return seen | {name: each.state_dict() for name, each in filters.items()}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> FollowedProfile:
-        """The profile that `state_dict` described."""
+    def from_state(cls, state: Mapping[str, Any]) -> StepCosts:
+        """The costs that `state_dict` described."""
         start: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in state["start"].items()
         }
-        followed = cls(HardwareProfile(**start))
-        followed._logs, followed._variance = np.array(state["logs"]), np.array(state["variance"])
-        followed._surprise = float(state["surprise"])
-        followed._rebuild()
-        return followed
+        costs = cls(HardwareProfile(**start))
+        for name, each in (("target", costs._target), ("draft", costs._draft), ("rest", costs._rest)):
+            each.restore(state[name])
+        costs._num_seen = int(state["num_seen"])
+        return costs
 
 
-def _level(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def shape_arrays(plans: Sequence[SpeculationPlan]) -> tuple[Vector, Vector, Vector]:
+    """Depths, widths and draft tokens of plans, as `StepCosts` prices them."""
+    depths, widths, nodes = np.array([(p.depth, p.width, p.num_draft_tokens) for p in plans], dtype=np.float64).T
+    return depths, widths, nodes
+
+
+def _interpolate(at: Vector | float, grid: Vector, values: Vector) -> Vector:
+    """Piecewise linear, continued with the last slope (never falling) beyond the grid."""
+    inside = np.interp(at, grid, values)
+    slope = max((values[-1] - values[-2]) / (grid[-1] - grid[-2]), 0.0)
+    return np.asarray(inside + slope * np.maximum(np.asarray(at) - grid[-1], 0.0))
+
+
+def _level(values: Vector, weights: Vector) -> Vector:
     """The nearest values that never fall, by weighted least squares: neighbours that do are pooled."""
+    if (values[1:] >= values[:-1]).all():
+        return values
     pools: list[tuple[float, float, int]] = []  # mean, weight, count
     for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
         mean, total, count = value, weight, 1

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastgrpo.planner.acceptance import AcceptanceTable, compute_expected_length
 from fastgrpo.types import SpeculationPlan, StepRecord
 
-_WINDOW = 600.0  # sequences and steps that what was counted is remembered for
+_WINDOW = 1200.0  # sequences and steps that what was counted is remembered for
 _LOCAL_WEIGHT = 16.0  # trials that the table of the octave below counts for
 _PRIOR_ACCEPTED = 60.0  # draft tokens that agreement with the tables counts for
-_NEW_STEPS, _KEEP_STEPS = 16, 8  # speculating steps that all is new for, and that predictions are kept for
+_NEW_STEPS, _KEEP_STEPS = 16, 16  # speculating steps that all is new for, and that predictions are kept for
 
 
 class _Agreement:
@@ -51,11 +54,17 @@ class Expectation:
         self._age = 0
         self._rates: dict[int, list[list[float]]] = {}  # by octave, until they are computed anew
         self._trees: dict[tuple[int, SpeculationPlan], float] = {}
+        self._lengths: dict[tuple[int, SpeculationPlan, int], NDArray[np.float64]] = {}
 
     @property
     def explored_depth(self) -> int:
         """Levels from the root whose rates rest on trials."""
         return self.table.explored_depth
+
+    @property
+    def is_new(self) -> bool:
+        """Whether hardly anything was seen yet."""
+        return self._age < _NEW_STEPS
 
     def predict_length(self, plan: SpeculationPlan, num_seqs: int) -> float:
         """Tokens per sequence and step with so many live, next token included."""
@@ -65,18 +74,24 @@ class Expectation:
         accepted = self._predict_accepted(plan, num_seqs) * (own.ratio if own else 1.0)
         return 1 + min(accepted, plan.depth)
 
+    def predict_lengths(self, plans: Sequence[SpeculationPlan], num_seqs: int) -> NDArray[np.float64]:
+        """`predict_length` of each of these plans."""
+        key = (num_seqs.bit_length(), plans[0], len(plans))
+        if key not in self._lengths:
+            self._lengths[key] = np.array([self.predict_length(plan, num_seqs) for plan in plans])
+        return self._lengths[key]
+
     def observe(self, record: StepRecord) -> None:
         """Learn from a step that offered drafts."""
         plan, num_seqs = record.plan, record.num_seqs
         accepted, predicted = float(record.num_emitted - num_seqs), num_seqs * self._predict_from_table(record)
-        is_new = self._age < _NEW_STEPS  # the tables are still far off, which says nothing of this plan
-        if not is_new:
+        if not self.is_new:  # while it is, the tables are far off, which says nothing of this plan
             self._plans.setdefault(plan, _Agreement()).observe(accepted, self._all.ratio * predicted, num_seqs)
             self._all.observe(accepted, predicted, num_seqs)
         self.table.observe(record)
         self._find_local(num_seqs.bit_length()).observe(record)
         self._age += 1
-        if is_new or self._age % _KEEP_STEPS == 0:
+        if self.is_new or self._age % _KEEP_STEPS == 0:
             self._forget_predictions()
 
     def fade(self, keep: float) -> None:
@@ -114,6 +129,7 @@ class Expectation:
     def _forget_predictions(self) -> None:
         self._rates.clear()
         self._trees.clear()
+        self._lengths.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {
