@@ -18,7 +18,7 @@ _ALIKE = 0.9  # correlation of the errors of two points of the grid an octave ap
 _DRIFT = 0.003  # nats; what a price changes by from step to step
 _OUTLIER = 2.5  # standard deviations; more is taken for this much
 _SURPRISE_RATE, _MOST_SURPRISE = 0.25, 1.5  # of the running mean of such deviations; beyond, the prices are doubted
-_CALM, _MANY, _LISTEN_EVERY = 0.5, 256, 4  # of that mean; steps; after so many, the share that is listened to
+_CALM, _MANY, _LISTEN_EVERY = 0.5, 256, 2  # of that mean; steps; after so many, the share that is listened to
 _DOUBT_AGAIN = 0.25  # share of the first doubt's variance that comes back then
 _LEAST_S = 1e-12  # of a price that the profile gives as 0
 _IDLE_S = 1e-4  # what a step may take where a draft would be made, though none is
@@ -138,7 +138,7 @@ class StepCosts:
     # -- learning --------------------------------------------------------------------------------------------
 
     def observe(self, record: StepRecord) -> None:
-        """Learn from a step; from every fourth once many were as expected."""
+        """Learn from a step; from every other one once many were as expected."""
         self._num_seen += 1
         if self._num_seen > _MANY and self._num_seen % _LISTEN_EVERY and self._target.is_calm:
             return
