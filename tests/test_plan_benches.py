@@ -17,7 +17,7 @@ from fastgrpo.engine import Engine
 from fastgrpo.loading import load_model
 from fastgrpo.options import BudgetOptions, PlansOptions, RolloutOptions, name_plan, parse_plan, parse_speculation
 from fastgrpo.planner import FixedPlanner
-from fastgrpo.report.rollout_picture import compute_plain_rates, find_stretches, plot_rollout
+from fastgrpo.report.rollout_picture import build_rollout_picture, compute_plain_rates, find_stretches, plot_rollout
 from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan, StepRecord
 from tiny import save_tiny_model
 
@@ -250,6 +250,12 @@ def test_a_rollout_is_cut_where_its_plan_changes(tmp_path: Path) -> None:
     for name, others in (("beside.png", plain), ("alone.png", [])):
         plot_rollout(records, tmp_path / name, title="a rollout", plain=others, capacity=9.0)
         assert (tmp_path / name).stat().st_size > 20_000
+    for capacity, is_drawn in ((30.0, True), (100.0, False)):
+        _, axes, *_ = build_rollout_picture(records, title="a rollout", capacity=capacity).axes
+        lines = [line for line in axes.lines if line.get_label() == f"knee: {capacity:.0f} tokens"]
+        assert len(lines) == is_drawn
+        assert axes.get_ylim()[1] > 30 or not is_drawn, "what is named is in the picture"
+        assert {text.get_text() for text in axes.texts} == {"plain", "2x2x3"}
     with pytest.raises(ValueError, match="the rollout has no step"):
         plot_rollout([], tmp_path / "none.png", title="nothing")
 

@@ -162,9 +162,11 @@ def _plot_verified(
     roots, totals = [record.num_seqs for record in records], [record.num_tokens for record in records]
     axes.stairs(totals, ends_s, baseline=roots, fill=True, color=ORANGE, label="drafts to verify")
     axes.stairs(roots, ends_s, fill=True, color=BLUE, label="one a sequence")
-    if capacity is not None and capacity <= 3 * max(totals):  # one far above would flatten what is drawn
+    highest = float(max(totals))
+    if capacity is not None and capacity <= 3 * highest:  # one far above would flatten what is drawn
+        highest = max(highest, capacity)
         axes.axhline(capacity, color=RED, linestyle=":", linewidth=1.5, label=f"knee: {capacity:.0f} tokens")
-    top = 1.05 * max(*totals, 1)
+    top = 1.05 * highest
     axes.set_ylim(0, 1.3 * top)
     if switches_s := [stretch.start_s for stretch in stretches[1:]]:
         axes.vlines(switches_s, 1.02 * top, 1.09 * top, color=RED, linewidth=1.2, label="plan changes")
