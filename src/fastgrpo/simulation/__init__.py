@@ -1,0 +1,31 @@
+"""Rollouts without a model: recorded facts replayed against any planner, on measured or computed costs. No torch."""
+
+from fastgrpo.simulation.costs import Corrections, Costs, ProfileCosts, StepSeconds, StepWork
+from fastgrpo.simulation.facts import Facts
+from fastgrpo.simulation.facts_files import load_facts, save_facts
+from fastgrpo.simulation.lengths import draw_lengths, draw_requests
+from fastgrpo.simulation.replay import Replay, Request, build_requests, replay
+from fastgrpo.simulation.roofline import DEVICES, MODELS, Roofline, build_roofline_profile
+from fastgrpo.simulation.trees import TreeTables
+
+__all__ = [
+    "DEVICES",
+    "MODELS",
+    "Corrections",
+    "Costs",
+    "Facts",
+    "ProfileCosts",
+    "Replay",
+    "Request",
+    "Roofline",
+    "StepSeconds",
+    "StepWork",
+    "TreeTables",
+    "build_requests",
+    "build_roofline_profile",
+    "draw_lengths",
+    "draw_requests",
+    "load_facts",
+    "replay",
+    "save_facts",
+]

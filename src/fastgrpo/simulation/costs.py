@@ -1,0 +1,112 @@
+"""What a simulated step takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fastgrpo.planner import HardwareProfile
+from fastgrpo.types import SpeculationPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWork:
+    """What there is to do in a step; counts as in `StepRecord`.
+
+    Args:
+        num_unread: tokens that the drafter reads before it drafts.
+    """
+
+    plan: SpeculationPlan
+    num_seqs: int
+    num_tokens: int
+    num_read: int
+    num_unread: int
+    num_emitted: int
+    num_prefilled: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSeconds:
+    """The parts of a step, in seconds, as `StepRecord` has them."""
+
+    prefill_s: float
+    draft_s: float
+    target_s: float
+    verify_s: float
+
+    @property
+    def step_s(self) -> float:
+        return self.prefill_s + self.draft_s + self.target_s + self.verify_s
+
+
+class Costs(Protocol):
+    def price(self, work: StepWork) -> StepSeconds: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrections:
+    """Measured over predicted seconds, for each part of a step; 1 believes the profile.
+
+    Args:
+        between_s: seconds that each step takes beside its parts as the profile knows them.
+    """
+
+    prefill: float = 1.0
+    draft: float = 1.0
+    target: float = 1.0
+    verify: float = 1.0
+    between_s: float = 0.0
+
+
+@dataclass(kw_only=True)
+class ProfileCosts:
+    """Costs by a hardware profile, perhaps corrected, perhaps with noise.
+
+    Args:
+        noise: standard deviation of the logarithm of each part's time; 0 gives the same time to the same work.
+        seed: of the noise.
+
+    Raises:
+        ValueError: a noise that is negative or not finite.
+    """
+
+    profile: HardwareProfile
+    corrections: Corrections = Corrections()
+    noise: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise ValueError(f"noise must be a finite number >= 0, got {self.noise}; 0 simulates without")
+        self._draws = np.random.default_rng(self.seed)
+
+    def price(self, work: StepWork) -> StepSeconds:
+        profile, corrections = self.profile, self.corrections
+        draft_s = corrections.draft * compute_draft_s(profile, work)
+        target_s = corrections.target * profile.compute_target_s(work.num_tokens, work.num_read)
+        verify_s = corrections.verify * profile.sample_s * work.num_emitted
+        prefill_s = 0.0
+        if work.num_prefilled:
+            prefill_s = corrections.prefill * profile.compute_target_s(work.num_prefilled)
+        factors = np.exp(self.noise * self._draws.standard_normal(4)).tolist() if self.noise else (1.0,) * 4
+        return StepSeconds(
+            prefill_s=prefill_s * factors[0],
+            draft_s=(profile.fixed_s + corrections.between_s + draft_s) * factors[1],
+            target_s=target_s * factors[2],
+            verify_s=verify_s * factors[3],
+        )
+
+
+def compute_draft_s(profile: HardwareProfile, work: StepWork) -> float:
+    """Seconds of drafting: what was not read yet, then a level of `width` nodes a sequence for each deeper one."""
+    plan = work.plan
+    if plan.is_plain:
+        return 0.0
+    if profile.is_one_pass:
+        return profile.compute_draft_s(work.num_seqs * plan.depth)
+    reading_s = profile.compute_draft_s(work.num_unread)
+    return reading_s + (plan.depth - 1) * profile.compute_draft_s(work.num_seqs * plan.width)

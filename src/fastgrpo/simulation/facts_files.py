@@ -1,0 +1,69 @@
+"""Facts on file: one compressed .npz."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from fastgrpo.simulation.facts import RECORD_AGAIN, Facts
+from fastgrpo.types import SpeculationPlan
+
+FACTS_FORMAT, FACTS_VERSION = "fastgrpo-facts", 1
+_TYPES = {
+    "parents": np.uint8,
+    "scores": np.float16,  # three digits of a log chance
+    "path": np.int16,
+    "lengths": np.int32,
+    "prompt_lens": np.int32,
+    "groups": np.int32,
+    "is_stopped": np.bool_,
+    "num_ahead": np.uint8,
+}
+
+
+def save_facts(facts: Facts, path: Path) -> None:
+    """Write facts, whole or not at all; scores are rounded to float16."""
+    header = {
+        "format": FACTS_FORMAT,
+        "version": FACTS_VERSION,
+        "plan": asdict(facts.plan),
+        "about": dict(facts.about),
+    }
+    arrays = {name: getattr(facts, name).astype(kind) for name, kind in _TYPES.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with unfinished.open("wb") as file:
+        np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
+    unfinished.replace(path)
+
+
+def load_facts(path: Path) -> Facts:
+    """What `save_facts` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no facts of this version, or damaged ones; names file and remedy.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no facts at {path}; fastgrpo bench simulate --record writes them")
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            header = json.loads(str(content["header"]))
+            arrays = {name: content[name] for name in _TYPES}
+        if header["format"] != FACTS_FORMAT or header["version"] != FACTS_VERSION:
+            raise ValueError(f"its format is {header['format']!r}, version {header['version']!r}")
+        for name, kind in _TYPES.items():
+            if arrays[name].dtype != kind:
+                raise ValueError(f"{name} is of type {arrays[name].dtype}, not {np.dtype(kind)}")
+        arrays["scores"] = arrays["scores"].astype(np.float32)
+        return Facts(plan=SpeculationPlan(**header["plan"]), about=header["about"], **arrays)
+    except KeyError as error:
+        raise ValueError(f"{path} holds no recorded facts: {error.args[0]} is missing; {RECORD_AGAIN}") from error
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
+        raise ValueError(f"{path} holds no recorded facts, or damaged ones: {error}; {RECORD_AGAIN}") from error
