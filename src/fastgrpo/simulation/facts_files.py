@@ -54,6 +54,9 @@ def load_facts(path: Path) -> Facts:
         raise FileNotFoundError(f"no facts at {path}; fastgrpo bench simulate --record writes them")
     try:
         with np.load(path, allow_pickle=False) as content:
+            missing = [name for name in ("header", *_TYPES) if name not in content]
+            if missing:
+                raise ValueError(f"{', '.join(missing)} missing")
             header = json.loads(str(content["header"]))
             arrays = {name: content[name] for name in _TYPES}
         if header["format"] != FACTS_FORMAT or header["version"] != FACTS_VERSION:
@@ -63,7 +66,5 @@ def load_facts(path: Path) -> Facts:
                 raise ValueError(f"{name} is of type {arrays[name].dtype}, not {np.dtype(kind)}")
         arrays["scores"] = arrays["scores"].astype(np.float32)
         return Facts(plan=SpeculationPlan(**header["plan"]), about=header["about"], **arrays)
-    except KeyError as error:
-        raise ValueError(f"{path} holds no recorded facts: {error.args[0]} is missing; {RECORD_AGAIN}") from error
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} holds no recorded facts, or damaged ones: {error}; {RECORD_AGAIN}") from error

@@ -1,0 +1,386 @@
+"""The simulator: what it replays is what the engine does, and what it cuts out of a tree is what would have grown."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import SMALL_CPU, SyntheticClockPlanner, shared_model
+from fastgrpo.bench.recording import record_facts
+from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.engine import Engine
+from fastgrpo.model import TargetModel
+from fastgrpo.planner import AutoPlanner, BanditPlanner, FixedPlanner, PaperPlanner, Planner
+from fastgrpo.simulation import (
+    DEVICES,
+    MODELS,
+    Facts,
+    ProfileCosts,
+    Replay,
+    Request,
+    StepWork,
+    TreeTables,
+    build_requests,
+    build_roofline_profile,
+    draw_lengths,
+    draw_requests,
+    load_facts,
+    replay,
+    save_facts,
+)
+from fastgrpo.simulation.facts import NO_PARENT
+from fastgrpo.simulation.trees import OUTSIDE, restrict_trees
+from fastgrpo.types import SamplingParams, SpeculationPlan, StepRecord
+
+RECORDED = SpeculationPlan(depth=5, width=6, num_draft_tokens=150)  # all that is drafted
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6]] * 3 + [[8, 8, 7]] * 3 + [list(range(30))] * 2
+PARAMS = SamplingParams(temperature=0.6, max_tokens=24, seed=5)
+STOPPING = dataclasses.replace(PARAMS, stop_token_ids=tuple(range(0, 120, 15)))
+PLANS = (
+    SpeculationPlan(depth=1, width=1, num_draft_tokens=1),
+    SpeculationPlan(depth=3, width=3, num_draft_tokens=8),
+    SpeculationPlan(depth=4, width=6, num_draft_tokens=30),
+    SpeculationPlan(depth=2, width=6, num_draft_tokens=20),
+    SpeculationPlan(depth=3, width=4, num_draft_tokens=4, most_draft_tokens=12),
+    SpeculationPlan(depth=5, width=6, num_draft_tokens=10, most_draft_tokens=40),
+)
+COSTS = ProfileCosts(profile=SMALL_CPU)
+FACTS_OF_STEP = ("num_seqs", "num_waiting", "plan", "num_tokens", "num_emitted", "num_read", "num_prefilled")
+
+
+def build_drafter() -> EagleDrafter:
+    """A head in float64 that begins from the target's own weights, the same at each call."""
+    return copy.deepcopy(_build_head_drafter())
+
+
+@functools.cache
+def _build_head_drafter() -> EagleDrafter:
+    return EagleDrafter(TargetModel(shared_model("llama")), draft_vocab_size=80)
+
+
+@functools.cache
+def record(params: SamplingParams = PARAMS, num_prompts: int = 8) -> Facts:
+    return record_facts(shared_model("llama"), build_drafter(), PROMPTS[:num_prompts], params, plan=RECORDED)
+
+
+def run_engine(planner: Planner, params: SamplingParams, max_num_seqs: int) -> list[StepRecord]:
+    engine = Engine(shared_model("llama"), drafter=build_drafter(), speculation="off", max_num_seqs=max_num_seqs)
+    engine.planner = planner
+    engine.generate(PROMPTS, params)
+    return engine.records
+
+
+def simulate(planner: Planner, params: SamplingParams = PARAMS, max_num_seqs: int = 64) -> Replay:
+    facts = record(params)
+    return replay(TreeTables(facts), build_requests(facts), planner, COSTS, max_num_seqs=max_num_seqs)
+
+
+# -- the replay is the engine ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_num_seqs", [64, 3])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_replay_repeats_the_engine_step_by_step(plan: SpeculationPlan, max_num_seqs: int) -> None:
+    theirs = run_engine(FixedPlanner(fixed=plan), PARAMS, max_num_seqs)
+    simulated = simulate(FixedPlanner(fixed=plan), max_num_seqs=max_num_seqs)
+    assert simulated.exact_share == 1
+    assert len(simulated.records) == len(theirs)
+    for ours, real in zip(simulated.records, theirs, strict=True):
+        for name in (*FACTS_OF_STEP, "offered", "hits"):
+            assert getattr(ours, name) == getattr(real, name), name
+        assert ours.num_promised == pytest.approx(real.num_promised, rel=1e-4)
+    assert sum(sum(map(sum, record.hits)) for record in theirs) > 0 or plan.depth == 1
+
+
+def test_a_replay_follows_a_planner_that_learns_from_its_steps() -> None:
+    theirs = run_engine(SyntheticClockPlanner(), PARAMS, 64)
+    simulated = simulate(SyntheticClockPlanner())
+    assert simulated.exact_share == 1
+    for name in (*FACTS_OF_STEP, "offered", "hits"):
+        assert [getattr(r, name) for r in simulated.records] == [getattr(r, name) for r in theirs], name
+    assert len({record.plan for record in theirs}) > 1
+
+
+@pytest.mark.parametrize("plan", PLANS[1:5:3], ids=str)
+def test_completions_that_stop_are_replayed_too(plan: SpeculationPlan) -> None:
+    """What the target would choose behind a stop token is not known, so hits there are not counted."""
+    facts = record(STOPPING)
+    assert facts.is_stopped.any() and not facts.is_stopped.all()
+    theirs = run_engine(FixedPlanner(fixed=plan), STOPPING, 3)
+    simulated = simulate(FixedPlanner(fixed=plan), STOPPING, 3)
+    for name in FACTS_OF_STEP:
+        assert [getattr(r, name) for r in simulated.records] == [getattr(r, name) for r in theirs], name
+    for ours, real in zip(simulated.records, theirs, strict=True):
+        assert sum(map(sum, ours.hits)) <= sum(map(sum, real.hits))
+
+
+# -- laws of a replay ----------------------------------------------------------------------------------------------
+
+
+def test_plain_decoding_takes_its_steps_and_emits_the_lengths() -> None:
+    simulated = simulate(FixedPlanner())
+    lengths, prompts = record().lengths, record().prompt_lens
+    assert simulated.num_emitted == lengths.sum()
+    assert len(simulated.records) == lengths.max()
+    expected_s = SMALL_CPU.compute_target_s(7 + 2 + 29)  # the prompts, each once and without its last token
+    for step in range(lengths.max()):
+        live = lengths > step
+        cached = prompts[live] + step - 1
+        expected_s += SMALL_CPU.compute_target_s(int(live.sum()), int(live.sum() * cached.max()))
+    assert simulated.total_s == pytest.approx(expected_s)
+
+
+@pytest.mark.parametrize("max_num_seqs", [64, 2])
+@pytest.mark.parametrize(
+    "planner",
+    [
+        FixedPlanner(fixed=PLANS[1]),
+        PaperPlanner(capacity=60),
+        PaperPlanner.with_own_capacity(),
+        BanditPlanner(max_num_tokens=256),
+        AutoPlanner(SMALL_CPU),
+    ],
+    ids=lambda planner: planner.name,
+)
+def test_every_planner_emits_the_same_tokens(planner: Planner, max_num_seqs: int) -> None:
+    simulated = simulate(planner, max_num_seqs=max_num_seqs)
+    assert simulated.num_emitted == record().lengths.sum()
+    assert 0 <= simulated.exact_share <= 1
+    assert all(record.num_seqs <= record.num_emitted for record in simulated.records)
+
+
+def test_noise_is_a_function_of_its_seed() -> None:
+    work = StepWork(plan=PLANS[1], num_seqs=4, num_tokens=36, num_read=40, num_unread=9, num_emitted=9, num_prefilled=0)
+
+    def draw(seed: int) -> list[float]:
+        costs = ProfileCosts(profile=SMALL_CPU, noise=0.1, seed=seed)
+        return [costs.price(work).step_s for _ in range(200)]
+
+    assert draw(1) == draw(1) != draw(2)
+    assert np.exp(np.mean(np.log(draw(1)))) == pytest.approx(COSTS.price(work).step_s, rel=0.03)
+    with pytest.raises(ValueError, match="noise must be a finite number >= 0, got -1"):
+        ProfileCosts(profile=SMALL_CPU, noise=-1)
+
+
+# -- trees ---------------------------------------------------------------------------------------------------------
+
+Node = tuple[int, ...]  # sibling ranks from the root
+
+
+def rank_below(seed: int, node: Node) -> list[float]:
+    """Log chances of a node's candidates, falling; some nodes have few."""
+    draws = np.random.default_rng([seed, len(node), *node])
+    return sorted(-draws.exponential(1.5, size=int(draws.integers(1, 6))) - 1e-4, reverse=True)
+
+
+def grow(seed: int, plan: SpeculationPlan) -> list[tuple[float, Node]]:
+    """The tree of a plan, best node first: what `drafters.beams.grow_trees` does, in plain Python."""
+    expanded: list[tuple[float, Node]] = [(0.0, ())]
+    pool: list[tuple[float, Node]] = []
+    for _ in range(plan.depth):
+        level = [
+            (score + chance, (*node, rank))
+            for score, node in expanded
+            for rank, chance in enumerate(rank_below(seed, node)[: plan.width])
+        ]
+        pool += level
+        expanded = sorted(level, reverse=True)[: plan.width]
+    return sorted(pool, reverse=True)[: plan.num_draft_tokens]
+
+
+def build_facts(trees: list[list[tuple[float, Node]]], walks: list[Node], plan: SpeculationPlan) -> Facts:
+    """One completion whose position i has tree i, and a target that would choose `walks[i]` from there."""
+    shape = (len(trees), 1 + plan.num_draft_tokens)
+    parents, scores = np.full(shape, NO_PARENT, dtype=np.uint8), np.full(shape, -np.inf)
+    path = np.full((len(trees), plan.depth), -1, dtype=np.int16)
+    for row, (tree, walk) in enumerate(zip(trees, walks, strict=True)):
+        index = {(): 0} | {node: place for place, (_, node) in enumerate(tree, start=1)}
+        for place, (score, node) in enumerate(tree, start=1):
+            parents[row, place], scores[row, place] = index[node[:-1]], score
+        for level in range(plan.depth):
+            if walk[: level + 1] not in index:
+                break
+            path[row, level] = index[walk[: level + 1]]
+    count = len(trees)
+    return Facts(
+        plan=plan, parents=parents, scores=scores, path=path, lengths=np.array([count]), prompt_lens=np.array([3]),
+        groups=np.array([0]), is_stopped=np.array([False]), num_ahead=np.array([plan.depth]),
+    )  # fmt: skip
+
+
+@st.composite
+def draw_plans(draw: st.DrawFn) -> tuple[SpeculationPlan, SpeculationPlan]:
+    """A recorded plan, and a smaller one."""
+    depth, width = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    least = draw(st.integers(1, depth))
+    nodes = draw(st.integers(least, 12))
+    recorded = SpeculationPlan(depth=depth, width=width, num_draft_tokens=draw(st.integers(max(depth, nodes), 80)))
+    return recorded, SpeculationPlan(depth=least, width=draw(st.integers(1, width)), num_draft_tokens=nodes)
+
+
+@given(draw_plans(), st.integers(0, 10**6))
+def test_a_tree_cut_out_is_the_tree_that_would_have_grown(
+    plans: tuple[SpeculationPlan, SpeculationPlan], seed: int
+) -> None:
+    recorded, plan = plans
+    walks = [tuple(np.random.default_rng([seed, row]).integers(0, 3, size=5).tolist()) for row in range(6)]
+    facts = build_facts([grow(seed + row, recorded) for row in range(6)], walks, recorded)
+    trees = restrict_trees(facts, plan)
+    for row, walk in enumerate(walks):
+        own = [node for _, node in grow(seed + row, plan)]
+        if not trees.is_exact[row]:
+            continue
+        assert trees.num_nodes[row] == len(own)
+        chances = [np.exp(score) for score, _ in grow(seed + row, plan)]
+        assert trees.chances[row, : len(own)] == pytest.approx(chances, rel=1e-5)
+        assert not trees.chances[row, len(own) :].any()
+        for level in range(plan.depth):
+            is_inside, parent = walk[: level + 1] in own, walk[:level]
+            is_walked = parent in own or level == 0
+            assert trees.places[row, level] == (own.index(walk[: level + 1]) + 1 if is_inside else OUTSIDE)
+            assert trees.ranks[row, level] == (walk[level] if is_inside else -1)
+            siblings = sum(node[:-1] == parent for node in own)
+            assert trees.num_children[row, level] == (siblings if is_walked else 0)
+
+
+@given(draw_plans(), st.integers(0, 10**6))
+def test_the_recorded_plan_and_complete_recordings_are_exact(
+    plans: tuple[SpeculationPlan, SpeculationPlan], seed: int
+) -> None:
+    recorded, plan = plans
+    everything = dataclasses.replace(recorded, num_draft_tokens=recorded.width + 4 * recorded.width**2)
+    facts = build_facts([grow(seed, everything)], [(0,) * 5], everything)
+    assert restrict_trees(facts, everything).is_exact.all()
+    as_wide = dataclasses.replace(plan, width=recorded.width)
+    assert restrict_trees(facts, as_wide).is_exact.all(), "as wide a draft expands the same nodes"
+    deeper = dataclasses.replace(everything, depth=recorded.depth + 1)
+    assert not restrict_trees(facts, deeper).is_exact.any()
+
+
+def test_a_cut_recording_still_counts_the_nodes_that_were_drafted() -> None:
+    plan = SpeculationPlan(depth=4, width=3, num_draft_tokens=4)
+    facts = build_facts([grow(0, plan)], [(0, 0, 0, 0)], plan)
+    larger = SpeculationPlan(depth=4, width=3, num_draft_tokens=9)
+    trees = restrict_trees(facts, larger)
+    assert trees.num_nodes.tolist() == [9] and not trees.is_exact[0]
+    assert np.count_nonzero(trees.chances) == 4
+
+
+# -- facts on file -------------------------------------------------------------------------------------------------
+
+
+def test_facts_come_back_from_their_file(tmp_path: Path) -> None:
+    facts = dataclasses.replace(record(), about={"model": "tiny"})
+    save_facts(facts, tmp_path / "facts.npz")
+    loaded = load_facts(tmp_path / "facts.npz")
+    assert loaded.about == {"model": "tiny"} and loaded.plan == facts.plan
+    for name in ("parents", "path", "lengths", "prompt_lens", "groups", "is_stopped", "num_ahead"):
+        assert np.array_equal(getattr(loaded, name), getattr(facts, name)), name
+    used = facts.parents != NO_PARENT
+    assert loaded.scores[used] == pytest.approx(facts.scores[used], rel=1e-3)
+    again = replay(TreeTables(loaded), build_requests(loaded), FixedPlanner(fixed=PLANS[1]), COSTS, max_num_seqs=64)
+    assert [r.hits for r in again.records] == [r.hits for r in simulate(FixedPlanner(fixed=PLANS[1])).records]
+
+
+def test_damaged_facts_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "facts.npz"
+    with pytest.raises(FileNotFoundError, match=r"no facts at .*facts\.npz"):
+        load_facts(path)
+    save_facts(record(), path)
+    whole = path.read_bytes()
+    for damaged in (b"", b"text", whole[: len(whole) // 2], whole[:-200] + bytes(200)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"facts\.npz holds no recorded facts.*record again"):
+            load_facts(path)
+    path.write_bytes(whole)
+    with np.load(path) as content:
+        arrays = dict(content)
+    backward = arrays["parents"].copy()
+    backward[0, 1] = 7
+    for change, message in (
+        ({"parents": backward}, "a node stands before its parent"),
+        ({"path": arrays["path"][:-1]}, r"path must have shape \(192, 5\), got \(191, 5\)"),
+        ({"path": np.full_like(arrays["path"], 300)}, "a path leaves its tree"),
+        ({"path": np.full_like(arrays["path"], 2)}, "does not go from parent to child"),
+        ({"lengths": arrays["lengths"].astype(float)}, "lengths is of type float64"),
+        ({"header": np.array("{}")}, "format"),
+    ):
+        np.savez(path, **(arrays | change))
+        with pytest.raises(ValueError, match=message):
+            load_facts(path)
+    np.savez(path, **{name: value for name, value in arrays.items() if name != "scores"})
+    with pytest.raises(ValueError, match="scores missing; record again"):
+        load_facts(path)
+
+
+# -- larger machines and longer runs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_roofline_table_keeps_to_its_limits(device: str, model: str) -> None:
+    roofline = build_roofline_profile(device, model, cached_positions=100_000)
+    profile, machine, shape = roofline.profile, DEVICES[device], MODELS[model]
+    assert list(profile.target_s) == sorted(profile.target_s) and list(profile.draft_s) == sorted(profile.draft_s)
+    overhead_s = shape.num_layers * 10e-6
+    weights_s = 2 * shape.read_parameters / (0.8 * machine.bandwidth_bytes_per_s * roofline.num_devices)
+    assert profile.floor_s == pytest.approx(weights_s + overhead_s)
+    flops_s = 2 * shape.read_parameters / (0.6 * machine.flops_per_s * roofline.num_devices)
+    assert profile.per_token_s == pytest.approx(flops_s, rel=0.05), "at the largest forward overheads are small"
+    needed = 2 * shape.num_parameters + 100_000 * shape.position_bytes
+    assert needed <= 0.9 * machine.memory_bytes * roofline.num_devices
+    assert roofline.num_devices == 1 or needed > 0.45 * machine.memory_bytes * roofline.num_devices
+    assert all(draft_s < target_s for draft_s, target_s in zip(profile.draft_s, profile.target_s, strict=True))
+
+
+def test_model_sizes_are_the_published_ones() -> None:
+    billions = {name: shape.num_parameters / 1e9 for name, shape in MODELS.items()}
+    assert billions == pytest.approx({"1.5b": 1.54, "8b": 8.03, "32b": 32.76, "70b": 70.55}, rel=0.01)
+    assert MODELS["8b"].position_bytes == 131072
+    with pytest.raises(ValueError, match="unknown device 'v100'; there are a100, h100, h200, b200"):
+        build_roofline_profile("v100", "8b", cached_positions=0)
+
+
+@given(st.integers(8, 300), st.integers(500, 4000), st.floats(1.0, 5.0), st.integers(1, 64), st.integers(0, 2**31))
+def test_lengths_have_the_mean_and_the_longest_asked_for(
+    count: int, mean: int, ratio: float, group_size: int, seed: int
+) -> None:
+    group_size = min(group_size, count)
+    settings = {"mean": mean, "longest_over_mean": ratio, "group_size": group_size}
+    try:
+        lengths = draw_lengths(count, seed=seed, **settings)
+    except ValueError as error:
+        assert "simulate more completions" in str(error) and count < 12
+        return
+    assert lengths.min() >= 1 and len(lengths) == count
+    assert lengths.mean() == pytest.approx(mean, abs=1)
+    assert lengths.max() == pytest.approx(ratio * mean, rel=0.01)
+    assert np.array_equal(draw_lengths(count, seed=seed, **settings), lengths)
+    assert np.array_equal(np.sort(draw_lengths(count, seed=seed + 1, **settings)), np.sort(lengths))
+
+
+def test_long_completions_are_made_of_recorded_ones() -> None:
+    facts, lengths = record(STOPPING), np.array([70, 5, 1, 33])
+    requests = draw_requests(facts, lengths, prompt_len=9, group_size=2, seed=3)
+    again = draw_requests(facts, lengths, prompt_len=9, group_size=2, seed=3)
+    assert [request.group for request in requests] == [0, 0, 1, 1]
+    for request, same, length in zip(requests, again, lengths, strict=True):
+        assert len(request.positions) == length and np.array_equal(request.positions, same.positions)
+    simulated = replay(TreeTables(facts), requests, FixedPlanner(fixed=PLANS[1]), COSTS, max_num_seqs=2)
+    assert simulated.num_emitted == lengths.sum()
+    with pytest.raises(ValueError, match="at least one token each, got 0"):
+        Request(prompt_len=0, group=0, positions=np.arange(3))
+
+
+def test_the_simulator_imports_no_torch() -> None:
+    code = "import sys, fastgrpo.simulation; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
