@@ -27,6 +27,7 @@ from fastgrpo.options import (
     PlansOptions,
     ProfileOptions,
     RolloutOptions,
+    SimulateOptions,
     add_options,
     read_options,
 )
@@ -95,6 +96,12 @@ _BENCHMARKS = (
         "drafters side by side, and what a draft costs",
         DraftersOptions,
         "bench.drafters:run_drafters_bench",
+    ),
+    Command(
+        "simulate",
+        "replay recorded drafts against every planner, here or on larger machines",
+        SimulateOptions,
+        "bench.simulate:run_simulate_bench",
     ),
     Command("e2e", "training steps of TRL's trainer and of ours, in turn", E2EOptions, "bench.e2e:run_e2e_bench"),
 )

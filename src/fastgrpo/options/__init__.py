@@ -6,6 +6,7 @@ from fastgrpo.options.generating import GenerateOptions
 from fastgrpo.options.measuring import AcceptanceOptions, DraftersOptions, ProfileOptions, RolloutOptions
 from fastgrpo.options.planning import BudgetOptions, PlansOptions
 from fastgrpo.options.shapes import name_plan, parse_plan, parse_speculation
+from fastgrpo.options.simulating import SimulateOptions
 from fastgrpo.options.training import DemoOptions, E2EOptions, LearningOptions, Workload
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "PlansOptions",
     "ProfileOptions",
     "RolloutOptions",
+    "SimulateOptions",
     "Workload",
     "about",
     "add_options",

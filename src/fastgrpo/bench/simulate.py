@@ -1,0 +1,254 @@
+"""`fastgrpo bench simulate`: recorded drafts replayed against every planner, on this machine's costs or a roofline's."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fastgrpo.bench.measure import describe_run
+from fastgrpo.bench.recording import record_facts
+from fastgrpo.bench.reproduction import LARGEST_ERROR, Reproduction, Workload, reproduce
+from fastgrpo.data import build_task_dataset
+from fastgrpo.drafters import build_drafter
+from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
+from fastgrpo.model import TargetModel
+from fastgrpo.options import SimulateOptions
+from fastgrpo.profile_files import read_profile
+from fastgrpo.report import write_json
+from fastgrpo.report.predictions import plot_predictions
+from fastgrpo.simulation import (
+    Corrections,
+    Facts,
+    Prediction,
+    ProfileCosts,
+    TreeTables,
+    build_requests,
+    build_roofline_profile,
+    draw_lengths,
+    draw_requests,
+    load_facts,
+    predict_planners,
+    save_facts,
+)
+from fastgrpo.simulation.facts import RECORD_AGAIN
+from fastgrpo.types import SamplingParams
+
+_WORKLOAD = (
+    *("model", "drafter", "task", "num_prompts", "num_generations", "max_tokens", "temperature", "dtype", "seed"),
+    "max_num_seqs",
+)
+Row = dict[str, Any]
+
+
+def run_simulate_bench(options: SimulateOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+    """Record facts, or replay them; print and, where `options.output` says so, write the results; returns them.
+
+    Raises:
+        ValueError: the model, the drafter, the task or the facts cannot be used.
+        OSError: a file is missing or cannot be written.
+    """
+    console = console or Console()
+    quiet_libraries()
+    if options.record is not None:
+        result = _record(options, command, options.record, console)
+    else:
+        assert options.facts is not None  # the record itself sees to it
+        result = _replay(options, command, load_facts(options.facts), console)
+    if options.output is not None:
+        write_json(result, options.output, indent=1)
+        if result.get("predictions"):
+            plot_predictions(result["predictions"], options.output.with_suffix(".png"))
+        console.print(f"written: {options.output}", markup=False, highlight=False, soft_wrap=True)
+    return result
+
+
+def _record(options: SimulateOptions, command: str, path: Path, console: Console) -> dict[str, Any]:
+    workload = _open_workload(options)
+    drafter = build_drafter(workload.drafter, TargetModel(workload.model))
+    settings = {name: getattr(options, name) for name in _WORKLOAD}
+    about = describe_run(command, settings)
+    facts = record_facts(
+        workload.model,
+        drafter,
+        workload.prompts,
+        workload.params,
+        max_num_seqs=workload.max_num_seqs,
+        about=about,
+    )
+    save_facts(facts, path)
+    console.print(
+        f"{facts.num_completions} completions, {facts.num_positions} positions; written: {path} "
+        f"({path.stat().st_size / 1e6:.1f} MB)",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return about | {"facts": _describe_facts(facts)}
+
+
+def _open_workload(options: SimulateOptions) -> Workload:
+    opened = open_model(options.model, dtype=options.dtype, device=options.device)
+    chats = build_task_dataset(options.task, size=options.num_prompts, seed=options.seed)["prompt"]
+    params = SamplingParams(
+        temperature=options.temperature,
+        max_tokens=options.max_tokens,
+        stop_token_ids=opened.stop_token_ids,
+        seed=options.seed,
+    )
+    prompts = [ids for ids in encode_prompts(opened.tokenizer, chats) for _ in range(options.num_generations)]
+    return Workload(
+        model=opened.model,
+        drafter=options.drafter,
+        prompts=prompts,
+        params=params,
+        max_num_seqs=options.max_num_seqs,
+    )
+
+
+def _take_workload(options: SimulateOptions, facts: Facts) -> SimulateOptions:
+    """The options with the workload that the facts were recorded of."""
+    settings = facts.about.get("settings")
+    if not isinstance(settings, dict) or sorted(settings) != sorted(_WORKLOAD):
+        raise ValueError(f"these facts do not say of which workload they are; {RECORD_AGAIN}, or skip the measurement")
+    return dataclasses.replace(options, **settings)
+
+
+def _replay(options: SimulateOptions, command: str, facts: Facts, console: Console) -> dict[str, Any]:
+    tables = TreeTables(facts)
+    result = describe_run(command, dataclasses.asdict(options)) | {"facts": _describe_facts(facts) | dict(facts.about)}
+    reproductions: tuple[Reproduction, ...] = ()
+    profile, corrections = None, Corrections()
+    if options.profile is not None:
+        profile = read_profile(options.profile)[0]
+    if not options.skip_measurement:
+        profile, corrections, reproductions = reproduce(
+            _open_workload(_take_workload(options, facts)),
+            tables,
+            profile_file=None if options.profile is None else str(options.profile),
+            repeats=options.repeats,
+            noise=options.noise,
+            seed=options.seed,
+        )
+        _print_reproduction(reproductions, console)
+    errors = {each.planner: each.error for each in reproductions}
+    rows: list[Row] = []
+    if profile is not None:
+        costs = ProfileCosts(profile=profile, corrections=corrections, noise=options.noise, seed=options.seed)
+        slots = facts.about.get("settings", {}).get("max_num_seqs", options.max_num_seqs)
+        predicted = predict_planners(tables, build_requests(facts), profile, costs, max_num_seqs=slots)
+        rows += _describe_predictions({"scenario": "this machine"}, predicted, errors)
+    rows += _predict_larger_machines(options, tables, errors)
+    console.print(_build_table(rows))
+    console.print(_describe_error(errors, bool(options.devices)), markup=False, highlight=False)
+    return result | {
+        "corrections": dataclasses.asdict(corrections),
+        "reproduction": [
+            dataclasses.asdict(each) | {"error": each.error, "profile_error": each.profile_error}
+            for each in reproductions
+        ],
+        "verdict": _describe_error(errors, bool(options.devices)),
+        "predictions": rows,
+    }
+
+
+def _describe_facts(facts: Facts) -> dict[str, Any]:
+    return {
+        "plan": dataclasses.asdict(facts.plan),
+        "num_completions": facts.num_completions,
+        "num_positions": facts.num_positions,
+        "mean_length": float(np.mean(facts.lengths)),
+        "max_length": int(np.max(facts.lengths)),
+    }
+
+
+def _predict_larger_machines(options: SimulateOptions, tables: TreeTables, errors: dict[str, float]) -> list[Row]:
+    """Every device with every model, mean length and group size; drafts are accepted as they were recorded."""
+    facts, rows = tables.facts, []
+    prompt_len = int(np.median(facts.prompt_lens))
+    for device, model, mean, group_size in itertools.product(
+        options.devices, options.models, options.mean_lengths, options.group_sizes
+    ):
+        cached_positions = min(options.max_num_seqs, options.num_completions) * (prompt_len + mean)
+        roofline = build_roofline_profile(device, model, cached_positions=cached_positions)
+        lengths = draw_lengths(
+            options.num_completions,
+            mean=mean,
+            longest_over_mean=options.longest_over_mean,
+            group_size=group_size,
+            seed=options.seed,
+        )
+        requests = draw_requests(facts, lengths, prompt_len=prompt_len, group_size=group_size, seed=options.seed)
+        costs = ProfileCosts(profile=roofline.profile, noise=options.noise, seed=options.seed)
+        predicted = predict_planners(tables, requests, roofline.profile, costs, max_num_seqs=options.max_num_seqs)
+        about = {
+            "scenario": f"{roofline.num_devices} x {device}, {model}, mean {mean}, groups of {group_size}",
+            "device": device,
+            "num_devices": roofline.num_devices,
+            "model": model,
+            "mean_length": mean,
+            "max_length": int(lengths.max()),
+            "group_size": group_size,
+            "capacity": roofline.profile.capacity,
+        }
+        rows += _describe_predictions(about, predicted, errors)
+    return rows
+
+
+def _describe_predictions(about: Row, predictions: Sequence[Prediction], errors: dict[str, float]) -> list[Row]:
+    """One row a planner; its error is its own where it was measured, else the largest that was."""
+    largest = max(errors.values(), key=abs, default=None)
+    return [about | dataclasses.asdict(each) | {"error": errors.get(each.planner, largest)} for each in predictions]
+
+
+def _print_reproduction(reproductions: Sequence[Reproduction], console: Console) -> None:
+    table = Table(title="the recorded requests, measured and simulated", title_justify="left")
+    table.add_column("planner")
+    for heading in ("measured s", "simulated s", "error", "error, profile alone", "steps", "simulated"):
+        table.add_column(heading, justify="right")
+    for each in reproductions:
+        seconds = (f"{each.measured_s:.2f}", f"{each.simulated_s:.2f}")
+        errors = (f"{100 * each.error:+.1f} %", f"{100 * each.profile_error:+.1f} %")
+        table.add_row(each.planner, *seconds, *errors, str(each.measured_steps), str(each.simulated_steps))
+    console.print(table)
+
+
+def _describe_error(errors: dict[str, float], has_rooflines: bool) -> str:
+    """How far predictions can be believed, in a few sentences."""
+    if not errors:
+        return "Nothing was measured beside the simulation: its error is not known."
+    planner = max(errors, key=lambda name: abs(errors[name]))
+    text = f"The simulation is off by at most {100 * abs(errors[planner]):.1f} % of total time here ({planner})."
+    if abs(errors[planner]) > LARGEST_ERROR:
+        text += f" That is more than {100 * LARGEST_ERROR:.0f} %: do not judge planners by it."
+    if has_rooflines:
+        text += (
+            " Computed cost tables add an error of their own, which is not known, and drafts are taken to be accepted "
+            "as those of the recorded model."
+        )
+    return text
+
+
+def _build_table(rows: Sequence[Row]) -> Table:
+    table = Table(title="simulated rollouts", title_justify="left")
+    for heading in ("scenario", "planner"):
+        table.add_column(heading)
+    for heading in ("seconds", "x off", "error", "tokens a forward", "exact trees"):
+        table.add_column(heading, justify="right")
+    scenario = None
+    for row in rows:
+        shown = "" if row["scenario"] == scenario else row["scenario"]
+        scenario = row["scenario"]
+        plan = row["plan"]
+        name = row["planner"]
+        if plan is not None:
+            name += f" ({plan['depth']}, {plan['width']}, {plan['num_draft_tokens']})"
+        error = "-" if row["error"] is None else f"{100 * row['error']:+.1f} %"
+        exact = f"{row['exact_share']:.0%}" if row["planner"] != "off" else "-"
+        speed = (f"{row['total_s']:.2f}", f"{row['speed_up']:.2f}", error, f"{row['acceptance_length']:.2f}", exact)
+        table.add_row(shown, name, *speed)
+    return table

@@ -1,0 +1,80 @@
+"""The simulator's command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastgrpo.options.command_line import about, check_positive
+from fastgrpo.options.words import DEVICES, DTYPES, MACHINES, MAX_TOKENS, MODEL_SIZES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateOptions:
+    """`fastgrpo bench simulate`."""
+
+    record: Path | None = field(
+        default=None,
+        metadata=about("roll out the workload, write what drafts would have brought to this file, and end"),
+    )
+    facts: Path | None = field(default=None, metadata=about("replay a recorded file; its workload is taken from it"))
+    model: str = field(
+        default="demo", metadata=about("model to record: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct")
+    )
+    drafter: str = field(
+        default="eagle",
+        metadata=about("drafter to record: eagle, eagle-new, block, ngram, or a folder with a saved one"),
+    )
+    task: str = field(default="chain_sum", metadata=about("reasoning-gym task that makes the recorded prompts"))
+    num_prompts: int = field(default=8, metadata=about("prompts to record"))
+    num_generations: int = field(default=8, metadata=about("completions to record for each prompt"))
+    max_tokens: int = field(default=MAX_TOKENS, metadata=about("longest recorded completion, in tokens"))
+    temperature: float = field(default=1.0, metadata=about("sampling temperature of the recording; 0 is greedy"))
+    dtype: str = field(default="bfloat16", metadata=about("type of the recorded model's weights", choices=DTYPES))
+    seed: int = field(default=1000, metadata=about("seed of prompts and noise, and of what a simulation draws"))
+    device: str = field(
+        default="auto", metadata=about("where rollouts run; auto takes the GPU where there is one", choices=DEVICES)
+    )
+    max_num_seqs: int = field(default=64, metadata=about("sequences decoded together"))
+    skip_measurement: bool = field(
+        default=False, metadata=about("replay only: no rollout is measured, so no error can be stated")
+    )
+    profile: Path | None = field(
+        default=None, metadata=about("costs of this machine, a file of fastgrpo profile (default: measured)")
+    )
+    repeats: int = field(default=3, metadata=about("measured rollouts of each planner, after one that is not measured"))
+    devices: tuple[str, ...] = field(
+        default=(), metadata=about("machines to plan for by their roofline, parted by commas", choices=MACHINES)
+    )
+    models: tuple[str, ...] = field(
+        default=("8b",), metadata=about("sizes of models on these machines, parted by commas", choices=MODEL_SIZES)
+    )
+    mean_lengths: tuple[int, ...] = field(
+        default=(2000,), metadata=about("mean completion lengths there, in tokens, parted by commas")
+    )
+    longest_over_mean: float = field(default=4.0, metadata=about("longest completion there, in mean ones"))
+    group_sizes: tuple[int, ...] = field(
+        default=(16,), metadata=about("completions of a prompt there, parted by commas")
+    )
+    num_completions: int = field(default=256, metadata=about("completions of a rollout there"))
+    noise: float = field(
+        default=0.0, metadata=about("scatter of simulated times, the standard deviation of their logarithm")
+    )
+    output: Path | None = field(
+        default=None, metadata=about("JSON file for the results, a plot beside it; without it they are only printed")
+    )
+
+    def __post_init__(self) -> None:
+        if (self.record is None) == (self.facts is None):
+            raise ValueError("give either a file to record facts to, or a file of facts to replay: --record or --facts")
+        check_positive(
+            self, "num_prompts", "num_generations", "max_tokens", "max_num_seqs", "repeats", "num_completions"
+        )
+        if self.drafter in ("none", "auto"):
+            raise ValueError(f"a draft must depend on its sequence alone to be replayed, got drafter={self.drafter}")
+        if self.skip_measurement and self.profile is None and not self.devices and self.record is None:
+            raise ValueError("without a measurement there are no costs: name a profile, or devices to plan for")
+        if min((*self.mean_lengths, *self.group_sizes), default=0) < 1:
+            raise ValueError(
+                f"mean_lengths and group_sizes must be at least 1, got {self.mean_lengths} and {self.group_sizes}"
+            )

@@ -1,0 +1,42 @@
+"""Simulated planners side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.report.figure import GREY, PALETTE
+
+_MOST_SCENARIOS = 24  # a figure with more cannot be read
+
+
+def plot_predictions(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Speed-up of each planner over plain decoding, one group of bars a scenario. Needs matplotlib.
+
+    Args:
+        rows: with `scenario`, `planner`, `speed_up` and `error` (a share of total time, or None).
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    scenarios = list(dict.fromkeys(row["scenario"] for row in rows))[:_MOST_SCENARIOS]
+    planners = list(dict.fromkeys(row["planner"] for row in rows if row["planner"] != "off"))
+    size = (8, 1.2 + 0.24 * (1 + len(planners)) * len(scenarios))
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    axes = figure.subplots()
+    height = 0.85 / len(planners)
+    for place, (planner, colour) in enumerate(zip(planners, PALETTE, strict=False)):
+        own = {row["scenario"]: row for row in rows if row["planner"] == planner}
+        at = [index + (place - (len(planners) - 1) / 2) * height for index in range(len(scenarios))]
+        gains = [own[scenario]["speed_up"] for scenario in scenarios]
+        bars = [gain * abs(own[scenario]["error"] or 0) for gain, scenario in zip(gains, scenarios, strict=True)]
+        axes.barh(at, gains, height=height, xerr=bars, color=colour, ecolor=GREY, label=planner)
+    axes.axvline(1, color=GREY, linestyle="--")
+    axes.set_yticks(range(len(scenarios)), scenarios, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("x plain decoding, simulated (bars: the simulation's error on this machine, where it was measured)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,87 @@
+"""What each planner would make of a rollout on given costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastgrpo.lengths import LengthPredictor
+from fastgrpo.planner import FixedPlanner, HardwareProfile, Planner, build_planner
+from fastgrpo.simulation.costs import Costs
+from fastgrpo.simulation.replay import Replay, Request, replay
+from fastgrpo.simulation.trees import TreeTables
+from fastgrpo.types import SpeculationPlan
+
+BASELINE, BEST_FIXED = "off", "fixed best"
+PLANNERS = (BASELINE, "paper", "paper-own", "bandit", BEST_FIXED, "auto")
+FIXED_GRID = tuple(
+    SpeculationPlan(depth=depth, width=width, num_draft_tokens=nodes)
+    for depth, width, nodes in ((1, 1, 1), (2, 2, 4), (3, 1, 3), (3, 3, 8), (4, 4, 16), (5, 8, 32))
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """A planner's simulated rollout.
+
+    Args:
+        plan: of "fixed best", the one of `FIXED_GRID` that took least; None for other planners.
+        speed_up: how many times sooner it ends than plain decoding of the same requests.
+        acceptance_length: tokens emitted a sequence and forward, plain steps included.
+        exact_share: see `Replay`.
+    """
+
+    planner: str
+    plan: SpeculationPlan | None
+    total_s: float
+    speed_up: float
+    acceptance_length: float
+    exact_share: float
+
+
+def predict_planners(
+    tables: TreeTables, requests: Sequence[Request], profile: HardwareProfile, costs: Costs, *, max_num_seqs: int
+) -> tuple[Prediction, ...]:
+    """Every one of `PLANNERS` on the same requests.
+
+    Args:
+        profile: what planners believe at the start; `costs` are what steps then take.
+    """
+    plain = replay_settled(tables, requests, FixedPlanner(), costs, max_num_seqs=max_num_seqs)
+    predictions = []
+    for name in PLANNERS:
+        plan = None
+        if name == BEST_FIXED:
+            tried = {
+                each: replay_settled(tables, requests, FixedPlanner(fixed=each), costs, max_num_seqs=max_num_seqs)
+                for each in FIXED_GRID
+            }
+            plan = min(tried, key=lambda each: tried[each].total_s)
+            simulated = tried[plan]
+        elif name == BASELINE:
+            simulated = plain
+        else:
+            planner = build_planner(name, fixed=FIXED_GRID[0], measure=lambda: profile)
+            simulated = replay_settled(tables, requests, planner, costs, max_num_seqs=max_num_seqs)
+        num_forwards = sum(record.num_seqs for record in simulated.records)
+        predictions.append(
+            Prediction(
+                planner=name,
+                plan=plan,
+                total_s=simulated.total_s,
+                speed_up=plain.total_s / simulated.total_s,
+                acceptance_length=simulated.num_emitted / num_forwards,
+                exact_share=simulated.exact_share,
+            )
+        )
+    return tuple(predictions)
+
+
+def replay_settled(
+    tables: TreeTables, requests: Sequence[Request], planner: Planner, costs: Costs, *, max_num_seqs: int
+) -> Replay:
+    """The second of two replays: what a planner learns and the scheduler knows of lengths is left from the first."""
+    lengths = LengthPredictor()
+    for _ in range(2):
+        simulated = replay(tables, requests, planner, costs, max_num_seqs=max_num_seqs, lengths=lengths)
+    return simulated
