@@ -95,10 +95,8 @@ def reproduce(
     reproductions = []
     for name, measured in results.items():
         believing, corrected = (
-            _simulate(
-                name, workload, tables, profile, ProfileCosts(profile=profile, corrections=c, noise=noise, seed=seed)
-            )
-            for c in (Corrections(), corrections)
+            _simulate(name, workload, tables, ProfileCosts(profile=profile, corrections=each, noise=noise, seed=seed))
+            for each in (Corrections(), corrections)
         )
         reproductions.append(
             Reproduction(
@@ -124,9 +122,7 @@ def _find_costs(workload: Workload, profile_file: str | None) -> HardwareProfile
         return find_profile(engine.target, engine.drafter)
 
 
-def _simulate(
-    name: str, workload: Workload, tables: TreeTables, profile: HardwareProfile, costs: ProfileCosts
-) -> Replay:
-    planner = build_planner(name, fixed=DEFAULT_FIXED_PLAN, measure=lambda: profile)
+def _simulate(name: str, workload: Workload, tables: TreeTables, costs: ProfileCosts) -> Replay:
+    planner = build_planner(name, fixed=DEFAULT_FIXED_PLAN, measure=lambda: costs.profile)
     requests = build_requests(tables.facts)
     return replay_settled(tables, requests, planner, costs, max_num_seqs=workload.max_num_seqs)

@@ -1,4 +1,4 @@
-"""`fastgrpo bench simulate`: recorded drafts replayed against every planner, on this machine's costs or a roofline's."""
+"""`fastgrpo bench simulate`: recorded drafts replayed against every planner, here or by a roofline."""
 
 from __future__ import annotations
 

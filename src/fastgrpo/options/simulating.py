@@ -15,7 +15,7 @@ class SimulateOptions:
 
     record: Path | None = field(
         default=None,
-        metadata=about("roll out the workload, write what drafts would have brought to this file, and end"),
+        metadata=about("roll out, write what drafts would have brought to this file, and end"),
     )
     facts: Path | None = field(default=None, metadata=about("replay a recorded file; its workload is taken from it"))
     model: str = field(
@@ -23,7 +23,7 @@ class SimulateOptions:
     )
     drafter: str = field(
         default="eagle",
-        metadata=about("drafter to record: eagle, eagle-new, block, ngram, or a folder with a saved one"),
+        metadata=about("drafter to record: eagle, eagle-new, block, ngram, or a folder of one"),
     )
     task: str = field(default="chain_sum", metadata=about("reasoning-gym task that makes the recorded prompts"))
     num_prompts: int = field(default=8, metadata=about("prompts to record"))
