@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,16 @@ from hypothesis import strategies as st
 
 from conftest import SMALL_CPU, SyntheticClockPlanner, shared_model
 from fastgrpo.bench.recording import record_facts
+from fastgrpo.cli import main
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine
 from fastgrpo.model import TargetModel
+from fastgrpo.options import words
 from fastgrpo.planner import AutoPlanner, BanditPlanner, FixedPlanner, PaperPlanner, Planner
 from fastgrpo.simulation import (
     DEVICES,
     MODELS,
+    PLANNERS,
     Facts,
     ProfileCosts,
     Replay,
@@ -33,6 +37,7 @@ from fastgrpo.simulation import (
     build_roofline_profile,
     draw_lengths,
     draw_requests,
+    fit_corrections,
     load_facts,
     replay,
     save_facts,
@@ -40,6 +45,7 @@ from fastgrpo.simulation import (
 from fastgrpo.simulation.facts import NO_PARENT
 from fastgrpo.simulation.trees import OUTSIDE, restrict_trees
 from fastgrpo.types import SamplingParams, SpeculationPlan, StepRecord
+from tiny import save_tiny_model
 
 RECORDED = SpeculationPlan(depth=5, width=6, num_draft_tokens=150)  # all that is drafted
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6]] * 3 + [[8, 8, 7]] * 3 + [list(range(30))] * 2
@@ -55,6 +61,11 @@ PLANS = (
 )
 COSTS = ProfileCosts(profile=SMALL_CPU)
 FACTS_OF_STEP = ("num_seqs", "num_waiting", "plan", "num_tokens", "num_emitted", "num_read", "num_prefilled")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def build_drafter() -> EagleDrafter:
@@ -384,3 +395,69 @@ def test_long_completions_are_made_of_recorded_ones() -> None:
 def test_the_simulator_imports_no_torch() -> None:
     code = "import sys, fastgrpo.simulation; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_records_reproduces_and_predicts(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts, output = tmp_path / "facts.npz", tmp_path / "simulate.json"
+    argv = ["bench", "simulate", "--device", "cpu"]
+    recording = ["--record", str(facts), "--model", str(model_dir), "--dtype", "float32", "--num-prompts", "2"]
+    assert main([*argv, *recording, "--num-generations", "2", "--max-tokens", "6"]) == 0
+    assert "4 completions" in capsys.readouterr().out
+    machines = ["--devices", "h100,b200", "--models", "8b,70b", "--mean-lengths", "40", "--group-sizes", "4,8"]
+    machines += ["--num-completions", "16", "--longest-over-mean", "3", "--repeats", "1"]
+    assert main([*argv, "--facts", str(facts), *machines, "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert [each["planner"] for each in result["reproduction"]] == ["off", "fixed", "auto"]
+    for each in result["reproduction"]:
+        assert each["measured_tokens"] == each["simulated_tokens"]
+        assert each["error"] == pytest.approx(each["simulated_s"] / each["measured_s"] - 1)
+    off, fixed, _ = result["reproduction"]
+    assert off["measured_steps"] == off["simulated_steps"] and fixed["measured_steps"] == fixed["simulated_steps"]
+    assert len(result["predictions"]) == (1 + 2 * 2 * 2) * len(PLANNERS)
+    errors = {each["planner"]: each["error"] for each in result["reproduction"]}
+    for row in result["predictions"]:
+        assert row["error"] == errors.get(row["planner"], max(errors.values(), key=abs))
+        assert row["speed_up"] == 1 if row["planner"] == "off" else row["speed_up"] > 0
+    assert str(tmp_path) not in json.dumps(result["facts"]["settings"] | {"model": ""})
+    assert "The simulation is off by at most" in capsys.readouterr().out and output.with_suffix(".png").is_file()
+
+
+def test_a_replay_without_a_measurement_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = tmp_path / "facts.npz"
+    save_facts(record(), facts)
+    argv = ["bench", "simulate", "--facts", str(facts)]
+    shape = ["--devices", "a100", "--mean-lengths", "30", "--num-completions", "16", "--longest-over-mean", "3"]
+    assert main([*argv, "--skip-measurement", *shape]) == 0
+    assert "its error is not known" in capsys.readouterr().out
+    for wrong, message in (
+        (argv, "do not say of which workload"),
+        ([*argv, "--skip-measurement"], "name a profile, or devices"),
+        ([*argv, "--record", "here.npz"], "give either a file to record facts to"),
+        (["bench", "simulate", "--record", "here.npz", "--drafter", "auto"], "got drafter=auto"),
+        ([*argv, "--skip-measurement", *shape, "--num-completions", "1"], "lengths need at least 2 completions"),
+        (["bench", "simulate", "--facts", str(tmp_path / "none.npz")], "no facts at"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_knows_every_roofline() -> None:
+    assert tuple(DEVICES) == words.MACHINES and tuple(MODELS) == words.MODEL_SIZES
+
+
+def test_measured_steps_say_how_wrong_a_profile_is() -> None:
+    simulated = simulate(FixedPlanner(fixed=PLANS[1])).records
+    plain = simulate(FixedPlanner()).records
+    slower = [
+        dataclasses.replace(r, draft_s=0.001 + 1.5 * r.draft_s, target_s=2 * r.target_s) for r in (*simulated, *plain)
+    ]
+    fitted = fit_corrections(SMALL_CPU, [slower[: len(simulated)], slower[len(simulated) :]])
+    assert fitted.between_s == pytest.approx(0.001)
+    assert fitted.target == pytest.approx(2)
+    assert fitted.draft == pytest.approx(1.5, rel=0.1), "what was unread is counted roughly"
+    assert (fitted.prefill, fitted.verify) == (pytest.approx(1), 1)
