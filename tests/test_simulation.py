@@ -177,6 +177,13 @@ def test_noise_is_a_function_of_its_seed() -> None:
         return [costs.price(work).step_s for _ in range(200)]
 
     assert draw(1) == draw(1) != draw(2)
+    noisy = ProfileCosts(profile=SMALL_CPU, noise=0.1)
+    facts = record()
+    totals = [
+        replay(TreeTables(facts), build_requests(facts), FixedPlanner(), noisy, max_num_seqs=8).total_s
+        for _ in range(2)
+    ]
+    assert totals[0] == totals[1], "planners after one another meet the same noise"
     assert np.exp(np.mean(np.log(draw(1)))) == pytest.approx(COSTS.price(work).step_s, rel=0.03)
     with pytest.raises(ValueError, match="noise must be a finite number >= 0, got -1"):
         ProfileCosts(profile=SMALL_CPU, noise=-1)

@@ -143,7 +143,8 @@ def _replay(options: SimulateOptions, command: str, facts: Facts, console: Conso
         predicted = predict_planners(tables, build_requests(facts), profile, costs, max_num_seqs=slots)
         rows += _describe_predictions({"scenario": "this machine"}, predicted, errors)
     rows += _predict_larger_machines(options, tables, errors)
-    console.print(_build_table(rows))
+    for scenario, own in itertools.groupby(rows, key=lambda row: row["scenario"]):
+        console.print(_build_table(scenario, list(own)))
     console.print(_describe_error(errors, bool(options.devices)), markup=False, highlight=False)
     return result | {
         "corrections": dataclasses.asdict(corrections),
@@ -233,22 +234,17 @@ def _describe_error(errors: dict[str, float], has_rooflines: bool) -> str:
     return text
 
 
-def _build_table(rows: Sequence[Row]) -> Table:
-    table = Table(title="simulated rollouts", title_justify="left")
-    for heading in ("scenario", "planner"):
-        table.add_column(heading)
+def _build_table(scenario: str, rows: Sequence[Row]) -> Table:
+    table = Table(title=f"simulated: {scenario}", title_justify="left")
+    table.add_column("planner")
     for heading in ("seconds", "x off", "error", "tokens a forward", "exact trees"):
         table.add_column(heading, justify="right")
-    scenario = None
     for row in rows:
-        shown = "" if row["scenario"] == scenario else row["scenario"]
-        scenario = row["scenario"]
-        plan = row["plan"]
-        name = row["planner"]
+        plan, name = row["plan"], row["planner"]
         if plan is not None:
             name += f" ({plan['depth']}, {plan['width']}, {plan['num_draft_tokens']})"
-        error = "-" if row["error"] is None else f"{100 * row['error']:+.1f} %"
-        exact = f"{row['exact_share']:.0%}" if row["planner"] != "off" else "-"
+        error = "not known" if row["error"] is None else f"{100 * row['error']:+.1f} %"
+        exact = "-" if row["planner"] == "off" else f"{row['exact_share']:.0%}"
         speed = (f"{row['total_s']:.2f}", f"{row['speed_up']:.2f}", error, f"{row['acceptance_length']:.2f}", exact)
-        table.add_row(shown, name, *speed)
+        table.add_row(name, *speed)
     return table

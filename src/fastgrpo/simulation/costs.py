@@ -44,6 +44,12 @@ class StepSeconds:
 
 
 class Costs(Protocol):
+    """A machine that a rollout is simulated on."""
+
+    def begin(self) -> None:
+        """A rollout starts."""
+        ...
+
     def price(self, work: StepWork) -> StepSeconds: ...
 
 
@@ -82,6 +88,10 @@ class ProfileCosts:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise ValueError(f"noise must be a finite number >= 0, got {self.noise}; 0 simulates without")
+        self.begin()
+
+    def begin(self) -> None:
+        """Every rollout has the same noise at its first, second, ... step, so that planners are compared alike."""
         self._draws = np.random.default_rng(self.seed)
 
     def price(self, work: StepWork) -> StepSeconds:

@@ -80,8 +80,15 @@ def predict_planners(
 def replay_settled(
     tables: TreeTables, requests: Sequence[Request], planner: Planner, costs: Costs, *, max_num_seqs: int
 ) -> Replay:
-    """The second of two replays: what a planner learns and the scheduler knows of lengths is left from the first."""
+    """A replay that is not the first: the scheduler knows each prompt's lengths, and the planner has learnt once."""
+    if not isinstance(planner, FixedPlanner):  # that learns nothing
+        replay(tables, requests, planner, costs, max_num_seqs=max_num_seqs, lengths=_learn_lengths(requests))
+    return replay(tables, requests, planner, costs, max_num_seqs=max_num_seqs, lengths=_learn_lengths(requests))
+
+
+def _learn_lengths(requests: Sequence[Request]) -> LengthPredictor:
+    """What an earlier rollout of the same requests leaves behind."""
     lengths = LengthPredictor()
-    for _ in range(2):
-        simulated = replay(tables, requests, planner, costs, max_num_seqs=max_num_seqs, lengths=lengths)
-    return simulated
+    for request in requests:
+        lengths.observe(request.prompt_ids, len(request.positions))
+    return lengths

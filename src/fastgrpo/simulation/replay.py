@@ -40,6 +40,11 @@ class Request:
                 f"{len(self.positions)}"
             )
 
+    @property
+    def prompt_ids(self) -> list[int]:
+        """A prompt of its length that no other group has."""
+        return [self.group] * self.prompt_len
+
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
@@ -94,6 +99,7 @@ def replay(
         raise ValueError("nothing to replay: give at least one request")
     run = _Run(tables, requests, Scheduler(max_num_seqs, lengths))
     planner.begin()
+    costs.begin()
     records = []
     while run.scheduler.has_work:
         record = run.step(planner, costs)
@@ -206,10 +212,10 @@ class _Run:
 
 
 def _build_sequence(index: int, request: Request) -> Sequence:
-    """What the scheduler knows of a request: a prompt of its length that no other group has."""
+    """What the scheduler knows of a request."""
     return Sequence(
         request_id=index,
-        prompt_ids=[request.group] * request.prompt_len,
+        prompt_ids=request.prompt_ids,
         params=SamplingParams(max_tokens=len(request.positions)),
         max_tokens=2**31,  # the scheduler must not learn how long it will be
         stream_key=0,
