@@ -29,6 +29,7 @@ from fastgrpo.options import (
     PlansOptions,
     ProfileOptions,
     RolloutOptions,
+    SimulateOptions,
 )
 from fastgrpo.report import load_run
 from tiny import save_tiny_model
@@ -43,6 +44,7 @@ COMMANDS = {
     ("bench", "acceptance"): AcceptanceOptions,
     ("bench", "learning"): LearningOptions,
     ("bench", "drafters"): DraftersOptions,
+    ("bench", "simulate"): SimulateOptions,
     ("bench", "e2e"): E2EOptions,
     ("draft", "train"): DraftTrainOptions,
     ("draft", "export"): DraftExportOptions,
