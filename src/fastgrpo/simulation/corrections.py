@@ -21,8 +21,12 @@ def fit_corrections(profile: HardwareProfile, rollouts: Iterable[Sequence[StepRe
     between_s = 0.0
     if plain:
         between_s = max(sum(record.draft_s for record in plain) / len(plain) - profile.fixed_s, 0.0)
-    drafted = [(record.draft_s - profile.fixed_s - between_s, priced.draft_s - profile.fixed_s)
-               for record, priced in steps if not record.plan.is_plain]  # fmt: skip
+    outside_s = profile.fixed_s + between_s
+    drafted = [
+        (record.draft_s - outside_s, priced.draft_s - profile.fixed_s)
+        for record, priced in steps
+        if not record.plan.is_plain
+    ]
     return Corrections(
         prefill=_compare((record.prefill_s, priced.prefill_s) for record, priced in steps if record.num_prefilled),
         draft=_compare(drafted),
@@ -33,7 +37,8 @@ def fit_corrections(profile: HardwareProfile, rollouts: Iterable[Sequence[StepRe
 
 
 def _compare(times: Iterable[tuple[float, float]]) -> float:
-    measured_s, predicted_s = (sum(part) for part in zip((0.0, 0.0), *times, strict=True))
+    pairs = list(times)
+    measured_s, predicted_s = sum(measured for measured, _ in pairs), sum(predicted for _, predicted in pairs)
     return measured_s / predicted_s if measured_s > 0 and predicted_s > 0 else 1.0
 
 
