@@ -423,6 +423,7 @@ def test_the_command_records_reproduces_and_predicts(
     for each in result["reproduction"]:
         assert each["measured_tokens"] == each["simulated_tokens"]
         assert each["error"] == pytest.approx(each["simulated_s"] / each["measured_s"] - 1)
+        assert each["error_per_token"] == pytest.approx(each["error"])
     off, fixed, _ = result["reproduction"]
     assert off["measured_steps"] == off["simulated_steps"] and fixed["measured_steps"] == fixed["simulated_steps"]
     assert len(result["predictions"]) == (1 + 2 * 2 * 2) * len(PLANNERS)

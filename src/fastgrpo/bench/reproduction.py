@@ -52,6 +52,11 @@ class Reproduction:
         return self.simulated_s / self.measured_s - 1
 
     @property
+    def error_per_token(self) -> float:
+        """What is left of the error where completions differ."""
+        return (1 + self.error) * self.measured_tokens / self.simulated_tokens - 1
+
+    @property
     def profile_error(self) -> float:
         return self.profile_s / self.measured_s - 1
 
@@ -72,7 +77,8 @@ def reproduce(
 ) -> tuple[HardwareProfile, Corrections, tuple[Reproduction, ...]]:
     """Measure rollouts of the recorded requests, planners in turn, and simulate the same.
 
-    Corrections are fitted to one rollout of each planner with other noise, which is not among those compared.
+    Rollouts with other noise take turns with those that are compared, under the same load: corrections are fitted to
+    them, and the scheduler's knowledge of lengths is theirs.
 
     Raises:
         ValueError: the profile is of something else.
@@ -89,13 +95,22 @@ def reproduce(
         for name in REPRODUCED
     }
     other_noise = dataclasses.replace(workload.params, seed=workload.params.seed + 1)
-    before = [measure_rollout(engine, workload.prompts, other_noise) for engine in engines.values()]
-    results = interleave(engines, workload.prompts, lambda repeat: workload.params, repeats)
-    corrections = fit_corrections(profile, [result.records for result in before])
+    for engine in engines.values():  # first touches: not measured
+        measure_rollout(engine, workload.prompts, other_noise)
+    in_turn = (other_noise, workload.params)
+    results = interleave(engines, workload.prompts, lambda repeat: in_turn[repeat % 2], 2 * repeats)
+    corrections = fit_corrections(profile, [result.records for own in results.values() for result in own[::2]])
     reproductions = []
-    for name, measured in results.items():
+    for name, own in results.items():
+        measured, earlier = own[1::2], [[len(ids) for ids in own[0].token_ids]]
         believing, corrected = (
-            _simulate(name, workload, tables, ProfileCosts(profile=profile, corrections=each, noise=noise, seed=seed))
+            _simulate(
+                name,
+                workload,
+                tables,
+                ProfileCosts(profile=profile, corrections=each, noise=noise, seed=seed),
+                earlier,
+            )
             for each in (Corrections(), corrections)
         )
         reproductions.append(
@@ -122,7 +137,10 @@ def _find_costs(workload: Workload, profile_file: str | None) -> HardwareProfile
         return find_profile(engine.target, engine.drafter)
 
 
-def _simulate(name: str, workload: Workload, tables: TreeTables, costs: ProfileCosts) -> Replay:
+def _simulate(
+    name: str, workload: Workload, tables: TreeTables, costs: ProfileCosts, earlier: list[list[int]]
+) -> Replay:
     planner = build_planner(name, fixed=DEFAULT_FIXED_PLAN, measure=lambda: costs.profile)
     requests = build_requests(tables.facts)
-    return replay_settled(tables, requests, planner, costs, max_num_seqs=workload.max_num_seqs)
+    slots = workload.max_num_seqs
+    return replay_settled(tables, requests, planner, costs, max_num_seqs=slots, earlier=earlier)

@@ -149,7 +149,8 @@ def _replay(options: SimulateOptions, command: str, facts: Facts, console: Conso
     return result | {
         "corrections": dataclasses.asdict(corrections),
         "reproduction": [
-            dataclasses.asdict(each) | {"error": each.error, "profile_error": each.profile_error}
+            dataclasses.asdict(each)
+            | {name: getattr(each, name) for name in ("error", "error_per_token", "profile_error")}
             for each in reproductions
         ],
         "verdict": _describe_error(errors, bool(options.devices)),
@@ -207,13 +208,13 @@ def _describe_predictions(about: Row, predictions: Sequence[Prediction], errors:
 
 
 def _print_reproduction(reproductions: Sequence[Reproduction], console: Console) -> None:
-    table = Table(title="the recorded requests, measured and simulated", title_justify="left")
+    table = Table(title="the recorded requests, measured and replayed", title_justify="left")
     table.add_column("planner")
-    for heading in ("measured s", "simulated s", "error", "error, profile alone", "steps", "simulated"):
+    for heading in ("seconds", "replay", "error", "a token", "by profile", "steps", "replay"):
         table.add_column(heading, justify="right")
     for each in reproductions:
         seconds = (f"{each.measured_s:.2f}", f"{each.simulated_s:.2f}")
-        errors = (f"{100 * each.error:+.1f} %", f"{100 * each.profile_error:+.1f} %")
+        errors = (f"{100 * error:+.1f} %" for error in (each.error, each.error_per_token, each.profile_error))
         table.add_row(each.planner, *seconds, *errors, str(each.measured_steps), str(each.simulated_steps))
     console.print(table)
 

@@ -42,7 +42,9 @@ class SimulateOptions:
     profile: Path | None = field(
         default=None, metadata=about("costs of this machine, a file of fastgrpo profile (default: measured)")
     )
-    repeats: int = field(default=3, metadata=about("measured rollouts of each planner, after one that is not measured"))
+    repeats: int = field(
+        default=3, metadata=about("measured rollouts of each planner, and as many that correct its costs")
+    )
     devices: tuple[str, ...] = field(
         default=(), metadata=about("machines to plan for by their roofline, parted by commas", choices=MACHINES)
     )

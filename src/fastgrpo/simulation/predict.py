@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fastgrpo.lengths import LengthPredictor
@@ -78,17 +78,30 @@ def predict_planners(
 
 
 def replay_settled(
-    tables: TreeTables, requests: Sequence[Request], planner: Planner, costs: Costs, *, max_num_seqs: int
+    tables: TreeTables,
+    requests: Sequence[Request],
+    planner: Planner,
+    costs: Costs,
+    *,
+    max_num_seqs: int,
+    earlier: Sequence[Sequence[int]] | None = None,
 ) -> Replay:
-    """A replay that is not the first: the scheduler knows each prompt's lengths, and the planner has learnt once."""
+    """A replay that is not the first: the scheduler knows each prompt's lengths, and the planner has learnt once.
+
+    Args:
+        earlier: completion lengths of each rollout before it, in the order of the requests; None takes their own.
+    """
+    known = [[len(request.positions) for request in requests]] if earlier is None else earlier
     if not isinstance(planner, FixedPlanner):  # that learns nothing
-        replay(tables, requests, planner, costs, max_num_seqs=max_num_seqs, lengths=_learn_lengths(requests))
-    return replay(tables, requests, planner, costs, max_num_seqs=max_num_seqs, lengths=_learn_lengths(requests))
+        lengths = _learn_lengths(requests, known)
+        replay(tables, requests, planner, costs, max_num_seqs=max_num_seqs, lengths=lengths)
+    return replay(tables, requests, planner, costs, max_num_seqs=max_num_seqs, lengths=_learn_lengths(requests, known))
 
 
-def _learn_lengths(requests: Sequence[Request]) -> LengthPredictor:
-    """What an earlier rollout of the same requests leaves behind."""
+def _learn_lengths(requests: Sequence[Request], rollouts: Iterable[Sequence[int]]) -> LengthPredictor:
+    """What earlier rollouts of the same prompts leave behind; within each, the shortest end first."""
     lengths = LengthPredictor()
-    for request in requests:
-        lengths.observe(request.prompt_ids, len(request.positions))
+    for rollout in rollouts:
+        for request, length in sorted(zip(requests, rollout, strict=True), key=lambda pair: pair[1]):
+            lengths.observe(request.prompt_ids, length)
     return lengths
