@@ -147,7 +147,7 @@ def _replay(options: SimulateOptions, command: str, facts: Facts, console: Conso
         console.print(_build_table(scenario, list(own)))
     console.print(_describe_error(errors, bool(options.devices)), markup=False, highlight=False)
     return result | {
-        "corrections": dataclasses.asdict(corrections),
+        "corrections": corrections.describe(),
         "reproduction": [
             dataclasses.asdict(each)
             | {name: getattr(each, name) for name in ("error", "error_per_token", "profile_error")}

@@ -8,6 +8,7 @@ from typing import Any
 from fastgrpo.planner.acceptance import AcceptanceTable, compute_expected_length
 from fastgrpo.planner.auto import AutoPlanner
 from fastgrpo.planner.bandit import BanditPlanner
+from fastgrpo.planner.costs import StepCosts
 from fastgrpo.planner.fixed import FixedPlanner
 from fastgrpo.planner.forecast import Forecast, describe_gains, find_break_even, forecast_gains
 from fastgrpo.planner.paper import PaperPlanner
@@ -27,6 +28,7 @@ __all__ = [
     "PaperPlanner",
     "PlanInputs",
     "Planner",
+    "StepCosts",
     "build_planner",
     "compute_expected_length",
     "describe_gains",

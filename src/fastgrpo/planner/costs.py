@@ -18,10 +18,9 @@ _ALIKE = 0.9  # correlation of the errors of two points of the grid an octave ap
 _DRIFT = 0.003  # nats; what a price changes by from step to step
 _OUTLIER = 2.5  # standard deviations; more is taken for this much
 _SURPRISE_RATE, _MOST_SURPRISE = 0.25, 1.5  # of the running mean of such deviations; beyond, the prices are doubted
-_CALM, _MANY, _LISTEN_EVERY = 0.5, 256, 2  # of that mean; steps; after so many, the share that is listened to
 _DOUBT_AGAIN = 0.25  # share of the first doubt's variance that comes back then
 _LEAST_S = 1e-12  # of a price that the profile gives as 0
-_IDLE_S = 1e-4  # what a step may take where a draft would be made, though none is
+IDLE_S = 1e-4  # what a step may take where a draft would be made, though none is
 
 Vector = NDArray[np.float64]
 
@@ -44,11 +43,6 @@ class PriceFilter:
         self._prior = _DOUBT**2 * (np.eye(len(self.prices)) if alike is None else alike)
         self.variance = self._prior.copy()
         self._surprise = 0.0
-
-    @property
-    def is_calm(self) -> bool:
-        """Whether the last measurements were as expected."""
-        return abs(self._surprise) < _CALM
 
     def observe(self, bought: Vector, measured_s: float) -> None:
         spent = self.prices * bought
@@ -97,8 +91,7 @@ class StepCosts:
         alike = np.eye(len(octaves) + 1)  # the last is the price of a cached position
         alike[:-1, :-1] = _ALIKE ** np.abs(octaves[:, None] - octaves)
         self._target = PriceFilter((*start.target_s, start.read_s), noise=0.05, alike=alike)
-        self._draft = PriceFilter((_IDLE_S, 1.0, 1.0, 1.0), noise=0.1)  # idle; times of starts, of levels, of reading
-        self._num_seen = 0
+        self._draft = PriceFilter((IDLE_S, 1.0, 1.0, 1.0), noise=0.1)  # idle; times of starts, of levels, of reading
         self._rest = PriceFilter((start.fixed_s, start.sample_s), noise=0.1)
         self._levels: Vector = np.array(start.draft_s)
         self._starts: Vector = np.array(start.draft_start_s or start.draft_s)
@@ -138,10 +131,6 @@ class StepCosts:
     # -- learning --------------------------------------------------------------------------------------------
 
     def observe(self, record: StepRecord) -> None:
-        """Learn from a step; from every other one once many were as expected."""
-        self._num_seen += 1
-        if self._num_seen > _MANY and self._num_seen % _LISTEN_EVERY and self._target.is_calm:
-            return
         bought = np.zeros(len(self._grid) + 1)
         right = min(max(int(np.searchsorted(self._grid, record.num_tokens)), 1), len(self._grid) - 1)
         left_at, right_at = self._grid[right - 1], self._grid[right]
@@ -175,8 +164,7 @@ class StepCosts:
 
     def state_dict(self) -> dict[str, Any]:
         filters = {"target": self._target, "draft": self._draft, "rest": self._rest}
-        seen = {"start": asdict(self.start), "num_seen": self._num_seen}
-        return seen | {name: each.state_dict() for name, each in filters.items()}
+        return {"start": asdict(self.start)} | {name: each.state_dict() for name, each in filters.items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> StepCosts:
@@ -187,7 +175,6 @@ class StepCosts:
         costs = cls(HardwareProfile(**start))
         for name, each in (("target", costs._target), ("draft", costs._draft), ("rest", costs._rest)):
             each.restore(state[name])
-        costs._num_seen = int(state["num_seen"])
         return costs
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from fastgrpo.planner import HardwareProfile
+from fastgrpo.planner import HardwareProfile, StepCosts
 from fastgrpo.types import SpeculationPlan
 
 
@@ -37,10 +37,11 @@ class StepSeconds:
     draft_s: float
     target_s: float
     verify_s: float
+    between_s: float = 0.0
 
     @property
     def step_s(self) -> float:
-        return self.prefill_s + self.draft_s + self.target_s + self.verify_s
+        return self.prefill_s + self.draft_s + self.target_s + self.verify_s + self.between_s
 
 
 class Costs(Protocol):
@@ -55,17 +56,22 @@ class Costs(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Corrections:
-    """Measured over predicted seconds, for each part of a step; 1 believes the profile.
+    """What measured steps say of a profile; by default they say nothing, and it is believed.
 
     Args:
-        between_s: seconds that each step takes beside its parts as the profile knows them.
+        steps: prices of forwards, drafts and the rest, as `auto` follows them.
+        prefill: measured over predicted seconds of prompts.
+        between_s: seconds that each step takes beside its parts.
     """
 
+    steps: StepCosts | None = None
     prefill: float = 1.0
-    draft: float = 1.0
-    target: float = 1.0
-    verify: float = 1.0
     between_s: float = 0.0
+
+    def describe(self) -> dict[str, Any]:
+        """For a file."""
+        steps = None if self.steps is None else self.steps.state_dict()
+        return {"steps": steps, "prefill": self.prefill, "between_s": self.between_s}
 
 
 @dataclass(kw_only=True)
@@ -88,6 +94,7 @@ class ProfileCosts:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise ValueError(f"noise must be a finite number >= 0, got {self.noise}; 0 simulates without")
+        self._steps = self.corrections.steps or StepCosts(self.profile)
         self.begin()
 
     def begin(self) -> None:
@@ -95,28 +102,20 @@ class ProfileCosts:
         self._draws = np.random.default_rng(self.seed)
 
     def price(self, work: StepWork) -> StepSeconds:
-        profile, corrections = self.profile, self.corrections
-        draft_s = corrections.draft * compute_draft_s(profile, work)
-        target_s = corrections.target * profile.compute_target_s(work.num_tokens, work.num_read)
-        verify_s = corrections.verify * profile.sample_s * work.num_emitted
+        plan, num_seqs, steps = work.plan, work.num_seqs, self._steps
+        draft_s = float(steps.predict_draft_s(plan.depth, plan.width, num_seqs))
+        if not plan.is_plain:
+            draft_s += steps.predict_reading_s(work.num_unread, num_seqs)
+        target_s = float(steps.predict_target_s(work.num_tokens, work.num_read))
+        verify_s = float(steps.predict_rest_s(work.num_emitted))
         prefill_s = 0.0
         if work.num_prefilled:
-            prefill_s = corrections.prefill * profile.compute_target_s(work.num_prefilled)
+            prefill_s = self.corrections.prefill * self.profile.compute_target_s(work.num_prefilled)
         factors = np.exp(self.noise * self._draws.standard_normal(4)).tolist() if self.noise else (1.0,) * 4
         return StepSeconds(
             prefill_s=prefill_s * factors[0],
-            draft_s=(profile.fixed_s + corrections.between_s + draft_s) * factors[1],
+            draft_s=draft_s * factors[1],
             target_s=target_s * factors[2],
             verify_s=verify_s * factors[3],
+            between_s=self.corrections.between_s,
         )
-
-
-def compute_draft_s(profile: HardwareProfile, work: StepWork) -> float:
-    """Seconds of drafting: what was not read yet, then a level of `width` nodes a sequence for each deeper one."""
-    plan = work.plan
-    if plan.is_plain:
-        return 0.0
-    if profile.is_one_pass:
-        return profile.compute_draft_s(work.num_seqs * plan.depth)
-    reading_s = profile.compute_draft_s(work.num_unread)
-    return reading_s + (plan.depth - 1) * profile.compute_draft_s(work.num_seqs * plan.width)

@@ -181,6 +181,7 @@ class _Run:
             target_s=seconds.target_s,
             verify_s=seconds.verify_s,
             step_s=seconds.step_s,
+            num_unread=inputs.num_unread,
             num_promised=num_promised,
         )
 
