@@ -576,6 +576,7 @@ def test_broken_promises_shrink_the_budget():
     for _ in range(200):
         planner.observe(build_record(SHARED, 2, num_promised=6.0, target_s=SMALL_CPU.compute_target_s(10)))
     assert before >= 20
+    planner.plan(inputs)
     assert planner.choose_budget(SHARED, inputs, chances) == 0
     restored = AutoPlanner.from_state(json.loads(json.dumps(planner.state_dict())))
     assert restored.choose_budget(SHARED, inputs, chances) == 0

@@ -254,7 +254,7 @@ class Engine:
             return pool
         chances = pool.scores[:, 1:].exp()
         ranked = chances.flatten().sort(descending=True)
-        drafted = ranked.values[: pool.num_tokens - len(chances)].tolist()
+        drafted = ranked.values[: pool.num_tokens - len(chances)].cpu().numpy()
         planner = self._ensure_planner()
         with self._planning:
             budget = planner.choose_budget(plan, inputs, drafted)

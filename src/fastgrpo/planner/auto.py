@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from fastgrpo.planner.costs import StepCosts, Vector, shape_arrays
 from fastgrpo.planner.expectation import Expectation
-from fastgrpo.planner.planner import PlanInputs, Planner
+from fastgrpo.planner.planner import Chances, PlanInputs, Planner
 from fastgrpo.planner.profile import HardwareProfile
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
@@ -23,9 +23,10 @@ GRID = tuple(  # sequences share their budgets; one of them may have three times
 
 
 _DEPTHS, _WIDTHS, _NODES = shape_arrays(GRID)
-_STEPS_DECIDED = 3  # that a plan is kept for without asking again
+_STEPS_DECIDED = 7  # that a plan is kept for without asking again
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
-_CLEAR_GAIN = 1.2  # rate of drafts over plain decoding that needs no trial of the latter
+_CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter
+_LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
 _TRIAL_WAIT = 8  # steps from one trial to the next at least
 _PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step
 _KEEP_AT_BEGIN = 0.7  # of all that was counted, at each rollout
@@ -64,17 +65,25 @@ class AutoPlanner(Planner):
         self._costs = StepCosts(profile)
         self.margin, self.trial_share = margin, trial_share
         self.max_num_tokens = max_num_tokens or profile.num_tokens[-1]
-        self.expectation = Expectation()
+        self._expectation = Expectation()
         self._promised, self._accepted = _PRIOR_PROMISED, _PRIOR_PROMISED  # draft tokens, of shared budgets
+        self._unheard: list[StepRecord] = []  # steps to learn from before the next decision
         self._credit_s = 0.0  # that trials may lose
         self._trial_age = 0  # steps since the last one
         self._current = PLAIN
         self._decided_for, self._steps_left = (0, 0), 0  # sequences and context of the current plan; for how long
-        self._prices: dict[tuple[SpeculationPlan, int], float] = {}  # tokens that a second brings, until then
+        self._prices: dict[tuple[SpeculationPlan, int], Vector] = {}  # tokens that so many drafts cost, until then
+
+    @property
+    def expectation(self) -> Expectation:
+        """What plans are expected to emit, as far as is known now."""
+        self._learn()
+        return self._expectation
 
     @property
     def profile(self) -> HardwareProfile:
         """What forwards and drafts cost, as far as is known now."""
+        self._learn()
         return self._costs.profile
 
     # -- predictions -----------------------------------------------------------------------------------------
@@ -115,8 +124,8 @@ class AutoPlanner(Planner):
         if decided_for == self._decided_for and self._steps_left > 0:
             self._steps_left -= 1
             return self._current
+        self._learn()
         self._decided_for, self._steps_left = decided_for, 0 if self.expectation.is_new else _STEPS_DECIDED
-        self._prices.clear()
         rates = dict(zip(GRID, self._predict_rates(inputs).tolist(), strict=True))
         rates[PLAIN] = plain_rate = self.predict_rate(PLAIN, inputs)
         best = max(GRID, key=rates.__getitem__)
@@ -145,36 +154,49 @@ class AutoPlanner(Planner):
         self._credit_s, self._trial_age = self._credit_s - loss_s, 0
         return True
 
-    def choose_budget(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Sequence[float]) -> int:
+    def choose_budget(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Chances) -> int:
         """The draft tokens worth their time: what they promise, less what that time brings at the better of two rates.
 
         These are the rates of this plan and of plain decoding.
         """
         batch = inputs.num_seqs
         most = max(min(len(chances), self.max_num_tokens - batch), 0)
-        key = (plan, batch)
+        prices = self._find_prices(plan, inputs)[: most + 1]
+        worth = np.zeros(most + 1)
+        np.cumsum(chances[:most], out=worth[1:])
+        return int((worth - prices).argmax())
+
+    def _find_prices(self, plan: SpeculationPlan, inputs: PlanInputs) -> Vector:
+        """What verifying 0, 1, 2, ... draft tokens costs, in promised ones; the same until the next decision."""
+        key = (plan, inputs.num_seqs)
         if key not in self._prices:
-            self._prices[key] = max(self.predict_rate(plan, inputs), self.predict_rate(PLAIN, inputs))
-        rate = self._prices[key]
-        trust = self._accepted / self._promised
-        worth = trust * (1 - rate * self._costs.sample_s)  # of a token that is surely accepted
-        gains = np.zeros(most + 1)
-        np.cumsum(chances[:most], out=gains[1:])
-        times_s = self._costs.predict_target_s(batch + np.arange(most + 1.0), inputs.num_read)
-        return int((worth * gains - rate * times_s).argmax())
+            rate = max(self.predict_rate(plan, inputs), self.predict_rate(PLAIN, inputs))
+            trust = self._accepted / self._promised
+            worth = max(trust * (1 - rate * self._costs.sample_s), _LEAST_WORTH)  # of a token that is surely accepted
+            num_tokens = np.arange(float(inputs.num_seqs), max(self.max_num_tokens, inputs.num_seqs) + 1.0)
+            times_s = self._costs.predict_target_s(num_tokens, inputs.num_read)
+            self._prices[key] = rate / worth * times_s
+        return self._prices[key]
 
     # -- learning --------------------------------------------------------------------------------------------
 
     def observe(self, record: StepRecord) -> None:
+        """Learnt from before the next decision: several steps at once take a fraction of the time."""
         self._credit_s += self.trial_share * (record.step_s - record.prefill_s)
         self._trial_age += 1
-        self._costs.observe(record)
-        if record.plan.is_plain or not record.offered:
-            return  # nothing was drafted, so no acceptance was seen
-        self.expectation.observe(record)
-        if record.num_promised:
-            self._promised = _KEEP_PROMISED * self._promised + record.num_promised
-            self._accepted = _KEEP_PROMISED * self._accepted + record.num_emitted - record.num_seqs
+        self._unheard.append(record)
+
+    def _learn(self) -> None:
+        for record in self._unheard:
+            self._costs.observe(record)
+            if record.plan.is_plain or not record.offered:
+                continue  # nothing was drafted, so no acceptance was seen
+            self._expectation.observe(record)
+            if record.num_promised:
+                self._promised = _KEEP_PROMISED * self._promised + record.num_promised
+                self._accepted = _KEEP_PROMISED * self._accepted + record.num_emitted - record.num_seqs
+        self._unheard.clear()
+        self._prices.clear()
 
     def estimate_saved_s(self, records: Iterable[StepRecord]) -> float:
         """Seconds that the speculating steps saved over plain decoding of the same tokens; negative if they lost."""
@@ -187,10 +209,12 @@ class AutoPlanner(Planner):
         return plain_s - sum(record.step_s - record.prefill_s for record in speculating)
 
     def begin(self) -> None:
+        self._learn()
         self._current, self._decided_for = PLAIN, (0, 0)
         self.expectation.fade(_KEEP_AT_BEGIN)  # a drafter once useless may have learnt
 
     def state_dict(self) -> dict[str, Any]:
+        self._learn()
         return {
             "costs": self._costs.state_dict(),
             "expectation": self.expectation.state_dict(),
@@ -206,7 +230,7 @@ class AutoPlanner(Planner):
         costs = StepCosts.from_state(state["costs"])
         planner = cls(costs.start)
         planner._costs = costs
-        planner.expectation = Expectation.from_state(state["expectation"])
+        planner._expectation = Expectation.from_state(state["expectation"])
         planner._promised, planner._accepted = float(state["promised"]), float(state["accepted"])
         planner._credit_s, planner._trial_age = float(state["credit_s"]), int(state["trial_age"])
         return planner

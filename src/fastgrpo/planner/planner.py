@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastgrpo.types import SpeculationPlan, StepRecord
+
+Chances = Sequence[float] | NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,7 @@ class Planner(Protocol):
 
     def plan(self, inputs: PlanInputs) -> SpeculationPlan: ...
 
-    def choose_budget(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Sequence[float]) -> int:
+    def choose_budget(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Chances) -> int:
         """Draft tokens to verify, all sequences together; asked where the plan has them share a budget.
 
         Args:
