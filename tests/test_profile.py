@@ -134,7 +134,13 @@ def test_a_measured_profile_has_all_its_costs(steady: None, drafter: str) -> Non
     assert [(each.num_seqs, each.plan.depth, each.num_new) for each in measured.drafts] == (
         [] if drafter == "none" else [*itertools.product((1, 4, 16, 64), (1, 4), (2,)), (16, 1, 18), (16, 4, 18)]
     )
-    assert (profile.read_s, profile.draft_read_s, profile.sample_s, profile.fixed_s) == (0, 0, 0, 4.0)
+    assert (profile.read_s, profile.draft_read_s, profile.sample_s, profile.walk_s, profile.fixed_s) == (
+        0,
+        0,
+        0,
+        0,
+        4.0,
+    )
     assert profile.capacity == 8, "time that never rises has no knee"
     assert [(each.num_tokens, each.context_len) for each in measured.by_context] == [
         (16, 8), (16, 32), (16, 64), (32, 8), (32, 32), (32, 64),

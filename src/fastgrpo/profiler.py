@@ -86,7 +86,7 @@ def measure_costs(
     drafts = time_drafts(target, drafter)
     costs = fit_draft_costs(drafts, grid)
     reads = [[_measure_forward(target, _READ_ROWS, width, context=c) for c in contexts] for width in widths]
-    sample_s, fixed_s = _measure_rest(target)
+    sample_s, walk_s, fixed_s = _measure_rest(target)
     profile = HardwareProfile(
         num_tokens=grid,
         target_s=tuple(level([each.timing.least_s for each in forwards])),
@@ -95,6 +95,7 @@ def measure_costs(
         read_s=_fit_read_s(reads),
         draft_read_s=costs.read_s,
         sample_s=sample_s,
+        walk_s=walk_s,
         fixed_s=fixed_s,
     )
     measurement = Measurement(
@@ -188,8 +189,11 @@ def _measure_forward(target: TargetModel, rows: int, width: int, *, context: int
     return TimedForward(num_tokens=rows * width, num_seqs=rows, context_len=context, timing=timing)
 
 
-def _measure_rest(target: TargetModel) -> tuple[float, float]:
-    """Seconds for each sampled row, and of a step whatever its rows: its sampling state, its roots, its walk."""
+def _measure_rest(target: TargetModel) -> tuple[float, float, float]:
+    """Seconds for each sampled row, for each further level of a walk, and of a step: its sampling state, its roots."""
+
+    def build() -> None:
+        Draft.roots(SamplingBatch.build_blank(1, target.device).positions)
 
     def walk(rows: int) -> float:
         logits = torch.zeros(rows, target.vocab_size, dtype=target.dtype, device=target.device)
@@ -202,6 +206,6 @@ def _measure_rest(target: TargetModel) -> tuple[float, float]:
 
         return measure_on(run, target.device).least_s
 
-    one_s, many_s = walk(1), walk(_READ_ROWS)
+    built_s, one_s, many_s = measure_on(build, target.device).least_s, walk(1), walk(_READ_ROWS)
     sample_s = max(many_s - one_s, 0.0) / (_READ_ROWS - 1)
-    return sample_s, max(one_s - sample_s, 0.0)
+    return sample_s, max(one_s - built_s - sample_s, 0.0), max(one_s - sample_s, 0.0)

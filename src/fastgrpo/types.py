@@ -141,11 +141,10 @@ class SpeculationPlan:
             raise ValueError(f"a plan needs depth, width and num_draft_tokens >= 0, got {self}")
         if (self.num_draft_tokens == 0) != (self.depth == 0 or self.width == 0):
             raise ValueError(f"a plan is either all zero (plain decoding) or has no zero at all, got {self}")
-        if self.num_draft_tokens and self.num_draft_tokens < self.depth:
+        if self.num_draft_tokens and self.tree_size < self.depth:
             raise ValueError(
                 f"num_draft_tokens {self.num_draft_tokens} cannot fill a depth of {self.depth}; lower draft_depth"
             )
-
         if self.most_draft_tokens is not None and self.most_draft_tokens < self.num_draft_tokens:
             raise ValueError(
                 f"most_draft_tokens {self.most_draft_tokens} must be at least num_draft_tokens {self.num_draft_tokens}"

@@ -26,6 +26,7 @@ _DEPTHS, _WIDTHS, _NODES = shape_arrays(GRID)
 _STEPS_DECIDED = 7  # that a plan is kept for without asking again
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter
+_TRIAL_READING = 0.25  # of what a trial reads, the share that no later draft would have read
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
 _TRIAL_WAIT = 8  # steps from one trial to the next at least
 _PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step
@@ -99,7 +100,7 @@ class AutoPlanner(Planner):
     ) -> Vector:  # fmt: skip
         batch, costs = inputs.num_seqs, self._costs
         seconds = costs.predict_target_s(batch * (1 + nodes), inputs.num_read)
-        return seconds + costs.predict_draft_s(depths, widths, batch) + costs.predict_rest_s(batch * lengths)
+        return seconds + costs.predict_draft_s(depths, widths, batch) + costs.predict_rest_s(depths, batch * lengths)
 
     def predict_rate(self, plan: SpeculationPlan, inputs: PlanInputs) -> float:
         """Tokens per second; the price of switching on is spread over the steps that drafts are expected to last."""
@@ -148,7 +149,7 @@ class AutoPlanner(Planner):
         emitted = inputs.num_seqs * self.expectation.predict_length(other, inputs.num_seqs)
         loss_s = emitted * (1 / rates[other] - 1 / rate)
         if not other.is_plain:
-            loss_s += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
+            loss_s += _TRIAL_READING * self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
         if loss_s > self._credit_s:
             return False
         self._credit_s, self._trial_age = self._credit_s - loss_s, 0

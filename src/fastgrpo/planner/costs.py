@@ -92,7 +92,7 @@ class StepCosts:
         alike[:-1, :-1] = _ALIKE ** np.abs(octaves[:, None] - octaves)
         self._target = PriceFilter((*start.target_s, start.read_s), noise=0.05, alike=alike)
         self._draft = PriceFilter((IDLE_S, 1.0, 1.0, 1.0), noise=0.1)  # idle; times of starts, of levels, of reading
-        self._rest = PriceFilter((start.fixed_s, start.sample_s), noise=0.1)
+        self._rest = PriceFilter((start.fixed_s, start.walk_s, start.sample_s), noise=0.1)
         self._levels: Vector = np.array(start.draft_s)
         self._starts: Vector = np.array(start.draft_start_s or start.draft_s)
 
@@ -118,15 +118,15 @@ class StepCosts:
         """Of what no draft has read yet, beyond the few tokens that every draft reads."""
         return float(self._draft.prices[3]) * self._price_reading(num_unread, num_seqs)
 
-    def predict_rest_s(self, num_emitted: Vector | float) -> Vector:
-        """Of a step beside its forward and its draft."""
-        fixed_s, sample_s = self._rest.prices
-        return np.asarray(fixed_s + sample_s * num_emitted)
+    def predict_rest_s(self, depths: Vector | float, num_emitted: Vector | float) -> Vector:
+        """Of a step beside its forward and its draft: walks of so many levels at most, tokens sampled and kept."""
+        fixed_s, level_s, sample_s = self._rest.prices
+        return np.asarray(fixed_s + level_s * depths + sample_s * num_emitted)
 
     @property
     def sample_s(self) -> float:
         """Seconds for one more emitted token."""
-        return float(self._rest.prices[1])
+        return float(self._rest.prices[2])
 
     # -- learning --------------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ class StepCosts:
         self._target.observe(bought, record.target_s)
         prices = self._target.prices
         prices[:-1] = np.exp(_level(np.log(prices[:-1]), 1 / np.diag(self._target.variance)[:-1]))
-        self._rest.observe(np.array([1.0, record.num_emitted]), record.verify_s)
+        self._rest.observe(np.array([1.0, record.plan.depth, record.num_emitted]), record.verify_s)
         self._observe_draft(record)
 
     def _observe_draft(self, record: StepRecord) -> None:

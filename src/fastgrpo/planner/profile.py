@@ -26,6 +26,7 @@ class HardwareProfile:
             empty takes `draft_s`.
         draft_read_s: seconds the drafter takes for each token more that it has not read yet.
         sample_s: seconds to sample, walk and commit one emitted token.
+        walk_s: seconds for each level that walks may go down, however many sequences walk.
         fixed_s: seconds of a step that depend on nothing.
 
     Raises:
@@ -39,6 +40,7 @@ class HardwareProfile:
     read_s: float = 0.0
     draft_read_s: float = 0.0
     sample_s: float = 0.0
+    walk_s: float = 0.0
     fixed_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -58,7 +60,7 @@ class HardwareProfile:
                 if not (math.isfinite(seconds) and seconds > 0):
                     where = f"{name} at {num_tokens} tokens is {seconds}"
                     raise ValueError(f"profile times must be finite and positive: {where}; {MEASURE_AGAIN}")
-        for name in ("read_s", "draft_read_s", "sample_s", "fixed_s"):  # these may be zero
+        for name in ("read_s", "draft_read_s", "sample_s", "walk_s", "fixed_s"):  # these may be zero
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 where = f"{name} is {getattr(self, name)}"
                 raise ValueError(f"profile times must be finite and positive, or 0: {where}; {MEASURE_AGAIN}")

@@ -107,7 +107,7 @@ class ProfileCosts:
         if not plan.is_plain:
             draft_s += steps.predict_reading_s(work.num_unread, num_seqs)
         target_s = float(steps.predict_target_s(work.num_tokens, work.num_read))
-        verify_s = float(steps.predict_rest_s(work.num_emitted))
+        verify_s = float(steps.predict_rest_s(plan.depth, work.num_emitted))
         prefill_s = 0.0
         if work.num_prefilled:
             prefill_s = self.corrections.prefill * self.profile.compute_target_s(work.num_prefilled)
