@@ -591,3 +591,49 @@ def test_a_fixed_budget_is_shared_and_kept():
 def test_a_tree_may_not_be_smaller_than_its_share():
     with pytest.raises(ValueError, match="most_draft_tokens 3 must be at least num_draft_tokens 4"):
         SpeculationPlan(depth=3, width=3, num_draft_tokens=4, most_draft_tokens=3)
+
+
+# -- monotone, where theory says so --------------------------------------------------------------------------------
+
+
+def know(planner: AutoPlanner, chance: float) -> None:
+    """As if first children had been accepted with this chance at every depth, and no other child ever."""
+    table = planner.expectation.table
+    table.offered = [[1e9] * MAX_WIDTH for _ in range(MAX_DEPTH)]
+    table.hits = [[1e9 * chance, *[0.0] * (MAX_WIDTH - 1)] for _ in range(MAX_DEPTH)]
+
+
+@given(
+    chances=st.tuples(st.floats(0.02, 0.98), st.floats(0.02, 0.98)).map(sorted),
+    num_seqs=st.integers(1, 32),
+    slope=st.floats(0, 1e-3),
+    level_s=st.floats(1e-4, 5e-3),
+)
+def test_more_acceptance_never_makes_a_chain_shallower(chances, num_seqs, slope, level_s):
+    grid = (1, 512)
+    profile = HardwareProfile(
+        num_tokens=grid, target_s=tuple(0.02 + slope * n for n in grid), draft_s=(level_s, level_s)
+    )
+    chains = [SpeculationPlan(depth=depth, width=1, num_draft_tokens=depth) for depth in range(1, 9)]
+    depths = []
+    for chance in chances:
+        planner = AutoPlanner(profile)
+        know(planner, chance)
+        rates = {plan: planner.predict_rate(plan, PlanInputs(num_seqs=num_seqs)) for plan in (PLAIN, *chains)}
+        depths.append(max(rates, key=lambda plan: (round(rates[plan], 6), -plan.depth)).depth)
+    assert depths == sorted(depths)
+
+
+@given(
+    slopes=st.tuples(st.floats(0, 2e-3), st.floats(0, 2e-3)).map(sorted),
+    chances=st.lists(st.floats(0, 1), min_size=1, max_size=60).map(lambda found: sorted(found, reverse=True)),
+    num_seqs=st.integers(1, 32),
+)
+def test_a_lower_price_of_a_token_never_shrinks_the_budget(slopes, chances, num_seqs):
+    grid, budgets = (1, 2048), []
+    for slope in slopes:
+        profile = HardwareProfile(num_tokens=grid, target_s=tuple(0.02 + slope * n for n in grid))
+        planner = AutoPlanner(profile)
+        know(planner, 0.5)
+        budgets.append(planner.choose_budget(SHARED, PlanInputs(num_seqs=num_seqs), chances))
+    assert budgets[0] >= budgets[1]
