@@ -281,6 +281,17 @@ def test_the_price_of_switching_on_counts(num_unread):
     assert planner.plan(PlanInputs(num_seqs=1, num_unread=num_unread)).is_plain == bool(num_unread)
 
 
+def test_a_dear_first_reading_says_little_of_drafts():
+    """Where every trial begins with reading, its price must not make drafts look dear, and drafts stay untried."""
+    profile = replace(SMALL_CPU, draft_read_s=1e-5)
+    costs, plan = StepCosts(profile), SpeculationPlan(depth=2, width=2, num_draft_tokens=4)
+    before_s = float(costs.predict_draft_s(plan.depth, plan.width, 32))
+    for _ in range(20):
+        costs.observe(build_record(plan, 32, num_unread=3000, draft_s=before_s + 0.3))
+    assert float(costs.predict_draft_s(plan.depth, plan.width, 32)) == pytest.approx(before_s, rel=0.01)
+    assert costs.predict_reading_s(3000, 32) == pytest.approx(2 * 1e-5 * (3000 - 64), rel=0.01), "at most twice as dear"
+
+
 def test_a_switch_must_promise_more_than_the_margin():
     """Plans whose rates cross back and forth by less than it do not take turns."""
     planner, rng = SyntheticClockPlanner(), random.Random(0)

@@ -19,6 +19,7 @@ _DRIFT = 0.003  # nats; what a price changes by from step to step
 _OUTLIER = 2.5  # standard deviations; more is taken for this much
 _SURPRISE_RATE, _MOST_SURPRISE = 0.25, 1.5  # of the running mean of such deviations; beyond, the prices are doubted
 _DOUBT_AGAIN = 0.25  # share of the first doubt's variance that comes back then
+_MUCH_READING, _DEAREST_READING = 0.5, 2.0  # over drafting, where reading is priced; over what the profile says
 _LEAST_S = 1e-12  # of a price that the profile gives as 0
 IDLE_S = 1e-4  # what a step may take where a draft would be made, though none is
 
@@ -91,7 +92,8 @@ class StepCosts:
         alike = np.eye(len(octaves) + 1)  # the last is the price of a cached position
         alike[:-1, :-1] = _ALIKE ** np.abs(octaves[:, None] - octaves)
         self._target = PriceFilter((*start.target_s, start.read_s), noise=0.05, alike=alike)
-        self._draft = PriceFilter((IDLE_S, 1.0, 1.0, 1.0), noise=0.1)  # idle; times of starts, of levels, of reading
+        self._draft = PriceFilter((IDLE_S, 1.0, 1.0), noise=0.1)  # idle; times what starts and levels took
+        self._reading = PriceFilter((1.0,), noise=0.3)  # times what reading took
         self._rest = PriceFilter((start.fixed_s, start.walk_s, start.sample_s), noise=0.1)
         self._levels: Vector = np.array(start.draft_s)
         self._starts: Vector = np.array(start.draft_start_s or start.draft_s)
@@ -110,13 +112,13 @@ class StepCosts:
 
     def predict_draft_s(self, depths: Vector | float, widths: Vector | float, num_seqs: int) -> Vector:
         """Of drafts that read what was just accepted; depth 0 is none."""
-        idle_s, start, level, _ = self._draft.prices
+        idle_s, start, level = self._draft.prices
         starts_s, levels_s = self._price_drafts(depths, widths, num_seqs)
         return idle_s + start * starts_s + level * levels_s
 
     def predict_reading_s(self, num_unread: int, num_seqs: int) -> float:
         """Of what no draft has read yet, beyond the few tokens that every draft reads."""
-        return float(self._draft.prices[3]) * self._price_reading(num_unread, num_seqs)
+        return min(float(self._reading.prices[0]), _DEAREST_READING) * self._price_reading(num_unread, num_seqs)
 
     def predict_rest_s(self, depths: Vector | float, num_emitted: Vector | float) -> Vector:
         """Of a step beside its forward and its draft: walks of so many levels at most, tokens sampled and kept."""
@@ -147,8 +149,14 @@ class StepCosts:
         if not plan.is_plain and not record.offered:
             return  # nothing was drafted: it says what neither a draft nor its absence takes
         starts_s, levels_s = self._price_drafts(plan.depth, plan.width, record.num_seqs)
-        reading_s = 0.0 if plan.is_plain else self._price_reading(record.num_unread, record.num_seqs)
-        self._draft.observe(np.array([1.0, float(starts_s), float(levels_s), reading_s]), record.draft_s)
+        reading_s = 0.0 if plan.is_plain else self.predict_reading_s(record.num_unread, record.num_seqs)
+        bought = np.array([1.0, float(starts_s), float(levels_s)])
+        drafting_s = float(self._draft.prices @ bought)
+        if reading_s <= _MUCH_READING * drafting_s:
+            self._draft.observe(bought, record.draft_s - reading_s)
+        else:  # one large step says little of drafts
+            read = np.array([self._price_reading(record.num_unread, record.num_seqs)])
+            self._reading.observe(read, record.draft_s - drafting_s)
 
     def _price_drafts(self, depths: Vector | float, widths: Vector | float, num_seqs: int) -> tuple[Vector, Vector]:
         """Seconds of a draft's start and of its further levels, by the profile it began with."""
@@ -163,7 +171,7 @@ class StepCosts:
         return self.start.draft_read_s * max(num_unread - READ_PER_DRAFT * num_seqs, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        filters = {"target": self._target, "draft": self._draft, "rest": self._rest}
+        filters = {"target": self._target, "draft": self._draft, "reading": self._reading, "rest": self._rest}
         return {"start": asdict(self.start)} | {name: each.state_dict() for name, each in filters.items()}
 
     @classmethod
@@ -173,8 +181,10 @@ class StepCosts:
             key: tuple(value) if isinstance(value, list) else value for key, value in state["start"].items()
         }
         costs = cls(HardwareProfile(**start))
-        for name, each in (("target", costs._target), ("draft", costs._draft), ("rest", costs._rest)):
-            each.restore(state[name])
+        costs._target.restore(state["target"])
+        costs._draft.restore(state["draft"])
+        costs._reading.restore(state["reading"])
+        costs._rest.restore(state["rest"])
         return costs
 
 
