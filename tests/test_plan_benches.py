@@ -317,6 +317,23 @@ def test_budgets_are_compared_at_as_many_verified_tokens(
     assert "left out with 4 live: 3x3x8" in capsys.readouterr().out
 
 
+def test_who_waits_goes_by_what_is_known_of_lengths(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "order.json"
+    argv = ["bench", "order", "--model", str(model_dir), "--dtype", "float32", "--device", "cpu", "--max-tokens", "12"]
+    argv += ["--num-prompts", "2", "--num-generations", "2", "--drafter", "eagle-new", "--repeats", "1"]
+    assert main([*argv, "--max-num-seqs", "8"]) == 2
+    assert "8 requests fit into max_num_seqs=8 slots" in capsys.readouterr().err
+    assert main([*argv, "--max-num-seqs", "3", "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    ways = result["ways"]
+    assert list(ways) == ["order of arrival", "lengths of other prompts", "lengths of an earlier epoch"]
+    assert ways["order of arrival"]["gain"] == 1 and result["workload"]["num_completions"] == 8
+    assert len({own["each"][0]["num_tokens"] for own in ways.values()}) == 1  # in float32 the order changes no token
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
 def test_rollouts_take_plans_by_shape_and_draw_one(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ from fastgrpo.options import (
     E2EOptions,
     GenerateOptions,
     LearningOptions,
+    OrderOptions,
     PlansOptions,
     ProfileOptions,
     RolloutOptions,
@@ -78,6 +79,12 @@ _BENCHMARKS = (
         "draft tokens shared among all sequences, beside as many for each",
         BudgetOptions,
         "bench.budget:run_budget_bench",
+    ),
+    Command(
+        "order",
+        "longest expected completions first, beside the order of arrival",
+        OrderOptions,
+        "bench.order:run_order_bench",
     ),
     Command(
         "acceptance",

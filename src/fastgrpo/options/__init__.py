@@ -4,7 +4,7 @@ from fastgrpo.options.command_line import about, add_options, read_options
 from fastgrpo.options.drafting import DraftExportOptions, DraftImportOptions, DraftTrainOptions
 from fastgrpo.options.generating import GenerateOptions
 from fastgrpo.options.measuring import AcceptanceOptions, DraftersOptions, ProfileOptions, RolloutOptions
-from fastgrpo.options.planning import BudgetOptions, PlansOptions
+from fastgrpo.options.planning import BudgetOptions, OrderOptions, PlansOptions
 from fastgrpo.options.shapes import name_plan, parse_plan, parse_speculation
 from fastgrpo.options.simulating import SimulateOptions
 from fastgrpo.options.training import DemoOptions, E2EOptions, LearningOptions, Workload
@@ -20,6 +20,7 @@ __all__ = [
     "E2EOptions",
     "GenerateOptions",
     "LearningOptions",
+    "OrderOptions",
     "PlansOptions",
     "ProfileOptions",
     "RolloutOptions",

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastgrpo.options.command_line import about, check_positive
-from fastgrpo.options.shapes import SHAPE_FORM, parse_plan
-from fastgrpo.options.words import DEVICES, DTYPES
+from fastgrpo.options.shapes import SHAPE_FORM, parse_plan, parse_speculation
+from fastgrpo.options.words import DEVICES, DTYPES, LONG_TAIL_MAX_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,50 @@ class BudgetOptions(SteadyOptions):
             raise ValueError(f"plans must name at least one shape, {SHAPE_FORM}; got none")
         for shape in self.plans:
             parse_plan(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderOptions:
+    """`fastgrpo bench order`."""
+
+    model: str = field(default="demo", metadata=about("model: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct"))
+    drafter: str = field(
+        default="eagle", metadata=about("eagle, eagle-new, block, ngram, or a folder with a saved one")
+    )
+    speculation: str = field(default="auto", metadata=about(f"how it speculates: a planner, or a plan, {SHAPE_FORM}"))
+    tasks: tuple[str, ...] = field(
+        default=("chain_sum", "products"),
+        metadata=about("reasoning-gym tasks with short and with long answers, parted by commas"),
+    )
+    num_prompts: int = field(default=8, metadata=about("prompts of each task"))
+    num_generations: int = field(default=4, metadata=about("completions for each prompt"))
+    max_tokens: int = field(default=LONG_TAIL_MAX_TOKENS, metadata=about("longest completion, in tokens"))
+    temperature: float = field(default=1.0, metadata=about("sampling temperature; 0 is greedy"))
+    max_num_seqs: int = field(default=16, metadata=about("sequences decoded together; the others wait"))
+    device: str = field(
+        default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
+    )
+    dtype: str = field(default="bfloat16", metadata=about("type of the weights", choices=DTYPES))
+    seed: int = field(default=1000, metadata=about("seed of prompts and noise; 0 to 2 made the shipped head's"))
+    repeats: int = field(default=3, metadata=about("measured rollouts in each order, in turn"))
+    output: Path | None = field(
+        default=None,
+        metadata=about("JSON file for the results, a plot beside it; without it they are only printed"),
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_prompts", "num_generations", "max_tokens", "max_num_seqs", "repeats")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        parse_speculation(self.speculation)
+        if not self.tasks:
+            raise ValueError("tasks must name at least one reasoning-gym task, got none")
+        num_requests = len(self.tasks) * self.num_prompts * self.num_generations
+        if num_requests <= self.max_num_seqs:
+            raise ValueError(
+                f"{num_requests} requests fit into max_num_seqs={self.max_num_seqs} slots, so that nobody waits: "
+                "take fewer slots, or more prompts"
+            )
 
 
 def check_concurrency(concurrency: tuple[int, ...]) -> None:

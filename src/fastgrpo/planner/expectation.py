@@ -13,16 +13,16 @@ from fastgrpo.planner.acceptance import AcceptanceTable, compute_expected_length
 from fastgrpo.types import SpeculationPlan, StepRecord
 
 _WINDOW = 1200.0  # sequences and steps that what was counted is remembered for
-_LOCAL_WEIGHT = 16.0  # trials that the table of the octave below counts for
-_PRIOR_ACCEPTED = 60.0  # draft tokens that agreement with the tables counts for
+_LOCAL_WEIGHT = 50.0  # trials that the table of the octave below counts for
+_PRIOR_ALL, _PRIOR_PLAN = 60.0, 300.0  # draft tokens that agreement with the tables counts for, of all and of a plan
 _NEW_STEPS, _KEEP_STEPS = 16, 16  # speculating steps that all is new for, and that predictions are kept for
 
 
 class _Agreement:
     """Draft tokens that were accepted, beside what was predicted of them: decayed counts, drawn to agreement."""
 
-    def __init__(self, accepted: float = 0.0, predicted: float = 0.0) -> None:
-        self.accepted, self.predicted = accepted, predicted
+    def __init__(self, prior: float, accepted: float = 0.0, predicted: float = 0.0) -> None:
+        self.prior, self.accepted, self.predicted = prior, accepted, predicted
 
     def observe(self, accepted: float, predicted: float, num_seqs: int) -> None:
         self.fade(_keep(num_seqs))
@@ -35,7 +35,7 @@ class _Agreement:
 
     @property
     def ratio(self) -> float:
-        return (self.accepted + _PRIOR_ACCEPTED) / (self.predicted + _PRIOR_ACCEPTED)
+        return (self.accepted + self.prior) / (self.predicted + self.prior)
 
 
 class Expectation:
@@ -49,7 +49,7 @@ class Expectation:
     def __init__(self) -> None:
         self.table = AcceptanceTable(window=_WINDOW)
         self._local: dict[int, AcceptanceTable] = {}
-        self._all = _Agreement()
+        self._all = _Agreement(_PRIOR_ALL)
         self._plans: dict[SpeculationPlan, _Agreement] = {}
         self._age = 0
         self._rates: dict[int, list[list[float]]] = {}  # by octave, until they are computed anew
@@ -86,7 +86,9 @@ class Expectation:
         plan, num_seqs = record.plan, record.num_seqs
         accepted, predicted = float(record.num_emitted - num_seqs), num_seqs * self._predict_from_table(record)
         if not self.is_new:  # while it is, the tables are far off, which says nothing of this plan
-            self._plans.setdefault(plan, _Agreement()).observe(accepted, self._all.ratio * predicted, num_seqs)
+            self._plans.setdefault(plan, _Agreement(_PRIOR_PLAN)).observe(
+                accepted, self._all.ratio * predicted, num_seqs
+            )
             self._all.observe(accepted, predicted, num_seqs)
         self.table.observe(record)
         self._find_local(num_seqs.bit_length()).observe(record)
@@ -147,8 +149,10 @@ class Expectation:
         expectation.table.restore(state["table"])
         for octave, table in state["local"]:
             expectation._find_local(octave).restore(table)
-        expectation._all = _Agreement(*state["all"])
-        expectation._plans = {SpeculationPlan(**plan): _Agreement(*counts) for plan, *counts in state["plans"]}
+        expectation._all = _Agreement(_PRIOR_ALL, *state["all"])
+        expectation._plans = {
+            SpeculationPlan(**plan): _Agreement(_PRIOR_PLAN, *counts) for plan, *counts in state["plans"]
+        }
         expectation._age = int(state["age"])
         return expectation
 

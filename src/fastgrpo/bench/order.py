@@ -1,0 +1,161 @@
+"""`fastgrpo bench order`: what it gains to begin with the longest completions, on a skewed workload."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastgrpo.bench.measure import RolloutResult, compute_median, describe_run, measure_rollout
+from fastgrpo.data import build_task_dataset
+from fastgrpo.engine import Engine
+from fastgrpo.lengths import LengthPredictor
+from fastgrpo.loading import Opened, encode_prompts, open_model, quiet_libraries
+from fastgrpo.metrics import compute_ratio
+from fastgrpo.options import OrderOptions, parse_speculation
+from fastgrpo.report import BLUE, GREEN, GREY, write_json
+from fastgrpo.types import SamplingParams
+
+ARRIVAL, KIN, EPOCH = "order of arrival", "lengths of other prompts", "lengths of an earlier epoch"
+_COLOURS = {ARRIVAL: GREY, KIN: GREEN, EPOCH: BLUE}
+
+
+def run_order_bench(options: OrderOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+    """Measure, print and, where `options.output` says so, write the results and a plot; returns them.
+
+    One engine rolls out the same requests with nothing known of their lengths, with what other prompts of the same
+    tasks taught, and with what one earlier rollout of the same prompts taught, in turn.
+
+    Raises:
+        ValueError: the model, the drafter or a task cannot be used.
+    """
+    console = console or Console()
+    quiet_libraries()
+    opened = open_model(options.model, dtype=options.dtype, device=options.device)
+    prompts, others = _build_prompts(options, opened)
+    engine = Engine(
+        opened.model,
+        drafter="none" if options.speculation == "off" else options.drafter,
+        speculation=parse_speculation(options.speculation),
+        max_num_seqs=options.max_num_seqs,
+    )
+    params = SamplingParams(
+        temperature=options.temperature, max_tokens=options.max_tokens, stop_token_ids=opened.stop_token_ids
+    )
+    # neither is measured: they teach lengths, and the planner
+    known: dict[str, dict[str, Any]] = {ARRIVAL: LengthPredictor().state_dict()}
+    for way, taught in ((KIN, others), (EPOCH, prompts)):
+        engine.scheduler.lengths = LengthPredictor()
+        measure_rollout(engine, taught, dataclasses.replace(params, seed=options.seed + options.repeats))
+        known[way] = engine.scheduler.lengths.state_dict()
+    results: dict[str, list[RolloutResult]] = {way: [] for way in known}
+    for repeat, way in itertools.product(range(options.repeats), known):
+        engine.scheduler.lengths = LengthPredictor.from_state(known[way])
+        results[way].append(measure_rollout(engine, prompts, dataclasses.replace(params, seed=options.seed + repeat)))
+    result = describe_run(command, dataclasses.asdict(options)) | {
+        "workload": _describe_workload(results[ARRIVAL]),
+        "ways": {way: _describe_way(own, results[ARRIVAL], options.max_num_seqs) for way, own in results.items()},
+    }
+    console.print(_build_table(result, options.max_num_seqs))
+    if options.output is not None:
+        write_json(result, options.output, indent=1)
+        _plot(results, options.output.with_suffix(".png"), options)
+        console.print(f"written: {options.output} and a plot beside it", markup=False, highlight=False, soft_wrap=True)
+    return result
+
+
+def _build_prompts(options: OrderOptions, opened: Opened) -> tuple[list[list[int]], list[list[int]]]:
+    """Requests of all tasks in a random order, siblings together; and as many of other prompts."""
+    measured: list[list[int]] = []
+    others: list[list[int]] = []
+    for task in options.tasks:
+        chats = build_task_dataset(task, size=2 * options.num_prompts, seed=options.seed)["prompt"]
+        encoded = encode_prompts(opened.tokenizer, chats)
+        measured += encoded[: options.num_prompts]
+        others += encoded[options.num_prompts :]
+    order = random.Random(options.seed)
+    order.shuffle(measured)
+    order.shuffle(others)
+    repeated = ([ids for ids in each for _ in range(options.num_generations)] for each in (measured, others))
+    requests, other_requests = repeated
+    return requests, other_requests
+
+
+def _describe_workload(results: Sequence[RolloutResult]) -> dict[str, float]:
+    lengths = [len(ids) for result in results for ids in result.token_ids]
+    mean = sum(lengths) / len(lengths)
+    return {
+        "num_completions": len(results[0].token_ids),
+        "mean_length": mean,
+        "median_length": compute_median(lengths),
+        "max_length": max(lengths),
+        "max_over_mean": max(lengths) / mean,
+    }
+
+
+def _describe_way(own: Sequence[RolloutResult], arrival: Sequence[RolloutResult], max_num_seqs: int) -> dict[str, Any]:
+    """Completions part where rounding decides, so tokens per second are compared, repeat by repeat."""
+    records = list(itertools.chain.from_iterable(result.records for result in own))
+    ratios = [compute_ratio(a.tokens_per_s, b.tokens_per_s) for a, b in zip(own, arrival, strict=True)]
+    return {
+        "generation_s": compute_median(result.generation_s for result in own),
+        "tokens_per_s": compute_median(result.tokens_per_s for result in own),
+        "gain": compute_median(ratios),
+        "each_gain": ratios,
+        "num_steps": len(records) / len(own),
+        "mean_num_seqs": sum(record.num_seqs for record in records) / len(records),
+        "share_of_time_full": compute_ratio(
+            sum(record.step_s for record in records if record.num_seqs == max_num_seqs),
+            sum(record.step_s for record in records),
+        ),
+        "each": [{"generation_s": result.generation_s, "num_tokens": result.num_tokens} for result in own],
+    }
+
+
+def _build_table(result: Mapping[str, Any], max_num_seqs: int) -> Table:
+    load = result["workload"]
+    table = Table(
+        title=f"{load['num_completions']} completions in {max_num_seqs} slots, {load['mean_length']:.0f} tokens in the "
+        f"mean, {load['max_length']} at most; medians",
+        title_justify="left",
+    )
+    table.add_column("who goes first")
+    for heading in ("seconds", "tokens/s", "gain", "each", "mean live", "time with all slots"):
+        table.add_column(heading, justify="right")
+    for way, own in result["ways"].items():
+        speed = (f"{own['generation_s']:.2f}", f"{own['tokens_per_s']:.1f}", f"{own['gain']:.3f}x")
+        each = " ".join(f"{gain:.2f}" for gain in own["each_gain"])
+        table.add_row(way, *speed, each, f"{own['mean_num_seqs']:.1f}", f"{own['share_of_time_full']:.0%}")
+    return table
+
+
+def _plot(results: Mapping[str, Sequence[RolloutResult]], path: Path, options: OrderOptions) -> None:
+    """Live sequences over time, of the last rollout of each way."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(8, 4), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    axes = figure.subplots()
+    for way, own in results.items():
+        records = own[-1].records
+        ends_s = list(itertools.accumulate(record.step_s for record in records))
+        label = f"{way}: {ends_s[-1]:.1f} s"
+        axes.step(
+            [0.0, *ends_s], [records[0].num_seqs, *(r.num_seqs for r in records)], color=_COLOURS[way], label=label
+        )
+    load = f"{len(results[ARRIVAL][0].token_ids)} completions of {', '.join(options.tasks)}"
+    axes.set_title(f"{load} in {options.max_num_seqs} slots")
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("live sequences")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
