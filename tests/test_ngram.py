@@ -566,6 +566,29 @@ def test_counts_travel_with_a_checkpoint(tmp_path):
         load_state(tmp_path, resumed, None)
 
 
+def test_what_a_planner_learnt_elsewhere_is_left_out_by_name(tmp_path):
+    model, params = shared_model("llama"), SamplingParams(max_tokens=12)
+    engine = Engine(model, drafter="ngram", speculation="auto")
+    engine.generate(PROMPTS, params)
+    save_state(tmp_path, engine, None)
+    path = tmp_path / "planner.json"
+    saved = json.loads(path.read_text())
+
+    def resume(changed):
+        path.write_text(json.dumps(changed))
+        resumed = Engine(model, drafter="ngram", speculation="auto")
+        load_state(tmp_path, resumed, None)
+        return resumed.planner
+
+    assert json.loads(json.dumps(resume(saved).state_dict())) == saved["state"]
+    with pytest.warns(UserWarning, match=r"cpu is 'Z80' there and .* here"):
+        assert resume(saved | {"identity": saved["identity"] | {"cpu": "Z80"}}) is None
+    with pytest.warns(UserWarning, match="it has version None"):
+        assert resume({"name": "auto", "state": {}}) is None
+    with pytest.raises(ValueError, match="is damaged"):
+        resume({name: value for name, value in saved.items() if name != "state"})
+
+
 def test_draft_tokens_are_tokens_of_the_model():
     engine = Engine(shared_model("qwen3"), drafter="ngram", speculation=PLAN)
     propose, seen = engine.drafter.propose, []

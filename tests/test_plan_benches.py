@@ -322,7 +322,10 @@ def test_who_waits_goes_by_what_is_known_of_lengths(
 ) -> None:
     path = tmp_path / "order.json"
     argv = ["bench", "order", "--model", str(model_dir), "--dtype", "float32", "--device", "cpu", "--max-tokens", "12"]
-    argv += ["--num-prompts", "2", "--num-generations", "2", "--drafter", "eagle-new", "--repeats", "1"]
+    argv += ["--num-generations", "2", "--drafter", "eagle-new", "--repeats", "1"]
+    assert main([*argv, "--num-prompts", "2"]) == 2
+    assert "a number of at least 1 for each of tasks=chain_sum,products" in capsys.readouterr().err
+    argv += ["--num-prompts", "3,1"]
     assert main([*argv, "--max-num-seqs", "8"]) == 2
     assert "8 requests fit into max_num_seqs=8 slots" in capsys.readouterr().err
     assert main([*argv, "--max-num-seqs", "3", "--output", str(path)]) == 0

@@ -138,13 +138,17 @@ def take_profile(profile: HardwareProfile | str | Path, target: TargetModel, dra
     path = Path(profile)
     taken, theirs = read_profile(path)
     ours = describe_identity(target, drafter)
-    names = [name for name in dict.fromkeys((*ours, *theirs)) if name not in _LIBRARIES]
-    differing = [name for name in names if ours.get(name) != theirs.get(name)]
-    if differing:
-        listed = "; ".join(f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in differing)
+    if listed := list_differences(theirs, ours):
         remedy = f"fastgrpo profile --model {target.name or 'MODEL'} --drafter {drafter.name} --output {path}"
         raise ValueError(f"the profile {path} was measured of something else: {listed}; measure again: {remedy}")
     return taken
+
+
+def list_differences(theirs: Identity, ours: Identity) -> str:
+    """All that differs but versions of libraries, by name; empty where nothing does."""
+    names = [name for name in dict.fromkeys((*ours, *theirs)) if name not in _LIBRARIES]
+    differing = [name for name in names if ours.get(name) != theirs.get(name)]
+    return "; ".join(f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in differing)
 
 
 # -- the cache -------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ def run_order_bench(options: OrderOptions, command: str, console: Console | None
     """Measure, print and, where `options.output` says so, write the results and a plot; returns them.
 
     One engine rolls out the same requests with nothing known of their lengths, with what other prompts of the same
-    tasks taught, and with what one earlier rollout of the same prompts taught, in turn.
+    tasks taught, and with what one earlier rollout of the same prompts taught, in turn. They arrive in another order in
+    each repeat.
 
     Raises:
         ValueError: the model, the drafter or a task cannot be used.
@@ -38,7 +39,7 @@ def run_order_bench(options: OrderOptions, command: str, console: Console | None
     console = console or Console()
     quiet_libraries()
     opened = open_model(options.model, dtype=options.dtype, device=options.device)
-    prompts, others = _build_prompts(options, opened)
+    groups, others = _build_groups(options, opened)
     engine = Engine(
         opened.model,
         drafter="none" if options.speculation == "off" else options.drafter,
@@ -50,14 +51,16 @@ def run_order_bench(options: OrderOptions, command: str, console: Console | None
     )
     # neither is measured: they teach lengths, and the planner
     known: dict[str, dict[str, Any]] = {ARRIVAL: LengthPredictor().state_dict()}
-    for way, taught in ((KIN, others), (EPOCH, prompts)):
+    for way, taught in ((KIN, others), (EPOCH, groups)):
         engine.scheduler.lengths = LengthPredictor()
-        measure_rollout(engine, taught, dataclasses.replace(params, seed=options.seed + options.repeats))
+        seed = options.seed + options.repeats
+        measure_rollout(engine, _shuffle(taught, seed), dataclasses.replace(params, seed=seed))
         known[way] = engine.scheduler.lengths.state_dict()
     results: dict[str, list[RolloutResult]] = {way: [] for way in known}
     for repeat, way in itertools.product(range(options.repeats), known):
         engine.scheduler.lengths = LengthPredictor.from_state(known[way])
-        results[way].append(measure_rollout(engine, prompts, dataclasses.replace(params, seed=options.seed + repeat)))
+        seed = options.seed + repeat
+        results[way].append(measure_rollout(engine, _shuffle(groups, seed), dataclasses.replace(params, seed=seed)))
     result = describe_run(command, dataclasses.asdict(options)) | {
         "workload": _describe_workload(results[ARRIVAL]),
         "ways": {way: _describe_way(own, results[ARRIVAL], options.max_num_seqs) for way, own in results.items()},
@@ -70,21 +73,21 @@ def run_order_bench(options: OrderOptions, command: str, console: Console | None
     return result
 
 
-def _build_prompts(options: OrderOptions, opened: Opened) -> tuple[list[list[int]], list[list[int]]]:
-    """Requests of all tasks in a random order, siblings together; and as many of other prompts."""
-    measured: list[list[int]] = []
-    others: list[list[int]] = []
-    for task in options.tasks:
-        chats = build_task_dataset(task, size=2 * options.num_prompts, seed=options.seed)["prompt"]
-        encoded = encode_prompts(opened.tokenizer, chats)
-        measured += encoded[: options.num_prompts]
-        others += encoded[options.num_prompts :]
-    order = random.Random(options.seed)
-    order.shuffle(measured)
-    order.shuffle(others)
-    repeated = ([ids for ids in each for _ in range(options.num_generations)] for each in (measured, others))
-    requests, other_requests = repeated
-    return requests, other_requests
+def _build_groups(options: OrderOptions, opened: Opened) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
+    """Siblings of each prompt, of all tasks; and as many of other prompts."""
+    groups: list[list[list[int]]] = []
+    others: list[list[list[int]]] = []
+    for task, count in zip(options.tasks, options.num_prompts, strict=True):
+        chats = build_task_dataset(task, size=2 * count, seed=options.seed)["prompt"]
+        siblings = [[ids] * options.num_generations for ids in encode_prompts(opened.tokenizer, chats)]
+        groups += siblings[:count]
+        others += siblings[count:]
+    return groups, others
+
+
+def _shuffle(groups: list[list[list[int]]], seed: int) -> list[list[int]]:
+    """Requests in a random order, siblings together."""
+    return list(itertools.chain.from_iterable(random.Random(seed).sample(groups, len(groups))))
 
 
 def _describe_workload(results: Sequence[RolloutResult]) -> dict[str, float]:
@@ -126,12 +129,13 @@ def _build_table(result: Mapping[str, Any], max_num_seqs: int) -> Table:
         title_justify="left",
     )
     table.add_column("who goes first")
-    for heading in ("seconds", "tokens/s", "gain", "each", "mean live", "time with all slots"):
+    for heading in ("seconds", "tokens/s", "gain", "each", "steps", "mean live", "time with all slots"):
         table.add_column(heading, justify="right")
     for way, own in result["ways"].items():
         speed = (f"{own['generation_s']:.2f}", f"{own['tokens_per_s']:.1f}", f"{own['gain']:.3f}x")
         each = " ".join(f"{gain:.2f}" for gain in own["each_gain"])
-        table.add_row(way, *speed, each, f"{own['mean_num_seqs']:.1f}", f"{own['share_of_time_full']:.0%}")
+        steps = (f"{own['num_steps']:.0f}", f"{own['mean_num_seqs']:.1f}", f"{own['share_of_time_full']:.0%}")
+        table.add_row(way, *speed, each, *steps)
     return table
 
 

@@ -6,6 +6,7 @@ Safetensors and JSON, nothing pickled.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from fastgrpo.drafters.drafter import StatefulDrafter, TrainableDrafter
 from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
 from fastgrpo.lengths import LengthPredictor
+from fastgrpo.profile_files import describe_identity, list_differences
 from fastgrpo.rollouts import load_rollouts, save_rollouts
 
 _COUNTERS = ("num_updates", "rate_scale", "warm_from", "control")
 _REFERENCE = "reference."
 _REPLAY = "replay.safetensors"
+_PLANNER_VERSION = 2  # of what planners remember
 
 
 def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
@@ -29,7 +32,12 @@ def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "lengths.json").write_text(json.dumps(engine.scheduler.lengths.state_dict()) + "\n")
     if engine.planner is not None:
-        saved = {"name": engine.planner.name, "state": engine.planner.state_dict()}
+        saved = {
+            "version": _PLANNER_VERSION,
+            "identity": describe_identity(engine.target, engine.drafter),
+            "name": engine.planner.name,
+            "state": engine.planner.state_dict(),
+        }
         (folder / "planner.json").write_text(json.dumps(saved) + "\n")
     if isinstance(engine.drafter, TrainableDrafter):
         engine.drafter.save(folder / "head")
@@ -54,6 +62,9 @@ def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
 def load_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
     """Read what `save_state` wrote.
 
+    What a planner has learnt of another machine, model or drafter, or with an earlier version, is named in a warning
+    and learnt anew.
+
     Raises:
         ValueError: a file is damaged or belongs to another model.
     """
@@ -63,8 +74,7 @@ def load_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
         elif isinstance(engine.drafter, StatefulDrafter) and (folder / "drafter").is_dir():
             engine.drafter.restore(folder / "drafter")
         if (folder / "planner.json").exists():
-            saved = json.loads((folder / "planner.json").read_text())
-            engine.restore_planner(saved["name"], saved["state"])
+            _load_planner(folder / "planner.json", engine)
         if (folder / "lengths.json").exists():
             engine.scheduler.lengths = LengthPredictor.from_state(json.loads((folder / "lengths.json").read_text()))
         if learner is not None and (folder / "learner.json").exists():
@@ -73,6 +83,19 @@ def load_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
         raise ValueError(
             f"the draft state in {folder} is damaged ({error}); remove the folder to start it afresh"
         ) from error
+
+
+def _load_planner(path: Path, engine: Engine) -> None:
+    saved = json.loads(path.read_text())
+    version = saved.get("version")
+    if version != _PLANNER_VERSION:
+        reason = f"it has version {version!r}, this fastgrpo reads {_PLANNER_VERSION}"
+    else:
+        reason = list_differences(saved["identity"], describe_identity(engine.target, engine.drafter))
+    if reason:
+        warnings.warn(f"the planner measures anew, {path} is left out: {reason}", stacklevel=3)
+    else:
+        engine.restore_planner(saved["name"], saved["state"])
 
 
 def _read_learner(folder: Path) -> dict[str, Any]:

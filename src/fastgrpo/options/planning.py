@@ -123,7 +123,9 @@ class OrderOptions:
         default=("chain_sum", "products"),
         metadata=about("reasoning-gym tasks with short and with long answers, parted by commas"),
     )
-    num_prompts: int = field(default=8, metadata=about("prompts of each task"))
+    num_prompts: tuple[int, ...] = field(
+        default=(12, 4), metadata=about("prompts of each task, a number for each, parted by commas")
+    )
     num_generations: int = field(default=4, metadata=about("completions for each prompt"))
     max_tokens: int = field(default=LONG_TAIL_MAX_TOKENS, metadata=about("longest completion, in tokens"))
     temperature: float = field(default=1.0, metadata=about("sampling temperature; 0 is greedy"))
@@ -140,13 +142,16 @@ class OrderOptions:
     )
 
     def __post_init__(self) -> None:
-        check_positive(self, "num_prompts", "num_generations", "max_tokens", "max_num_seqs", "repeats")
+        check_positive(self, "num_generations", "max_tokens", "max_num_seqs", "repeats")
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be >= 0, got {self.temperature}")
         parse_speculation(self.speculation)
-        if not self.tasks:
-            raise ValueError("tasks must name at least one reasoning-gym task, got none")
-        num_requests = len(self.tasks) * self.num_prompts * self.num_generations
+        if not self.tasks or len(self.tasks) != len(self.num_prompts) or min(self.num_prompts) < 1:
+            raise ValueError(
+                f"num_prompts must have a number of at least 1 for each of tasks={','.join(self.tasks)}, "
+                f"got {','.join(map(str, self.num_prompts))}"
+            )
+        num_requests = sum(self.num_prompts) * self.num_generations
         if num_requests <= self.max_num_seqs:
             raise ValueError(
                 f"{num_requests} requests fit into max_num_seqs={self.max_num_seqs} slots, so that nobody waits: "

@@ -35,13 +35,14 @@ class AcceptanceTable:
         self.offered = [[0.0] * MAX_WIDTH for _ in range(MAX_DEPTH)]
         self.hits = [[0.0] * MAX_WIDTH for _ in range(MAX_DEPTH)]
 
-    def observe(self, record: StepRecord) -> None:
-        self.fade(max(1 - record.num_seqs / self.window, 0.5))
-        for depth, (offered, hits) in enumerate(zip(record.offered, record.hits, strict=True)):
-            for rank, (trials, count) in enumerate(zip(offered, hits, strict=True)):
-                if depth < MAX_DEPTH and rank < MAX_WIDTH:
-                    self.offered[depth][rank] += trials
-                    self.hits[depth][rank] += count
+    def observe(self, *records: StepRecord) -> None:
+        self.fade(max(1 - sum(record.num_seqs for record in records) / self.window, 0.5))
+        for record in records:
+            for depth, (offered, hits) in enumerate(zip(record.offered, record.hits, strict=True)):
+                for rank, (trials, count) in enumerate(zip(offered, hits, strict=True)):
+                    if depth < MAX_DEPTH and rank < MAX_WIDTH:
+                        self.offered[depth][rank] += trials
+                        self.hits[depth][rank] += count
 
     def fade(self, keep: float) -> None:
         """Weigh down what was counted so far."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -188,14 +189,15 @@ class AutoPlanner(Planner):
         self._unheard.append(record)
 
     def _learn(self) -> None:
-        for record in self._unheard:
-            self._costs.observe(record)
-            if record.plan.is_plain or not record.offered:
+        for records in _group_alike(self._unheard):
+            self._costs.observe(*records)
+            if records[0].plan.is_plain or not records[0].offered:
                 continue  # nothing was drafted, so no acceptance was seen
-            self._expectation.observe(record)
-            if record.num_promised:
-                self._promised = _KEEP_PROMISED * self._promised + record.num_promised
-                self._accepted = _KEEP_PROMISED * self._accepted + record.num_emitted - record.num_seqs
+            self._expectation.observe(*records)
+            for record in records:
+                if record.num_promised:
+                    self._promised = _KEEP_PROMISED * self._promised + record.num_promised
+                    self._accepted = _KEEP_PROMISED * self._accepted + record.num_emitted - record.num_seqs
         self._unheard.clear()
         self._prices.clear()
 
@@ -235,3 +237,15 @@ class AutoPlanner(Planner):
         planner._promised, planner._accepted = float(state["promised"]), float(state["accepted"])
         planner._credit_s, planner._trial_age = float(state["credit_s"]), int(state["trial_age"])
         return planner
+
+
+def _group_alike(records: Sequence[StepRecord]) -> Iterator[list[StepRecord]]:
+    for _, alike in itertools.groupby(records, _find_kind):
+        while group := list(itertools.islice(alike, 1 + _STEPS_DECIDED)):
+            yield group
+
+
+def _find_kind(record: StepRecord) -> tuple[SpeculationPlan, int, bool, bool]:
+    """Steps in a row of one kind are learnt from at once: one plan, as many sequences, no drafter catching up."""
+    is_behind = record.num_unread > (1 + record.plan.depth) * record.num_seqs
+    return record.plan, record.num_seqs, bool(record.offered), is_behind and not record.plan.is_plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -45,13 +46,14 @@ class PriceFilter:
         self.variance = self._prior.copy()
         self._surprise = 0.0
 
-    def observe(self, bought: Vector, measured_s: float) -> None:
+    def observe(self, bought: Vector, measured_s: float, num_steps: int = 1) -> None:
+        """Learn from one measurement, the mean of so many steps in a row, which scatters as one does."""
         spent = self.prices * bought
         predicted_s = float(spent.sum())
         if predicted_s <= 0 or measured_s <= 0:
             return
         shares = spent / predicted_s
-        self.variance += (_DRIFT / _DOUBT) ** 2 * self._prior
+        self.variance += num_steps * (_DRIFT / _DOUBT) ** 2 * self._prior
         spread = self.variance @ shares
         deviation = float(np.sqrt(shares @ spread + self.noise**2))
         scaled = min(max(float(np.log(measured_s / predicted_s)) / deviation, -_OUTLIER), _OUTLIER)
@@ -116,7 +118,7 @@ class StepCosts:
         starts_s, levels_s = self._price_drafts(depths, widths, num_seqs)
         return idle_s + start * starts_s + level * levels_s
 
-    def predict_reading_s(self, num_unread: int, num_seqs: int) -> float:
+    def predict_reading_s(self, num_unread: float, num_seqs: int) -> float:
         """Of what no draft has read yet, beyond the few tokens that every draft reads."""
         return min(float(self._reading.prices[0]), _DEAREST_READING) * self._price_reading(num_unread, num_seqs)
 
@@ -132,31 +134,38 @@ class StepCosts:
 
     # -- learning --------------------------------------------------------------------------------------------
 
-    def observe(self, record: StepRecord) -> None:
+    def observe(self, *records: StepRecord) -> None:
+        """Learn from steps of one plan with as many live sequences, at once: from what they took in the mean."""
+        plan, num_seqs, num_steps = records[0].plan, records[0].num_seqs, len(records)
+
+        def mean(name: str) -> float:
+            return math.fsum(getattr(record, name) for record in records) / num_steps
+
+        num_tokens = mean("num_tokens")
         bought = np.zeros(len(self._grid) + 1)
-        right = min(max(int(np.searchsorted(self._grid, record.num_tokens)), 1), len(self._grid) - 1)
+        right = min(max(int(np.searchsorted(self._grid, num_tokens)), 1), len(self._grid) - 1)
         left_at, right_at = self._grid[right - 1], self._grid[right]
-        weight = (record.num_tokens - left_at) / (right_at - left_at)
-        bought[right - 1], bought[right], bought[-1] = max(1 - weight, 0.0), weight, record.num_read
-        self._target.observe(bought, record.target_s)
+        weight = (num_tokens - left_at) / (right_at - left_at)
+        bought[right - 1], bought[right], bought[-1] = max(1 - weight, 0.0), weight, mean("num_read")
+        self._target.observe(bought, mean("target_s"), num_steps)
         prices = self._target.prices
         prices[:-1] = np.exp(_level(np.log(prices[:-1]), 1 / np.diag(self._target.variance)[:-1]))
-        self._rest.observe(np.array([1.0, record.plan.depth, record.num_emitted]), record.verify_s)
-        self._observe_draft(record)
+        self._rest.observe(np.array([1.0, plan.depth, mean("num_emitted")]), mean("verify_s"), num_steps)
+        if plan.is_plain or all(record.offered for record in records):  # else it says what neither takes
+            self._observe_drafts(plan, num_seqs, mean("num_unread"), mean("draft_s"), num_steps)
 
-    def _observe_draft(self, record: StepRecord) -> None:
-        plan = record.plan
-        if not plan.is_plain and not record.offered:
-            return  # nothing was drafted: it says what neither a draft nor its absence takes
-        starts_s, levels_s = self._price_drafts(plan.depth, plan.width, record.num_seqs)
-        reading_s = 0.0 if plan.is_plain else self.predict_reading_s(record.num_unread, record.num_seqs)
+    def _observe_drafts(
+        self, plan: SpeculationPlan, num_seqs: int, num_unread: float, draft_s: float, num_steps: int
+    ) -> None:
+        starts_s, levels_s = self._price_drafts(plan.depth, plan.width, num_seqs)
+        reading_s = 0.0 if plan.is_plain else self.predict_reading_s(num_unread, num_seqs)
         bought = np.array([1.0, float(starts_s), float(levels_s)])
         drafting_s = float(self._draft.prices @ bought)
         if reading_s <= _MUCH_READING * drafting_s:
-            self._draft.observe(bought, record.draft_s - reading_s)
+            self._draft.observe(bought, draft_s - reading_s, num_steps)
         else:  # one large step says little of drafts
-            read = np.array([self._price_reading(record.num_unread, record.num_seqs)])
-            self._reading.observe(read, record.draft_s - drafting_s)
+            read = np.array([self._price_reading(num_unread, num_seqs)])
+            self._reading.observe(read, draft_s - drafting_s, num_steps)
 
     def _price_drafts(self, depths: Vector | float, widths: Vector | float, num_seqs: int) -> tuple[Vector, Vector]:
         """Seconds of a draft's start and of its further levels, by the profile it began with."""
@@ -167,7 +176,7 @@ class StepCosts:
         levels_s = _interpolate(num_seqs * widths, self._grid, self._levels)
         return np.where(depths > 0, starts_s, 0.0), np.maximum(depths - 1, 0.0) * levels_s
 
-    def _price_reading(self, num_unread: int, num_seqs: int) -> float:
+    def _price_reading(self, num_unread: float, num_seqs: int) -> float:
         return self.start.draft_read_s * max(num_unread - READ_PER_DRAFT * num_seqs, 0)
 
     def state_dict(self) -> dict[str, Any]:

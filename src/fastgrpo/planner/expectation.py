@@ -24,8 +24,8 @@ class _Agreement:
     def __init__(self, prior: float, accepted: float = 0.0, predicted: float = 0.0) -> None:
         self.prior, self.accepted, self.predicted = prior, accepted, predicted
 
-    def observe(self, accepted: float, predicted: float, num_seqs: int) -> None:
-        self.fade(_keep(num_seqs))
+    def observe(self, accepted: float, predicted: float, num_drafts: int) -> None:
+        self.fade(_keep(num_drafts))
         self.accepted += accepted
         self.predicted += predicted
 
@@ -81,19 +81,22 @@ class Expectation:
             self._lengths[key] = np.array([self.predict_length(plan, num_seqs) for plan in plans])
         return self._lengths[key]
 
-    def observe(self, record: StepRecord) -> None:
-        """Learn from a step that offered drafts."""
-        plan, num_seqs = record.plan, record.num_seqs
-        accepted, predicted = float(record.num_emitted - num_seqs), num_seqs * self._predict_from_table(record)
+    def observe(self, *records: StepRecord) -> None:
+        """Learn from steps that offered drafts, all of one plan and with as many live sequences."""
+        plan, num_seqs, num_steps = records[0].plan, records[0].num_seqs, len(records)
+        num_drafts = num_seqs * num_steps
+        accepted = float(sum(record.num_emitted for record in records) - num_drafts)
+        nodes = round(sum(record.num_tokens for record in records) / num_drafts) - 1
+        predicted = num_drafts * (compute_expected_length(plan, self._find_rates(num_seqs), nodes) - 1)
         if not self.is_new:  # while it is, the tables are far off, which says nothing of this plan
-            self._plans.setdefault(plan, _Agreement(_PRIOR_PLAN)).observe(
-                accepted, self._all.ratio * predicted, num_seqs
-            )
-            self._all.observe(accepted, predicted, num_seqs)
-        self.table.observe(record)
-        self._find_local(num_seqs.bit_length()).observe(record)
-        self._age += 1
-        if self.is_new or self._age % _KEEP_STEPS == 0:
+            own = self._plans.setdefault(plan, _Agreement(_PRIOR_PLAN))
+            own.observe(accepted, self._all.ratio * predicted, num_drafts)
+            self._all.observe(accepted, predicted, num_drafts)
+        self.table.observe(*records)
+        self._find_local(num_seqs.bit_length()).observe(*records)
+        was_kept_for = self._age % _KEEP_STEPS
+        self._age += num_steps
+        if self.is_new or was_kept_for + num_steps >= _KEEP_STEPS:
             self._forget_predictions()
 
     def fade(self, keep: float) -> None:
@@ -110,11 +113,6 @@ class Expectation:
         if key not in self._trees:
             self._trees[key] = compute_expected_length(plan, self._find_rates(num_seqs)) - 1
         return self._trees[key] * self._all.ratio
-
-    def _predict_from_table(self, record: StepRecord) -> float:
-        """Draft tokens accepted of trees with as many nodes as were verified, before any correction."""
-        nodes = round(record.num_tokens / record.num_seqs) - 1
-        return compute_expected_length(record.plan, self._find_rates(record.num_seqs), nodes) - 1
 
     def _find_local(self, octave: int) -> AcceptanceTable:
         if octave not in self._local:
@@ -157,5 +155,5 @@ class Expectation:
         return expectation
 
 
-def _keep(num_seqs: int) -> float:
-    return max(1 - num_seqs / _WINDOW, 0.5)
+def _keep(num_drafts: int) -> float:
+    return max(1 - num_drafts / _WINDOW, 0.5)
