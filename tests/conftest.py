@@ -14,7 +14,20 @@ import hypothesis
 import jaxtyping
 
 CHECKED_MODULES = (
-    *("attention", "cache", "sampling", "tree", "verify", "model", "weights", "prefill", "learner"),
+    *(
+        "kernels.cpu",
+        "kernels.linear",
+        "decoder",
+        "attention",
+        "cache",
+        "sampling",
+        "tree",
+        "verify",
+        "model",
+        "weights",
+        "prefill",
+        "learner",
+    ),
     *("drafters.drafter", "drafters.eagle", "drafters.eagle_head", "drafters.lm", "drafters.ngram"),
     *("drafters.ngram_table", "drafters.block", "drafters.block_head", "drafters.head_rows", "drafters.head_parts"),
     *("drafters.beams", "drafters.calibration", "drafters.join", "head_training", "block_training"),

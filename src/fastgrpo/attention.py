@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fastgrpo.cache import RowStore
+from fastgrpo.kernels import cpu
 
 ATTENTION_NAME = "fastgrpo_tree"
+_MOST_NODES = 64  # of one row that our kernel takes
 READ_BLOCK = 16
 """Rows are read up to a multiple of this. A partly filled last block is summed in another order, so
 without it a row's half-precision result would depend on the length of its neighbours (PyTorch's CPU
@@ -27,11 +30,14 @@ class ForwardBatch:
     positions: Int[Tensor, " T"]
     write_index: Int[Tensor, " T"]  # flat cache index of each token
     row_starts: Int[Tensor, " B"]  # first packed token of each row
+    num_nodes: Int[Tensor, " B"]  # packed tokens of each row
     rows: slice | Int[Tensor, " B"]  # cache rows read
-    read_length: int  # cache positions read, the new tokens included; a multiple of READ_BLOCK
-    num_nodes: int  # N, the largest row
+    places: Int[Tensor, " B"]  # flat cache index of each row's first position
+    lengths: Int[Tensor, " B"]  # cached positions that every node of the row sees
+    visible: Bool[Tensor, "B N E"]  # node n sees position lengths[b] + e
     pad_index: Int[Tensor, " T"] | None  # row * N + node of each token; None if no row is padded
-    mask: Float[Tensor, "B 1 repN S"]  # additive, once for each query head that shares a key head
+    dtype: torch.dtype  # of the attention
+    num_repeats: int  # query heads for each key head
 
     @staticmethod
     def build(
@@ -58,32 +64,49 @@ class ForwardBatch:
             store: where the tokens will be written, for its capacity.
             dtype, num_repeats: of the attention: its type, and query heads for each key head.
         """
-        device = token_ids.device
         width, num_visible = visible.shape[1:]
-        index = torch.arange(width, device=device)
+        index = torch.arange(width, device=token_ids.device)
         used = index < num_nodes[:, None]
-        offset = num_visible - width
-        read_length = -(-(int((lengths + num_nodes).max()) + offset) // READ_BLOCK) * READ_BLOCK
-        slot = torch.arange(read_length, device=device)
-        node = slot - lengths[:, None]  # node that a slot holds
-        is_node = (node >= 0) & (node < num_visible)
-        sees = visible.gather(2, node.clamp(0, num_visible - 1)[:, None].expand(-1, width, -1))
-        mask = (node < 0)[:, None] | (is_node[:, None] & sees)
-        mask[..., 0] = True  # true of every node; keeps padded nodes finite
-        additive = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, float("-inf"))
-        flat = (row_numbers * store.capacity + lengths + offset)[:, None] + index
+        places = row_numbers * store.capacity
+        flat = (places + lengths + (num_visible - width))[:, None] + index
         positions = lengths[:, None] + visible.sum(-1) - 1
         return ForwardBatch(
             token_ids=token_ids[used],
             positions=positions[used],
             write_index=flat[used],
             row_starts=num_nodes.cumsum(0) - num_nodes,
+            num_nodes=num_nodes,
             rows=rows,
-            read_length=read_length,
-            num_nodes=width,
+            places=places,
+            lengths=lengths,
+            visible=visible,
             pad_index=None if bool(used.all()) else used.view(-1).nonzero()[:, 0],
-            mask=additive[:, None].repeat(1, 1, num_repeats, 1),
+            dtype=dtype,
+            num_repeats=num_repeats,
         )
+
+    @property
+    def most_nodes(self) -> int:
+        """N, nodes of the largest row."""
+        return self.visible.shape[1]
+
+    @functools.cached_property
+    def read_length(self) -> int:
+        """Cache positions read where rows are read alike, the new tokens included; a multiple of READ_BLOCK."""
+        num_before = self.visible.shape[2] - self.most_nodes
+        return -(-(int((self.lengths + self.num_nodes).max()) + num_before) // READ_BLOCK) * READ_BLOCK
+
+    @functools.cached_property
+    def mask(self) -> Float[Tensor, "B 1 repN S"]:
+        """Additive, once for each query head that shares a key head."""
+        slot = torch.arange(self.read_length, device=self.lengths.device)
+        node = slot - self.lengths[:, None]  # node that a slot holds
+        is_node = (node >= 0) & (node < self.visible.shape[2])
+        held = node.clamp(0, self.visible.shape[2] - 1)[:, None].expand(-1, self.most_nodes, -1)
+        mask = (node < 0)[:, None] | (is_node[:, None] & self.visible.gather(2, held))
+        mask[..., 0] = True  # true of every node; keeps padded nodes finite
+        additive = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        return additive[:, None].repeat(1, 1, self.num_repeats, 1)
 
 
 def pack_queries(
@@ -94,11 +117,11 @@ def pack_queries(
     num_rows = len(batch.row_starts)
     tokens = query[0].transpose(0, 1)
     if batch.pad_index is not None:
-        padded = tokens.new_zeros(num_rows * batch.num_nodes, num_heads, head_dim)
+        padded = tokens.new_zeros(num_rows * batch.most_nodes, num_heads, head_dim)
         tokens = padded.index_copy_(0, batch.pad_index, tokens)
     repeats = num_heads // num_kv_heads
-    grouped = tokens.reshape(num_rows, batch.num_nodes, num_kv_heads, repeats, head_dim).permute(0, 2, 3, 1, 4)
-    return grouped.reshape(num_rows, num_kv_heads, repeats * batch.num_nodes, head_dim)
+    grouped = tokens.reshape(num_rows, batch.most_nodes, num_kv_heads, repeats, head_dim).permute(0, 2, 3, 1, 4)
+    return grouped.reshape(num_rows, num_kv_heads, repeats * batch.most_nodes, head_dim)
 
 
 def unpack_outputs(
@@ -106,8 +129,8 @@ def unpack_outputs(
 ) -> Float[Tensor, "1 T heads d"]:
     """The inverse of `pack_queries`, token first."""
     num_rows, num_kv_heads, _, head_dim = output.shape
-    grouped = output.view(num_rows, num_kv_heads, num_heads // num_kv_heads, batch.num_nodes, head_dim)
-    tokens = grouped.permute(0, 3, 1, 2, 4).reshape(num_rows * batch.num_nodes, num_heads, head_dim)
+    grouped = output.view(num_rows, num_kv_heads, num_heads // num_kv_heads, batch.most_nodes, head_dim)
+    tokens = grouped.permute(0, 3, 1, 2, 4).reshape(num_rows * batch.most_nodes, num_heads, head_dim)
     return (tokens if batch.pad_index is None else tokens[batch.pad_index])[None]
 
 
@@ -127,6 +150,52 @@ def tree_attention(
     packed = pack_queries(query.to(key.dtype), num_kv_heads, tree_batch)
     output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
     return unpack_outputs(output, num_heads, tree_batch), None
+
+
+def attend_to_rows(
+    query: Float[Tensor, "M hd"],
+    keys: RowStore,
+    values: RowStore,
+    layer: int,
+    batch: ForwardBatch,
+    *,
+    head_dim: int,
+    scale: float,
+) -> Float[Tensor, "_ hd"]:
+    """Attention of packed nodes to the cached rows, their own keys and values among them.
+
+    Queries may be padded: what stands behind the batch's T tokens comes out as anything.
+
+    On a CPU, where kernels are compiled, each node reads its own row's positions and no others.
+    """
+    if has_kernels(query, batch):
+        return cpu.attend(
+            query,
+            keys.flat(layer),
+            values.flat(layer),
+            starts=batch.row_starts,
+            num_nodes=batch.num_nodes,
+            lengths=batch.lengths,
+            places=batch.places,
+            visible=batch.visible,
+            head_dim=head_dim,
+            scale=scale,
+        )
+    num_kv_heads = keys.data.shape[-1] // head_dim
+    key, value = (
+        store.data[layer, batch.rows, : batch.read_length].unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2)
+        for store in (keys, values)
+    )
+    tokens = query[: len(batch.token_ids)].unflatten(-1, (-1, head_dim))
+    packed = pack_queries(tokens.transpose(0, 1)[None], num_kv_heads, batch)
+    output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=batch.mask, scale=scale)
+    return unpack_outputs(output, query.shape[1] // head_dim, batch)[0].flatten(1)
+
+
+def has_kernels(query: Tensor, batch: ForwardBatch) -> bool:
+    """Long prompts are left to PyTorch's attention, which is made for them."""
+    is_covered = query.device.type == "cpu" and cpu.covers(query.dtype, query.dtype)
+    return is_covered and batch.most_nodes <= _MOST_NODES and cpu.is_available()
 
 
 AttentionInterface.register(ATTENTION_NAME, tree_attention)

@@ -1,4 +1,4 @@
-"""Where this user's files are kept that cost time to make again: profiles, and a converted demo model."""
+"""Where this user's files are kept that cost time to make again: profiles, kernels, a converted demo model."""
 
 from __future__ import annotations
 

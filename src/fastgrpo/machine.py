@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 
-def _cpu_model() -> str:
+def describe_cpu() -> str:
+    """The processor's model name."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux only; elsewhere the platform knows a coarser name
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -32,7 +33,7 @@ def describe_machine() -> dict[str, Any]:
     packages = [name for name in ("torch", "transformers", "trl") if name in installed]
     has_affinity = hasattr(os, "sched_getaffinity")  # a container often gets a part of the machine
     return {
-        "cpu": _cpu_model(),
+        "cpu": describe_cpu(),
         "num_cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
         "memory_gib": _memory_gib(),
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import Cache, PreTrainedModel
 
 from fastgrpo.attention import ATTENTION_NAME, ForwardBatch
 from fastgrpo.cache import RowStore, SlotCache
+from fastgrpo.decoder import NO_KERNELS, FusedDecoder, find_obstacle
+from fastgrpo.kernels.linear import PackedLinear, can_pack
 from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.weights import merged_weights
 
@@ -69,6 +72,8 @@ class TargetModel:
     def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype | None = None, tokenizer: Any = None) -> None:
         self.model = model
         self._tokenizer = tokenizer
+        self._fused: FusedDecoder | None = None
+        self._output: PackedLinear | None = None
         self.base = base_model_of(model)
         self.config: Any = self.base.config
         check_supported(self.base)
@@ -151,23 +156,49 @@ class TargetModel:
             self.model.eval()
             self.config._attn_implementation = ATTENTION_NAME
             with torch.no_grad(), merged_weights(self.model, self.compute_dtype), autocast:
+                self._fused = self._fuse()
                 yield
         finally:
+            self._fused = self._output = None
             self.config._attn_implementation = attention
             for module in training:
                 module.training = True
 
     def forward(self, batch: ForwardBatch, cache: SlotCache) -> ForwardOutput:
         """Run the packed tokens, writing their keys and values; call inside `rollout_mode`."""
+        kept = () if cache.features is None else self.feature_layers
+        if self._fused is not None:
+            hidden, inputs = self._fused.run(batch, cache, kept)
+        else:
+            hidden, inputs = self._run_modules(batch, cache, kept)
+        if cache.features is None:
+            return ForwardOutput(last_hidden=hidden, features=None)
+        parts = [inputs[layer] for layer in kept] + [hidden]
+        return ForwardOutput(last_hidden=hidden, features=torch.cat(parts, -1).to(cache.features.data.dtype))
+
+    def _fuse(self) -> FusedDecoder | None:
+        if self.device.type != "cpu":
+            return None
+        obstacle = find_obstacle(self.decoder, self.dtype)
+        if obstacle is None:
+            if type(self.lm_head) is nn.Linear and can_pack([self.lm_head]):
+                self._output = PackedLinear([self.lm_head])
+            return FusedDecoder(self.decoder, self.dtype)
+        _warn_of(obstacle)
+        return None
+
+    def _run_modules(
+        self, batch: ForwardBatch, cache: SlotCache, kept: tuple[int, ...]
+    ) -> tuple[Float[Tensor, "T H"], dict[int, Float[Tensor, "T H"]]]:
+        """The same through transformers' own modules."""
         captured: dict[int, Tensor] = {}
         hooks = []
-        if cache.features is not None:
-            for layer in set(self.feature_layers):
+        for layer in set(kept):
 
-                def keep(_: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
-                    captured[layer] = args[0]
+            def keep(_: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
+                captured[layer] = args[0][0]
 
-                hooks.append(self.decoder.layers[layer].register_forward_pre_hook(keep))
+            hooks.append(self.decoder.layers[layer].register_forward_pre_hook(keep))
         try:
             output = self.decoder(
                 input_ids=batch.token_ids[None],
@@ -180,14 +211,19 @@ class TargetModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        hidden = output.last_hidden_state[0]
-        if cache.features is None:
-            return ForwardOutput(last_hidden=hidden, features=None)
-        parts = [captured[layer][0] for layer in self.feature_layers] + [hidden]
-        return ForwardOutput(last_hidden=hidden, features=torch.cat(parts, -1).to(cache.features.data.dtype))
+        return output.last_hidden_state[0], captured
 
     def compute_logits(self, hidden: Float[Tensor, "T H"]) -> Float[Tensor, "T V"]:
+        if self._output is not None:
+            return self._output(hidden)
         return self.lm_head(hidden)
+
+
+@functools.cache
+def _warn_of(obstacle: str) -> None:
+    """Once for each reason."""
+    if obstacle != NO_KERNELS:  # of which a warning has been given
+        warnings.warn(f"decoding goes through transformers' modules, which takes longer: {obstacle}", stacklevel=2)
 
 
 def base_model_of(model: Any) -> Any:

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastgrpo.kernels import cpu
 from fastgrpo.types import SamplingParams, Sequence
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -92,6 +93,8 @@ def gumbel_noise(
     Returns:
         float32 noise; a value depends on its own (key, position, token id) only.
     """
+    if has_kernels(stream_keys):
+        return cpu.gumbel_noise(stream_keys, positions, token_ids)
     keys = _position_keys(stream_keys, positions)
     low, high = _split_key(keys)
     out = torch.empty(len(keys), len(token_ids), dtype=torch.float32, device=keys.device)
@@ -106,8 +109,14 @@ def gumbel_noise_of(
     stream_keys: Int[Tensor, " R"], positions: Int[Tensor, " R"], token_ids: Int[Tensor, "R K"]
 ) -> Float[Tensor, "R K"]:
     """The values of `gumbel_noise` for a few tokens of each row's own, bit for bit; arguments as there."""
+    if has_kernels(stream_keys):
+        return cpu.gumbel_noise(stream_keys, positions, token_ids)
     low, high = _split_key(_position_keys(stream_keys, positions))
     return _gumbel(_hash(token_ids, low, high))
+
+
+def has_kernels(values: Tensor) -> bool:
+    return values.device.type == "cpu" and cpu.is_available()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +219,8 @@ def sample(
         token ids int64, and their log-probabilities under softmax(logits / temperature); the
         log-probability is NaN exactly where a row of logits has a NaN or +inf.
     """
+    if has_kernels(logits) and logits.dtype in cpu.DTYPES and not batch.is_truncated:
+        return cpu.sample(logits, batch.stream_keys, batch.positions, batch.temperature)
     scaled = scale_logits(logits, batch)
     token_ids = add_noise(truncate_logits(scaled, batch), batch, vocabulary).argmax(-1)
     logprobs = scaled.gather(-1, token_ids[:, None])[:, 0] - scaled.logsumexp(-1)

@@ -16,6 +16,7 @@ from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.head_parts import DraftHead, choose_vocab_size
 from fastgrpo.drafters.head_rows import HeadRows
+from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.tree import Draft
@@ -98,6 +99,7 @@ class HeadDrafter(ABC, Generic[Head]):
         """Take the trained weights into the copy that drafts; output rows come from the target as it is now."""
         self.head.take_output_rows(self.target)
         self.fast_head: Head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
+        pack_modules(self.fast_head)
 
     def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
         """Draft from the most counted tokens."""

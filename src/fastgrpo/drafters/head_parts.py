@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastgrpo.kernels import cpu
 from fastgrpo.model import TargetModel
 
 _CPU_VOCAB_SIZE, _VOCAB_SIZE = 4096, 16384
@@ -31,6 +32,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        is_covered = x.device.type == "cpu" and cpu.covers(x.dtype, x.dtype) and self.weight.dtype == x.dtype
+        if is_covered and not torch.is_grad_enabled() and cpu.is_available():
+            flat = x.reshape(-1, x.shape[-1])
+            return cpu.add_norm(flat.contiguous(), None, self.weight, self.eps, x.dtype).view(x.shape)
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 

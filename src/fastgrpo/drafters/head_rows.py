@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
-from fastgrpo.attention import ForwardBatch, pack_queries, unpack_outputs
+from fastgrpo.attention import ForwardBatch, attend_to_rows
 from fastgrpo.cache import RowStore
 from fastgrpo.model import TargetModel
 
@@ -74,10 +73,6 @@ class HeadRows:
     ) -> Float[Tensor, "T hd"]:
         """Write the batch's keys and values behind its rows, then attend to rows and batch as its mask says."""
         self.write(layer, batch.write_index, key, value)
-        views = []
-        for store in (self.keys, self.values):
-            rows = store.data[layer, batch.rows, : batch.read_length]
-            views.append(rows.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2))
-        packed = pack_queries(query.transpose(0, 1)[None].to(views[0].dtype), self.num_kv_heads, batch)
-        attended = F.scaled_dot_product_attention(packed, views[0], views[1], attn_mask=batch.mask)
-        return unpack_outputs(attended, query.shape[1], batch)[0].flatten(1).to(query.dtype)
+        packed, scale = query.flatten(1).to(self.keys.data.dtype), self.head_dim**-0.5
+        attended = attend_to_rows(packed, self.keys, self.values, layer, batch, head_dim=self.head_dim, scale=scale)
+        return attended.to(query.dtype)

@@ -1,0 +1,139 @@
+"""A model's decoder layers without the modules in between: its matrix products, and our kernels around them.
+
+transformers' layers are chains of small operators, some forty for each layer; on a CPU dispatching them takes longer
+than a small batch's products. Here the same weights meet nine kernels a layer, rounded where transformers rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastgrpo.attention import ForwardBatch, attend_to_rows
+from fastgrpo.cache import SlotCache
+from fastgrpo.kernels import cpu
+from fastgrpo.kernels.linear import PackedLinear, may_pack, round_up
+
+NO_KERNELS = "the kernels are not compiled"
+_LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer")
+_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
+_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weight: Tensor
+    eps: float
+
+    @staticmethod
+    def read(module: Any) -> _Norm:
+        return _Norm(module.weight.data, float(module.variance_epsilon))
+
+
+class _Layer:
+    """The weights of one decoder layer, as they are while a rollout lasts."""
+
+    def __init__(self, layer: Any, may_pack: bool) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.before_attention = _Norm.read(layer.input_layernorm)
+        self.before_mlp = _Norm.read(layer.post_attention_layernorm)
+        self.num_queries = int(attention.q_proj.out_features)
+        self.num_keys = int(attention.k_proj.out_features)
+        self.states, self.output, self.gate_and_up, self.down = (
+            PackedLinear(linears, may_pack=may_pack)
+            for linears in (
+                (attention.q_proj, attention.k_proj, attention.v_proj),
+                (attention.o_proj,),
+                (mlp.gate_proj, mlp.up_proj),
+                (mlp.down_proj,),
+            )
+        )
+        self.query_norm, self.key_norm = (
+            _Norm.read(getattr(attention, name)) if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
+        )
+        self.scale = float(attention.scaling)
+
+
+class FusedDecoder:
+    """Runs the layers of a Llama, Qwen2, Qwen3 or Mistral model on a CPU; built anew for each rollout.
+
+    Args:
+        decoder: transformers' model without its head, adapters merged.
+        dtype: of the matrix products, and of keys and values.
+    """
+
+    def __init__(self, decoder: Any, dtype: torch.dtype) -> None:
+        self._decoder, self._dtype = decoder, dtype
+        self._packs = dtype == torch.bfloat16 and may_pack(decoder)
+        self._layers = [_Layer(layer, self._packs) for layer in decoder.layers]
+        self._norm = _Norm.read(decoder.norm)
+
+    def run(
+        self, batch: ForwardBatch, cache: SlotCache, kept: tuple[int, ...]
+    ) -> tuple[Float[Tensor, "T H"], dict[int, Float[Tensor, "T H"]]]:
+        """Normed hidden states, and the inputs of the layers in `kept`; writes keys and values."""
+        residual = F.embedding(batch.token_ids, self._decoder.embed_tokens.weight)
+        cos, sin = (part[0].contiguous() for part in self._decoder.rotary_emb(residual, batch.positions[None]))
+        num_tokens, delta = len(residual), None
+        inputs: dict[int, Tensor] = {}
+        with torch.autocast("cpu", enabled=False):
+            for number, layer in enumerate(self._layers):
+                x = self._add_norm(residual, delta, layer.before_attention)
+                if number in kept:
+                    inputs[number] = residual.clone()
+                states = layer.states(x)
+                query, key, _ = states.split((layer.num_queries, layer.num_keys, layer.num_keys), dim=1)
+                for own, norm in ((query, layer.query_norm), (key, layer.key_norm)):
+                    if norm is not None:
+                        cpu.norm_heads_(own[:num_tokens], norm.weight, norm.eps)
+                keys, values = cache.keys.flat(number), cache.values.flat(number)
+                cpu.rotate_and_cache_(states, cos, sin, batch.write_index, keys, values)
+                attended = attend_to_rows(
+                    query, cache.keys, cache.values, number, batch, head_dim=cache.head_dim, scale=layer.scale
+                )
+                x = self._add_norm(residual, layer.output(attended), layer.before_mlp)
+                delta = layer.down(cpu.multiply_silu(layer.gate_and_up(x), num_tokens))
+            hidden = self._add_norm(residual, delta, self._norm)
+        return hidden[:num_tokens], inputs
+
+    def _add_norm(self, residual: Tensor, delta: Tensor | None, norm: _Norm) -> Tensor:
+        padded = round_up(len(residual)) if self._packs else None
+        return cpu.add_norm(residual, delta, norm.weight, norm.eps, self._dtype, padded=padded)
+
+
+def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
+    """Why the layers must run as transformers has them; None where they need not.
+
+    Args:
+        decoder, dtype: as for `FusedDecoder`.
+    """
+    weight = decoder.embed_tokens.weight
+    if not cpu.covers(weight.dtype, dtype):
+        return f"there are no kernels for {weight.dtype} with products in {dtype}"
+    if decoder.config.hidden_act != "silu":
+        return f"the activation is {decoder.config.hidden_act!r}"
+    if type(decoder.embed_tokens) is not nn.Embedding:
+        return f"its embedding is a {type(decoder.embed_tokens).__name__}"
+    for layer in decoder.layers:
+        if type(layer).__name__ not in _LAYERS:
+            return f"its layers are of type {type(layer).__name__}"
+        for name in _LINEARS:
+            linear = layer.get_submodule(name)
+            if type(linear) is not nn.Linear or linear.weight.dtype != dtype:
+                return f"{name} is a {type(linear).__name__} in {linear.weight.dtype}, and not linear in {dtype}"
+    norms = {type(module).__name__ for name, module in decoder.named_modules() if name.endswith("norm")}
+    if not norms <= set(_NORMS):
+        return f"its norms are of type {', '.join(sorted(norms))}"
+    if any(_is_touched(module) for module in decoder.modules()):
+        return "its modules have hooks or a forward of their own"
+    return None if cpu.is_available() else NO_KERNELS
+
+
+def _is_touched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

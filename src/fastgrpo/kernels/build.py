@@ -1,0 +1,75 @@
+"""Compiles the CPU kernels at first use, once for a machine, a compiler and a source; then a file lookup."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+from fastgrpo.cache_folder import find_cache_folder
+from fastgrpo.machine import describe_cpu
+
+_HERE = Path(__file__).parent
+KERNELS_ENV = "FASTGRPO_KERNELS"  # `off` computes everything with PyTorch's operators
+_FLAGS = (
+    "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC",
+)  # fmt: skip
+_OWN_FLAGS = {"noise.c": "-ffp-contract=off", "decoder.c": "-ffp-contract=fast"}
+_LONGEST_S = 120.0
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they are switched off or cannot be had, which a warning then says once."""
+    if os.environ.get(KERNELS_ENV) == "off":
+        return None
+    try:
+        return ctypes.CDLL(str(_find_library()))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", "") or str(error)
+        warnings.warn(
+            "the CPU kernels could not be compiled, so that decoding is slower and says the same: "
+            f"{output.strip().splitlines()[0] if output.strip() else error!r}; install gcc, or set {KERNELS_ENV}=off",
+            stacklevel=2,
+        )
+        return None
+
+
+def _find_library() -> Path:
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        raise OSError("no C compiler was found: neither CC is set nor gcc or cc in PATH")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    texts = [(_HERE / name).read_text() for name in (*_OWN_FLAGS, "common.h")]
+    parts = (*texts, *_FLAGS, *_OWN_FLAGS.values(), version, describe_cpu())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    library = find_cache_folder() / f"kernels-{key}.so"
+    if not library.exists():
+        try:
+            library.parent.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, library)
+        except OSError:  # a home that cannot be written to
+            library = Path(tempfile.mkdtemp(prefix="fastgrpo-")) / library.name
+            _compile(compiler, library)
+    return library
+
+
+def _compile(compiler: str, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # beside it, so that it appears all at once
+        built = Path(scratch) / library.name
+        objects = []
+        for name, own in _OWN_FLAGS.items():
+            objects.append(str(Path(scratch) / f"{name}.o"))
+            _run(compiler, *_FLAGS, own, "-c", str(_HERE / name), "-o", objects[-1])
+        _run(compiler, "-shared", "-fopenmp", *objects, "-o", str(built), "-lm")
+        built.replace(library)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=_LONGEST_S)

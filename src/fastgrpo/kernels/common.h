@@ -1,0 +1,79 @@
+/* What the kernels share: half precision, an exponential, the maximum of a vector. */
+
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+typedef int64_t i64;
+
+#define LANES 16
+#define FEW 16384 /* numbers; fewer are not worth a second thread */
+
+static inline float bits_to_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+static inline float load_bf16(const bf16 *x) { return bits_to_float((uint32_t)*x << 16); }
+static inline float load_f32(const float *x) { return *x; }
+
+static inline uint32_t round_bits(float value) {
+    uint32_t bits = float_to_bits(value);
+    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded; /* a NaN stays one */
+}
+
+static inline void store_bf16(bf16 *x, float value) { *x = (bf16)round_bits(value); }
+static inline void store_f32(float *x, float value) { *x = value; }
+static inline float as_bf16(float value) { return bits_to_float(round_bits(value) << 16); }
+static inline float as_f32(float value) { return value; }
+
+/* e^x for x <= 0; 0 below the smallest normal number */
+static inline float exp_negative(float x) {
+    float shifted = __builtin_fmaf(x, 1.44269504f, 12582912.0f); /* 1.5 * 2^23: rounds to an integer */
+    float n = shifted - 12582912.0f;
+    float r = __builtin_fmaf(n, -0.693145752f, x);
+    r = __builtin_fmaf(n, -1.42860677e-6f, r);
+    float p = 1.98756915e-4f;
+    p = __builtin_fmaf(p, r, 1.39819995e-3f);
+    p = __builtin_fmaf(p, r, 8.33345191e-3f);
+    p = __builtin_fmaf(p, r, 4.16657962e-2f);
+    p = __builtin_fmaf(p, r, 1.66666655e-1f);
+    p = __builtin_fmaf(p, r, 0.5f);
+    p = __builtin_fmaf(p, r * r, r) + 1.0f;
+    float scale = bits_to_float((float_to_bits(shifted) + 127) << 23);
+    return x < -87.0f ? 0.0f : p * scale;
+}
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
+
+/* `a` where the mask is set, else `b`. */
+static inline vec choose(lanes mask, vec a, vec b) { return (vec)((mask & (lanes)a) | (~mask & (lanes)b)); }
+
+static inline float find_max(const float *x, i64 width) {
+    vec lane_most = (vec){0} - INFINITY;
+    float most = -INFINITY;
+    i64 i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        vec own = *(const vec *)(x + i);
+        lane_most = choose(own > lane_most, own, lane_most);
+    }
+    for (; i < width; i++) most = x[i] > most ? x[i] : most;
+    for (int lane = 0; lane < LANES; lane++) most = lane_most[lane] > most ? lane_most[lane] : most;
+    return most;
+}
+
+#define load_float load_f32
+#define store_float store_f32
+#define as_float as_f32

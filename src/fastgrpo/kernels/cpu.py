@@ -1,0 +1,150 @@
+"""The CPU kernels as functions of tensors: what a decoding step does between its matrix products, and sampling.
+
+Each is one pass over its data where PyTorch makes several, and is called without PyTorch's dispatcher. Tensors are
+contiguous, on the CPU, in float32 or bfloat16; `covers` says whether a model's types are among those. Where tokens
+are padded (M), so that products meet few sizes, what stands behind the T real ones is left as it is and never read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fastgrpo.kernels.build import load_library
+
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
+DTYPES = tuple(_NAMES)
+_RESIDUALS = {  # (type of residual and norms, type of the products)
+    (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)
+}  # fmt: skip
+
+
+def is_available() -> bool:
+    """Whether there are compiled kernels; compiles them at first use."""
+    return load_library() is not None
+
+
+def covers(residual: torch.dtype, product: torch.dtype) -> bool:
+    """Whether there are kernels for norms and residual in one type and products in the other."""
+    return (residual, product) in _RESIDUALS
+
+
+def gumbel_noise(
+    stream_keys: Int[Tensor, " R"], positions: Int[Tensor, " R"], token_ids: Int[Tensor, "*R V"]
+) -> Float[Tensor, "R V"]:
+    """See `fastgrpo.sampling.gumbel_noise`; `token_ids` are common to all rows or each row's own."""
+    num_rows, width = len(stream_keys), token_ids.shape[-1]
+    out = torch.empty(num_rows, width)
+    stride = width if token_ids.dim() > 1 else 0
+    _call("gumbel", stream_keys, positions, token_ids.contiguous(), num_rows, width, stride, out)
+    return out
+
+
+def sample(
+    logits: Float[Tensor, "R V"],
+    stream_keys: Int[Tensor, " R"],
+    positions: Int[Tensor, " R"],
+    temperature: Float[Tensor, " R"],
+) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
+    """See `fastgrpo.sampling.sample`, without truncation."""
+    num_rows, width = logits.shape
+    assert logits.stride(1) == 1, "columns must be adjacent"
+    token_ids, logprobs = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows)
+    name = f"sample_{_NAMES[logits.dtype]}"
+    _call(name, logits, logits.stride(0), stream_keys, positions, temperature, num_rows, width, token_ids, logprobs)
+    return token_ids, logprobs
+
+
+def add_norm(
+    residual: Float[Tensor, "T H"],
+    delta: Float[Tensor, "M H"] | None,
+    weight: Float[Tensor, " H"],
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    padded: int | None = None,
+) -> Float[Tensor, "M H"]:
+    """Add `delta` to the residual in place; the RMS norm of the sum, in `dtype`, with `padded` rows."""
+    out = torch.empty(padded or len(residual), residual.shape[1], dtype=dtype)
+    name = f"add_norm_{_NAMES[residual.dtype]}_{_NAMES[dtype]}"
+    _call(name, residual, delta, weight, out, *residual.shape, eps)
+    return out
+
+
+def norm_heads_(states: Float[Tensor, "T hd"], weight: Float[Tensor, " d"], eps: float) -> None:
+    """The RMS norm of each head, in place; tokens may stand apart."""
+    width = len(weight)
+    name = f"head_norm_{_NAMES[weight.dtype]}_{_NAMES[states.dtype]}"
+    _call(name, states, states.stride(0), weight, len(states), states.shape[1] // width, width, eps)
+
+
+def rotate_and_cache_(
+    states: Float[Tensor, "M hd_2kvd"],
+    cos: Float[Tensor, "T d"],
+    sin: Float[Tensor, "T d"],
+    places: Int[Tensor, " T"],
+    keys: Float[Tensor, "P kvd"],
+    values: Float[Tensor, "P kvd"],
+) -> None:
+    """Rotate queries in place; write rotated keys, and values, at their `places` in the cache.
+
+    Args:
+        states: queries, keys and values of each token side by side.
+    """
+    width, num_cached = cos.shape[1], keys.shape[1]
+    num_heads = (states.shape[1] - 2 * num_cached) // width
+    name = f"rotate_{_NAMES[cos.dtype]}_{_NAMES[states.dtype]}"
+    _call(name, states, cos, sin, len(cos), num_heads, num_cached // width, width, places, keys, values)
+
+
+def attend(
+    query: Float[Tensor, "M hd"],
+    keys: Float[Tensor, "P kvd"],
+    values: Float[Tensor, "P kvd"],
+    *,
+    starts: Int[Tensor, " B"],
+    num_nodes: Int[Tensor, " B"],
+    lengths: Int[Tensor, " B"],
+    places: Int[Tensor, " B"],
+    visible: Bool[Tensor, "B N E"],
+    head_dim: int,
+    scale: float,
+) -> Float[Tensor, "M hd"]:
+    """Attention of packed nodes to their row's own cached positions, and to no others.
+
+    Args:
+        query: tokens may stand apart.
+        starts, num_nodes: of each row's tokens in `query`.
+        lengths: cached positions that all nodes of a row see.
+        places: where each row's positions begin in the cache.
+        visible: `[b, n, e]`: node n sees position `lengths[b] + e`.
+    """
+    out = query.new_empty(query.shape)
+    sizes = (visible.shape[1], visible.shape[2], query.shape[1] // head_dim, keys.shape[1] // head_dim, head_dim)
+    rows = (len(starts), starts, num_nodes, lengths, places, visible.contiguous())
+    _call(f"attend_{_NAMES[query.dtype]}", query, query.stride(0), keys, values, out, *rows, *sizes, scale)
+    return out
+
+
+def multiply_silu(both: Float[Tensor, "M J"], num_tokens: int) -> Float[Tensor, "M I"]:
+    """silu(gate) * up, of gate and up side by side."""
+    out = both.new_empty(len(both), both.shape[1] // 2)
+    _call(f"silu_{_NAMES[both.dtype]}", both, out, num_tokens, out.shape[1])
+    return out
+
+
+def _call(name: str, *arguments: Tensor | float | int | None) -> None:
+    library = load_library()
+    assert library is not None, "call is_available first"
+    getattr(library, f"fastgrpo_{name}")(*map(_pass, arguments))
+
+
+def _pass(argument: Tensor | float | int | None) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int64 | None:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    return None if argument is None else ctypes.c_int64(argument)

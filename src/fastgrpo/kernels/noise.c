@@ -1,0 +1,128 @@
+/* Sampling by the law of sampling.py: noise from counters, and the best of warped logits plus noise.
+ *
+ * A value depends on its own key, position and token, to the last bit. Compiled so that products and sums are fused
+ * only where it says so: the vector body of a loop and its end would otherwise round differently.
+ */
+
+#include "common.h"
+
+#define BLOCK 1024 /* tokens of the vocabulary looked at at once */
+
+/* natural logarithm of a positive normal number */
+static inline float log_positive(float x) {
+    uint32_t bits = float_to_bits(x) - 0x3F3504F3; /* the root of a half, so that the mantissa is around 1 */
+    float e = (float)((int32_t)bits >> 23);
+    float f = bits_to_float((bits & 0x007FFFFF) + 0x3F3504F3) - 1.0f;
+    float p = 7.0376836292e-2f;
+    p = __builtin_fmaf(p, f, -1.1514610310e-1f);
+    p = __builtin_fmaf(p, f, 1.1676998740e-1f);
+    p = __builtin_fmaf(p, f, -1.2420140846e-1f);
+    p = __builtin_fmaf(p, f, 1.4249322787e-1f);
+    p = __builtin_fmaf(p, f, -1.6668057665e-1f);
+    p = __builtin_fmaf(p, f, 2.0000714765e-1f);
+    p = __builtin_fmaf(p, f, -2.4999993993e-1f);
+    p = __builtin_fmaf(p, f, 3.3333331174e-1f);
+    float square = f * f;
+    float y = __builtin_fmaf(e, -2.12194440e-4f, f * square * p);
+    y = __builtin_fmaf(square, -0.5f, y);
+    return __builtin_fmaf(e, 0.693359375f, f + y);
+}
+
+/* ---- noise: see sampling.py ------------------------------------------------------------------------------- */
+
+static inline uint64_t position_key(i64 stream_key, i64 position) {
+    uint64_t value = (uint64_t)stream_key + (uint64_t)position * 0x9E3779B97F4A7C15ull;
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9ull;
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EBull;
+    return value ^ (value >> 31);
+}
+
+static inline float gumbel(uint32_t token, uint32_t low, uint32_t high) {
+    uint32_t bits = (token ^ low) * 0x7FEB352Du;
+    bits = (bits ^ (bits >> 15)) ^ high;
+    bits *= 0x846CA68Bu;
+    bits = (bits ^ (bits >> 16)) * 0x9E3779B1u;
+    bits = (bits ^ (bits >> 15)) & 0x7FFFFFFF;
+    float u = ((float)(int32_t)bits + 0.5f) * (float)(0x1p-31 - 0x1p-55);
+    float t = 1.0f - u;
+    float exponential = -(log_positive(t) - (u - (1.0f - t)) / t); /* -log1p(-u) */
+    return -log_positive(exponential);
+}
+
+void fastgrpo_gumbel(const i64 *stream_keys, const i64 *positions, const int32_t *tokens, i64 rows, i64 width,
+                     i64 token_stride, float *out) {
+#pragma omp parallel for if (rows * width > FEW)
+    for (i64 row = 0; row < rows; row++) {
+        uint64_t key = position_key(stream_keys[row], positions[row]);
+        uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);
+        const int32_t *own = tokens + row * token_stride;
+        float *noise = out + row * width;
+        for (i64 i = 0; i < width; i++) noise[i] = gumbel((uint32_t)own[i], low, high);
+    }
+}
+
+/* Lanes keep the first of equal scores; the smallest token among lanes wins. */
+static inline void find_best(const float *score, i64 width, i64 offset, float *best, int32_t *token) {
+    i64 i = 0;
+    for (; i + LANES <= width; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            int better = score[i + lane] > best[lane];
+            best[lane] = better ? score[i + lane] : best[lane];
+            token[lane] = better ? (int32_t)(offset + i + lane) : token[lane];
+        }
+    for (; i < width; i++)
+        if (score[i] > best[i % LANES]) best[i % LANES] = score[i], token[i % LANES] = (int32_t)(offset + i);
+}
+
+#define DEFINE_SAMPLE(T)                                                                                              \
+    void fastgrpo_sample_##T(const T *logits, i64 stride, const i64 *stream_keys, const i64 *positions,               \
+                             const float *temperatures, i64 rows, i64 width, i64 *tokens, float *logprobs) {          \
+        _Pragma("omp parallel for schedule(dynamic, 1) if (rows * width > FEW)")                                      \
+        for (i64 row = 0; row < rows; row++) {                                                                        \
+            const T *own = logits + row * stride;                                                                     \
+            uint64_t key = position_key(stream_keys[row], positions[row]);                                            \
+            uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);                                               \
+            float temperature = temperatures[row], most = -INFINITY, mass = 0.0f;                                     \
+            float scaled[BLOCK], noisy[BLOCK], best[LANES], sums[LANES];                                              \
+            int32_t token[LANES];                                                                                     \
+            int broken = 0;                                                                                           \
+            for (int lane = 0; lane < LANES; lane++) best[lane] = -INFINITY, token[lane] = 0;                         \
+            for (i64 start = 0; start < width; start += BLOCK) {                                                      \
+                i64 count = width - start < BLOCK ? width - start : BLOCK;                                            \
+                for (i64 i = 0; i < count; i++) scaled[i] = load_##T(own + start + i);                                \
+                for (i64 i = 0; i < count; i++) broken |= !(scaled[i] < INFINITY);                                    \
+                if (temperature > 0) {                                                                                \
+                    if (temperature != 1)                                                                             \
+                        for (i64 i = 0; i < count; i++) scaled[i] = scaled[i] / temperature;                          \
+                    for (i64 i = 0; i < count; i++)                                                                   \
+                        noisy[i] = gumbel((uint32_t)(start + i), low, high) + scaled[i];                              \
+                    find_best(noisy, count, start, best, token);                                                      \
+                } else {                                                                                              \
+                    find_best(scaled, count, start, best, token);                                                     \
+                }                                                                                                     \
+                float top = find_max(scaled, count);                                                                  \
+                if (top > most) {                                                                                     \
+                    mass *= exp_negative(most - top);                                                                 \
+                    most = top;                                                                                       \
+                }                                                                                                     \
+                if (top == -INFINITY) continue;                                                                       \
+                for (int lane = 0; lane < LANES; lane++) sums[lane] = 0;                                              \
+                i64 i = 0;                                                                                            \
+                for (; i + LANES <= count; i += LANES)                                                                \
+                    for (int lane = 0; lane < LANES; lane++) sums[lane] += exp_negative(scaled[i + lane] - most);     \
+                for (; i < count; i++) sums[0] += exp_negative(scaled[i] - most);                                     \
+                for (int lane = 0; lane < LANES; lane++) mass += sums[lane];                                          \
+            }                                                                                                         \
+            int winner = 0;                                                                                           \
+            for (int lane = 1; lane < LANES; lane++)                                                                  \
+                if (best[lane] > best[winner] || (best[lane] == best[winner] && token[lane] < token[winner]))         \
+                    winner = lane;                                                                                    \
+            tokens[row] = token[winner];                                                                              \
+            float chosen = load_##T(own + token[winner]);                                                             \
+            if (temperature > 0 && temperature != 1) chosen = chosen / temperature;                                   \
+            logprobs[row] = broken ? NAN : chosen - (most + logf(mass));                                              \
+        }                                                                                                             \
+    }
+
+DEFINE_SAMPLE(bf16)
+DEFINE_SAMPLE(float)

@@ -1,0 +1,129 @@
+"""Decoder layers without modules say what transformers' modules say; where they cannot, the modules run."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from conftest import build_model, expected_tokens, shared_model
+from fastgrpo import Engine, SamplingParams, SpeculationPlan
+from fastgrpo import model as model_module
+from fastgrpo.decoder import NO_KERNELS, find_obstacle
+from fastgrpo.kernels import cpu
+from fastgrpo.model import TargetModel
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+TREE = SpeculationPlan(depth=3, width=2, num_draft_tokens=5)
+PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]
+
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    def switch(off=True):
+        monkeypatch.setattr(cpu, "is_available", lambda: not off)
+
+    return switch
+
+
+@pytest.mark.parametrize("speculation", ["off", TREE], ids=["off", "tree"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_the_modules(family, speculation, without_kernels):
+    model, params = shared_model(family, torch.float32), SamplingParams(max_tokens=16)
+    engine = Engine(model, drafter="eagle", speculation=speculation, max_num_seqs=2)
+    with engine.target.rollout_mode():
+        assert engine.target._fused is not None
+    ours = engine.generate(PROMPTS, params)
+    assert [c.token_ids for c in ours] == expected_tokens(model, PROMPTS, params)
+    without_kernels()
+    with engine.target.rollout_mode():
+        assert engine.target._fused is None
+    theirs = engine.generate(PROMPTS, params)
+    assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=["bfloat16", "autocast"])
+def test_half_precision_is_as_near_to_float32_as_the_modules(family, compute_dtype, without_kernels):
+    """Packed and padded products, and a LoRA adapter folded in."""
+    exact = build_model(family, torch.float32)
+    model = build_model(family, torch.float32 if compute_dtype else torch.bfloat16)
+    if compute_dtype:
+        model, exact = (get_peft_model(each, LoraConfig(target_modules="all-linear")) for each in (model, exact))
+        for each in (model, exact):
+            torch.manual_seed(1)
+            for name, weight in each.named_parameters():
+                if "lora_" in name:
+                    nn.init.normal_(weight, std=0.2)
+    logprobs = []
+    for off in (False, True):
+        without_kernels(off)
+        engine = Engine(model, drafter="none", speculation="off", compute_dtype=compute_dtype)
+        completions = engine.generate(PROMPTS, SamplingParams(max_tokens=8))
+        with torch.no_grad():
+            for prompt, completion in zip(PROMPTS, completions, strict=True):
+                logits = exact(input_ids=torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+                chosen = torch.tensor(completion.token_ids)[:, None]
+                expected = logits.log_softmax(-1).gather(1, chosen)[:, 0]
+                logprobs.append((torch.tensor(completion.logprobs) - expected).abs().mean())
+    ours, theirs = torch.stack(logprobs[:3]).mean(), torch.stack(logprobs[3:]).mean()
+    assert ours < 0.15 and ours < 2 * theirs + 0.02
+
+
+def _with_hook(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def _with_own_layer(model):
+    class MyDecoderLayer(type(model.model.layers[0])):
+        pass
+
+    model.model.layers[0].__class__ = MyDecoderLayer
+
+
+def _with_own_linear(model):
+    class Scaled(nn.Linear):
+        pass
+
+    model.model.layers[0].mlp.up_proj.__class__ = Scaled
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_with_hook, "hooks or a forward of their own"),
+        (_with_own_layer, "of type MyDecoderLayer"),
+        (_with_own_linear, "mlp.up_proj is a Scaled"),
+        (lambda model: setattr(model.config, "hidden_act", "gelu"), "the activation is 'gelu'"),
+        (lambda model: model.double(), "no kernels for torch.float64"),
+    ],
+)
+def test_what_is_not_covered_runs_as_it_is_and_is_named_once(change, reason):
+    model = build_model("llama", torch.float32)
+    change(model)
+    model_module._warn_of.cache_clear()
+    target = TargetModel(model)
+    assert reason in (find_obstacle(target.decoder, target.dtype) or "")
+    engine = Engine(model, drafter="none", speculation="off")
+    with pytest.warns(UserWarning, match="goes through transformers' modules.*" + reason):
+        engine.generate(PROMPTS, SamplingParams(max_tokens=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.generate(PROMPTS, SamplingParams(max_tokens=3))
+
+
+def test_a_missing_compiler_is_said_by_the_kernels_alone(without_kernels):
+    without_kernels()
+    target = TargetModel(shared_model("llama", torch.float32))
+    assert find_obstacle(target.decoder, target.dtype) == NO_KERNELS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with target.rollout_mode():
+            pass

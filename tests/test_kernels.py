@@ -1,0 +1,215 @@
+"""The CPU kernels against the same in PyTorch's operators."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastgrpo import sampling
+from fastgrpo.kernels import build, cpu
+from fastgrpo.kernels.linear import PackedLinear
+from fastgrpo.sampling import SamplingBatch, gumbel_noise, gumbel_noise_of, sample, stream_key
+from fastgrpo.types import SamplingParams, Sequence
+
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")
+BF16, F32 = torch.bfloat16, torch.float32
+TYPES = [(BF16, BF16), (F32, F32), (F32, BF16)]
+
+
+def _rows(num_rows, **params):
+    return SamplingBatch.build(
+        [
+            Sequence(
+                request_id=i, prompt_ids=[0], params=SamplingParams(**params), max_tokens=9, stream_key=stream_key(3, i)
+            )
+            for i in range(num_rows)
+        ],
+        torch.device("cpu"),
+    )
+
+
+def _without_kernels(monkeypatch):
+    monkeypatch.setattr(sampling, "has_kernels", lambda _: False)
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 50, 3000])
+def test_noise_is_that_of_the_operators(width, monkeypatch):
+    rows, ids = _rows(7), torch.randperm(50000)[:width].int()
+    ours = gumbel_noise(rows.stream_keys, rows.positions, ids)
+    assert torch.equal(ours[:, -1:], gumbel_noise(rows.stream_keys, rows.positions, ids[-1:])), "wherever it stands"
+    assert torch.equal(ours, gumbel_noise_of(rows.stream_keys, rows.positions, ids.expand(7, -1)))
+    _without_kernels(monkeypatch)
+    theirs = gumbel_noise(rows.stream_keys, rows.positions, ids)
+    assert torch.allclose(ours, theirs, rtol=3e-7, atol=3e-7)
+    assert torch.isfinite(ours).all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("width", [5, 16, 1024, 1040, 5003])
+def test_sampled_tokens_are_those_of_the_operators(dtype, temperature, width, monkeypatch):
+    rows, vocabulary = _rows(9, temperature=temperature), torch.arange(width, dtype=torch.int32)
+    logits = (torch.randn(9, width, generator=torch.Generator().manual_seed(1)) * 4).to(dtype)
+    logits[2, 1:] = -math.inf
+    ours = sample(logits, rows, vocabulary)
+    alone = [sample(logits[i : i + 1], rows.rows(torch.tensor([i])), vocabulary) for i in range(9)]
+    assert torch.equal(ours[0], torch.cat([a[0] for a in alone])) and torch.equal(
+        ours[1], torch.cat([a[1] for a in alone])
+    )
+    _without_kernels(monkeypatch)
+    theirs = sample(logits, rows, vocabulary)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.allclose(ours[1], theirs[1], atol=1e-5)
+
+
+def test_equal_scores_give_the_first_token():
+    logits = torch.zeros(1, 3000)
+    logits[0, [40, 41, 1999, 2999]] = 1.0
+    assert sample(logits, _rows(1, temperature=0.0), torch.arange(3000, dtype=torch.int32))[0].tolist() == [40]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_give_no_logprob(bad):
+    logits = torch.zeros(3, 2000)
+    logits[1, 1500] = bad
+    logits[2, 7] = -math.inf
+    logprobs = sample(logits, _rows(3), torch.arange(2000, dtype=torch.int32))[1]
+    assert logprobs.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("residual_type", "dtype"), TYPES)
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_norm_rounds_as_transformers_does(residual_type, dtype, with_delta):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    norm = LlamaRMSNorm(100, eps=1e-5).to(residual_type)
+    norm.weight.data.normal_()
+    residual, delta = torch.randn(33, 100).to(residual_type), torch.randn(33, 100).to(dtype)
+    expected = residual + delta if with_delta else residual.clone()
+    out = cpu.add_norm(residual, delta if with_delta else None, norm.weight.data, 1e-5, dtype)
+    assert out.dtype == dtype and torch.equal(residual, expected)
+    theirs = norm(expected).to(dtype).float()
+    tolerance = 2e-6 if dtype == F32 else 2**-8
+    assert torch.allclose(out.float(), theirs, rtol=tolerance, atol=1e-6)
+    assert (out.float() == theirs).float().mean() > 0.9 or dtype == F32
+
+
+@pytest.mark.parametrize(("weight_type", "dtype"), TYPES)
+def test_heads_are_normed_each_for_itself(weight_type, dtype):
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    norm, states = Qwen3RMSNorm(20).to(weight_type), torch.randn(5, 100).to(dtype)
+    norm.weight.data.normal_()
+    expected = norm(states[:, :60].unflatten(1, (3, 20))).flatten(1).to(dtype)
+    rest = states[:, 60:].clone()
+    cpu.norm_heads_(states[:, :60], norm.weight.data, norm.variance_epsilon)
+    assert torch.allclose(states[:, :60].float(), expected.float(), rtol=1e-2 if dtype == BF16 else 1e-5, atol=1e-6)
+    assert torch.equal(states[:, 60:], rest)
+
+
+@pytest.mark.parametrize(("cos_type", "dtype"), TYPES)
+def test_rotation_rounds_as_transformers_does(cos_type, dtype):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    tokens, heads, kv_heads, width = 5, 4, 2, 12
+    query, key, value = (torch.randn(tokens, n * width).to(dtype) for n in (heads, kv_heads, kv_heads))
+    cos, sin = (torch.randn(tokens, width).to(cos_type) for _ in range(2))
+    shaped = [x.view(1, tokens, -1, width).transpose(1, 2) for x in (query, key)]
+    expected = [
+        x.transpose(1, 2).reshape(tokens, -1).to(dtype) for x in apply_rotary_pos_emb(*shaped, cos[None], sin[None])
+    ]
+    keys, values = (torch.zeros(20, kv_heads * width, dtype=dtype) for _ in range(2))
+    places = torch.tensor([3, 4, 19, 0, 7])
+    states = torch.cat((query, key, value), -1)
+    cpu.rotate_and_cache_(states, cos, sin, places, keys, values)
+    query = states[:, : heads * width]
+    assert torch.allclose(query.float(), expected[0].float(), rtol=1e-2 if dtype == BF16 else 1e-5, atol=1e-6)
+    assert torch.equal(keys[places], expected[1]) or torch.allclose(
+        keys[places].float(), expected[1].float(), atol=1e-6
+    )
+    assert torch.equal(values[places], value) and not keys[1].any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_activation(dtype):
+    gate, up = torch.randn(7, 50).to(dtype) * 8, torch.randn(7, 50).to(dtype)
+    expected = F.silu(gate) * up
+    assert torch.allclose(
+        cpu.multiply_silu(torch.cat((gate, up), -1), 7).float(), expected.float(), rtol=1e-2 if dtype == BF16 else 1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 16), (4, 4, 20), (9, 3, 64)])
+def test_attention_is_that_of_the_dense_mask(dtype, heads, kv_heads, width):
+    torch.manual_seed(0)
+    lengths, num_nodes, seen, capacity = [0, 5, 64, 130, 63], [1, 4, 3, 4, 2], 6, 200
+    most, before = max(num_nodes), 2  # two of the seen positions are of nodes cached before
+    visible = torch.rand(len(lengths), most, seen) < 0.5
+    visible[:, :, before:] = torch.tril(visible[:, :, before:])
+    visible[:, torch.arange(most), before + torch.arange(most)] = True
+    keys, values = (torch.randn(len(lengths) * capacity, kv_heads * width).to(dtype) for _ in range(2))
+    query = torch.randn(sum(num_nodes), heads * width).to(dtype)
+    places = torch.randperm(len(lengths)) * capacity
+    counts = torch.tensor(num_nodes)
+    given = {"head_dim": width, "scale": 0.3}
+
+    def attend(rows):
+        starts = counts[rows].cumsum(0) - counts[rows]
+        packed = torch.cat([query[int(counts[:r].sum()) :][: counts[r]] for r in rows])
+        tensors = {"num_nodes": counts[rows], "lengths": torch.tensor(lengths)[rows], "places": places[rows]}
+        return cpu.attend(packed, keys, values, starts=starts, visible=visible[rows], **tensors, **given)
+
+    ours = attend(list(range(5)))
+    assert torch.equal(ours, torch.cat([attend([row]) for row in range(5)])), "each row is its own"
+    token = 0
+    for row, (length, count) in enumerate(zip(lengths, num_nodes, strict=True)):
+        total = length + before + count
+        own = slice(int(places[row]), int(places[row]) + total)
+        k, v = (x[own].view(total, kv_heads, width).transpose(0, 1).float() for x in (keys, values))
+        q = query[token : token + count].view(count, heads, width).transpose(0, 1).float()
+        mask = torch.ones(count, total, dtype=torch.bool)
+        mask[:, length:] = visible[row, :count, : before + count]
+        repeats = heads // kv_heads
+        args = (q, k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0))
+        expected = F.scaled_dot_product_attention(*args, attn_mask=mask, scale=0.3).transpose(0, 1).flatten(1)
+        got = ours[token : token + count].float()
+        assert torch.allclose(got, expected, rtol=1e-2 if dtype == BF16 else 1e-4, atol=1e-2 if dtype == BF16 else 1e-5)
+        token += count
+
+
+def test_without_a_compiler_it_says_so_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(tmp_path / "missing"))
+    build.load_library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="could not be compiled.*install gcc, or set FASTGRPO_KERNELS=off"):
+            assert not cpu.is_available()
+        assert not cpu.is_available()
+    finally:
+        build.load_library.cache_clear()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_products_are_the_same(bias):
+    linears = [nn.Linear(40, outputs, bias=bias).to(BF16) for outputs in (24, 8)]
+    packed, plain = PackedLinear(linears), PackedLinear(linears, may_pack=False)
+    for tokens in (1, 7, 70):
+        x = torch.randn(tokens, 40).to(BF16)
+        with torch.no_grad():
+            expected = torch.cat([linear(x) for linear in linears], -1)
+            assert torch.equal(plain(x), expected)
+            assert torch.allclose(packed(x).float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTGRPO_CACHE", str(tmp_path / "file" / "cache"))
+    build.load_library.cache_clear()
+    try:
+        assert cpu.is_available()
+    finally:
+        build.load_library.cache_clear()
