@@ -16,6 +16,7 @@ from torch import nn
 from fastgrpo.cache_folder import CACHE_ENV, find_cache_folder, has_profile_cache
 from fastgrpo.drafters import find_trainable
 from fastgrpo.json_files import write_json
+from fastgrpo.kernels import cpu
 from fastgrpo.machine import describe_machine
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import HardwareProfile
@@ -37,7 +38,7 @@ Identity = dict[str, Any]
 
 
 def describe_identity(target: TargetModel, drafter: Drafter) -> Identity:
-    """What a profile depends on: machine, threads, libraries, sizes and types of the model, and the drafter."""
+    """What a profile depends on: machine, threads, libraries, kernels, sizes and types of the model, and the drafter."""
     machine = describe_machine()
     device = target.device
     return {
@@ -48,6 +49,7 @@ def describe_identity(target: TargetModel, drafter: Drafter) -> Identity:
         **{name: machine[name] for name in _LIBRARIES},
         **{name: getattr(target.config, name, None) for name in _SIZES},
         "dtype": str(target.dtype).removeprefix("torch."),
+        "kernels": device.type == "cpu" and cpu.is_available(),
         "weight_dtype": str(target.embed_tokens.weight.dtype).removeprefix("torch."),
         "drafter": drafter.name,
         "draft_parameters": _count_draft_parameters(drafter),

@@ -61,17 +61,35 @@ typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 /* `a` where the mask is set, else `b`. */
 static inline vec choose(lanes mask, vec a, vec b) { return (vec)((mask & (lanes)a) | (~mask & (lanes)b)); }
 
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
+#endif
+#define SWAP_8(x) PICK(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+#define SWAP_4(x) PICK(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+#define SWAP_2(x) PICK(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+#define SWAP_1(x) PICK(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+
+static inline vec max_vec(vec a, vec b) { return choose(a > b, a, b); }
+
+static inline float max_lane(vec x) {
+    x = max_vec(x, SWAP_8(x)), x = max_vec(x, SWAP_4(x)), x = max_vec(x, SWAP_2(x));
+    return max_vec(x, SWAP_1(x))[0];
+}
+
+static inline float sum_lane(vec x) {
+    x += SWAP_8(x), x += SWAP_4(x), x += SWAP_2(x);
+    return (x + SWAP_1(x))[0];
+}
+
 static inline float find_max(const float *x, i64 width) {
-    vec lane_most = (vec){0} - INFINITY;
-    float most = -INFINITY;
+    vec most = (vec){0} - INFINITY;
     i64 i = 0;
-    for (; i + LANES <= width; i += LANES) {
-        vec own = *(const vec *)(x + i);
-        lane_most = choose(own > lane_most, own, lane_most);
-    }
-    for (; i < width; i++) most = x[i] > most ? x[i] : most;
-    for (int lane = 0; lane < LANES; lane++) most = lane_most[lane] > most ? lane_most[lane] : most;
-    return most;
+    for (; i + LANES <= width; i += LANES) most = max_vec(*(const vec *)(x + i), most);
+    float rest = max_lane(most);
+    for (; i < width; i++) rest = x[i] > rest ? x[i] : rest;
+    return rest;
 }
 
 #define load_float load_f32

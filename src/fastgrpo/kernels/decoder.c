@@ -129,12 +129,6 @@ DEFINE_SILU(float)
 
 /* ---- attention -------------------------------------------------------------------------------------------- */
 
-#ifdef __clang__
-#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PICK(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
-#endif
-
 /* Sums of the lanes of 16 vectors, one lane each. */
 static inline vec sum_lanes(const vec *x) {
     vec a[8], b[4], c[2];
@@ -153,14 +147,15 @@ static inline vec sum_lanes(const vec *x) {
            PICK(c[0], c[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/* Products of one query with `size` keys; fills up to a multiple of 16 scores. */
+/* Products of one query with `size` keys; fills up to a multiple of 16 scores. Of each 16 keys the first 16 numbers
+ * stand together, then the next. */
 static inline void score_keys(const float *query, const float *keys, float *scores, i64 size, i64 padded) {
     for (i64 first = 0; first < size; first += LANES) {
         vec sums[LANES];
         for (int p = 0; p < LANES; p++) sums[p] = (vec){0};
-        for (i64 j = 0; j < padded; j += LANES) {
+        for (i64 j = 0; j < padded; j += LANES, keys += LANES * LANES) {
             vec q = *(const vec *)(query + j);
-            for (int p = 0; p < LANES; p++) sums[p] += q * *(const vec *)(keys + (first + p) * padded + j);
+            for (int p = 0; p < LANES; p++) sums[p] += q * *(const vec *)(keys + p * LANES);
         }
         *(vec *)(scores + first) = sum_lanes(sums);
     }
@@ -195,9 +190,7 @@ static inline float weigh(float *scores, i64 size, i64 full, float most) {
     for (i64 p = size; p < full; p++) scores[p] = -INFINITY;
     for (i64 p = 0; p < full; p++) scores[p] = exp_negative(scores[p] - most);
     for (i64 p = 0; p < full; p += LANES) sums += *(const vec *)(scores + p);
-    float sum = 0.0f;
-    for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
-    return sum;
+    return sum_lane(sums);
 }
 
 /* Nodes of `rows` trees over their own cached positions.
@@ -237,11 +230,15 @@ static inline float weigh(float *scores, i64 size, i64 full, float most) {
                         i64 size = total - first < CHUNK ? total - first : CHUNK;                                     \
                         i64 full = (size + LANES - 1) / LANES * LANES;                                                \
                         i64 place = (places[row] + first) * cached + (head / repeats + group) * width;                \
-                        for (i64 p = 0; p < size; p++)                                                                \
-                            for (i64 j = 0; j < width; j++) {                                                         \
-                                k[p * padded + j] = load_##X(keys + place + p * cached + j);                          \
-                                v[p * padded + j] = load_##X(values + place + p * cached + j);                        \
-                            }                                                                                         \
+                        for (i64 p = 0; p < size; p++) {                                                              \
+                            const X *own_k = keys + place + p * cached, *own_v = values + place + p * cached;         \
+                            float *to_k = k + p / LANES * LANES * padded + p % LANES * LANES;                         \
+                            i64 whole = width / LANES * LANES;                                                        \
+                            for (i64 j = 0; j < whole; j += LANES, to_k += LANES * LANES)                             \
+                                for (int u = 0; u < LANES; u++) to_k[u] = load_##X(own_k + j + u);                    \
+                            for (i64 j = whole; j < width; j++) to_k[j - whole] = load_##X(own_k + j);                \
+                            for (i64 j = 0; j < width; j++) v[p * padded + j] = load_##X(own_v + j);                  \
+                        }                                                                                             \
                         for (i64 i = group * repeats * count; i < (group + 1) * repeats * count; i++) {               \
                             i64 next = (places[row] + first + CHUNK) * cached, left = total - first - CHUNK;          \
                             i64 share = (left < CHUNK ? left : CHUNK) * cached / queries + 1;                         \
