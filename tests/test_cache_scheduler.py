@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fastgrpo.cache import RowStore, SlotCache
+from fastgrpo import cache as cache_module
+from fastgrpo.cache import RowStore, SlotCache, reserve_rows
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.types import SamplingParams, Sequence
 
@@ -210,22 +214,67 @@ def test_positions_are_read_before_any_is_written(moves):
     assert torch.equal(store.data.view(2, 30), expected)
 
 
-def test_fresh_positions_are_zero_and_memory_follows_the_rows():
+def test_fresh_positions_are_zero_and_room_grows_with_the_rows():
     store = RowStore(num_layers=1, width=2, dtype=torch.float32, device=torch.device("cpu"))
-    store.reserve(4, 10, 0, 0)
+
+    def reserve(num_rows, length, *used):
+        reserve_rows([store], num_rows, length, used_rows=used[0], used_length=used[1])
+
+    reserve(4, 10, 0, 0)
     assert store.num_bytes == 4 * 64 * 2 * 4
     assert not store.data.any()
     store.data += 7
-    store.reserve(4, 65, 1, 10)
+    reserve(4, 65, 1, 10)
     assert store.num_bytes == 4 * 128 * 2 * 4
     assert store.data[0, 0, :10].eq(7).all()
     assert store.data.sum() == 7 * 20
-    store.reserve(2, 64, 1, 10)  # there is room: nothing moves
+    reserve(2, 64, 1, 10)  # there is room: nothing moves
     assert store.num_rows == 4
-    store.reserve(1, 129, 1, 10)
-    assert (store.num_rows, store.capacity) == (1, 192)
+    reserve(1, 129, 1, 10)
+    assert (store.num_rows, store.capacity) == (1, 256), "twice as long, so that it seldom moves"
     store.clear()
     assert store.num_bytes == 0
+
+
+def _build_stores(*widths):
+    return [RowStore(num_layers=4, width=w, dtype=torch.bfloat16, device=torch.device("cpu")) for w in widths]
+
+
+def _read_resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
+def test_room_that_is_set_aside_costs_memory_as_it_is_written():
+    stores, before = _build_stores(512, 8), _read_resident_bytes()
+    reserve_rows(stores, 8, 10, used_rows=0, used_length=0, expected=16_000)
+    assert {store.capacity for store in stores} == {16_000}
+    assert stores[0].num_bytes > 500e6 and _read_resident_bytes() - before < 50e6
+    stores[0].data[:, 7, :100] = 3
+    assert not stores[0].data[:, 7, 100:200].any()
+    assert _read_resident_bytes() - before < 50e6
+
+
+def test_where_so_much_is_not_promised_there_is_what_is_needed(monkeypatch):
+    monkeypatch.setattr(cache_module, "_LAZY_BYTES", 0)
+    allocate = cache_module.mmap.mmap
+
+    def refuse(fd, size, **kwargs):
+        if size > 300_000:
+            raise OSError("no")
+        return allocate(fd, size, **kwargs)
+
+    monkeypatch.setattr(cache_module.mmap, "mmap", refuse)
+    stores = _build_stores(8, 16)
+    reserve_rows(stores, 2, 100, used_rows=0, used_length=0, expected=5000)  # enough for the first alone
+    assert {store.capacity for store in stores} == {128}
+    stores[1].data += 2
+    reserve_rows(stores, 2, 129, used_rows=1, used_length=100, expected=5000)
+    assert {store.capacity for store in stores} == {192}
+    assert stores[1].data[:, 0, :100].eq(2).all() and not stores[1].data[:, 1].any()
+    with pytest.raises(OSError, match="no"):
+        reserve_rows(stores, 2, 9000, used_rows=1, used_length=100)
+    assert {store.capacity for store in stores} == {192}
 
 
 def test_a_snapshot_outlives_its_row():

@@ -2,11 +2,14 @@
 
 A row is one sequence, a position one token. Accepted nodes are gathered to the end of their row in
 one vectorised move; a finished row is filled by the last one, so that live rows stay contiguous and
-are read as views. Nothing else is copied, and memory grows and shrinks with the live rows.
+are read as views. Nothing else is copied: on a CPU room for the longest sequence is set aside at once and costs
+memory as it is written; elsewhere it grows with the live rows.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 _BLOCK = 64  # positions are allocated in blocks of this many
+_LAZY_BYTES = 2**20  # from here on the system's pages are taken as they are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +50,19 @@ class RowStore:
 
     @property
     def num_bytes(self) -> int:
+        """Set aside; on a CPU more than is in use."""
         return self.data.numel() * self.data.element_size()
 
-    def reserve(self, num_rows: int, length: int, used_rows: int, used_length: int) -> None:
-        """Make room for `num_rows` rows of `length` positions; keeps the first `used_*` of both.
+    def resize(self, num_rows: int, capacity: int, used_rows: int, used_length: int) -> None:
+        """Move the first `used_*` rows and positions into room for `num_rows` of `capacity`; the rest is zero.
 
-        Shrinks to what was asked whenever it has to move anyway. Fresh positions are zero, since a
-        masked position still enters a product with weight zero and must not be NaN.
+        Zero, since a masked position still enters a product with weight zero and must not be NaN.
+
+        Raises:
+            OSError: the system does not promise so much memory.
         """
-        if num_rows <= self.num_rows and length <= self.capacity:
-            return
         kept = self.data[:, :used_rows, :used_length]
-        capacity = -(-max(length, kept.shape[2]) // _BLOCK) * _BLOCK
-        num_rows = max(num_rows, kept.shape[1])
-        grown = self.data.new_zeros(self.data.shape[0], num_rows, capacity, self.data.shape[3])
+        grown = _allocate((self.data.shape[0], num_rows, capacity, self.data.shape[3]), like=self.data)
         grown[:, : kept.shape[1], : kept.shape[2]] = kept
         self.data = grown
 
@@ -89,6 +92,47 @@ class RowStore:
         self.data = self.data[:, :0, :0].clone()
 
 
+def reserve_rows(
+    stores: list[RowStore], num_rows: int, length: int, *, used_rows: int, used_length: int, expected: int = 0
+) -> None:
+    """Make room in all stores, which have as many rows of as many positions.
+
+    Where memory is taken as it is written, there is room for the expected length from the first, or else for twice the
+    length before; elsewhere room shrinks to what was asked whenever it has to move anyway.
+
+    Args:
+        num_rows, length: rows, and positions of each, that are needed.
+        used_rows, used_length: the first ones of both are kept.
+        expected: positions that the longest row may come to.
+    """
+    held_rows, capacity = stores[0].num_rows, stores[0].capacity
+    if num_rows <= held_rows and length <= capacity:
+        return
+    num_rows, needed = max(num_rows, used_rows), max(length, used_length)
+    sizes = [needed]
+    if stores[0].data.device.type == "cpu":
+        sizes.insert(0, max(needed, expected, 2 * capacity if length > capacity else capacity))
+    for size in sizes:
+        try:
+            for store in stores:
+                store.resize(num_rows, -(-size // _BLOCK) * _BLOCK, used_rows, used_length)
+            return
+        except OSError:
+            if size == needed:
+                raise
+
+
+def _allocate(shape: tuple[int, ...], *, like: Tensor) -> Tensor:
+    """Zeros; large ones on a CPU cost memory as they are written."""
+    num_bytes = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or num_bytes < _LAZY_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return like.new_zeros(shape)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)  # else a row's first position would take two megabytes
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+
+
 class SlotCache:
     """The state of every running sequence: keys, values and, if a drafter wants them, features.
 
@@ -116,6 +160,7 @@ class SlotCache:
             RowStore(num_layers=1, width=feature_width, dtype=dtype, device=device) if feature_width else None
         )
         self.lengths: list[int] = []  # cached tokens of each running row
+        self._expected = 0
 
     @property
     def stores(self) -> list[RowStore]:
@@ -125,11 +170,16 @@ class SlotCache:
     def num_bytes(self) -> int:
         return sum(store.num_bytes for store in self.stores)
 
+    def expect(self, length: int) -> None:
+        """The longest row may come to so many positions."""
+        self._expected = length
+
     def reserve(self, num_rows: int, length: int) -> None:
         """Make room for `num_rows` rows of `length` positions each."""
         used = max(self.lengths, default=0)
-        for store in self.stores:
-            store.reserve(num_rows, length, len(self.lengths), used)
+        reserve_rows(
+            self.stores, num_rows, length, used_rows=len(self.lengths), used_length=used, expected=self._expected
+        )
 
     def add_rows(self, count: int) -> None:
         """New empty rows behind the running ones."""

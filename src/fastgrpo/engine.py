@@ -36,6 +36,7 @@ from fastgrpo.tree import Draft, compute_ancestors
 from fastgrpo.types import Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
 from fastgrpo.verify import Verdict, count_hits, verify
 
+_MOST_NODES = 64  # of a draft behind a full row, for which there is room from the first
 DEFAULT_FIXED_PLAN = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
 
 
@@ -148,6 +149,7 @@ class Engine:
             with self.target.rollout_mode():
                 self._ensure_planner().begin()
                 self.drafter.begin()
+                self.cache.expect(max(len(s.prompt_ids) + s.max_tokens for s in sequences) + _MOST_NODES)
                 for sequence in sequences:
                     self.scheduler.add(sequence)
                 while self.scheduler.has_work:
@@ -173,7 +175,7 @@ class Engine:
         prefilled = time.perf_counter()
         running = self.scheduler.running
         context = self._build_context()
-        num_read = len(running) * max(self.cache.lengths)
+        num_read = sum(self.cache.lengths)
         inputs = self._build_plan_inputs(num_read)
         planner = self._ensure_planner()
         with self._planning:

@@ -38,7 +38,7 @@ Identity = dict[str, Any]
 
 
 def describe_identity(target: TargetModel, drafter: Drafter) -> Identity:
-    """What a profile depends on: machine, threads, libraries, kernels, sizes and types of the model, and the drafter."""
+    """What a profile depends on: machine, threads, libraries, kernels, model (sizes and types), drafter."""
     machine = describe_machine()
     device = target.device
     return {

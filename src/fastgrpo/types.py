@@ -177,7 +177,7 @@ class StepRecord:
     plan: SpeculationPlan
     num_tokens: int  # tokens in the target forward, roots included
     num_emitted: int  # tokens emitted by this step
-    num_read: int  # cached positions that attention read, padding of shorter rows included
+    num_read: int  # cached positions of all sequences, which attention read
     num_prefilled: int  # prompt tokens computed before this step's forward
     offered: tuple[tuple[int, ...], ...]
     hits: tuple[tuple[int, ...], ...]

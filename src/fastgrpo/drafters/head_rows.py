@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgrpo.attention import ForwardBatch, attend_to_rows
-from fastgrpo.cache import RowStore
+from fastgrpo.cache import RowStore, reserve_rows
 from fastgrpo.model import TargetModel
 
 
@@ -42,8 +42,9 @@ class HeadRows:
 
     def reserve(self, num_rows: int, length: int) -> None:
         """Make room for `num_rows` rows of `length` positions each."""
-        for store in (self.keys, self.values):
-            store.reserve(num_rows, length, len(self.num_read), max(self.num_read, default=0))
+        used = max(self.num_read, default=0)
+        stores = [self.keys, self.values]
+        reserve_rows(stores, num_rows, length, used_rows=len(self.num_read), used_length=used)
 
     def release(self, slot: int, last_slot: int) -> None:
         """The sequence of `slot` is finished; the one of `last_slot` moves there."""

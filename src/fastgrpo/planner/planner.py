@@ -20,7 +20,7 @@ class PlanInputs:
 
     num_seqs: int
     num_waiting: int = 0
-    num_read: int = 0  # cached positions that attention will read, padding of shorter rows included
+    num_read: int = 0  # cached positions of all sequences, which attention will read
     num_unread: int = 0  # tokens the drafter has not read yet: the price of switching on
 
 

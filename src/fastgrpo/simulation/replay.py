@@ -133,7 +133,7 @@ class _Run:
         inputs = PlanInputs(
             num_seqs=len(live),
             num_waiting=len(self.scheduler.waiting),
-            num_read=len(live) * int(cached.max()),
+            num_read=int(cached.sum()),
             num_unread=int((cached - self.num_drafter_read[live]).sum()),
         )
         plan = planner.plan(inputs)
