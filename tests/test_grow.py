@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fastgrpo import Engine, SamplingParams, SpeculationPlan
+from fastgrpo.bench.measure import describe_run
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.model import TargetModel
 from tiny import save_tiny_model
@@ -100,3 +101,5 @@ def test_the_command_writes_a_folder_that_every_command_takes(tmp_path, model_di
     record = json.loads((tmp_path / "grown" / "config.json").read_text())
     assert record["grown_from"].endswith("in the body of a tiny model")
     assert (tmp_path / "grown" / "tokenizer.json").exists()
+    assert describe_run("", {"model": str(tmp_path / "grown")})["grown_from"] == record["grown_from"]
+    assert "grown_from" not in describe_run("", {"model": str(model_dir)}) | describe_run("", {"model": "demo"})

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,25 @@ def test_a_machine_and_a_commit_can_be_described(tmp_path: Path) -> None:
     assert machine["torch"]
     assert json.dumps(machine)
     assert describe_commit(tmp_path) == "unknown"
+
+
+def test_a_commit_is_dirty_where_code_differs_and_clean_where_results_do(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        names = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *names, *arguments], check=True, capture_output=True, text=True
+        ).stdout
+
+    git("init", "-q")
+    assert describe_commit(tmp_path) == "unknown", "nothing is committed yet"
+    (tmp_path / "src").mkdir()
+    code, result = tmp_path / "src" / "code.py", tmp_path / "result.json"
+    code.write_text("1\n")
+    result.write_text("1\n")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    result.write_text("2\n")
+    assert describe_commit(tmp_path / "src") == commit
+    code.write_text("2\n")
+    assert describe_commit(tmp_path / "src") == f"{commit}-dirty"

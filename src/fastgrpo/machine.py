@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+_CODE = ("py", "c", "h", "toml")
+
 
 def describe_cpu() -> str:
     """The processor's model name."""
@@ -43,13 +45,17 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_commit(path: str | Path) -> str:
-    """The short commit checked out at `path`, with `-dirty` where tracked files differ from it.
+    """The short commit checked out at `path`, with `-dirty` where code differs from it: results and documents may.
 
     "unknown" where `path` is in no repository, the repository has no commit, or git is not installed.
     """
     git = shutil.which("git")
     if git is None:
         return "unknown"
-    command = [git, "-C", str(path), "describe", "--always", "--dirty", "--exclude=*"]
+    command = [git, "-C", str(path), "rev-parse", "--short", "HEAD"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() if answer.returncode == 0 else "unknown"
+    if answer.returncode:
+        return "unknown"
+    compare = [git, "-C", str(path), "diff", "--quiet", "HEAD", "--", *(f":/*.{suffix}" for suffix in _CODE)]
+    differs = subprocess.run(compare, capture_output=True, check=False).returncode != 0
+    return answer.stdout.strip() + ("-dirty" if differs else "")

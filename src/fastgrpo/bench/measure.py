@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -155,4 +156,12 @@ def describe_run(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         "commit": describe_commit(Path(__file__).parent),
         "machine": describe_machine(),
         "settings": dict(settings),
+        **_describe_origin(settings.get("model")),
     }
+
+
+def _describe_origin(model: Any) -> dict[str, str]:
+    """What must be said of a small model in the body of a large one (bench/grow.py)."""
+    config = Path(str(model)) / "config.json"
+    grown = json.loads(config.read_text()).get("grown_from") if model and config.is_file() else None
+    return {"grown_from": grown} if grown else {}
