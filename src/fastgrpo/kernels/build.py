@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -18,7 +19,8 @@ from fastgrpo.machine import describe_cpu
 _HERE = Path(__file__).parent
 KERNELS_ENV = "FASTGRPO_KERNELS"  # `off` computes everything with PyTorch's operators
 _FLAGS = (
-    "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC",
+    "-O3", "-march=native", *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
+    "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fPIC",
 )  # fmt: skip
 _OWN_FLAGS = {"noise.c": "-ffp-contract=off", "decoder.c": "-ffp-contract=fast"}
 _LONGEST_S = 120.0
