@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastgrpo import sampling
-from fastgrpo.kernels import build, cpu
+from fastgrpo.kernels import build, cpu, linear
 from fastgrpo.kernels.linear import PackedLinear
 from fastgrpo.sampling import SamplingBatch, gumbel_noise, gumbel_noise_of, sample, stream_key
 from fastgrpo.types import SamplingParams, Sequence
@@ -195,14 +195,48 @@ def test_without_a_compiler_it_says_so_once(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_products_are_the_same(bias):
-    linears = [nn.Linear(40, outputs, bias=bias).to(BF16) for outputs in (24, 8)]
-    packed, plain = PackedLinear(linears), PackedLinear(linears, may_pack=False)
+    layers = [nn.Linear(40, outputs, bias=bias).to(BF16) for outputs in (24, 8)]
+    packed, plain = PackedLinear(layers), PackedLinear(layers, may_pack=False)
     for tokens in (1, 7, 70):
         x = torch.randn(tokens, 40).to(BF16)
         with torch.no_grad():
-            expected = torch.cat([linear(x) for linear in linears], -1)
+            expected = torch.cat([layer(x) for layer in layers], -1)
             assert torch.equal(plain(x), expected)
             assert torch.allclose(packed(x).float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("outputs, inputs", [((5,), 3), ((24, 8, 1), 40), ((96, 33), 700)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_own_products_are_rounded_sums(dtype, outputs, inputs, bias):
+    """Whatever the processor multiplies: in float64, rounded once; a row is the same in any batch."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(count, inputs, generator=generator).to(dtype) for count in outputs]
+    shift = torch.randn(sum(outputs), generator=generator).to(dtype) if bias else None
+    layout = cpu.pack_weights(weights)
+    x = torch.randn(300, 2 * inputs, generator=generator).to(dtype)[:, :inputs]  # rows that stand apart
+    exact = F.linear(x.double(), torch.cat(weights).double(), None if shift is None else shift.double())
+    whole = cpu.multiply(x, layout, shift, sum(outputs))
+    rounding = {BF16: 2**-8, F32: 0.0}[dtype]
+    assert torch.allclose(whole.double(), exact, rtol=rounding, atol=3e-6 * float(exact.abs().max()))
+    for rows in (1, 2, 3, 5, 7, 11, 12, 13, 25, 119, 121, 239, 241):
+        assert torch.equal(cpu.multiply(x[7 : 7 + rows], layout, shift, sum(outputs)), whole[7 : 7 + rows])
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_bfloat16_is_left_to_onednn_where_the_processor_multiplies_it(multiplies, monkeypatch):
+    monkeypatch.setattr(linear, "multiplies_bfloat16", lambda: multiplies)
+    linear.find_layout.cache_clear()
+    try:
+        is_onednn = linear.find_layout(BF16) is linear._OneDNNLayout
+        assert is_onednn == multiplies == linear.wants_round_rows(BF16)
+        assert not linear.wants_round_rows(F32)
+        layer = nn.Linear(40, 24).to(BF16)
+        x = torch.randn(7, 40).to(BF16)
+        with torch.no_grad():
+            assert torch.allclose(PackedLinear([layer])(x).float(), layer(x).float(), rtol=1e-2, atol=1e-2)
+    finally:
+        linear.find_layout.cache_clear()
 
 
 def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(monkeypatch, tmp_path):

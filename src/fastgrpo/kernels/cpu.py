@@ -136,10 +136,38 @@ def multiply_silu(both: Float[Tensor, "M J"], num_tokens: int) -> Float[Tensor, 
     return out
 
 
+def pack_weights(weights: list[Float[Tensor, "_ I"]]) -> Float[Tensor, "P I W"]:
+    """Weights of linear layers side by side, in the layout of `multiply`."""
+    assert all(weight.is_contiguous() for weight in weights), "weights must be contiguous"
+    num_outputs, num_inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
+    width = _load().fastgrpo_block_width()
+    layout = weights[0].new_zeros(-(-num_outputs // width), num_inputs, width)
+    first = 0
+    for weight in weights:
+        _call(f"pack_{_NAMES[weight.dtype]}", weight, layout, first, *weight.shape)
+        first += len(weight)
+    return layout
+
+
+def multiply(
+    x: Float[Tensor, "M I"], layout: Float[Tensor, "P I W"], bias: Float[Tensor, " O"] | None, num_outputs: int
+) -> Float[Tensor, "M O"]:
+    """x W^T + bias, summed in float32; a row's result does not depend on the rows beside it."""
+    assert x.dtype == layout.dtype and x.shape[1] == layout.shape[1], f"{x.dtype} {x.shape} by {layout.dtype}"
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = x.new_empty(len(x), num_outputs)
+    _call(f"product_{_NAMES[x.dtype]}", x, x.stride(0), layout, bias, out, *x.shape, num_outputs)
+    return out
+
+
 def _call(name: str, *arguments: Tensor | float | int | None) -> None:
+    getattr(_load(), f"fastgrpo_{name}")(*map(_pass, arguments))
+
+
+def _load() -> ctypes.CDLL:
     library = load_library()
     assert library is not None, "call is_available first"
-    getattr(library, f"fastgrpo_{name}")(*map(_pass, arguments))
+    return library
 
 
 def _pass(argument: Tensor | float | int | None) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int64 | None:
