@@ -22,6 +22,7 @@ from fastgrpo.grpo.clock import StepClock
 from fastgrpo.grpo.config import FastGRPOConfig
 from fastgrpo.grpo.scoring import fill_missing_gradients, find_obstacle, find_rows_to_train, score_completions
 from fastgrpo.grpo.state import load_state, save_state
+from fastgrpo.kernels.half import float32_products
 from fastgrpo.learner import Learner
 from fastgrpo.metrics import rollout_metrics, summarise_rollout
 from fastgrpo.planner import AutoPlanner, PaperPlanner
@@ -173,7 +174,8 @@ class FastGRPOTrainer(GRPOTrainer):
     # -- loss ----------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        with float32_products(enabled=self.args.float32_products):
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
         if self._skips_rows and self.accelerator.sync_gradients:
             fill_missing_gradients(self.model)
         return loss
@@ -215,7 +217,11 @@ class FastGRPOTrainer(GRPOTrainer):
         shape = (len(input_ids), logits_to_keep)
         logprobs, entropies = (torch.zeros(shape, device=input_ids.device) for _ in range(2))
         for part, has_gradient in _split_rows(rows, shape[0], batch_size, input_ids.device):
-            with self.accelerator.autocast(), contextlib.nullcontext() if has_gradient else torch.no_grad():
+            with (
+                float32_products(enabled=self.args.float32_products),
+                self.accelerator.autocast(),
+                contextlib.nullcontext() if has_gradient else torch.no_grad(),
+            ):
                 scores = score_completions(model, input_ids[part], attention_mask[part], logits_to_keep)
             logprobs = logprobs.index_put((part,), scores[0])
             entropies = entropies.index_put((part,), scores[1])
