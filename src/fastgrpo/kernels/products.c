@@ -11,16 +11,16 @@
 
 #if defined(__AVX512F__)
 #define SPAN 16 /* numbers in a register */
-#define TILES X(1) X(2) X(3) X(4) X(6) X(8) X(12)
+#define TILES X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
 #define TALLEST 12 /* rows of a tile: two sums a row, two weights and one input share 32 registers */
 #else
 #define SPAN 8
-#define TILES X(1) X(2) X(3) X(4) X(6)
+#define TILES X(1) X(2) X(3) X(4) X(5) X(6)
 #define TALLEST 6
 #endif
 #define WIDE (2 * SPAN)
 #define STEP 288  /* inputs after which the next tile takes its turn: their weights and rows stay in the nearest cache */
-#define ROWS 240  /* rows at a time, a multiple of every tile's */
+#define ROWS 240  /* rows at a time, a multiple of the tallest tile's */
 #define GROUP 120 /* rows of one thread's turn; half of ROWS */
 #define AHEAD 64  /* inputs whose weights are asked for early: memory is slow */
 
@@ -93,14 +93,7 @@ TILES
 #undef X
 
 /* Rows of the next tile, where so many are left. */
-static inline i64 find_height(i64 left) {
-    i64 height = 1;
-#define X(R) \
-    if (left >= R) height = R;
-    TILES
-#undef X
-    return height;
-}
+static inline i64 find_height(i64 left) { return left < TALLEST ? left : TALLEST; }
 
 #define CASE(T, R) \
     case R: tile_##T##_##R(rows, weights, inputs, sums); break;
@@ -121,13 +114,6 @@ static inline void run_tile_float(i64 height, const float *rows, const packed_fl
     }
 }
 
-/* The tile that a row of `count` belongs to: its first row, and its height. */
-static inline i64 find_tile(i64 row, i64 count, i64 *height) {
-    i64 first = row / TALLEST * TALLEST;
-    while (row >= first + (*height = find_height(count - first))) first += *height;
-    return first;
-}
-
 /* `stride` numbers lie between the starts of two rows of x; out is dense. */
 #define DEFINE_PRODUCT(X)                                                                                             \
     void fastgrpo_product_##X(const X *x, i64 stride, const packed_##X *layout, const X *bias, X *out, i64 rows,      \
@@ -139,7 +125,7 @@ static inline i64 find_tile(i64 row, i64 count, i64 *height) {
             i64 count = rows - start < ROWS ? rows - start : ROWS, groups = (count + GROUP - 1) / GROUP;              \
             _Pragma("omp for")                                                                                        \
             for (i64 row = 0; row < count; row++) {                                                                   \
-                i64 height, first = find_tile(row, count, &height);                                                   \
+                i64 first = row / TALLEST * TALLEST, height = find_height(count - first);                             \
                 const X *from = x + (start + row) * stride;                                                           \
                 float *to = tiles + first * inputs + row - first;                                                     \
                 for (i64 i = 0; i < inputs; i++) to[i * height] = load_##X(from + i);                                 \
