@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastgrpo import sampling
+from fastgrpo.drafters import beams
+from fastgrpo.drafters.beams import rank_candidates
 from fastgrpo.kernels import build, cpu, linear
 from fastgrpo.kernels.linear import PackedLinear
 from fastgrpo.sampling import SamplingBatch, gumbel_noise, gumbel_noise_of, sample, stream_key
@@ -64,6 +66,30 @@ def test_sampled_tokens_are_those_of_the_operators(dtype, temperature, width, mo
     theirs = sample(logits, rows, vocabulary)
     assert torch.equal(ours[0], theirs[0])
     assert torch.allclose(ours[1], theirs[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("with_noise", [True, False])
+@pytest.mark.parametrize("width, most", [(5, 9), (64, 1), (1000, 8), (4096, 3)])
+def test_candidates_are_those_of_the_operators(dtype, temperature, with_noise, width, most, monkeypatch):
+    rows = _rows(4, temperature=temperature)
+    vocabulary = torch.randperm(50000, generator=torch.Generator().manual_seed(2))[:width].sort().values.int()
+    logits = torch.randn(4, 3, width, generator=torch.Generator().manual_seed(1)).to(dtype) * 4
+    if temperature == 0 or not with_noise:  # no two alike: of equal ones the operators choose as they like
+        logits = (torch.arange(width) * 0.25).to(F32 if width > 256 else dtype)[torch.rand(4, 3, width).argsort(-1)]
+    ours = rank_candidates(logits, vocabulary, rows, most, with_noise=with_noise)
+    monkeypatch.setattr(beams, "has_kernels", lambda _: False)
+    theirs = rank_candidates(logits, vocabulary, rows, most, with_noise=with_noise)
+    assert torch.equal(ours[1], theirs[1])
+    assert torch.allclose(ours[0], theirs[0], atol=2e-5)
+
+
+def test_equal_candidates_stand_in_the_order_of_the_vocabulary():
+    logits = torch.zeros(1, 1, 300)
+    logits[0, 0, [7, 130, 131, 299]] = 2.0
+    tokens = rank_candidates(logits, 3 * torch.arange(300, dtype=torch.int32), _rows(1, temperature=0.0), 6)[1]
+    assert tokens[0, 0].tolist() == [21, 390, 393, 897, 0, 3]
 
 
 def test_equal_scores_give_the_first_token():

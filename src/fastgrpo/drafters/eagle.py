@@ -17,7 +17,9 @@ from fastgrpo.attention import ForwardBatch
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.eagle_files import load_head, save_head
 from fastgrpo.drafters.eagle_head import EagleHead, build_head, start_from_target
+from fastgrpo.drafters.eagle_layer import FusedMidLayer
 from fastgrpo.drafters.head_drafter import HeadDrafter
+from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.types import SpeculationPlan
@@ -41,6 +43,10 @@ class EagleDrafter(HeadDrafter[EagleHead]):
     def save_head(self, folder: Path, *, compact: bool = False, counts: Int[Tensor, " V"] | None = None) -> None:
         """Write the trained head as an EAGLE-3 checkpoint; see `HeadDrafter.save_head`."""
         save_head(self.head, folder, self.target, compact=compact, counts=counts)
+
+    def prepare(self) -> None:
+        self._layer = FusedMidLayer(self.fast_head) if FusedMidLayer.covers(self.fast_head) else None
+        pack_modules(self.fast_head, leave=() if self._layer is None else ("midlayer",))
 
     def start_levels(self, context: DraftContext, plan: SpeculationPlan) -> _EagleLevels:
         return _EagleLevels(self, context, self._read_pairs(context))
@@ -79,6 +85,8 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         head, target = self.fast_head, self.target
         embedded = target.embed_tokens(batch.token_ids).to(hidden.dtype)
         cos, sin = target.decoder.rotary_emb(hidden, position_ids=batch.positions[None])
+        if self._layer is not None:
+            return self._layer.run(embedded, hidden, cos[0], sin[0], batch, self._rows)
         query, key, value = head.attention_inputs(embedded, hidden, cos[0], sin[0])
         return head.finish(hidden, self._rows.attend(0, batch, query, key, value))
 

@@ -99,6 +99,10 @@ class HeadDrafter(ABC, Generic[Head]):
         """Take the trained weights into the copy that drafts; output rows come from the target as it is now."""
         self.head.take_output_rows(self.target)
         self.fast_head: Head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make `fast_head` fast: it does not change until the next `refresh`."""
         pack_modules(self.fast_head)
 
     def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:

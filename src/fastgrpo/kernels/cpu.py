@@ -58,6 +58,27 @@ def sample(
     return token_ids, logprobs
 
 
+def rank(
+    logits: Float[Tensor, "B W C"],
+    vocabulary: Int[Tensor, " C"],
+    stream_keys: Int[Tensor, " B"],
+    positions: Int[Tensor, " B"],
+    temperature: Float[Tensor, " B"],
+    width: int,
+    *,
+    with_noise: bool,
+) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
+    """See `fastgrpo.drafters.beams.rank_candidates`; of equal candidates the first."""
+    num_trees, num_nodes, num_columns = logits.shape
+    most = min(width, num_columns)
+    chances = torch.empty(num_trees, num_nodes, most)
+    token_ids = torch.empty(num_trees, num_nodes, most, dtype=torch.int64)
+    sizes = (*logits.shape, most, int(with_noise))
+    rows = (vocabulary, stream_keys, positions, temperature)
+    _call(f"rank_{_NAMES[logits.dtype]}", logits.contiguous(), *rows, *sizes, chances, token_ids)
+    return chances, token_ids
+
+
 def add_norm(
     residual: Float[Tensor, "T H"],
     delta: Float[Tensor, "M H"] | None,

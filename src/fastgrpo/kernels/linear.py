@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -95,9 +95,15 @@ class _PackedModule(nn.Module):
         return self.packed(x)
 
 
-def pack_modules(module: nn.Module) -> None:
-    """Pack the linear layers inside a module that will not change any more, where that can be done."""
+def pack_modules(module: nn.Module, *, leave: Collection[str] = ()) -> None:
+    """Pack the linear layers inside a module that will not change any more, where that can be done.
+
+    Args:
+        leave: names of children that stay as they are.
+    """
     for name, child in module.named_children():
+        if name in leave:
+            continue
         if type(child) is nn.Linear and can_pack([child]):
             setattr(module, name, _PackedModule(child))
         else:
