@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 from fastgrpo import FastGRPOTrainer, per_completion
 from fastgrpo.grpo.streaming import decode_completion
 from fastgrpo.rewards import is_per_completion
+from fastgrpo.types import PHASES, STREAMED_REWARD
 from test_trainer import assert_same_weights, build_trainer, weights_of
 
 Reward = Callable[..., Any]
@@ -292,9 +294,8 @@ def test_completions_changed_behind_the_engine_are_judged_anew(tmp_path: Path) -
     trainer.engine.generate = cut_the_first
     rewards = record_rewards(trainer)
     trainer.train()
-    given = {index: call for index, call in enumerate(trainer.reward_stream.finished)}
     assert len(seen) == 9
-    cut = next(call for call in given.values() if call.index == 0)
+    cut = next(call for call in trainer.reward_stream.finished if call.index == 0)
     assert len(cut.completion_ids) == 2 and seen[-1][3] == tuple(cut.completion_ids)
     expected = score(cut.prompt, cut.completion, cut.completion_ids, cut.columns["number"])
     assert rewards[0][0, 0].nan_to_num(-1) == (-1 if expected is None else expected)
@@ -309,6 +310,22 @@ def test_evaluation_is_streamed_too(tmp_path: Path) -> None:
         trainer.train()
         metrics.append([row["eval_reward"] for row in trainer.state.log_history if "eval_reward" in row])
     assert metrics[0] == metrics[1] != []
+
+
+def test_the_clock_sees_every_phase_and_what_runs_beneath(tmp_path: Path) -> None:
+    trainer = build(tmp_path, build_judge(is_async=False, slow_s=0.05), max_steps=2, gradient_accumulation_steps=2)
+    trainer.train()
+    assert trainer.timeline is not None
+    spans = trainer.timeline.spans
+    counts = {name: sum(span.name == name for span in spans) for name in (*PHASES, STREAMED_REWARD)}
+    assert counts["forward"] == counts["backward"] == 2 and counts["rollout"] == 1 and counts[STREAMED_REWARD] == 16
+    assert counts["draft learning"] == 1 and counts["optimiser"] == 2, "clipping and the step"
+    phases = sorted((span.start_s, span.end_s) for span in spans if span.name in PHASES)
+    assert all(start <= end for start, end in phases)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(phases))
+    assert phases[0][0] >= 0 and phases[-1][1] <= trainer.timeline.step_s
+    (rollout,) = (span for span in spans if span.name == "rollout")
+    assert all(span.start_s >= rollout.start_s for span in spans if span.name == STREAMED_REWARD)
 
 
 def test_it_stays_off_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

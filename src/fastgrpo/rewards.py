@@ -45,9 +45,9 @@ def per_completion(reward: AnyReward) -> AnyReward:
     """Declare that each reward of a function depends on its own completion alone, and not on the rest of the batch.
 
     The function keeps TRL's signature and may be sync or async. With `stream_rewards` it is called as completions
-    finish, with lists of one, several calls at once: sync ones in threads, so they must be thread-safe. `log_extra` and
-    `log_metric` are heard in the order of the completions; a metric is then averaged over calls, as TRL averages it over
-    batches. `trainer_state` is the one of the step; only its count of tokens seen does not yet have this rollout's.
+    finish, with lists of one, several calls at once: sync ones in threads, so they must be thread-safe. What
+    `log_extra` and `log_metric` say is heard in the order of the completions; a metric is then averaged over calls, as TRL
+    averages it over batches. `trainer_state` is the one of the step; only its count of tokens seen does not yet have this rollout's.
     Worth it for rewards that wait (a judge over HTTP, a sandbox); one that computes takes the cores of the decoding.
 
     Raises:
@@ -66,7 +66,7 @@ def is_per_completion(reward: Any) -> bool:
     """Whether a reward was declared `per_completion`; of a class, its `__call__` may be."""
     while isinstance(reward, functools.partial) and not hasattr(reward, "is_per_completion"):
         reward = reward.func
-    return any(getattr(part, "is_per_completion", False) for part in (reward, getattr(reward, "__call__", None)))  # noqa: B004
+    return any(getattr(part, "is_per_completion", False) for part in (reward, type(reward).__call__))
 
 
 def answer_reward(

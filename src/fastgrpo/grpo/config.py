@@ -70,10 +70,11 @@ class FastGRPOConfig(GRPOConfig):
     stream_rewards: bool = field(
         default=False,
         metadata={
-            "help": "Call reward functions declared `@fastgrpo.per_completion` as completions finish, so that slow ones "
-            "(a judge over HTTP, a sandbox) hide behind the tail of the rollout. Rewards, order and errors are those of "
-            "the plain call; stays off with tools, environments and rollout_func, whose completions end later. Waiting "
-            "costs nothing; a reward that computes takes the cores, or Python's one lock, from the decoding."
+            "help": "Call reward functions declared `@fastgrpo.per_completion` as completions finish, so that slow "
+            "ones (a judge over HTTP, a sandbox) hide behind the tail of the rollout. Rewards, order and errors are "
+            "those of the plain call; stays off with tools, environments and rollout_func, whose completions end "
+            "later. Waiting costs nothing; a reward that computes takes the cores, or Python's one lock, from the "
+            "decoding."
         },
     )
     max_reward_calls: int = field(

@@ -20,6 +20,7 @@ from trl.trainer.utils import is_async_callable
 from fastgrpo.engine import FinishedRollout
 from fastgrpo.grpo.reward_calls import RewardCall, RewardCalls, find_failure
 from fastgrpo.rewards import is_per_completion
+from fastgrpo.types import STREAMED_REWARD
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class RewardStream:
         self._inputs: list[dict[str, Any]] | None = None  # of the rollout that runs now
         self._pool: RewardCalls | None = None
         self._calls: dict[tuple[int, int], RewardCall] = {}  # by function and completion
-        self.finished: list[RewardCall] = []  # of the last rollout, for those who draw it
+        self.finished: list[RewardCall] = []  # those of the last rollout
 
     @contextlib.contextmanager
     def follow(self, inputs: list[dict[str, Any]]) -> Iterator[None]:
@@ -84,13 +85,20 @@ class RewardStream:
         return not self._pool.is_idle
 
     @contextlib.contextmanager
-    def collect(self) -> Iterator[None]:
-        """Wait for the calls; within, the trainer's streamed functions return what they gave."""
+    def collect(self, note: Callable[[str, float, float], None]) -> Iterator[None]:
+        """Wait for the calls; within, the trainer's streamed functions return what they gave.
+
+        Args:
+            note: told when each call began and ended, see `StepClock.note`.
+        """
         if self._pool is None:
             yield
             return
         self._pool.wait()
         self.finished = list(self._calls.values())
+        for call in self.finished:
+            if call.started_s is not None and call.ended_s is not None:
+                note(STREAMED_REWARD, call.started_s, call.ended_s)
         functions = self._trainer.reward_funcs
         stand_ins = {place: self._build_stand_in(place) for place in self._find_streamed()}
         self._trainer.reward_funcs = [stand_ins.get(place, each) for place, each in enumerate(functions)]

@@ -18,7 +18,7 @@ from trl.models import unwrap_model_for_generation
 from fastgrpo.draft_loss import check_loss
 from fastgrpo.drafters import find_trainable
 from fastgrpo.engine import Engine, FinishedRollout
-from fastgrpo.grpo.clock import StepClock
+from fastgrpo.grpo.clock import StepClock, attach_clock
 from fastgrpo.grpo.config import FastGRPOConfig
 from fastgrpo.grpo.scoring import fill_missing_gradients, find_obstacle, find_rows_to_train, score_completions
 from fastgrpo.grpo.state import load_state, save_state
@@ -27,7 +27,7 @@ from fastgrpo.learner import Learner
 from fastgrpo.metrics import rollout_metrics, summarise_rollout
 from fastgrpo.planner import AutoPlanner, PaperPlanner
 from fastgrpo.sampling import stream_key
-from fastgrpo.types import SamplingParams
+from fastgrpo.types import SamplingParams, Timeline
 
 _STATE_FOLDER = "fastgrpo"  # inside a checkpoint
 
@@ -73,12 +73,17 @@ class FastGRPOTrainer(GRPOTrainer):
         self.reward_stream = RewardStream(self)
         self.engine.on_finish.extend([self.reward_stream.observe] if self.reward_stream.is_on else [])
         self._clock = StepClock(lambda key, value: self._metrics["train"][key].append(value))
-        self.add_callback(self._clock)
+        attach_clock(self, self._clock)
         self._is_training_rollout = self._has_learnt = False
         self._skips_rows = args.skip_zero_advantages and find_obstacle(self) is None
         self._rows_to_train: torch.Tensor | None = None
         self._saved_s: float | None = None
         self._rollout_place = (-1, 0)  # (global step, generation calls within it)
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """When the last training step did what; None before the first has ended."""
+        return self._clock.timeline
 
     def _build_learner(self, args: FastGRPOConfig) -> Learner | None:
         share = args.draft_time_share
@@ -176,7 +181,7 @@ class FastGRPOTrainer(GRPOTrainer):
         if self.reward_stream.complete(inputs, prompts, completions, completion_ids_list):
             self._learn_drafts()
         try:
-            with self.reward_stream.collect():
+            with self.reward_stream.collect(self._clock.note):
                 return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         except Exception as error:
             names = ", ".join(self.reward_func_names)
