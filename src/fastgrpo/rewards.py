@@ -46,8 +46,9 @@ def per_completion(reward: AnyReward) -> AnyReward:
 
     The function keeps TRL's signature and may be sync or async. With `stream_rewards` it is called as completions
     finish, with lists of one, several calls at once: sync ones in threads, so they must be thread-safe. What
-    `log_extra` and `log_metric` say is heard in the order of the completions; a metric is then averaged over calls, as TRL
-    averages it over batches. `trainer_state` is the one of the step; only its count of tokens seen does not yet have this rollout's.
+    `log_extra` and `log_metric` say is heard in the order of the completions; a metric is then averaged over calls, as
+    TRL averages it over batches. `trainer_state` is the one of the step, but for its count of tokens seen, which does
+    not have this rollout's yet.
     Worth it for rewards that wait (a judge over HTTP, a sandbox); one that computes takes the cores of the decoding.
 
     Raises:

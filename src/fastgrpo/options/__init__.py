@@ -8,6 +8,7 @@ from fastgrpo.options.planning import BudgetOptions, OrderOptions, PlansOptions
 from fastgrpo.options.shapes import name_plan, parse_plan, parse_speculation
 from fastgrpo.options.simulating import SimulateOptions
 from fastgrpo.options.training import DemoOptions, E2EOptions, LearningOptions, Workload
+from fastgrpo.options.variants import Variant, parse_variant
 
 __all__ = [
     "AcceptanceOptions",
@@ -25,11 +26,13 @@ __all__ = [
     "ProfileOptions",
     "RolloutOptions",
     "SimulateOptions",
+    "Variant",
     "Workload",
     "about",
     "add_options",
     "name_plan",
     "parse_plan",
     "parse_speculation",
+    "parse_variant",
     "read_options",
 ]
