@@ -164,6 +164,25 @@ def test_e2e_trains_all_variants_in_turn(model_dir: Path, tmp_path: Path, capsys
     assert places == sorted(places)
 
 
+def test_a_slow_reward_costs_less_while_others_decode(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rewards.json"
+    argv = ["bench", "rewards", "--model", str(model_dir), *TINY_WORKLOAD, "--answer-s", "0.4", "--repeats", "1"]
+    assert main([*argv, "--max-reward-calls", "2", "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    ways = result["ways"]
+    assert list(ways) == ["free", "serial", "pooled", "streamed"]
+    assert ways["serial"]["reward_s"] >= 4 * 0.4 and ways["pooled"]["reward_s"] >= 2 * 0.4
+    assert ways["streamed"]["reward_s"] < ways["serial"]["reward_s"]
+    assert ways["free"]["cost_s"] == 0
+    asked = {way: sum(span["name"] == "streamed reward" for span in own["spans"]) for way, own in
+             result["timelines"].items()}  # fmt: skip
+    assert asked == {"free": 0, "serial": 0, "pooled": 0, "streamed": 4}
+    assert path.with_suffix(".png").is_file()
+    assert "vs pooled (the baseline)" in capsys.readouterr().out
+
+
 def test_keys_of_a_variant_are_those_of_its_config(model_dir: Path, tmp_path: Path) -> None:
     options = E2EOptions(model=str(model_dir), dtype="float32", steps=1)
 

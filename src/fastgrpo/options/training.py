@@ -94,6 +94,24 @@ class E2EOptions(Workload):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardsOptions(Workload):
+    """`fastgrpo bench rewards`."""
+
+    answer_s: float = field(default=2.0, metadata=about("seconds after which the judge answers"))
+    max_reward_calls: int = field(default=16, metadata=about("completions that the judge is asked about at once"))
+    repeats: int = field(default=3, metadata=about("measured steps of each way, after one that is not measured"))
+    speculation: str = field(default="auto", metadata=about("how drafts are sized", choices=SPECULATION))
+    output: Path | None = field(
+        default=None,
+        metadata=about("JSON file for the results, a picture of a step beside it; without it they are only printed"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "answer_s", "max_reward_calls", "repeats")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LearningOptions(Workload):
     """`fastgrpo bench learning`."""
 
