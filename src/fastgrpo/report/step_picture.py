@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgrpo.metrics import compute_phase_times
 from fastgrpo.report.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 from fastgrpo.types import (
     BACKWARD,
@@ -36,8 +35,8 @@ PHASE_COLOURS = {
     OPTIMISER: BLACK,
     STREAMED_REWARD: "#7CCFB5",  # a light green
 }
-_NAMED_SHARE = 0.05  # of the axis: a shorter phase has no room for its seconds
-_BAR, _LANES = 0.5, 0.3  # heights, of a row of height 1
+_NAMED_SHARE = 0.05  # of the longest step: a shorter stretch has no room for its seconds
+_BAR, _LANES, _MIDDLE = 0.5, 0.3, -0.15  # heights, and where the bar is, of a row of height 1
 
 
 def plot_steps(timelines: Mapping[str, Timeline], path: Path, *, title: str) -> None:
@@ -74,7 +73,7 @@ def draw_steps(axes: Axes, timelines: Mapping[str, Timeline]) -> None:
     for row, timeline in enumerate(timelines.values()):
         _draw_phases(axes, timeline, row, longest_s)
         _draw_streamed(axes, timeline, row)
-    axes.set_yticks(range(len(timelines)), list(timelines))
+    axes.set_yticks([row + _MIDDLE for row in range(len(timelines))], list(timelines))
     axes.set_ylim(len(timelines) - 0.4, -0.5)
     axes.set_xlim(0, 1.09 * longest_s)
     axes.set_xlabel("seconds since the step began")
@@ -84,7 +83,9 @@ def draw_steps(axes: Axes, timelines: Mapping[str, Timeline]) -> None:
     for name in (*PHASES, STREAMED_REWARD):
         if name in seen:
             axes.barh([0], [0], color=PHASE_COLOURS[name], label=name)
-    axes.legend(frameon=False, fontsize=9, ncols=8, loc="upper center", bbox_to_anchor=(0.5, -0.28 / len(timelines)))
+    axes.legend(
+        frameon=False, fontsize=9, ncols=len(seen), loc="lower right", bbox_to_anchor=(1.0, 1.0), columnspacing=1
+    )
 
 
 def pack_lanes(spans: Sequence[Span]) -> list[int]:
@@ -100,20 +101,17 @@ def pack_lanes(spans: Sequence[Span]) -> list[int]:
 
 
 def _draw_phases(axes: Axes, timeline: Timeline, row: int, longest_s: float) -> None:
-    middle = row - 0.15
+    middle = row + _MIDDLE
     axes.barh(middle, timeline.step_s, height=_BAR, color="#EFEFEF", zorder=1)  # what lies between the phases
     for span in timeline.spans:
-        if span.name in PHASES:
-            width = span.end_s - span.start_s
-            axes.barh(middle, width, left=span.start_s, height=_BAR, color=PHASE_COLOURS[span.name], zorder=2)
+        if span.name not in PHASES:
+            continue
+        length_s = _length_s(span)
+        axes.barh(middle, length_s, left=span.start_s, height=_BAR, color=PHASE_COLOURS[span.name], zorder=2)
+        if length_s >= _NAMED_SHARE * longest_s:
+            centre_s, text = span.start_s + length_s / 2, f"{length_s:.1f} s"
+            axes.text(centre_s, middle, text, ha="center", va="center", fontsize=9, color="white", zorder=3)
     axes.text(timeline.step_s + 0.01 * longest_s, middle, f"{timeline.step_s:.1f} s", va="center", fontsize=9)
-    seconds = compute_phase_times(timeline)
-    for name in PHASES:
-        longest = max((span for span in timeline.spans if span.name == name), key=_length_s, default=None)
-        if longest is not None and _length_s(longest) >= _NAMED_SHARE * longest_s:
-            centre = (longest.start_s + longest.end_s) / 2
-            text = f"{seconds[name]:.1f} s"
-            axes.text(centre, middle, text, ha="center", va="center", fontsize=9, color="white", zorder=3)
 
 
 def _draw_streamed(axes: Axes, timeline: Timeline, row: int) -> None:
@@ -121,7 +119,7 @@ def _draw_streamed(axes: Axes, timeline: Timeline, row: int) -> None:
     lanes = pack_lanes(spans)
     height = _LANES / (max(lanes, default=0) + 1)
     for span, lane in zip(spans, lanes, strict=True):
-        middle = row - 0.15 + _BAR / 2 + height * (lane + 0.5)
+        middle = row + _MIDDLE + _BAR / 2 + height * (lane + 0.5)
         axes.barh(middle, _length_s(span), left=span.start_s, height=0.8 * height, color=PHASE_COLOURS[STREAMED_REWARD])
 
 
