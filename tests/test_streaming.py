@@ -18,7 +18,7 @@ import torch
 from fastgrpo import FastGRPOTrainer, per_completion
 from fastgrpo.grpo.streaming import decode_completion
 from fastgrpo.rewards import is_per_completion
-from fastgrpo.types import PHASES, STREAMED_REWARD
+from fastgrpo.types import PHASES, STREAMED_REWARD, StepRecord
 from test_trainer import assert_same_weights, build_trainer, weights_of
 
 Reward = Callable[..., Any]
@@ -135,7 +135,13 @@ def test_rewards_are_asked_for_while_others_decode(tmp_path: Path) -> None:
 
     trainer = build(tmp_path, [judge, length_reward], max_steps=1, max_num_seqs=2)
     early: list[int] = []
-    trainer.engine.on_step.append(lambda record: early.append(len(sizes)) if record.num_waiting else time.sleep(0.01))
+
+    def look(record: StepRecord) -> None:
+        time.sleep(0.01)
+        if record.num_waiting:
+            early.append(len(sizes))
+
+    trainer.engine.on_step.append(look)
     trainer.train()
     assert sizes == [1] * 8
     assert max(early) > 0, "some were judged before others had begun"
@@ -152,13 +158,13 @@ def test_calls_keep_to_their_bound(tmp_path: Path) -> None:
 
         def judge(enter: Reward = enter, **_: Any) -> list[float]:
             enter(1)
-            time.sleep(0.02)
+            time.sleep(0.1)
             enter(-1)
             return [1.0]
 
         async def judge_later(enter: Reward = enter, **_: Any) -> list[float]:
             enter(1)
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
             enter(-1)
             return [1.0]
 
@@ -229,11 +235,9 @@ def test_a_reward_that_hangs_is_timed_out_by_name(tmp_path: Path, is_async: bool
         return [1.0]
 
     reward = per_completion(judge_later if is_async else judge)
-    started = time.monotonic()
     trainer = build(tmp_path, reward, reward_timeout_s=0.3, max_reward_calls=2)
     with pytest.raises(TimeoutError, match=r"function 'judge.*' gave no reward for completion \d within 0.3 s \(\["):
         trainer.train()
-    assert time.monotonic() - started < 20
     assert count[0] == 8, "two that hang do not keep the others from their turn"
     release.set()
 
@@ -264,7 +268,7 @@ def test_an_interrupt_leaves_no_call_waiting(tmp_path: Path) -> None:
 
     trainer = build(tmp_path, judge, max_reward_calls=1, max_num_seqs=2)
 
-    def interrupt(record: Any) -> None:
+    def interrupt(record: StepRecord) -> None:
         if not record.num_waiting:
             raise KeyboardInterrupt
 
