@@ -44,13 +44,15 @@ DEFAULT_FIXED_PLAN = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
 class FinishedRollout:
     """One finished sequence as a learner wants it.
 
-    `features[i]` belongs to token i of prompt + completion; the last token has none.
+    `features[i]` belongs to token i of prompt + completion; the last token has none. `request_id` is the place of its
+    prompt among those of `Engine.generate`; None for one that comes from elsewhere, such as a file.
     """
 
     prompt_ids: list[int]
     token_ids: list[int]
     temperature: float
     features: Float[Tensor, "T W"] | None
+    request_id: int | None = None
 
 
 class Engine:
@@ -337,6 +339,7 @@ class Engine:
             token_ids=sequence.token_ids,
             temperature=sequence.params.temperature,
             features=None if store is None else store.snapshot(slot, sequence.num_cached)[0],
+            request_id=sequence.request_id,
         )
 
     # -- requests ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fastgrpo.types import StepRecord
+from fastgrpo.types import PHASES, StepRecord, Timeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,3 +135,12 @@ def step_time_shares(rollout_s: float, draft_learn_s: float, update_s: float, re
     total_s = sum(parts_s.values())
     seconds = {f"time/{name}_s": part_s for name, part_s in parts_s.items()}
     return seconds | {f"time/{name}_share": compute_ratio(part_s, total_s) for name, part_s in parts_s.items()}
+
+
+def compute_phase_times(timeline: Timeline) -> dict[str, float]:
+    """Seconds of each of `PHASES` in a step, and `other`: what lies between them. They add up to the step."""
+    seconds = dict.fromkeys(PHASES, 0.0)
+    for span in timeline.spans:
+        if span.name in seconds:
+            seconds[span.name] += span.end_s - span.start_s
+    return seconds | {"other": timeline.step_s - sum(seconds.values())}

@@ -18,6 +18,12 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length"]
 
+# what a training step does, in this order
+ROLLOUT, REWARDS, LEARNING, LOG_PROBS = "rollout", "rewards", "draft learning", "log-probs"
+FORWARD, BACKWARD, OPTIMISER = "forward", "backward", "optimiser"
+PHASES = (ROLLOUT, REWARDS, LEARNING, LOG_PROBS, FORWARD, BACKWARD, OPTIMISER)
+STREAMED_REWARD = "streamed reward"  # beside the phases: a reward asked for while others decode
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -194,3 +200,20 @@ class StepRecord:
     def acceptance_length(self) -> float:
         """Tokens emitted per sequence and target forward, next token included."""
         return self.num_emitted / self.num_seqs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A stretch of a training step: one of `PHASES`, or `STREAMED_REWARD`. Seconds since the step began."""
+
+    name: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """When a training step of `step_s` seconds did what. Phases do not overlap; streamed rewards run beneath them."""
+
+    step_s: float
+    spans: tuple[Span, ...]

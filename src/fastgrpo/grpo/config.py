@@ -74,6 +74,24 @@ class FastGRPOConfig(GRPOConfig):
             "round them, which takes a fraction of the time. Does nothing elsewhere."
         },
     )
+    stream_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "Call reward functions declared `@fastgrpo.per_completion` as completions finish, so that slow "
+            "ones (a judge over HTTP, a sandbox) hide behind the tail of the rollout. Rewards, order and errors are "
+            "those of the plain call; stays off with tools, environments and rollout_func, whose completions end "
+            "later. Waiting costs nothing; a reward that computes takes the cores, or Python's one lock, from the "
+            "decoding."
+        },
+    )
+    max_reward_calls: int = field(
+        default=16,
+        metadata={"help": "Calls of streamed rewards at once: so many threads, and so many awaited async calls."},
+    )
+    reward_timeout_s: float = field(
+        default=600.0,
+        metadata={"help": "Seconds that one call of a streamed reward may take before it is given up by name."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +107,10 @@ class FastGRPOConfig(GRPOConfig):
         check_loss(self.draft_loss)
         if self.max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
+        if self.max_reward_calls < 1:
+            raise ValueError(f"max_reward_calls must be at least 1, got {self.max_reward_calls}")
+        if not self.reward_timeout_s > 0:
+            raise ValueError(f"reward_timeout_s must be above 0 seconds, got {self.reward_timeout_s}")
         if self.speculation == "fixed":
             _ = self.fixed_plan
         check_config(self)

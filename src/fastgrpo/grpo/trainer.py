@@ -18,16 +18,17 @@ from trl.models import unwrap_model_for_generation
 from fastgrpo.draft_loss import check_loss
 from fastgrpo.drafters import find_trainable
 from fastgrpo.engine import Engine, FinishedRollout
-from fastgrpo.grpo.clock import StepClock
+from fastgrpo.grpo.clock import StepClock, attach_clock
 from fastgrpo.grpo.config import FastGRPOConfig
 from fastgrpo.grpo.scoring import fill_missing_gradients, find_obstacle, find_rows_to_train, score_completions
 from fastgrpo.grpo.state import load_state, save_state
+from fastgrpo.grpo.streaming import RewardStream
 from fastgrpo.kernels.half import float32_products
 from fastgrpo.learner import Learner
 from fastgrpo.metrics import rollout_metrics, summarise_rollout
 from fastgrpo.planner import AutoPlanner, PaperPlanner
 from fastgrpo.sampling import stream_key
-from fastgrpo.types import SamplingParams
+from fastgrpo.types import SamplingParams, Timeline
 
 _STATE_FOLDER = "fastgrpo"  # inside a checkpoint
 
@@ -70,13 +71,20 @@ class FastGRPOTrainer(GRPOTrainer):
         )
         self.learner = self._build_learner(args)
         self.engine.on_finish.extend([self._teach] if self.learner else [])
+        self.reward_stream = RewardStream(self)
+        self.engine.on_finish.extend([self.reward_stream.observe] if self.reward_stream.is_on else [])
         self._clock = StepClock(lambda key, value: self._metrics["train"][key].append(value))
-        self.add_callback(self._clock)
-        self._is_training_rollout = False
+        attach_clock(self, self._clock)
+        self._is_training_rollout = self._has_learnt = False
         self._skips_rows = args.skip_zero_advantages and find_obstacle(self) is None
         self._rows_to_train: torch.Tensor | None = None
         self._saved_s: float | None = None
         self._rollout_place = (-1, 0)  # (global step, generation calls within it)
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """When the last training step did what; None before the first has ended."""
+        return self._clock.timeline
 
     def _build_learner(self, args: FastGRPOConfig) -> Learner | None:
         share = args.draft_time_share
@@ -141,28 +149,41 @@ class FastGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         started = time.perf_counter()
-        before = self._clock.rollout_s
-        output = super()._generate_and_score_completions(inputs)
-        self._clock.reward_s += time.perf_counter() - started - (self._clock.rollout_s - before)
-        if self.learner is not None and self.model.training:
-            report = self.learner.learn(self._clock.budget_s(self._learn_share, self._saved_s))
-            self._clock.learn_s += report.learn_s
-            metrics = self._metrics["train"]
-            metrics["draft/loss"].append(report.loss)
-            metrics["draft/learn_s"].append(report.learn_s)
-            metrics["draft/num_tokens"].append(report.num_tokens)
-            metrics["draft/num_skipped"].append(report.num_skipped)
-            metrics["draft/num_updates"].append(report.num_updates)
-            metrics["draft/held_out_loss"].append(report.held_out_loss)
-            metrics["draft/effort"].append(report.effort)
-            metrics["draft/rolled_back"].append(float(report.is_rolled_back))
-            if self._saved_s is not None:
-                metrics["draft/saved_s"].append(self._saved_s)
+        before = self._clock.rollout_s + self._clock.learn_s
+        self._has_learnt = False
+        with self.reward_stream.follow(inputs):
+            output = super()._generate_and_score_completions(inputs)
+        others_s = self._clock.rollout_s + self._clock.learn_s - before
+        self._clock.reward_s += time.perf_counter() - started - others_s
+        if not self._has_learnt:
+            self._learn_drafts()
         return output
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+    def _learn_drafts(self) -> None:
+        """Let the draft head learn from this rollout: once, while streamed rewards are waited for, or behind them."""
+        self._has_learnt = True
+        if self.learner is None or not self.model.training:
+            return
+        report = self.learner.learn(self._clock.budget_s(self._learn_share, self._saved_s))
+        self._clock.learn_s += report.learn_s
+        metrics = self._metrics["train"]
+        metrics["draft/loss"].append(report.loss)
+        metrics["draft/learn_s"].append(report.learn_s)
+        metrics["draft/num_tokens"].append(report.num_tokens)
+        metrics["draft/num_skipped"].append(report.num_skipped)
+        metrics["draft/num_updates"].append(report.num_updates)
+        metrics["draft/held_out_loss"].append(report.held_out_loss)
+        metrics["draft/effort"].append(report.effort)
+        metrics["draft/rolled_back"].append(float(report.is_rolled_back))
+        if self._saved_s is not None:
+            metrics["draft/saved_s"].append(self._saved_s)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+        if self.reward_stream.complete(inputs, prompts, completions, completion_ids_list):
+            self._learn_drafts()
         try:
-            return super()._calculate_rewards(*args, **kwargs)
+            with self.reward_stream.collect(self._clock.note):
+                return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         except Exception as error:
             names = ", ".join(self.reward_func_names)
             error.add_note(
