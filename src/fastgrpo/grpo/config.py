@@ -67,6 +67,14 @@ class FastGRPOConfig(GRPOConfig):
             "and with several processes."
         },
     )
+    share_prompts: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the prompt of completions that stand in one micro-batch once in the update and in log-prob "
+            "passes, and no padding. The gradient is the same; stays off, with a line in the log, where the model has "
+            "dropout, another attention than `sdpa`, or is compiled."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,14 @@ from fastgrpo.drafters import find_trainable
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.clock import StepClock
 from fastgrpo.grpo.config import FastGRPOConfig
-from fastgrpo.grpo.scoring import fill_missing_gradients, find_obstacle, find_rows_to_train, score_completions
+from fastgrpo.grpo.scoring import (
+    add_heads,
+    can_share_prompts,
+    fill_missing_gradients,
+    find_obstacle,
+    find_rows_to_train,
+    score_completions,
+)
 from fastgrpo.grpo.state import load_state, save_state
 from fastgrpo.learner import Learner
 from fastgrpo.metrics import rollout_metrics, summarise_rollout
@@ -73,6 +80,8 @@ class FastGRPOTrainer(GRPOTrainer):
         self.add_callback(self._clock)
         self._is_training_rollout = False
         self._skips_rows = args.skip_zero_advantages and find_obstacle(self) is None
+        self._shares_prompts = args.share_prompts and can_share_prompts(self)
+        add_heads(self)
         self._rows_to_train: torch.Tensor | None = None
         self._saved_s: float | None = None
         self._rollout_place = (-1, 0)  # (global step, generation calls within it)
@@ -216,7 +225,9 @@ class FastGRPOTrainer(GRPOTrainer):
         logprobs, entropies = (torch.zeros(shape, device=input_ids.device) for _ in range(2))
         for part, has_gradient in _split_rows(rows, shape[0], batch_size, input_ids.device):
             with self.accelerator.autocast(), contextlib.nullcontext() if has_gradient else torch.no_grad():
-                scores = score_completions(model, input_ids[part], attention_mask[part], logits_to_keep)
+                scores = score_completions(
+                    model, input_ids[part], attention_mask[part], logits_to_keep, shares_prompts=self._shares_prompts
+                )
             logprobs = logprobs.index_put((part,), scores[0])
             entropies = entropies.index_put((part,), scores[1])
         if torch.is_grad_enabled() and not logprobs.requires_grad:
