@@ -70,9 +70,9 @@ class FastGRPOConfig(GRPOConfig):
     share_prompts: bool = field(
         default=True,
         metadata={
-            "help": "Compute the prompt of completions that stand in one micro-batch once in the update and in log-prob "
-            "passes, and no padding. The gradient is the same; stays off, with a line in the log, where the model has "
-            "dropout, another attention than `sdpa`, or is compiled."
+            "help": "Completions of one prompt that stand in one micro-batch are computed with one copy of it, without "
+            "padding, in the update and in log-prob passes. The gradient is the same; stays off, with a line in the "
+            "log, where the model has dropout, another attention than `sdpa`, or is compiled."
         },
     )
 

@@ -8,7 +8,6 @@ it and rounded once.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import types
 from typing import Any

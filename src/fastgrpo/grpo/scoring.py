@@ -67,9 +67,7 @@ def _find_models(trainer: Any) -> list[Any]:
 def add_heads(trainer: Any) -> None:
     """Teach the models to score tokens, as `score_completions` asks them to."""
     for model in _find_models(trainer):
-        add_token_scores(
-            model, temperature=trainer.temperature, in_float32=trainer.args.cast_lm_head_to_fp32
-        )
+        add_token_scores(model, temperature=trainer.temperature, in_float32=trainer.args.cast_lm_head_to_fp32)
 
 
 def can_share_prompts(trainer: Any) -> bool:

@@ -40,7 +40,7 @@ class SegmentMask(Tensor):
     _causal: Tensor | None
 
     @staticmethod
-    def __new__(cls, segments: tuple[Segment, ...], device: torch.device) -> SegmentMask:
+    def __new__(cls: type[SegmentMask], segments: tuple[Segment, ...], device: torch.device) -> SegmentMask:
         width = sum(segment.num_tokens for segment in segments)
         mask: SegmentMask = Tensor._make_subclass(cls, torch.zeros((), device=device).expand(1, 1, width, width))
         mask.segments = segments
@@ -56,7 +56,7 @@ class SegmentMask(Tensor):
             return _attend(*args, **(kwargs or {}))
         result = super().__torch_function__(func, kinds, args, kwargs)
         if isinstance(result, Tensor) and all(result is not arg for arg in args):
-            raise TypeError(
+            raise ValueError(  # a TypeError would be lost where an operator tries its operands in turn
                 f"{getattr(func, '__name__', func)} reads the mask of completions that share a prompt, which only "
                 'torch\'s attention understands; set attn_implementation="sdpa", or share_prompts=False'
             )
