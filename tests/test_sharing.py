@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -136,6 +139,21 @@ def test_the_gradient_is_trls(
 def test_every_loss_is_covered() -> None:
     cases = test_the_gradient_is_trls.pytestmark[0].args[1]
     assert {case[2] for case in cases} == set(LOSSES)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # norms of queries and keys leave autocast in float32
+@pytest.mark.parametrize("keys", [{}, {"cast_lm_head_to_fp32": True}])
+def test_under_autocast_the_gradient_is_as_near_as_trls(
+    tmp_path: Path, family: str, keys: dict, packings: list[sharing.PackedRows]
+) -> None:
+    exact, rounded = (build_family_trainer(tmp_path / str(on), family, bf16=on, **keys) for on in (False, True))
+    expected, _ = compute_loss(exact, build_inputs(exact), is_stock=True)
+    errors = []
+    for is_stock in (False, True):
+        gradients, _ = compute_loss(rounded, build_inputs(rounded), is_stock=is_stock)
+        errors.append(sum(float((gradients[name] - g).norm()) ** 2 for name, g in expected.items()) ** 0.5)
+    assert 0 < errors[0] <= 1.3 * errors[1]
+    assert packings
 
 
 def truncated(inputs: dict[str, Any]) -> None:
@@ -310,7 +328,7 @@ def test_token_scores_are_trls(has_entropy_gradient: bool, monkeypatch: pytest.M
     monkeypatch.setattr(head, "_TILE_ELEMENTS", 50 * 20)  # three tiles
     generator = torch.Generator().manual_seed(0)
     hidden, labels = torch.randn(50, 8, generator=generator), torch.randint(0, 50, (50,), generator=generator)
-    linear = torch.nn.Linear(8, 50, bias=False)
+    linear = nn.Linear(8, 50, bias=False)
     weights = torch.randn(2, 50, generator=generator)
     results = []
     for is_ours in (True, False):
@@ -362,3 +380,44 @@ def test_no_tensor_has_tokens_by_vocabulary() -> None:
         model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).log_probs.sum().backward()
     assert ours.num_elements <= 2**23 < 4 * 256 * 49152 / 4
     assert stock.num_elements >= 4 * 256 * 32768  # the measure sees such tensors
+
+
+# -- several processes ---------------------------------------------------------------------------------------
+
+
+def compute_gradient(model: Any, rows: slice, num_rows: int) -> None:
+    """Of the mean over all rows, by the rows of one process."""
+    batch = build_batch(ROWS)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)[rows]
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)[rows]
+    weights = torch.tensor(ADVANTAGES)[rows, None]
+    logprobs, _ = score_completions(model, ids, mask, batch["completion_ids"].shape[1], shares_prompts=True)
+    ((weights * logprobs).sum() / num_rows).backward()
+
+
+def build_scoring_model() -> PreTrainedModel:
+    model = build_model("llama", torch.float32)
+    add_token_scores(model, temperature=1.0)
+    return model.train()
+
+
+def run_process(rank: int, folder: Path) -> None:
+    """One of two: siblings stand in both."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        model = nn.parallel.DistributedDataParallel(build_scoring_model(), find_unused_parameters=True)
+        compute_gradient(model, slice(rank, None, 2), len(ROWS) // 2)
+        torch.save({name: p.grad for name, p in model.module.named_parameters()}, folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    model = build_scoring_model()
+    compute_gradient(model, slice(None), len(ROWS))
+    mp.spawn(run_process, (tmp_path,), nprocs=2)
+    for rank in (0, 1):
+        gradients = torch.load(tmp_path / f"{rank}.pt")
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-5, atol=1e-6, msg=name)
