@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from conftest import build_model
 from fastgrpo.kernels import half
@@ -128,3 +129,11 @@ def test_a_product_is_written_where_it_is_wanted(counts):
     with float32_products():
         torch.mm(x, w.T, out=out[:3])
     assert torch.equal(out[:3], (x.float() @ w.float().T).to(BF16)) and not out[3].any() and counts["matmul"] == 1
+
+
+def test_attention_under_a_mask_of_another_type_is_asked_in_float32(counts):
+    q = _draw(1, 2, 5, 8).to(BF16)
+    with float32_products():
+        ours = F.scaled_dot_product_attention(q, q, q, attn_mask=causal_lower_right(5, 5))
+    exact = F.scaled_dot_product_attention(q.float(), q.float(), q.float(), is_causal=True)
+    assert torch.allclose(ours.float(), exact, rtol=2**-8) and counts["attention"] == 1

@@ -56,7 +56,7 @@ def count_reward(completion_ids: list[list[int]], **_: object) -> list[float]:
 
 
 def build_trainer(
-    folder: Path, *, reward=count_reward, chat: bool = True, peft: bool = False, **keys
+    folder: Path, *, model=None, reward=count_reward, chat: bool = True, peft: bool = False, **keys
 ) -> FastGRPOTrainer:
     questions = [f"what is {i}+{i}?" for i in range(32)]
     prompts = [[{"role": "user", "content": q}] for q in questions] if chat else questions
@@ -74,7 +74,7 @@ def build_trainer(
         "disable_tqdm": True,
     }
     trainer = FastGRPOTrainer(
-        build_model(),
+        model or build_model(),
         reward,
         FastGRPOConfig(str(folder), **(settings | keys)),
         train_dataset=Dataset.from_dict({"prompt": prompts}),

@@ -92,6 +92,14 @@ class FastGRPOConfig(GRPOConfig):
         default=600.0,
         metadata={"help": "Seconds that one call of a streamed reward may take before it is given up by name."},
     )
+    share_prompts: bool = field(
+        default=True,
+        metadata={
+            "help": "Completions of one prompt that stand in one micro-batch are computed with one copy of it, without "
+            "padding, in the update and in log-prob passes. The gradient is the same; stays off, with a line in the "
+            "log, where the model has dropout, another attention than `sdpa`, or is compiled."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,14 @@ from fastgrpo.drafters import find_trainable
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.clock import StepClock, attach_clock
 from fastgrpo.grpo.config import FastGRPOConfig
-from fastgrpo.grpo.scoring import fill_missing_gradients, find_obstacle, find_rows_to_train, score_completions
+from fastgrpo.grpo.scoring import (
+    add_heads,
+    can_share_prompts,
+    fill_missing_gradients,
+    find_obstacle,
+    find_rows_to_train,
+    score_completions,
+)
 from fastgrpo.grpo.state import load_state, save_state
 from fastgrpo.grpo.streaming import RewardStream
 from fastgrpo.kernels.half import float32_products
@@ -77,6 +84,8 @@ class FastGRPOTrainer(GRPOTrainer):
         attach_clock(self, self._clock)
         self._is_training_rollout = self._has_learnt = False
         self._skips_rows = args.skip_zero_advantages and find_obstacle(self) is None
+        self._shares_prompts = args.share_prompts and can_share_prompts(self)
+        add_heads(self)
         self._rows_to_train: torch.Tensor | None = None
         self._saved_s: float | None = None
         self._rollout_place = (-1, 0)  # (global step, generation calls within it)
@@ -243,7 +252,9 @@ class FastGRPOTrainer(GRPOTrainer):
                 self.accelerator.autocast(),
                 contextlib.nullcontext() if has_gradient else torch.no_grad(),
             ):
-                scores = score_completions(model, input_ids[part], attention_mask[part], logits_to_keep)
+                scores = score_completions(
+                    model, input_ids[part], attention_mask[part], logits_to_keep, shares_prompts=self._shares_prompts
+                )
             logprobs = logprobs.index_put((part,), scores[0])
             entropies = entropies.index_put((part,), scores[1])
         if torch.is_grad_enabled() and not logprobs.requires_grad:

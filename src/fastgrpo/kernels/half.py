@@ -92,7 +92,9 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        mask = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
+        mask = attn_mask
+        if mask is not None and type(mask) is Tensor and mask.is_floating_point():  # other types hide as they like
+            mask = mask.float()
         wide = [states.to(_BF16).float() for states in (query, key, value)]
         attended: Tensor = _attention(wide[0], wide[1], wide[2], mask, *args, **kwargs)
     return attended.to(_BF16)
