@@ -91,12 +91,17 @@ def _multiply(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
+    wide = [states.to(_BF16).float() for states in (query, key, value)]
     with torch.autocast("cpu", enabled=False):
-        mask = attn_mask
-        if mask is not None and type(mask) is Tensor and mask.is_floating_point():  # other types hide as they like
-            mask = mask.float()
-        wide = [states.to(_BF16).float() for states in (query, key, value)]
-        attended: Tensor = _attention(wide[0], wide[1], wide[2], mask, *args, **kwargs)
+        if attn_mask is None or type(attn_mask) is Tensor:
+            mask = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
+            attended: Tensor = _attention(wide[0], wide[1], wide[2], mask, *args, **kwargs)
+        else:  # PyTorch's own kind of masks asks whether it is called by the function that stands there
+            standing, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _attention
+            try:
+                attended = _attention(wide[0], wide[1], wide[2], attn_mask, *args, **kwargs)
+            finally:
+                F.scaled_dot_product_attention = standing
     return attended.to(_BF16)
 
 
