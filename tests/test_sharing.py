@@ -156,6 +156,17 @@ def test_under_autocast_the_gradient_is_as_near_as_trls(
     assert packings
 
 
+@pytest.mark.parametrize(("keys", "backend"), [({"share_prompts": False}, "sdpa"), ({}, "eager")])
+def test_where_it_is_off_nothing_is_packed_and_the_gradient_is_trls(
+    tmp_path: Path, keys: dict, backend: str, packings: list[sharing.PackedRows]
+) -> None:
+    model = build_model("llama", torch.float32)
+    model.set_attn_implementation(backend)
+    trainer = build_trainer(tmp_path, model=model, speculation="off", **keys)
+    assert_same_gradient(trainer, build_inputs(trainer))
+    assert not packings
+
+
 def truncated(inputs: dict[str, Any]) -> None:
     inputs["completion_mask"][[0, 4, 5]] = 0  # as mask_truncated_completions does: a sibling, one alone, a sibling
 

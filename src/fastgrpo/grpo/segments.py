@@ -84,8 +84,9 @@ def _attend(
 ) -> Float[Tensor, "1 heads T D"]:
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    states = [x.to(dtype) for x in (query, key, value)]  # once; the kernels behind a causal bias know no autocast
     outputs = []
-    for segment, own_query, own_key, own_value in _split(attn_mask.segments, query, key, value):
+    for segment, own_query, own_key, own_value in _split(attn_mask.segments, *states):
         bias = None if segment.is_first else attn_mask.build_bias(segment, dtype)
         outputs.append(
             scaled_dot_product_attention(
