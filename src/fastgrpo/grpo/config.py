@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from fastgrpo.draft_loss import DEFAULT_LOSS, LOSSES, check_loss
+from fastgrpo.grpo.old_logps import OLD_LOGPS
 from fastgrpo.planner import SPECULATION
 from fastgrpo.types import SpeculationPlan
 
@@ -62,9 +63,19 @@ class FastGRPOConfig(GRPOConfig):
     skip_zero_advantages: bool = field(
         default=True,
         metadata={
-            "help": "No backward pass for completions whose advantage is 0, as all have in a group of equal rewards. "
+            "help": "No backward pass for completions whose advantage is 0, as all have in a group of equal rewards, "
+            "and no forward pass while the weights are the rollout's, which has said what is logged of them. "
             "The gradient is the same; stays off where something else depends on them (beta, entropy bonus, dropout), "
             "and with several processes."
+        },
+    )
+    old_logps: str = field(
+        default="auto",
+        metadata={
+            "help": "Log-probabilities of the weights that generated, where the loss needs them (`num_iterations` "
+            "above 1, or `steps_per_generation` not aligned with `gradient_accumulation_steps`): `auto` (no forward of "
+            "their own where the gradient stays TRL's: from the first pass over a batch, or in float32 from the "
+            "rollout), `rollout` (the rollout's, in any type), or `forward` (TRL's own forward)."
         },
     )
 
@@ -80,6 +91,8 @@ class FastGRPOConfig(GRPOConfig):
                 "draft_time_share=0 freezes the head"
             )
         check_loss(self.draft_loss)
+        if self.old_logps not in OLD_LOGPS:
+            raise ValueError(f"old_logps must be one of {', '.join(OLD_LOGPS)}, got '{self.old_logps}'")
         if self.max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
         if self.speculation == "fixed":
