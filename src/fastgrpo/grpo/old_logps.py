@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
-
 from fastgrpo.grpo.scoring import find_own_loss, has_dropout
 
 OldLogps = Literal["none", "update", "rollout", "forward"]
@@ -20,10 +18,12 @@ def choose_old_logps(trainer: Any) -> tuple[OldLogps, str]:
     """(source, why).
 
     - `none`: every pass is the first.
-    - `update`: the first pass over a batch, which is all of one optimiser step, computes them anyway; in any type they
-      are what TRL's forward would say.
-    - `rollout`: the engine's. In float32 they differ by rounding. In a smaller type its merged adapters and other
-      kernels round otherwise than the update does, by 1 % of a probability and more, and so would the gradient.
+    - `update`: the first pass over a micro-batch computes them anyway. Where the weights move before it, the rows that
+      have a gradient are computed in time. In any type they are what TRL's forward says, and speculation changes no
+      bit of them.
+    - `rollout`: the engine's, only where they are asked for. In float32 they differ by rounding, with speculation
+      otherwise than without. In a smaller type merged adapters and other kernels round otherwise than the update does,
+      by 1 % of a probability and more, and so would the gradient.
     - `forward`: TRL's own.
     """
     args = trainer.args
@@ -37,17 +37,6 @@ def choose_old_logps(trainer: Any) -> tuple[OldLogps, str]:
         return "rollout", "old_logps is 'rollout'"
     if has_dropout(trainer.accelerator.unwrap_model(trainer.model)):
         return "forward", "the model has dropout, which the rollout has not"
-    is_scored_here = not (args.torch_compile or getattr(trainer, "aux_loss_enabled", False))
-    if args.steps_per_generation == args.gradient_accumulation_steps and is_scored_here:
-        return "update", "the first pass over a batch computes them"
-    if _is_float32(trainer):
-        return "rollout", "rollout and update compute in float32"
-    return "forward", "outside float32 the rollout rounds otherwise than the update; old_logps='rollout' takes its own"
-
-
-def _is_float32(trainer: Any) -> bool:
-    """Whether rollout and update compute in float32 or better, TF32 not among them."""
-    types = {p.dtype for p in trainer.accelerator.unwrap_model(trainer.model).parameters()}
-    is_wide = (types | {trainer.engine.target.dtype}) <= {torch.float32, torch.float64}
-    is_cast = trainer.args.bf16 or trainer.args.fp16
-    return is_wide and not is_cast and torch.get_float32_matmul_precision() == "highest"
+    if args.torch_compile or getattr(trainer, "aux_loss_enabled", False):
+        return "forward", "a compiled model and a router's loss are scored by TRL"
+    return "update", "the first pass over a micro-batch computes them"

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.grpo.checks import check_advantages
-from fastgrpo.grpo.micro_batch import MicroBatch
+from fastgrpo.grpo.micro_batch import OLD_LOGPS, MicroBatch
 from fastgrpo.grpo.old_logps import choose_old_logps
 from fastgrpo.grpo.rollout_facts import ENTROPIES, LOGPS, STEP, RolloutFacts, Turn
-from fastgrpo.grpo.scoring import find_obstacle, find_own_loss
+from fastgrpo.grpo.scoring import find_counted, find_obstacle, find_own_loss, find_rows_to_train, score_rows
 from fastgrpo.types import Completion
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,19 @@ class Savings:
         awaits_old_logps = self.old_logps_from == "update"
         self._batch = MicroBatch.plan(inputs, step=step, skips_rows=self.skips_rows, awaits_old_logps=awaits_old_logps)
         return self._batch
+
+    def fill_old_logps(self, batches: Sequence[dict[str, Any]], model: nn.Module) -> None:
+        """Before the weights move: the old log-probs of micro-batches whose first pass is still to come.
+
+        Args:
+            batches: all of a generation.
+        """
+        for inputs in batches if self.old_logps_from == "update" else ():
+            old_logps = inputs[OLD_LOGPS]
+            if bool(old_logps.isnan().any()):
+                rows = find_rows_to_train(inputs) if self.skips_rows else find_counted(inputs).any(1)
+                old_logps.zero_()  # rows without a gradient make no use of them
+                old_logps[rows] = score_rows(model, inputs, rows)
 
     def take_batch(self, completion_ids: Int[Tensor, "B C"]) -> MicroBatch:
         """What to score now: the planned micro-batch, once, or every row of what TRL asks outside its loss."""

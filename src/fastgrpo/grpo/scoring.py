@@ -101,6 +101,15 @@ def score_completions(
     return logprobs, entropies
 
 
+@torch.no_grad()
+def score_rows(model: nn.Module, inputs: dict[str, Any], rows: Bool[Tensor, " B"]) -> Float[Tensor, "R C"]:
+    """Log-probabilities of some rows of a micro-batch of TRL's, without a gradient."""
+    ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), 1)[rows]
+    mask = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1)[rows]
+    num_kept = inputs["completion_ids"].shape[1]
+    return score_completions(model, ids, mask, num_kept)[0] if len(ids) else torch.zeros(0, num_kept, device=ids.device)
+
+
 def find_backbone(model: Any) -> nn.Module:
     """The decoder below wrappers, adapters and output head."""
     while isinstance(getattr(model, "module", None), nn.Module):  # DDP and the like

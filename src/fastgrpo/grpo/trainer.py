@@ -185,8 +185,11 @@ class FastGRPOTrainer(GRPOTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
-        if self.savings.skips_rows and self.accelerator.sync_gradients:
-            fill_missing_gradients(self.model)
+        if self.accelerator.sync_gradients:
+            with self.accelerator.autocast():
+                self.savings.fill_old_logps(self._buffered_inputs or (), self.model)
+            if self.savings.skips_rows:
+                fill_missing_gradients(self.model)
         return loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
