@@ -226,7 +226,7 @@ def test_the_rollouts_own_are_taken_only_where_they_are_asked_for(tmp_path: Path
     assert build(FastGRPOTrainer, tmp_path, **keys, old_logps="rollout").savings.old_logps_from == "rollout"
     dropout = build(FastGRPOTrainer, tmp_path, **keys)
     dropout.model.config.attention_dropout = 0.1
-    assert Savings(dropout).old_logps_from == "forward", "the rollout has no dropout"
+    assert Savings(dropout).old_logps_from == "forward", "each forward draws its own"
 
 
 def test_evaluation_is_left_as_it_is(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class FastGRPOConfig(GRPOConfig):
             "help": "Log-probabilities of the weights that generated, where the loss needs them (`num_iterations` "
             "above 1, or `steps_per_generation` not aligned with `gradient_accumulation_steps`): `auto` (the first "
             "pass over a micro-batch says them; the gradient is TRL's), `rollout` (the rollout's: no pass at all, but "
-            "they round otherwise than the update, in bfloat16 by 1 % and more), or `forward` (TRL's own forward)."
+            "they round otherwise than the update, in bfloat16 visibly), or `forward` (TRL's own forward)."
         },
     )
 

@@ -22,8 +22,8 @@ def choose_old_logps(trainer: Any) -> tuple[OldLogps, str]:
       have a gradient are computed in time. In any type they are what TRL's forward says, and speculation changes no
       bit of them.
     - `rollout`: the engine's, only where they are asked for. In float32 they differ by rounding, with speculation
-      otherwise than without. In a smaller type merged adapters and other kernels round otherwise than the update does,
-      by 1 % of a probability and more, and so would the gradient.
+      otherwise than without. In a smaller type merged adapters and other kernels round otherwise than the update
+      does, and the gradient would follow; `sampling/sampling_logp_difference` says by how much.
     - `forward`: TRL's own.
     """
     args = trainer.args
@@ -36,7 +36,7 @@ def choose_old_logps(trainer: Any) -> tuple[OldLogps, str]:
     if args.old_logps == "rollout":
         return "rollout", "old_logps is 'rollout'"
     if has_dropout(trainer.accelerator.unwrap_model(trainer.model)):
-        return "forward", "the model has dropout, which the rollout has not"
+        return "forward", "the model has dropout, of which TRL's forward makes a draw of its own"
     if args.torch_compile or getattr(trainer, "aux_loss_enabled", False):
         return "forward", "a compiled model and a router's loss are scored by TRL"
     return "update", "the first pass over a micro-batch computes them"
