@@ -140,7 +140,7 @@ class CacheAndScheduler(RuleBasedStateMachine):
         assert self.cache.lengths == lengths
         for row, (path, kept) in enumerate(paths):
             self.cache.truncate(row, lengths[row] - len(path) + kept)
-            running[row].append([0] * kept, [0.0] * kept)
+            running[row].append([0] * kept, [0.0] * kept, [0.0] * kept)
 
     @precondition(lambda self: self.scheduler.running)
     @rule(data=st.data())

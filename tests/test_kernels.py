@@ -59,13 +59,30 @@ def test_sampled_tokens_are_those_of_the_operators(dtype, temperature, width, mo
     logits[2, 1:] = -math.inf
     ours = sample(logits, rows, vocabulary)
     alone = [sample(logits[i : i + 1], rows.rows(torch.tensor([i])), vocabulary) for i in range(9)]
-    assert torch.equal(ours[0], torch.cat([a[0] for a in alone])) and torch.equal(
-        ours[1], torch.cat([a[1] for a in alone])
-    )
+    for together, apart in zip(ours, zip(*alone, strict=True), strict=True):
+        assert torch.equal(together, torch.cat(apart))
     _without_kernels(monkeypatch)
     theirs = sample(logits, rows, vocabulary)
     assert torch.equal(ours[0], theirs[0])
     assert torch.allclose(ours[1], theirs[1], atol=1e-5)
+    assert torch.allclose(ours[2], theirs[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 5.0, 40.0, 1e30])
+def test_entropies_are_those_of_float64(dtype, spread):
+    """From a flat distribution to a certain one; the greatest logit may stand in any block."""
+    width = 5003
+    logits = (torch.randn(12, width, generator=torch.Generator().manual_seed(2)) * spread).to(dtype)
+    logits[3] = logits[3].sort().values
+    logits[4] = logits[4].sort(descending=True).values
+    logits[5, :4000] = -math.inf
+    logits[6, 4000:] = torch.finfo(dtype).min
+    logits[7, 1:] = -math.inf
+    entropies = sample(logits, _rows(12), torch.arange(width, dtype=torch.int32))[2]
+    expected = torch.special.entr(logits.double().softmax(-1)).sum(-1)
+    assert torch.allclose(entropies.double(), expected, rtol=2e-6, atol=1e-6)
+    assert (entropies >= 0).all() and entropies[7] == 0
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
@@ -103,8 +120,8 @@ def test_logits_that_are_not_finite_give_no_logprob(bad):
     logits = torch.zeros(3, 2000)
     logits[1, 1500] = bad
     logits[2, 7] = -math.inf
-    logprobs = sample(logits, _rows(3), torch.arange(2000, dtype=torch.int32))[1]
-    assert logprobs.isnan().tolist() == [False, True, False]
+    _, logprobs, entropies = sample(logits, _rows(3), torch.arange(2000, dtype=torch.int32))
+    assert logprobs.isnan().tolist() == entropies.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(("residual_type", "dtype"), TYPES)

@@ -121,6 +121,7 @@ def test_speculation_leaves_training_bit_identical(tmp_path: Path, peft: bool) -
     "keys",
     [
         {"num_iterations": 2},
+        {"per_device_train_batch_size": 4, "steps_per_generation": 4},
         {"steps_per_generation": 2, "gradient_accumulation_steps": 2, "loss_type": "grpo"},
         {"loss_type": "dr_grpo", "beta": 0.04, "peft": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
         {"chat": False, "eval_strategy": "steps", "eval_steps": 2, "drafter": "ngram", "max_num_seqs": 3},

@@ -162,7 +162,12 @@ class Engine:
         finally:
             self._reset()
         return [
-            Completion(token_ids=s.token_ids, logprobs=s.logprobs, finish_reason=s.finish_reason or "length")
+            Completion(
+                token_ids=s.token_ids,
+                logprobs=s.logprobs,
+                entropies=s.entropies,
+                finish_reason=s.finish_reason or "length",
+            )
             for s in sequences
         ]
 
@@ -290,10 +295,10 @@ class Engine:
         if output.features is not None:
             self._write_features(verdict, output.features, batch)
         self.cache.commit(verdict.path, counts)
-        token_ids, logprobs = verdict.token_ids.tolist(), verdict.logprobs.tolist()
+        found = [values.tolist() for values in (verdict.token_ids, verdict.logprobs, verdict.entropies)]
         num_emitted = 0
         for slot, (sequence, count) in enumerate(zip(running, counts, strict=True)):
-            kept = sequence.append(token_ids[slot][:count], logprobs[slot][:count])
+            kept = sequence.append(*(values[slot][:count] for values in found))
             self.cache.truncate(slot, sequence.num_cached)
             self.drafter.observe(sequence, kept)
             num_emitted += kept

@@ -27,6 +27,7 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK64 = 2**64 - 1
 _FINALISER = ((0x7FEB352D, 15), (0x846CA68B, 16), (0x9E3779B1, 15))  # (multiplier, shift)
 _UNIFORM_SCALE = 2.0**-31 - 2.0**-55  # a float32 below 2^-31: rounding up to 2^31 still gives less than 1
+_LEAST_LOGPROB = -1000.0  # its probability is 0 in any floating type, and 0 * -inf would be NaN
 _NOISE_CHUNK_ELEMENTS = 4 * 49152  # keeps the integer passes inside a core's L2 cache
 
 
@@ -207,7 +208,7 @@ def add_noise(scores: Float[Tensor, "R V"], batch: SamplingBatch, token_ids: Int
 
 def sample(
     logits: Float[Tensor, "R V"], batch: SamplingBatch, vocabulary: Int[Tensor, " V"]
-) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
+) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
     """Draw one token a row by the law.
 
     Args:
@@ -216,12 +217,14 @@ def sample(
         vocabulary: int32 arange over V on the same device.
 
     Returns:
-        token ids int64, and their log-probabilities under softmax(logits / temperature); the
-        log-probability is NaN exactly where a row of logits has a NaN or +inf.
+        token ids int64, their log-probabilities under softmax(logits / temperature), and that distribution's
+        entropy in nats; log-probability and entropy are NaN exactly where a row of logits has a NaN or +inf.
     """
     if has_kernels(logits) and logits.dtype in cpu.DTYPES and not batch.is_truncated:
         return cpu.sample(logits, batch.stream_keys, batch.positions, batch.temperature)
     scaled = scale_logits(logits, batch)
     token_ids = add_noise(truncate_logits(scaled, batch), batch, vocabulary).argmax(-1)
-    logprobs = scaled.gather(-1, token_ids[:, None])[:, 0] - scaled.logsumexp(-1)
-    return token_ids, logprobs
+    logprobs = scaled.log_softmax(-1)
+    chosen = logprobs.gather(-1, token_ids[:, None])[:, 0]
+    share = logprobs.exp().mul_(logprobs.clamp_(min=_LEAST_LOGPROB))
+    return token_ids, chosen, -share.sum(-1)

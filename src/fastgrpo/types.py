@@ -69,10 +69,12 @@ class Completion:
 
     `logprobs[i]` is the log-probability of `token_ids[i]` under the softmax of logits / temperature
     (before top-k and top-p; at temperature 0, of the logits), which is what a GRPO loss recomputes.
+    `entropies[i]` is that distribution's entropy in nats.
     """
 
     token_ids: list[int]
     logprobs: list[float]
+    entropies: list[float]
     finish_reason: FinishReason
 
 
@@ -91,6 +93,7 @@ class Sequence:
     stream_key: int  # 64-bit key of this request's noise, see sampling.stream_key
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     @property
@@ -111,11 +114,13 @@ class Sequence:
         """Completions of one prompt are siblings; the prompt itself names the group."""
         return tuple(self.prompt_ids)
 
-    def append(self, token_ids: list[int], logprobs: list[float]) -> int:
+    def append(self, token_ids: list[int], logprobs: list[float], entropies: list[float]) -> int:
         """Emit tokens up to the first that ends the sequence; returns how many were kept."""
-        for count, (token_id, logprob) in enumerate(zip(token_ids, logprobs, strict=True), start=1):
+        emitted = zip(token_ids, logprobs, entropies, strict=True)
+        for count, (token_id, logprob, entropy) in enumerate(emitted, start=1):
             self.token_ids.append(token_id)
             self.logprobs.append(logprob)
+            self.entropies.append(entropy)
             if token_id in self.params.stop_token_ids:
                 self.finish_reason = "stop"
                 return count

@@ -23,6 +23,7 @@ class Verdict:
     path: Int[Tensor, "B D"]
     token_ids: Int[Tensor, "B D"]
     logprobs: Float[Tensor, "B D"]
+    entropies: Float[Tensor, "B D"]  # of the distribution that the token was drawn from, before top-k and top-p
     num_accepted: Int[Tensor, " B"]  # accepted draft tokens; num_accepted + 1 tokens are emitted
 
 
@@ -51,17 +52,18 @@ def verify(
     columns: list[tuple[Tensor, ...]] = []
     num_accepted = torch.zeros_like(alive)
     while len(alive):
-        chosen, logprobs = sample(logits[row_starts[alive] + node], batch.rows(alive, len(columns)), vocabulary)
+        rows = batch.rows(alive, len(columns))
+        chosen, logprobs, entropies = sample(logits[row_starts[alive] + node], rows, vocabulary)
         is_child = draft.parents[alive] == node[:, None]
         is_match = is_child & (draft.token_ids[alive] == chosen[:, None])
         is_hit = is_match.any(-1)
         child = is_match.int().argmax(-1)
-        found = ((node, -1), (chosen, -1), (logprobs, 0))
+        found = ((node, -1), (chosen, -1), (logprobs, 0), (entropies, 0))
         columns.append(tuple(value.new_full((num_seqs,), empty).scatter_(0, alive, value) for value, empty in found))
         num_accepted[alive] += is_hit
         alive, node = alive[is_hit], child[is_hit]
-    path, token_ids, logprobs = (torch.stack(c, dim=1) for c in zip(*columns, strict=True))
-    return Verdict(path=path, token_ids=token_ids, logprobs=logprobs, num_accepted=num_accepted)
+    path, token_ids, logprobs, entropies = (torch.stack(c, dim=1) for c in zip(*columns, strict=True))
+    return Verdict(path=path, token_ids=token_ids, logprobs=logprobs, entropies=entropies, num_accepted=num_accepted)
 
 
 def find_ranks(verdict: Verdict, draft: Draft) -> tuple[Int[Tensor, "B D"], Int[Tensor, "B D"]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from fastgrpo.draft_loss import DEFAULT_LOSS, LOSSES, check_loss
+from fastgrpo.grpo.old_logps import OLD_LOGPS
 from fastgrpo.planner import SPECULATION
 from fastgrpo.types import SpeculationPlan
 
@@ -62,7 +63,8 @@ class FastGRPOConfig(GRPOConfig):
     skip_zero_advantages: bool = field(
         default=True,
         metadata={
-            "help": "No backward pass for completions whose advantage is 0, as all have in a group of equal rewards. "
+            "help": "No backward pass for completions whose advantage is 0, as all have in a group of equal rewards, "
+            "and no forward pass while the weights are the rollout's, which has said what is logged of them. "
             "The gradient is the same; stays off where something else depends on them (beta, entropy bonus, dropout), "
             "and with several processes."
         },
@@ -100,6 +102,15 @@ class FastGRPOConfig(GRPOConfig):
             "log, where the model has dropout, another attention than `sdpa`, or is compiled."
         },
     )
+    old_logps: str = field(
+        default="auto",
+        metadata={
+            "help": "Log-probabilities of the weights that generated, where the loss needs them (`num_iterations` "
+            "above 1, or `steps_per_generation` not aligned with `gradient_accumulation_steps`): `auto` (the first "
+            "pass over a micro-batch says them; the gradient is TRL's), `rollout` (the rollout's: no pass at all, but "
+            "they round otherwise than the update, in bfloat16 visibly), or `forward` (TRL's own forward)."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +124,8 @@ class FastGRPOConfig(GRPOConfig):
                 "draft_time_share=0 freezes the head"
             )
         check_loss(self.draft_loss)
+        if self.old_logps not in OLD_LOGPS:
+            raise ValueError(f"old_logps must be one of {', '.join(OLD_LOGPS)}, got '{self.old_logps}'")
         if self.max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
         if self.max_reward_calls < 1:

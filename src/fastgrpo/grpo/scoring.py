@@ -3,7 +3,8 @@
 Exact: the loss, its gradient and the logged metrics are TRL's, up to the rounding of float32.
 - Only completion tokens meet the output head, a few at a time (`head`).
 - Rows are packed: no padding is computed, and a prompt once for all its completions (`sharing`).
-- A row whose advantage is 0 has no gradient, so none is computed (`find_rows_to_train`).
+- A row whose advantage is 0 has no gradient, so none is computed (`find_rows_to_train`); where the rollout has said
+  what is logged of it, nothing is (`micro_batch`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ logger = logging.getLogger(__name__)
 def find_obstacle(trainer: Any) -> str | None:
     """Why rows without advantage must be computed all the same; None if they need not."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    own = find_own_loss(trainer)
     obstacles = {
+        f"{own} may read every row": own is not None,
         "beta is not 0: the divergence from the reference model has a gradient of its own": trainer.beta != 0.0,
         "the entropy bonus has a gradient of its own": getattr(trainer, "_entropy_bonus_enabled", False),
         "the router's auxiliary loss has a gradient of its own": getattr(trainer, "aux_loss_enabled", False),
@@ -35,7 +38,7 @@ def find_obstacle(trainer: Any) -> str | None:
         "processes must run the model equally often": trainer.accelerator.num_processes > 1,
         "a compiled model takes no hooks": args.torch_compile,
         "DeepSpeed keeps the gradients itself": getattr(trainer, "is_deepspeed_enabled", False),
-        "the model has dropout, whose draws depend on the rows computed": _has_dropout(model),
+        "the model has dropout, whose draws depend on the rows computed": has_dropout(model),
     }
     return next((reason for reason, is_so in obstacles.items() if is_so), None)
 
@@ -53,7 +56,7 @@ def find_sharing_obstacle(trainer: Any) -> str | None:
         f"layers of {', '.join(kinds)} do not see the whole prompt": kinds,
         "a compiled model is left as it is": trainer.args.torch_compile,
         "the router's auxiliary loss is over all positions": getattr(trainer, "aux_loss_enabled", False),
-        "the model has dropout, whose draws depend on the tokens computed": any(map(_has_dropout, models)),
+        "the model has dropout, whose draws depend on the tokens computed": any(map(has_dropout, models)),
     }
     return next((reason for reason, is_so in obstacles.items() if is_so), None)
 
@@ -78,20 +81,32 @@ def can_share_prompts(trainer: Any) -> bool:
     return obstacle is None
 
 
-def _has_dropout(model: nn.Module) -> bool:
+def has_dropout(model: nn.Module) -> bool:
     rates = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
     config = getattr(model, "config", None)
     rates += [getattr(config, key, 0.0) or 0.0 for key in ("attention_dropout", "hidden_dropout", "resid_pdrop")]
     return any(rate > 0 for rate in rates)
 
 
+def find_own_loss(trainer: Any) -> str | None:
+    """The method in which a subclass of somebody else's computes the loss."""
+    names = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
+    owners = ((name, getattr(type(trainer), name).__module__.partition(".")[0]) for name in names)
+    own = next((name for name, owner in owners if owner not in ("fastgrpo", "trl")), None)
+    return None if own is None else f"{type(trainer).__name__}.{own}"
+
+
+def find_counted(inputs: dict[str, Any]) -> Bool[Tensor, "B C"]:
+    """Tokens that loss and metrics count: the policy's own, not cut off."""
+    mask = inputs["completion_mask"]
+    counted: Tensor = (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask) != 0
+    return counted
+
+
 def find_rows_to_train(inputs: dict[str, Any]) -> Bool[Tensor, " B"]:
     """Rows of a micro-batch whose loss has a gradient: an advantage other than 0, and a token that counts."""
-    mask = inputs["completion_mask"]
-    if "tool_mask" in inputs:
-        mask = mask * inputs["tool_mask"]
     advantages = inputs["advantages"]
-    chosen: Tensor = (advantages.reshape(len(advantages), -1) != 0).any(1) & (mask != 0).any(1)
+    chosen: Tensor = (advantages.reshape(len(advantages), -1) != 0).any(1) & find_counted(inputs).any(1)
     return chosen
 
 
@@ -147,3 +162,16 @@ def _find_span(is_used: Bool[Tensor, "B L"]) -> tuple[int, int]:
     """First and last column but one behind it, outside which every row is padding."""
     columns = is_used.any(0).nonzero()[:, 0]
     return int(columns[0]), int(columns[-1]) + 1
+
+
+@torch.no_grad()
+def score_rows(
+    model: nn.Module, inputs: dict[str, Any], rows: Bool[Tensor, " B"], *, shares_prompts: bool
+) -> Float[Tensor, "R C"]:
+    """Log-probabilities of some rows of a micro-batch of TRL's, without a gradient."""
+    ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), 1)[rows]
+    mask = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1)[rows]
+    num_kept = inputs["completion_ids"].shape[1]
+    if not len(ids):
+        return torch.zeros(0, num_kept, device=ids.device)
+    return score_completions(model, ids, mask, num_kept, shares_prompts=shares_prompts)[0]

@@ -48,14 +48,14 @@ def sample(
     stream_keys: Int[Tensor, " R"],
     positions: Int[Tensor, " R"],
     temperature: Float[Tensor, " R"],
-) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
+) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
     """See `fastgrpo.sampling.sample`, without truncation."""
     num_rows, width = logits.shape
     assert logits.stride(1) == 1, "columns must be adjacent"
-    token_ids, logprobs = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows)
+    out = (torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows), torch.empty(num_rows))
     name = f"sample_{_NAMES[logits.dtype]}"
-    _call(name, logits, logits.stride(0), stream_keys, positions, temperature, num_rows, width, token_ids, logprobs)
-    return token_ids, logprobs
+    _call(name, logits, logits.stride(0), stream_keys, positions, temperature, num_rows, width, *out)
+    return out
 
 
 def rank(
