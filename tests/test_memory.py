@@ -281,6 +281,21 @@ def test_a_prompt_is_kept_for_those_who_wait_and_no_longer():
     assert max(blocks for _, blocks in beyond) <= count_blocks(len(GROUP))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(("num_blocks", "max_tokens"), [(2, 100), (4, 150)], ids=["to_enter", "to_grow"])
+def test_a_prompt_that_is_kept_gives_way_before_a_sequence_does(num_blocks, max_tokens):
+    """It stands aside for the last of three, and is computed again when the second has had the room."""
+    params = [SamplingParams(max_tokens=count, stream=index) for index, count in enumerate((5, max_tokens, 5))]
+    prompts = [GROUP, [7], GROUP]
+    free, engine = build_engine("none", "off"), build_engine("none", "off", num_blocks)
+    engine.scheduler.max_num_seqs = free.scheduler.max_num_seqs = 1
+    expected = [completion.token_ids for completion in free.generate(prompts, params)]
+    assert [completion.token_ids for completion in engine.generate(prompts, params)] == expected
+    assert sum(record.num_prefilled for record in free.records) == len(GROUP) - 1
+    assert sum(record.num_prefilled for record in engine.records) == 2 * (len(GROUP) - 1)
+    assert sum(record.num_preempted for record in engine.records) == 0
+
+
 _MANY_ROLLOUTS = """
 import gc, sys
 from pathlib import Path
