@@ -240,13 +240,15 @@ def _print(result: dict[str, Any], console: Console) -> None:
     )
     table = Table(title="rollouts, medians", title_justify="left")
     compared_headings = (f"x vs {BASELINE}", "matched", f"= {BASELINE}")
-    for heading in ("speculation", "tokens/s", "seconds", "acceptance length", "cache peak", *compared_headings):
+    for heading in ("speculation", "tokens/s", "seconds", "acceptance length", *compared_headings):
         table.add_column(heading, justify="left" if heading == "speculation" else "right")
     for name, own in result["variants"].items():
         compared = _show_comparison(own)
         speed = (f"{own['tokens_per_s']:.1f}", f"{own['generation_s']:.2f}", f"{own['acceptance_length']:.2f}")
-        table.add_row(name, *speed, describe_bytes(own["cache_peak_bytes"]), *compared)
+        table.add_row(name, *speed, *compared)
     console.print(table)
+    peaks = (f"{name} {describe_bytes(own['cache_peak_bytes'])}" for name, own in result["variants"].items())
+    console.print(f"cache in use at most: {', '.join(peaks)}", highlight=False, markup=False, soft_wrap=True)
     console.print(_build_concurrency_table(result["variants"]))
     if line := _describe_comparison(result["comparison"]):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
