@@ -19,6 +19,7 @@ CHECKED_MODULES = (
         "kernels.linear",
         "decoder",
         "attention",
+        "block_store",
         "cache",
         "sampling",
         "tree",

@@ -93,8 +93,10 @@ def test_rollout_writes_what_it_measured(model_dir: Path, tmp_path: Path, capsys
         assert own["share_equal_to_off"] == 1  # float32 on a tiny model: nothing is decided by rounding
         assert own["tokens_per_s"] > 0
         assert {"num_seqs", "tokens_per_s", "step_ms", "nodes_per_sequence"} <= own["by_concurrency"][0].keys()
+        assert own["cache_peak_bytes"] > 0 and own["num_preempted"] == 0
     assert result["variants"]["off"]["acceptance_length"] == 1
-    assert "x vs off" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "x vs off" in text and "cache in use at most: auto " in text
 
 
 def test_a_saved_head_is_measured_with_a_smaller_vocabulary(model_dir: Path, tmp_path: Path) -> None:

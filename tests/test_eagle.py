@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from conftest import HIDDEN_SIZE, VOCAB_SIZE, build_model, shared_model
 from fastgrpo import draft_loss, unroll
+from fastgrpo.cache import locate
 from fastgrpo.draft_loss import LOSSES, DraftLoss
 from fastgrpo.drafters import DraftContext
 from fastgrpo.drafters.eagle import EagleDrafter
@@ -35,9 +36,9 @@ def draft_chains(drafter: EagleDrafter, rollout: FinishedRollout, num_pairs: int
     """The head's outputs while it drafts a chain behind `num_pairs` pairs, held to the true tokens."""
     target = drafter.target
     cache = target.build_cache(with_features=True)
-    cache.reserve(1, len(rollout.features) + 1)
     cache.add_rows(1)
-    cache.features.data[0, 0, : len(rollout.features)] = rollout.features
+    cache.reserve(0, len(rollout.features) + 1)
+    cache.features.write(0, locate(cache.blocks, torch.arange(len(rollout.features))[None])[0], rollout.features)
     cache.lengths = [num_pairs]
     tokens = rollout.prompt_ids + rollout.token_ids
     sequence = Sequence(

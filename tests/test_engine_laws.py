@@ -277,7 +277,7 @@ def test_the_order_of_admission_changes_no_token(drafter, max_num_seqs):
     expected = expected_tokens(model, prompts, params)
     engine = build_engine(model, build_test_drafter(drafter, model, requests), TREE, max_num_seqs)
     admit, orders = engine.scheduler.admit, []
-    engine.scheduler.admit = lambda: [orders[-1].append(s.request_id) or s for s in admit()]
+    engine.scheduler.admit = lambda may_enter: [orders[-1].append(s.request_id) or s for s in admit(may_enter)]
     for is_made_up in (False, False, True):
         if is_made_up:
             engine.scheduler.lengths = LengthPredictor()

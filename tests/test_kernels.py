@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastgrpo import sampling
+from fastgrpo.blocks import BLOCK_SIZE
+from fastgrpo.cache import locate
 from fastgrpo.drafters import beams
 from fastgrpo.drafters.beams import rank_candidates
 from fastgrpo.kernels import build, cpu, linear
@@ -190,21 +192,23 @@ def test_activation(dtype):
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 16), (4, 4, 20), (9, 3, 64)])
 def test_attention_is_that_of_the_dense_mask(dtype, heads, kv_heads, width):
     torch.manual_seed(0)
-    lengths, num_nodes, seen, capacity = [0, 5, 64, 130, 63], [1, 4, 3, 4, 2], 6, 200
+    lengths, num_nodes, seen, num_blocks = [0, 5, 64, 130, 63], [1, 4, 3, 4, 2], 6, 3
     most, before = max(num_nodes), 2  # two of the seen positions are of nodes cached before
     visible = torch.rand(len(lengths), most, seen) < 0.5
     visible[:, :, before:] = torch.tril(visible[:, :, before:])
     visible[:, torch.arange(most), before + torch.arange(most)] = True
-    keys, values = (torch.randn(len(lengths) * capacity, kv_heads * width).to(dtype) for _ in range(2))
+    num_positions = len(lengths) * num_blocks * BLOCK_SIZE
+    keys, values = (torch.randn(num_positions, kv_heads * width).to(dtype) for _ in range(2))
     query = torch.randn(sum(num_nodes), heads * width).to(dtype)
-    places = torch.randperm(len(lengths)) * capacity
+    blocks = torch.randperm(len(lengths) * num_blocks).view(-1, num_blocks) * BLOCK_SIZE
+    blocks[4, 0] = blocks[3, 0]  # shared, as a prompt is
     counts = torch.tensor(num_nodes)
     given = {"head_dim": width, "scale": 0.3}
 
     def attend(rows):
         starts = counts[rows].cumsum(0) - counts[rows]
         packed = torch.cat([query[int(counts[:r].sum()) :][: counts[r]] for r in rows])
-        tensors = {"num_nodes": counts[rows], "lengths": torch.tensor(lengths)[rows], "places": places[rows]}
+        tensors = {"num_nodes": counts[rows], "lengths": torch.tensor(lengths)[rows], "blocks": blocks[rows]}
         return cpu.attend(packed, keys, values, starts=starts, visible=visible[rows], **tensors, **given)
 
     ours = attend(list(range(5)))
@@ -212,7 +216,7 @@ def test_attention_is_that_of_the_dense_mask(dtype, heads, kv_heads, width):
     token = 0
     for row, (length, count) in enumerate(zip(lengths, num_nodes, strict=True)):
         total = length + before + count
-        own = slice(int(places[row]), int(places[row]) + total)
+        own = locate(blocks[row, None], torch.arange(total)[None])[0]
         k, v = (x[own].view(total, kv_heads, width).transpose(0, 1).float() for x in (keys, values))
         q = query[token : token + count].view(count, heads, width).transpose(0, 1).float()
         mask = torch.ones(count, total, dtype=torch.bool)

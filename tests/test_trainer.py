@@ -139,6 +139,7 @@ def test_trl_settings_keep_their_meaning(tmp_path: Path, keys: dict) -> None:
     assert {
         "rollout/spec_accept_length",
         "rollout/tokens_per_s",
+        "rollout/cache_peak_bytes",
         "time/rollout_share",
         "plan/num_draft_tokens",
     } <= logged

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fastgrpo.cache import RowStore
+from fastgrpo.block_store import BlockStore
+from fastgrpo.cache import locate
 from fastgrpo.kernels import cpu
 
 ATTENTION_NAME = "fastgrpo_tree"
@@ -31,8 +32,7 @@ class ForwardBatch:
     write_index: Int[Tensor, " T"]  # flat cache index of each token
     row_starts: Int[Tensor, " B"]  # first packed token of each row
     num_nodes: Int[Tensor, " B"]  # packed tokens of each row
-    rows: slice | Int[Tensor, " B"]  # cache rows read
-    places: Int[Tensor, " B"]  # flat cache index of each row's first position
+    blocks: Int[Tensor, "B K"]  # flat cache index of the first position of each block of each row
     lengths: Int[Tensor, " B"]  # cached positions that every node of the row sees
     visible: Bool[Tensor, "B N E"]  # node n sees position lengths[b] + e
     pad_index: Int[Tensor, " T"] | None  # row * N + node of each token; None if no row is padded
@@ -45,10 +45,8 @@ class ForwardBatch:
         token_ids: Int[Tensor, "B N"],
         num_nodes: Int[Tensor, " B"],
         visible: Bool[Tensor, "B N E"],
-        rows: slice | Int[Tensor, " B"],
-        row_numbers: Int[Tensor, " B"],
+        blocks: Int[Tensor, "B K"],
         lengths: Int[Tensor, " B"],
-        store: RowStore,
         dtype: torch.dtype,
         num_repeats: int,
     ) -> ForwardBatch:
@@ -59,25 +57,22 @@ class ForwardBatch:
             visible: `[b, i, e]` True iff new node i attends to node e, where the last N of the E
                 nodes are the new ones and the others stand in the cache already; a node sees itself
                 and its ancestors, so the number it sees gives its position.
-            rows, row_numbers: the cache rows, as a slice where they are contiguous, and as a tensor.
+            blocks: where the rows stand in the cache, as `SlotCache.blocks` says; there is room for the nodes.
             lengths: positions of those rows that every node sees.
-            store: where the tokens will be written, for its capacity.
             dtype, num_repeats: of the attention: its type, and query heads for each key head.
         """
         width, num_visible = visible.shape[1:]
         index = torch.arange(width, device=token_ids.device)
         used = index < num_nodes[:, None]
-        places = row_numbers * store.capacity
-        flat = (places + lengths + (num_visible - width))[:, None] + index
+        write_index = locate(blocks, (lengths + (num_visible - width))[:, None] + index)
         positions = lengths[:, None] + visible.sum(-1) - 1
         return ForwardBatch(
             token_ids=token_ids[used],
             positions=positions[used],
-            write_index=flat[used],
+            write_index=write_index[used],
             row_starts=num_nodes.cumsum(0) - num_nodes,
             num_nodes=num_nodes,
-            rows=rows,
-            places=places,
+            blocks=blocks,
             lengths=lengths,
             visible=visible,
             pad_index=None if bool(used.all()) else used.view(-1).nonzero()[:, 0],
@@ -95,6 +90,12 @@ class ForwardBatch:
         """Cache positions read where rows are read alike, the new tokens included; a multiple of READ_BLOCK."""
         num_before = self.visible.shape[2] - self.most_nodes
         return -(-(int((self.lengths + self.num_nodes).max()) + num_before) // READ_BLOCK) * READ_BLOCK
+
+    @functools.cached_property
+    def read_index(self) -> Int[Tensor, "B S"]:
+        """Flat cache index of the positions read where rows are read alike."""
+        slot = torch.arange(self.read_length, device=self.lengths.device)
+        return locate(self.blocks, slot.expand(len(self.blocks), -1))
 
     @functools.cached_property
     def mask(self) -> Float[Tensor, "B 1 repN S"]:
@@ -154,8 +155,8 @@ def tree_attention(
 
 def attend_to_rows(
     query: Float[Tensor, "M hd"],
-    keys: RowStore,
-    values: RowStore,
+    keys: BlockStore,
+    values: BlockStore,
     layer: int,
     batch: ForwardBatch,
     *,
@@ -176,14 +177,14 @@ def attend_to_rows(
             starts=batch.row_starts,
             num_nodes=batch.num_nodes,
             lengths=batch.lengths,
-            places=batch.places,
+            blocks=batch.blocks,
             visible=batch.visible,
             head_dim=head_dim,
             scale=scale,
         )
     num_kv_heads = keys.data.shape[-1] // head_dim
     key, value = (
-        store.data[layer, batch.rows, : batch.read_length].unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2)
+        store.read(layer, batch.read_index).unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2)
         for store in (keys, values)
     )
     tokens = query[: len(batch.token_ids)].unflatten(-1, (-1, head_dim))

@@ -13,10 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from fastgrpo.admission import Admission
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.none import NoDrafter
+from fastgrpo.memory import is_out_of_memory
 from fastgrpo.model import ForwardOutput, TargetModel
 from fastgrpo.planner import (
     MEASURED,
@@ -33,10 +35,9 @@ from fastgrpo.sampling import SamplingBatch, stream_key
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.timing import Stopwatch
 from fastgrpo.tree import Draft, compute_ancestors
-from fastgrpo.types import Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
+from fastgrpo.types import PLAIN, Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
 from fastgrpo.verify import Verdict, count_hits, verify
 
-_MOST_NODES = 64  # of a draft behind a full row, for which there is room from the first
 DEFAULT_FIXED_PLAN = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
 
 
@@ -55,6 +56,24 @@ class FinishedRollout:
     request_id: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Attempt:
+    """What a step has computed before anything is kept of it: if memory runs out on the way, it is made again."""
+
+    num_prefilled: int
+    num_preempted: int
+    inputs: PlanInputs
+    plan: SpeculationPlan
+    pool: Draft  # all that was drafted
+    draft: Draft  # what was verified of it
+    batch: ForwardBatch
+    output: ForwardOutput
+    verdict: Verdict
+    prefilled: float  # times at which a part ended
+    drafted: float
+    forwarded: float
+
+
 class Engine:
     """Exact speculative generation with a transformers causal LM that stays its owner's.
 
@@ -70,9 +89,12 @@ class Engine:
         tokenizer: the model's, compared with that of a drafter from a folder; None looks where the model came from.
         profile: what forwards and drafts cost: measured before, or a file of `fastgrpo profile`; None takes what the
             cache has of this machine, model and drafter (see `profile_files`), or measures at first use.
+        max_cache_bytes: of keys, values and features together; a drafter's own rows are not counted. Where it is
+            reached, the youngest sequences wait and are computed anew. None takes most of what is free when a rollout
+            starts.
 
     Raises:
-        ValueError: the model, drafter, speculation or profile cannot be used; the message names the remedy.
+        ValueError: the model, drafter, speculation, profile or bound cannot be used; the message names the remedy.
         FileNotFoundError: there is no such profile.
     """
 
@@ -87,6 +109,7 @@ class Engine:
         compute_dtype: torch.dtype | None = None,
         tokenizer: Any = None,
         profile: HardwareProfile | str | Path | None = None,
+        max_cache_bytes: int | None = None,
     ) -> None:
         self.target = TargetModel(model, compute_dtype=compute_dtype, tokenizer=tokenizer)
         self.drafter = build_drafter(drafter, self.target)
@@ -97,6 +120,14 @@ class Engine:
         self.scheduler = Scheduler(max_num_seqs)
         self.cache = self.target.build_cache(with_features=self.drafter.wants_features)
         self.prefiller = Prefiller(self.target, self.cache, self.scheduler)
+        self.admission = Admission(
+            self.scheduler,
+            self.cache,
+            self.prefiller,
+            self.drafter,
+            max_bytes=max_cache_bytes,
+            device=self.target.device,
+        )
         self.planner: Planner | None = None
         self._fixed_plan = fixed_plan
         self._speculation = speculation
@@ -140,7 +171,9 @@ class Engine:
             Completions in the order of the prompts, a function of model, prompt, params and seed alone.
 
         Raises:
-            ValueError: a prompt is empty, too long or has ids out of range; nothing has been generated.
+            ValueError: a prompt is empty, too long or has ids out of range, or does not fit the bound on memory with
+                the tokens it may get; nothing has been generated.
+            MemoryError: memory ran out with a single sequence left running; says what would have fitted.
             FloatingPointError: the model's logits are not finite; names request and position.
         """
         sequences = self._build_sequences(prompt_token_ids, SamplingParams() if params is None else params)
@@ -151,7 +184,7 @@ class Engine:
             with self.target.rollout_mode():
                 self._ensure_planner().begin()
                 self.drafter.begin()
-                self.cache.expect(max(len(s.prompt_ids) + s.max_tokens for s in sequences) + _MOST_NODES)
+                self.admission.begin(sequences)
                 for sequence in sequences:
                     self.scheduler.add(sequence)
                 while self.scheduler.has_work:
@@ -178,51 +211,38 @@ class Engine:
     def step(self) -> StepRecord:
         """Advance every running sequence by at least one token; call inside `target.rollout_mode`."""
         started = time.perf_counter()
-        num_prefilled = self._admit()
-        prefilled = time.perf_counter()
-        running = self.scheduler.running
-        context = self._build_context()
-        num_read = sum(self.cache.lengths)
-        inputs = self._build_plan_inputs(num_read)
-        planner = self._ensure_planner()
-        with self._planning:
-            plan = planner.plan(inputs)
-        pool = Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
-        draft = self._spend_budget(pool, plan, inputs)
-        drafted = time.perf_counter()
-        batch = self._layout(draft)
-        output = self.target.forward(batch, self.cache)
-        logits = self.target.compute_logits(output.last_hidden)
-        forwarded = time.perf_counter()
-        verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary)
-        num_emitted = self._commit(verdict, output, batch)
+        attempt = self._attempt_until_it_fits()
+        plan, verdict = attempt.plan, attempt.verdict
+        num_seqs, cache_bytes = len(self.scheduler.running), self.cache.used_bytes
+        num_emitted = self._commit(verdict, attempt.output, attempt.batch)
         if self._judge is not None and not plan.is_plain:
-            self._judge(draft, verdict)
-        num_seqs = len(running)
+            self._judge(attempt.draft, verdict)
         self._retire()
         finished = time.perf_counter()
-        offered, hits = count_hits(verdict, pool)
+        offered, hits = count_hits(verdict, attempt.pool)
         record = StepRecord(
             num_seqs=num_seqs,
             num_waiting=len(self.scheduler.waiting),
             plan=plan,
-            num_tokens=len(batch.token_ids),
+            num_tokens=len(attempt.batch.token_ids),
             num_emitted=num_emitted,
-            num_read=num_read,
-            num_prefilled=num_prefilled,
+            num_read=attempt.inputs.num_read,
+            num_prefilled=attempt.num_prefilled,
             offered=offered,
             hits=hits,
-            prefill_s=prefilled - started,
-            draft_s=drafted - prefilled,
-            target_s=forwarded - drafted,
-            verify_s=finished - forwarded,
+            prefill_s=attempt.prefilled - started,
+            draft_s=attempt.drafted - attempt.prefilled,
+            target_s=attempt.forwarded - attempt.drafted,
+            verify_s=finished - attempt.forwarded,
             step_s=finished - started,
-            num_unread=inputs.num_unread,
-            num_promised=draft.num_promised,
+            num_unread=attempt.inputs.num_unread,
+            num_promised=attempt.draft.num_promised,
+            num_preempted=attempt.num_preempted,
+            cache_bytes=cache_bytes,
             plan_s=self._planning.take_s(),
         )
         with self._planning:
-            planner.observe(record)
+            self._ensure_planner().observe(record)
         return record
 
     def check(self) -> None:
@@ -232,12 +252,57 @@ class Engine:
 
     # -- the rooms behind `step` ---------------------------------------------------------------------
 
-    def _admit(self) -> int:
-        """Let waiting sequences in and compute their prompts; returns the prompt tokens computed."""
-        admitted = self.scheduler.admit()
-        for sequence in admitted:
-            self.drafter.observe(sequence, 0)
-        return self.prefiller.prefill(admitted)
+    def _attempt_until_it_fits(self) -> _Attempt:
+        """Where memory runs out, once more without a draft, and with ever fewer sequences."""
+        num_preempted, is_plain = 0, False
+        while True:
+            try:
+                attempt = self._attempt(is_plain)
+                return replace(attempt, num_preempted=attempt.num_preempted + num_preempted)
+            except (MemoryError, OSError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                num_running = len(self.scheduler.running)
+                if num_running > 1 or is_plain:
+                    self.admission.shrink(error)
+                num_preempted += num_running - len(self.scheduler.running)
+                is_plain = True
+
+    def _attempt(self, is_plain: bool) -> _Attempt:
+        """Schedule, plan, propose, forward, verify."""
+        admitted = self.admission.admit()
+        prefilled = time.perf_counter()
+        context = self._build_context()
+        inputs = self._build_plan_inputs(sum(self.cache.lengths))
+        plan = PLAIN if is_plain else self._choose_plan(inputs)
+        pool = Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
+        draft = self._spend_budget(pool, plan, inputs)
+        drafted = time.perf_counter()
+        batch = self._layout(draft)
+        output = self.target.forward(batch, self.cache)
+        logits = self.target.compute_logits(output.last_hidden)
+        forwarded = time.perf_counter()
+        return _Attempt(
+            num_prefilled=admitted.num_prefilled,
+            num_preempted=admitted.num_preempted,
+            inputs=inputs,
+            plan=plan,
+            pool=pool,
+            draft=draft,
+            batch=batch,
+            output=output,
+            verdict=verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary),
+            prefilled=prefilled,
+            drafted=drafted,
+            forwarded=forwarded,
+        )
+
+    def _choose_plan(self, inputs: PlanInputs) -> SpeculationPlan:
+        """The planner's, or plain decoding where the cache has no room for its nodes."""
+        planner = self._ensure_planner()
+        with self._planning:
+            plan = planner.plan(inputs)
+        return plan if plan.is_plain or self.admission.fits(1 + plan.tree_size) else PLAIN
 
     def _build_context(self) -> DraftContext:
         running = self.scheduler.running
@@ -272,17 +337,14 @@ class Engine:
 
     def _layout(self, draft: Draft) -> ForwardBatch:
         """Room for the draft's nodes behind every running row."""
-        num_rows, width = draft.token_ids.shape
-        self.cache.reserve(num_rows, max(self.cache.lengths) + width)
-        device = self.target.device
+        for row, length in enumerate(self.cache.lengths):
+            self.cache.reserve(row, length + draft.token_ids.shape[1])
         return ForwardBatch.build(
             token_ids=draft.token_ids,
             num_nodes=draft.num_nodes,
             visible=compute_ancestors(draft.parents),
-            rows=slice(0, num_rows),
-            row_numbers=torch.arange(num_rows, device=device),
-            lengths=torch.tensor(self.cache.lengths, device=device),
-            store=self.cache.keys,
+            blocks=self.cache.blocks,
+            lengths=torch.tensor(self.cache.lengths, device=self.target.device),
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
         )
@@ -309,8 +371,8 @@ class Engine:
         assert store is not None
         rows, depth = (verdict.path >= 0).nonzero(as_tuple=True)
         lengths = torch.tensor(self.cache.lengths, device=features.device)
-        target = rows * store.capacity + lengths[rows] + depth
-        store.write(0, target, features[batch.row_starts[rows] + verdict.path[rows, depth]])
+        index = self.cache.locate(rows, lengths[rows] + depth)
+        store.write(0, index, features[batch.row_starts[rows] + verdict.path[rows, depth]])
 
     def _check_finite(self, verdict: Verdict) -> None:
         if not bool(torch.isnan(verdict.logprobs).any()):
@@ -338,12 +400,11 @@ class Engine:
             self.scheduler.remove(slot)
 
     def _build_rollout(self, slot: int, sequence: Sequence) -> FinishedRollout:
-        store = self.cache.features
         return FinishedRollout(
             prompt_ids=sequence.prompt_ids,
             token_ids=sequence.token_ids,
             temperature=sequence.params.temperature,
-            features=None if store is None else store.snapshot(slot, sequence.num_cached)[0],
+            features=self.cache.read_features(slot),
             request_id=sequence.request_id,
         )
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from fastgrpo.attention import ATTENTION_NAME, ForwardBatch
-from fastgrpo.cache import RowStore, SlotCache
+from fastgrpo.block_store import BlockStore
+from fastgrpo.cache import SlotCache
 from fastgrpo.decoder import NO_KERNELS, FusedDecoder, find_obstacle
 from fastgrpo.kernels.linear import PackedLinear, can_pack
 from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
@@ -48,10 +49,10 @@ class _CacheView(Cache):
             for store, states in ((self._cache.keys, key_states), (self._cache.values, value_states))
         )
 
-    def _write(self, store: RowStore, states: Float[Tensor, "1 kv T d"], layer: int) -> Float[Tensor, "B kv S d"]:
+    def _write(self, store: BlockStore, states: Float[Tensor, "1 kv T d"], layer: int) -> Float[Tensor, "B kv S d"]:
         batch, cache = self._batch, self._cache
         store.write(layer, batch.write_index, states[0].transpose(0, 1).flatten(1).to(store.data.dtype))
-        rows = store.data[layer, batch.rows, : batch.read_length]
+        rows = store.read(layer, batch.read_index)
         return rows.unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(1, 2)
 
 

@@ -8,10 +8,12 @@ Axis letters used in tensor annotations throughout the package:
 | N      | tree nodes (root is 0)    | V      | vocabulary           |
 | D      | tree depth                | H      | hidden size          |
 | T      | packed tokens (a forward) | L      | layers               |
+| K      | blocks of a cache row     |        |                      |
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -109,7 +111,7 @@ class Sequence:
     def all_token_ids(self) -> list[int]:
         return self.prompt_ids + self.token_ids
 
-    @property
+    @functools.cached_property
     def group_key(self) -> tuple[int, ...]:
         """Completions of one prompt are siblings; the prompt itself names the group."""
         return tuple(self.prompt_ids)
@@ -199,6 +201,8 @@ class StepRecord:
     step_s: float  # everything, prefill included
     num_unread: int = 0  # cached tokens that the drafter had not read before this step
     num_promised: float = 0.0  # draft tokens that the drafter's calibrated chances had accepted; 0 where it says none
+    num_preempted: int = 0  # sequences that had to make room before this step; they wait and go on later
+    cache_bytes: int = 0  # of keys, values and features in use during the forward, drafted nodes included
     plan_s: float = 0.0  # the planner: this step's plan and budget (in draft_s), and hearing the step before (in none)
 
     @property

@@ -61,22 +61,19 @@ class EagleDrafter(HeadDrafter[EagleHead]):
             for s, count in zip(context.sequences, counts, strict=True)
         ]
         num_nodes = torch.tensor(counts, device=device)
-        index = torch.arange(len(lengths), device=device)
         batch = ForwardBatch.build(
             token_ids=torch.tensor(tokens, device=device),
             num_nodes=num_nodes,
             visible=torch.ones(len(lengths), width, width, dtype=torch.bool, device=device).tril(),
-            rows=slice(0, len(lengths)),
-            row_numbers=index,
+            blocks=self._rows.cache.blocks,
             lengths=torch.tensor(self._rows.num_read, device=device),
-            store=self._rows.keys,
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
         )
         store = context.cache.features
         assert store is not None
-        rows = index.repeat_interleave(num_nodes)
-        features = store.flat(0)[rows * store.capacity + batch.positions, : 3 * self.target.hidden_size]
+        rows = torch.arange(len(lengths), device=device).repeat_interleave(num_nodes)
+        features = store.flat(0)[context.cache.locate(rows, batch.positions), : 3 * self.target.hidden_size]
         hidden = self.fast_head.fc(features.to(self.target.dtype))
         return self.forward(batch, hidden)[batch.row_starts + num_nodes - 1]
 
@@ -102,7 +99,6 @@ class _EagleLevels:
 
     def __init__(self, drafter: EagleDrafter, context: DraftContext, output: Float[Tensor, "B H"]) -> None:
         self.drafter = drafter
-        self.rows = torch.arange(len(output), device=output.device)
         self.lengths = torch.tensor(context.cache.lengths, device=output.device)
         self.hidden = output[:, None]  # outputs of the nodes expanded last
 
@@ -113,12 +109,10 @@ class _EagleLevels:
         drafter = self.drafter
         batch = ForwardBatch.build(
             token_ids=token_ids,
-            num_nodes=torch.full_like(self.rows, token_ids.shape[1]),
+            num_nodes=torch.full_like(self.lengths, token_ids.shape[1]),
             visible=visible,
-            rows=slice(0, len(self.rows)),
-            row_numbers=self.rows,
+            blocks=drafter._rows.cache.blocks,
             lengths=self.lengths,
-            store=drafter._rows.keys,
             dtype=drafter.target.dtype,
             num_repeats=drafter.target.num_repeats,
         )

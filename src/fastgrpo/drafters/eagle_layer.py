@@ -48,17 +48,11 @@ class FusedMidLayer:
         head, layer = self._head, self._head.midlayer
         normed = layer.hidden_norm(hidden)
         states = self._states(torch.cat((layer.input_layernorm(embedded), normed), -1))
-        keys, values = rows.keys.flat(0), rows.values.flat(0)
-        cpu.rotate_and_cache_(states, cos.contiguous(), sin.contiguous(), batch.write_index, keys, values)
-        attended = attend_to_rows(
-            states[:, : self._num_queries],
-            rows.keys,
-            rows.values,
-            0,
-            batch,
-            head_dim=head.head_dim,
-            scale=head.head_dim**-0.5,
-        )
+        keys, values = rows.cache.keys, rows.cache.values
+        places = (batch.write_index, keys.flat(0), values.flat(0))
+        cpu.rotate_and_cache_(states, cos.contiguous(), sin.contiguous(), *places)
+        query, scale = states[:, : self._num_queries], head.head_dim**-0.5
+        attended = attend_to_rows(query, keys, values, 0, batch, head_dim=head.head_dim, scale=scale)
         residual = (normed if head.norm_before_residual else hidden).clone()
         norm = layer.post_attention_layernorm
         x = cpu.add_norm(residual, self._output(attended), norm.weight, norm.eps, hidden.dtype)

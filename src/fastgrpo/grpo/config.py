@@ -60,6 +60,13 @@ class FastGRPOConfig(GRPOConfig):
         },
     )
     max_num_seqs: int = field(default=64, metadata={"help": "Sequences decoded together; others wait for a slot."})
+    max_cache_bytes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Memory for keys, values and features of a rollout. Where it is reached, the youngest sequences "
+            "wait and are computed anew, with the same tokens. Default: most of what is free when the rollout starts."
+        },
+    )
     skip_zero_advantages: bool = field(
         default=True,
         metadata={
@@ -132,6 +139,8 @@ class FastGRPOConfig(GRPOConfig):
             raise ValueError(f"max_reward_calls must be at least 1, got {self.max_reward_calls}")
         if not self.reward_timeout_s > 0:
             raise ValueError(f"reward_timeout_s must be above 0 seconds, got {self.reward_timeout_s}")
+        if self.max_cache_bytes is not None and self.max_cache_bytes < 1:
+            raise ValueError(f"max_cache_bytes must be positive, got {self.max_cache_bytes}; None takes what is free")
         if self.speculation == "fixed":
             _ = self.fixed_plan
         check_config(self)

@@ -69,6 +69,7 @@ class FastGRPOTrainer(GRPOTrainer):
             fixed_plan=args.fixed_plan,
             compute_dtype=_compute_dtype(args),
             tokenizer=self.processing_class,
+            max_cache_bytes=args.max_cache_bytes,
         )
         self.learner = self._build_learner(args)
         self.engine.on_finish.extend([self._teach] if self.learner else [])

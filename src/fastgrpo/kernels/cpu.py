@@ -129,7 +129,7 @@ def attend(
     starts: Int[Tensor, " B"],
     num_nodes: Int[Tensor, " B"],
     lengths: Int[Tensor, " B"],
-    places: Int[Tensor, " B"],
+    blocks: Int[Tensor, "B K"],
     visible: Bool[Tensor, "B N E"],
     head_dim: int,
     scale: float,
@@ -140,12 +140,12 @@ def attend(
         query: tokens may stand apart.
         starts, num_nodes: of each row's tokens in `query`.
         lengths: cached positions that all nodes of a row see.
-        places: where each row's positions begin in the cache.
+        blocks: where each block of a row's positions begins in the cache (`fastgrpo.blocks.BLOCK_SIZE` of them).
         visible: `[b, n, e]`: node n sees position `lengths[b] + e`.
     """
     out = query.new_empty(query.shape)
     sizes = (visible.shape[1], visible.shape[2], query.shape[1] // head_dim, keys.shape[1] // head_dim, head_dim)
-    rows = (len(starts), starts, num_nodes, lengths, places, visible.contiguous())
+    rows = (len(starts), starts, num_nodes, lengths, blocks.contiguous(), blocks.shape[1], visible.contiguous())
     _call(f"attend_{_NAMES[query.dtype]}", query, query.stride(0), keys, values, out, *rows, *sizes, scale)
     return out
 
