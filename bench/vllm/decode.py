@@ -101,7 +101,6 @@ class Process:
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     from fastgrpo.data import build_task_dataset
     from fastgrpo.loading import encode_prompts, load_tokenizer, resolve_model
-    from fastgrpo.machine import describe_commit, describe_machine
 
     path = resolve_model(options.model)
     chats = build_task_dataset(options.task, size=max(options.batches), seed=17)["prompt"]
@@ -118,8 +117,16 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                     seconds = process.measure(batch)
                     step_ms.setdefault(str(batch), {}).setdefault(process.name, []).append(1000 * seconds)
                     print(f"{batch} {process.name}: {1000 * seconds:.1f} ms", flush=True)
+            if options.output:  # what there is, should a later turn fail
+                write(describe(options, step_ms), options.output)
         for process in processes:
             process.process.terminate()
+    return describe(options, step_ms)
+
+
+def describe(options: argparse.Namespace, step_ms: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    from fastgrpo.machine import describe_commit, describe_machine
+
     medians = {
         batch: {name: statistics.median(values) for name, values in each.items()} for batch, each in step_ms.items()
     }
@@ -132,6 +139,10 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "median_step_ms": medians,
         "over_ours": {b: {name: value / m["ours"] for name, value in m.items()} for b, m in medians.items()},
     }
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
@@ -151,7 +162,7 @@ def main() -> None:
     result = compare(options)
     print(json.dumps(result["over_ours"], indent=1))
     if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, options.output)
 
 
 if __name__ == "__main__":
