@@ -14,12 +14,13 @@ tokens, is resolved to 2^-31, and neither end is infinite.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastgrpo.kernels import cpu
+from fastgrpo.kernels import cpu, gpu
 from fastgrpo.types import SamplingParams, Sequence
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -95,6 +96,8 @@ def gumbel_noise(
     """
     if has_kernels(stream_keys):
         return cpu.gumbel_noise(stream_keys, positions, token_ids)
+    if gpu.runs_on(stream_keys):
+        return _gpu_sampling().gumbel_noise(stream_keys, positions, token_ids)
     keys = _position_keys(stream_keys, positions)
     low, high = _split_key(keys)
     out = torch.empty(len(keys), len(token_ids), dtype=torch.float32, device=keys.device)
@@ -111,12 +114,21 @@ def gumbel_noise_of(
     """The values of `gumbel_noise` for a few tokens of each row's own, bit for bit; arguments as there."""
     if has_kernels(stream_keys):
         return cpu.gumbel_noise(stream_keys, positions, token_ids)
+    if gpu.runs_on(stream_keys):
+        return _gpu_sampling().gumbel_noise(stream_keys, positions, token_ids)
     low, high = _split_key(_position_keys(stream_keys, positions))
     return _gumbel(_hash(token_ids, low, high))
 
 
 def has_kernels(values: Tensor) -> bool:
     return values.device.type == "cpu" and cpu.is_available()
+
+
+def _gpu_sampling() -> Any:
+    """The kernels in Triton, which is imported only where they run."""
+    from fastgrpo.kernels import gpu_sampling
+
+    return gpu_sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +233,12 @@ def sample(
     """
     if has_kernels(logits) and logits.dtype in cpu.DTYPES and not batch.is_truncated:
         return cpu.sample(logits, batch.stream_keys, batch.positions, batch.temperature)
+    if gpu.runs_on(logits) and logits.dtype in gpu.DTYPES and not batch.is_truncated:
+        rows = torch.arange(len(logits), device=logits.device)
+        token_ids, logprobs, _ = _gpu_sampling().sample(
+            logits, rows, batch.stream_keys, batch.positions, batch.temperature
+        )
+        return token_ids, logprobs
     scaled = scale_logits(logits, batch)
     token_ids = add_noise(truncate_logits(scaled, batch), batch, vocabulary).argmax(-1)
     logprobs = scaled.gather(-1, token_ids[:, None])[:, 0] - scaled.logsumexp(-1)
