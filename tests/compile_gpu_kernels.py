@@ -18,11 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
-INTS = {"stride", "width", "num_blocks", "token_stride"}
-TYPES = {
-    "rows": "*i64", "stream_keys": "*i64", "positions": "*i64", "token_ids": "*i64", "temperatures": "*fp32",
-    "tokens": "*i32",
-}  # fmt: skip
+INTS = ["stride", "width", "num_blocks", "token_stride", "head_stride", "position_stride", "num_words", "most_nodes", "num_before", "num_kv_heads", "num_splits"]
+LONGS = ["rows", "stream_keys", "positions", "token_ids", "blocks", "starts", "num_nodes", "lengths", "words"]
+TYPES = {"tokens": "*i32", "scale": "fp32"} | dict.fromkeys(INTS, "i32") | dict.fromkeys(LONGS, "*i64")
 
 
 def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], int]]:
@@ -31,19 +29,31 @@ def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], i
         yield "gpu_sampling", "_sample_blocks", {"logits": dtype}, {"BLOCK": 2048}, 8
         yield "gpu_sampling", "_join_blocks", {"logits": dtype}, {"BLOCKS": 64}, 1
     yield "gpu_sampling", "_noise_blocks", {"token_ids": "*i32"}, {"BLOCK": 1024}, 4
+    for dtype in ("*bf16", "*fp32"):
+        for head_dim, width in ((64, 64), (80, 128), (128, 128)):
+            shape = {"REPEATS": 4, "HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": 256}
+            types = dict.fromkeys(("query", "keys", "values", "out"), dtype)
+            for queries, warps in ((16, 4), (64, 8)) if dtype == "*bf16" else ((16, 4),):
+                yield "gpu_attention", "_attend_splits", types, shape | {"QUERIES": queries, "BLOCK": 64}, warps
+            yield "gpu_attention", "_join_splits", types, shape | {"CHUNK": 8}, 1
 
 
 def compile_kernel(module: str, name: str, types: dict[str, str], constants: dict[str, Any], warps: int) -> str:
     kernel = getattr(importlib.import_module(f"fastgrpo.kernels.{module}"), name)
     signature = {
         argument: "constexpr" if argument in constants
-        else types.get(argument) or ("i32" if argument in INTS else TYPES.get(argument, "*fp32"))
+        else types.get(argument) or TYPES.get(argument, "*fp32")
         for argument in kernel.arg_names
     }  # fmt: skip
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": warps, "enable_fp_fusion": False}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (argument, type_) in enumerate(signature.items())
+        if type_.startswith("*") or argument.endswith("_stride")
+    }  # as the launcher finds them
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": module != "gpu_sampling"}
     compiled = triton.compile(source, target=HOPPER, options=options)
-    return count_registers(compiled.asm["cubin"])
+    return f"{count_registers(compiled.asm['cubin'])} DYNAMIC:{compiled.metadata.shared}"
 
 
 def count_registers(cubin: bytes) -> str:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fastgrpo.cache import RowStore
-from fastgrpo.kernels import cpu
+from fastgrpo.kernels import cpu, gpu
 
 ATTENTION_NAME = "fastgrpo_tree"
-_MOST_NODES = 64  # of one row that our kernel takes
+_MOST_NODES = 64  # of one row that our kernels take
+_BLOCK = 64  # positions whose places the GPU kernel looks up at once; a row's capacity is a multiple
 READ_BLOCK = 16
 """Rows are read up to a multiple of this. A partly filled last block is summed in another order, so
 without it a row's half-precision result would depend on the length of its neighbours (PyTorch's CPU
@@ -33,6 +34,7 @@ class ForwardBatch:
     num_nodes: Int[Tensor, " B"]  # packed tokens of each row
     rows: slice | Int[Tensor, " B"]  # cache rows read
     places: Int[Tensor, " B"]  # flat cache index of each row's first position
+    capacity: int  # positions each row has room for
     lengths: Int[Tensor, " B"]  # cached positions that every node of the row sees
     visible: Bool[Tensor, "B N E"]  # node n sees position lengths[b] + e
     pad_index: Int[Tensor, " T"] | None  # row * N + node of each token; None if no row is padded
@@ -78,6 +80,7 @@ class ForwardBatch:
             num_nodes=num_nodes,
             rows=rows,
             places=places,
+            capacity=store.capacity,
             lengths=lengths,
             visible=visible,
             pad_index=None if bool(used.all()) else used.view(-1).nonzero()[:, 0],
@@ -90,11 +93,28 @@ class ForwardBatch:
         """N, nodes of the largest row."""
         return self.visible.shape[1]
 
+    @property
+    def num_before(self) -> int:
+        """Positions behind `lengths` that stand in the cache already."""
+        return self.visible.shape[2] - self.most_nodes
+
+    @functools.cached_property
+    def blocks(self) -> Int[Tensor, "B K"]:
+        """Flat cache index of the first position of each block of a row."""
+        return self.places[:, None] + torch.arange(0, self.capacity, _BLOCK, device=self.places.device)
+
+    @functools.cached_property
+    def words(self) -> Int[Tensor, "B N W"]:
+        """`visible` as bits of 64-bit words, the first in the lowest bit."""
+        num_words = -(-self.visible.shape[2] // 64)
+        padded = nn.functional.pad(self.visible, (0, num_words * 64 - self.visible.shape[2]))
+        bits = torch.arange(64, device=padded.device)
+        return (padded.unflatten(2, (num_words, 64)).long() << bits).sum(-1)
+
     @functools.cached_property
     def read_length(self) -> int:
         """Cache positions read where rows are read alike, the new tokens included; a multiple of READ_BLOCK."""
-        num_before = self.visible.shape[2] - self.most_nodes
-        return -(-(int((self.lengths + self.num_nodes).max()) + num_before) // READ_BLOCK) * READ_BLOCK
+        return -(-(int((self.lengths + self.num_nodes).max()) + self.num_before) // READ_BLOCK) * READ_BLOCK
 
     @functools.cached_property
     def mask(self) -> Float[Tensor, "B 1 repN S"]:
@@ -139,14 +159,23 @@ def tree_attention(
     query: Float[Tensor, "1 heads T d"],
     key: Float[Tensor, "B kv S d"],
     value: Float[Tensor, "B kv S d"],
-    attention_mask: Float[Tensor, "B 1 repN S"],
+    attention_mask: Float[Tensor, "_ 1 _ _"],
     *,
     tree_batch: ForwardBatch,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "1 T heads d"], None]:
-    """transformers' attention interface over packed nodes and ragged rows."""
+    """transformers' attention interface over packed nodes and ragged rows.
+
+    Args:
+        key, value: of the batch's rows; where the GPU kernel runs, of the whole cache as one row.
+        attention_mask: the batch's; not looked at where the GPU kernel runs.
+    """
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    if has_gpu_kernel(key, tree_batch):
+        flat = (states[0].transpose(0, 1).flatten(1) for states in (key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _attend_to_blocks(query[0].transpose(0, 1).to(key.dtype), *flat, tree_batch, scale)[None], None
     packed = pack_queries(query.to(key.dtype), num_kv_heads, tree_batch)
     output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
     return unpack_outputs(output, num_heads, tree_batch), None
@@ -166,8 +195,11 @@ def attend_to_rows(
 
     Queries may be padded: what stands behind the batch's T tokens comes out as anything.
 
-    On a CPU, where kernels are compiled, each node reads its own row's positions and no others.
+    Where there are kernels, each node reads its own row's positions and no others.
     """
+    if has_gpu_kernel(query, batch):
+        heads = query.unflatten(-1, (-1, head_dim))
+        return _attend_to_blocks(heads, keys.flat(layer), values.flat(layer), batch, scale).flatten(1)
     if has_kernels(query, batch):
         return cpu.attend(
             query,
@@ -190,6 +222,33 @@ def attend_to_rows(
     packed = pack_queries(tokens.transpose(0, 1)[None], num_kv_heads, batch)
     output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=batch.mask, scale=scale)
     return unpack_outputs(output, query.shape[1] // head_dim, batch)[0].flatten(1)
+
+
+def _attend_to_blocks(
+    query: Float[Tensor, "M h d"],
+    keys: Float[Tensor, "P kvd"],
+    values: Float[Tensor, "P kvd"],
+    batch: ForwardBatch,
+    scale: float,
+) -> Float[Tensor, "M h d"]:
+    from fastgrpo.kernels import gpu_attention  # in Triton, which is imported only where it runs
+
+    return gpu_attention.attend(
+        query,
+        keys,
+        values,
+        blocks=batch.blocks,
+        starts=batch.row_starts,
+        num_nodes=batch.num_nodes,
+        lengths=batch.lengths,
+        words=batch.words,
+        num_before=batch.num_before,
+        scale=scale,
+    )
+
+
+def has_gpu_kernel(values: Tensor, batch: ForwardBatch) -> bool:
+    return batch.most_nodes <= _MOST_NODES and values.dtype in gpu.DTYPES and gpu.runs_on(values)
 
 
 def has_kernels(query: Tensor, batch: ForwardBatch) -> bool:

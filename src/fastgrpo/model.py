@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from fastgrpo.attention import ATTENTION_NAME, ForwardBatch
+from fastgrpo.attention import ATTENTION_NAME, ForwardBatch, has_gpu_kernel
 from fastgrpo.cache import RowStore, SlotCache
 from fastgrpo.decoder import NO_KERNELS, FusedDecoder, find_obstacle
 from fastgrpo.kernels.linear import PackedLinear, can_pack
@@ -51,6 +51,8 @@ class _CacheView(Cache):
     def _write(self, store: RowStore, states: Float[Tensor, "1 kv T d"], layer: int) -> Float[Tensor, "B kv S d"]:
         batch, cache = self._batch, self._cache
         store.write(layer, batch.write_index, states[0].transpose(0, 1).flatten(1).to(store.data.dtype))
+        if has_gpu_kernel(store.data, batch):  # finds the positions of each row by itself
+            return store.flat(layer).unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(0, 1)[None]
         rows = store.data[layer, batch.rows, : batch.read_length]
         return rows.unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(1, 2)
 
@@ -203,7 +205,7 @@ class TargetModel:
             output = self.decoder(
                 input_ids=batch.token_ids[None],
                 position_ids=batch.positions[None],
-                attention_mask=batch.mask,
+                attention_mask=self._build_mask(batch, cache),
                 past_key_values=_CacheView(cache, batch),
                 use_cache=True,
                 tree_batch=batch,
@@ -212,6 +214,12 @@ class TargetModel:
             for hook in hooks:
                 hook.remove()
         return output.last_hidden_state[0], captured
+
+    @staticmethod
+    def _build_mask(batch: ForwardBatch, cache: SlotCache) -> Float[Tensor, "_ 1 _ _"]:
+        """What transformers hands to `tree_attention`: where that needs no mask, one number so that none is built."""
+        data = cache.keys.data
+        return data.new_zeros(1, 1, 1, 1) if has_gpu_kernel(data, batch) else batch.mask
 
     def compute_logits(self, hidden: Float[Tensor, "T H"]) -> Float[Tensor, "T V"]:
         if self._output is not None:
