@@ -18,8 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
-INTS = ["stride", "width", "num_blocks", "token_stride", "head_stride", "position_stride", "num_words", "most_nodes", "num_before", "num_kv_heads", "num_splits"]
-LONGS = ["rows", "stream_keys", "positions", "token_ids", "blocks", "starts", "num_nodes", "lengths", "words"]
+INTS = (
+    *("stride", "width", "num_blocks", "token_stride", "head_stride", "position_stride", "num_words", "most_nodes"),
+    *("num_before", "num_kv_heads", "num_splits"),
+)
+LONGS = ("rows", "stream_keys", "positions", "token_ids", "blocks", "starts", "num_nodes", "lengths", "words")
 TYPES = {"tokens": "*i32", "scale": "fp32"} | dict.fromkeys(INTS, "i32") | dict.fromkeys(LONGS, "*i64")
 
 

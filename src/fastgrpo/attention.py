@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AttentionInterface
 
 from fastgrpo.cache import RowStore
 from fastgrpo.kernels import cpu, gpu
+from fastgrpo.transfer import is_host, upload
 
 ATTENTION_NAME = "fastgrpo_tree"
 _MOST_NODES = 64  # of one row that our kernels take
@@ -53,6 +55,7 @@ class ForwardBatch:
         store: RowStore,
         dtype: torch.dtype,
         num_repeats: int,
+        counts: Sequence[int] | None = None,
     ) -> ForwardBatch:
         """Lay out the nodes of each row behind its `lengths` cached positions.
 
@@ -65,17 +68,24 @@ class ForwardBatch:
             lengths: positions of those rows that every node sees.
             store: where the tokens will be written, for its capacity.
             dtype, num_repeats: of the attention: its type, and query heads for each key head.
+            counts: `num_nodes` where the host knows it. A device that would have to be asked computes the padding
+                too, behind its row's own nodes; nobody looks at what comes of it.
         """
         width, num_visible = visible.shape[1:]
         index = torch.arange(width, device=token_ids.device)
-        used = index < num_nodes[:, None]
+        if counts is None and not is_host(num_nodes):
+            num_nodes = torch.full_like(num_nodes, width)
+            counts = (width,) * len(num_nodes)
+        pad_index = _find_used(num_nodes, width, counts)
         places = row_numbers * store.capacity
         flat = (places + lengths + (num_visible - width))[:, None] + index
         positions = lengths[:, None] + visible.sum(-1) - 1
+        packed = (
+            values.flatten() if pad_index is None else values.flatten()[pad_index]
+            for values in (token_ids, positions, flat)
+        )
         return ForwardBatch(
-            token_ids=token_ids[used],
-            positions=positions[used],
-            write_index=flat[used],
+            **dict(zip(("token_ids", "positions", "write_index"), packed, strict=True)),
             row_starts=num_nodes.cumsum(0) - num_nodes,
             num_nodes=num_nodes,
             rows=rows,
@@ -83,7 +93,7 @@ class ForwardBatch:
             capacity=store.capacity,
             lengths=lengths,
             visible=visible,
-            pad_index=None if bool(used.all()) else used.view(-1).nonzero()[:, 0],
+            pad_index=pad_index,
             dtype=dtype,
             num_repeats=num_repeats,
         )
@@ -127,6 +137,17 @@ class ForwardBatch:
         mask[..., 0] = True  # true of every node; keeps padded nodes finite
         additive = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
         return additive[:, None].repeat(1, 1, self.num_repeats, 1)
+
+
+def _find_used(num_nodes: Int[Tensor, " B"], width: int, counts: Sequence[int] | None) -> Int[Tensor, " T"] | None:
+    """row * width + node of each node in use; None if all are."""
+    if counts is None:
+        used = torch.arange(width) < num_nodes[:, None]
+        return None if bool(used.all()) else used.view(-1).nonzero()[:, 0]
+    if min(counts) == width:
+        return None
+    places = [row * width + node for row, count in enumerate(counts) for node in range(count)]
+    return upload(places, num_nodes.device)
 
 
 def pack_queries(
@@ -173,9 +194,9 @@ def tree_attention(
     """
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     if has_gpu_kernel(key, tree_batch):
-        flat = (states[0].transpose(0, 1).flatten(1) for states in (key, value))
+        heads, keys, values = (states[0].transpose(0, 1) for states in (query.to(key.dtype), key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _attend_to_blocks(query[0].transpose(0, 1).to(key.dtype), *flat, tree_batch, scale)[None], None
+        return _attend_to_blocks(heads, keys.flatten(1), values.flatten(1), tree_batch, scale)[None], None
     packed = pack_queries(query.to(key.dtype), num_kv_heads, tree_batch)
     output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
     return unpack_outputs(output, num_heads, tree_batch), None

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastgrpo.transfer import is_host, upload
+
 _BLOCK = 64  # positions are allocated in blocks of this many
 _LAZY_BYTES = 2**20  # from here on the system's pages are taken as they are written
 
@@ -203,10 +205,12 @@ class SlotCache:
         """
         step = torch.arange(path.shape[1], device=path.device)
         moves = path > step
-        if bool(moves.any()):
-            rows, depth = moves.nonzero(as_tuple=True)
-            start = torch.tensor(self.lengths, device=path.device)[rows] + rows * self.keys.capacity
-            source, target = start + path[rows, depth], start + depth
+        if not is_host(path) or bool(moves.any()):  # a device is not asked: what need not move is copied onto itself
+            lengths = upload(self.lengths, path.device)
+            start = (lengths + torch.arange(len(lengths), device=path.device) * self.keys.capacity)[:, None]
+            source, target = (start + place for place in (torch.where(moves, path, step), step))
+            chosen = moves if is_host(path) else ...
+            source, target = source[chosen].flatten(), target.expand_as(source)[chosen].flatten()
             self.keys.move_positions(source, target)
             self.values.move_positions(source, target)
         self.lengths = [length + count for length, count in zip(self.lengths, num_tokens, strict=True)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -32,9 +34,10 @@ from fastgrpo.profile_files import find_profile, take_profile
 from fastgrpo.sampling import SamplingBatch, stream_key
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.timing import Stopwatch
+from fastgrpo.transfer import download, upload
 from fastgrpo.tree import Draft, compute_ancestors
 from fastgrpo.types import Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
-from fastgrpo.verify import Verdict, count_hits, verify
+from fastgrpo.verify import Outcome, Verdict, read_outcome, verify
 
 _MOST_NODES = 64  # of a draft behind a full row, for which there is room from the first
 DEFAULT_FIXED_PLAN = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
@@ -183,18 +186,18 @@ class Engine:
         pool = Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
         draft = self._spend_budget(pool, plan, inputs)
         drafted = time.perf_counter()
-        batch = self._layout(draft)
+        batch = self._layout(draft, plan.depth)
         output = self.target.forward(batch, self.cache)
         logits = self.target.compute_logits(output.last_hidden)
         forwarded = time.perf_counter()
-        verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary)
-        num_emitted = self._commit(verdict, output, batch)
+        verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary, plan.depth)
+        outcome = read_outcome(verdict, draft, pool)
+        num_emitted = self._commit(verdict, outcome, output, batch)
         if self._judge is not None and not plan.is_plain:
             self._judge(draft, verdict)
         num_seqs = len(running)
         self._retire()
         finished = time.perf_counter()
-        offered, hits = count_hits(verdict, pool)
         record = StepRecord(
             num_seqs=num_seqs,
             num_waiting=len(self.scheduler.waiting),
@@ -203,15 +206,15 @@ class Engine:
             num_emitted=num_emitted,
             num_read=num_read,
             num_prefilled=num_prefilled,
-            offered=offered,
-            hits=hits,
+            offered=outcome.offered,
+            hits=outcome.hits,
             prefill_s=prefilled - started,
             draft_s=drafted - prefilled,
             target_s=forwarded - drafted,
             verify_s=finished - forwarded,
             step_s=finished - started,
             num_unread=inputs.num_unread,
-            num_promised=draft.num_promised,
+            num_promised=outcome.num_promised,
             plan_s=self._planning.take_s(),
         )
         with self._planning:
@@ -238,7 +241,7 @@ class Engine:
         return DraftContext(
             sequences=running,
             sampling=SamplingBatch.build(running, device),
-            pending_token_ids=torch.tensor([s.pending_token_id for s in running], device=device),
+            pending_token_ids=upload([s.pending_token_id for s in running], device),
             cache=self.cache,
         )
 
@@ -255,43 +258,42 @@ class Engine:
         if plan.most_draft_tokens is None or pool.scores is None:
             return pool
         chances = pool.scores[:, 1:].exp()
-        ranked = chances.flatten().sort(descending=True)
-        drafted = ranked.values[: pool.num_tokens - len(chances)].cpu().numpy()
+        values, places, num_nodes = download(*chances.flatten().sort(descending=True), pool.num_nodes)
         planner = self._ensure_planner()
         with self._planning:
-            budget = planner.choose_budget(plan, inputs, drafted)
-        rows = ranked.indices[:budget] // max(chances.shape[1], 1)
-        return pool.keep(1 + torch.bincount(rows, minlength=len(chances)))
+            budget = planner.choose_budget(plan, inputs, values[: int(num_nodes.sum()) - len(num_nodes)])
+        rows = places[:budget] // max(chances.shape[1], 1)
+        return pool.keep((1 + np.bincount(rows, minlength=len(num_nodes))).tolist())
 
-    def _layout(self, draft: Draft) -> ForwardBatch:
-        """Room for the draft's nodes behind every running row."""
+    def _layout(self, draft: Draft, depth: int) -> ForwardBatch:
+        """Room for the draft's nodes, of `depth` levels at most, behind every running row."""
         num_rows, width = draft.token_ids.shape
         self.cache.reserve(num_rows, max(self.cache.lengths) + width)
         device = self.target.device
         return ForwardBatch.build(
             token_ids=draft.token_ids,
             num_nodes=draft.num_nodes,
-            visible=compute_ancestors(draft.parents),
+            visible=compute_ancestors(draft.parents, depth),
             rows=slice(0, num_rows),
             row_numbers=torch.arange(num_rows, device=device),
-            lengths=torch.tensor(self.cache.lengths, device=device),
+            lengths=upload(self.cache.lengths, device),
             store=self.cache.keys,
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
+            counts=draft.counts,
         )
 
-    def _commit(self, verdict: Verdict, output: ForwardOutput, batch: ForwardBatch) -> int:
+    def _commit(self, verdict: Verdict, outcome: Outcome, output: ForwardOutput, batch: ForwardBatch) -> int:
         """Keep the walked paths: cache, features, tokens. Returns the number of tokens emitted."""
         running = self.scheduler.running
-        self._check_finite(verdict)
-        counts = (verdict.num_accepted + 1).tolist()
+        counts = [count + 1 for count in outcome.num_accepted]
+        self._check_finite(outcome.logprobs)
         if output.features is not None:
             self._write_features(verdict, output.features, batch)
         self.cache.commit(verdict.path, counts)
-        token_ids, logprobs = verdict.token_ids.tolist(), verdict.logprobs.tolist()
         num_emitted = 0
         for slot, (sequence, count) in enumerate(zip(running, counts, strict=True)):
-            kept = sequence.append(token_ids[slot][:count], logprobs[slot][:count])
+            kept = sequence.append(outcome.token_ids[slot][:count], outcome.logprobs[slot][:count])
             self.cache.truncate(slot, sequence.num_cached)
             self.drafter.observe(sequence, kept)
             num_emitted += kept
@@ -300,15 +302,16 @@ class Engine:
     def _write_features(self, verdict: Verdict, features: Float[Tensor, "T W"], batch: ForwardBatch) -> None:
         store = self.cache.features
         assert store is not None
-        rows, depth = (verdict.path >= 0).nonzero(as_tuple=True)
-        lengths = torch.tensor(self.cache.lengths, device=features.device)
-        target = rows * store.capacity + lengths[rows] + depth
-        store.write(0, target, features[batch.row_starts[rows] + verdict.path[rows, depth]])
+        ends = batch.places + upload(self.cache.lengths, features.device)
+        target = ends[:, None] + torch.arange(verdict.path.shape[1], device=features.device)
+        source = batch.row_starts[:, None] + verdict.path.clamp(min=0)
+        store.write(0, target.flatten(), features[source.flatten()])  # what stands behind the path's end is overwritten
 
-    def _check_finite(self, verdict: Verdict) -> None:
-        if not bool(torch.isnan(verdict.logprobs).any()):
+    def _check_finite(self, logprobs: list[list[float]]) -> None:
+        bad = ((row, depth) for row, each in enumerate(logprobs) for depth, value in enumerate(each) if isnan(value))
+        row, depth = next(bad, (None, 0))
+        if row is None:
             return
-        row, depth = torch.isnan(verdict.logprobs).nonzero()[0].tolist()
         sequence = self.scheduler.running[row]
         raise FloatingPointError(
             f"the model's logits are not finite at request {sequence.request_id}, completion position "

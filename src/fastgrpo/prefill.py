@@ -97,6 +97,7 @@ class Prefiller:
             store=self.cache.keys,
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
+            counts=[len(chunk) for chunk in chunks],
         )
         output = self.target.forward(batch, self.cache)
         if self.cache.features is not None and output.features is not None:

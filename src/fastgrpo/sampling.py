@@ -13,7 +13,7 @@ tokens, is resolved to 2^-31, and neither end is infinite.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgrpo.kernels import cpu, gpu
+from fastgrpo.transfer import is_host, upload
 from fastgrpo.types import SamplingParams, Sequence
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -143,19 +144,21 @@ class SamplingBatch:
     is_warped: bool  # some temperature is not 1
     is_truncated: bool  # some top_k or top_p is active
     is_noisy: bool  # some temperature is not 0
+    is_greedy: bool  # some temperature is 0
 
     @staticmethod
     def build(sequences: list[Sequence], device: torch.device) -> SamplingBatch:
         params = [sequence.params for sequence in sequences]
         return SamplingBatch(
-            stream_keys=torch.tensor([s.stream_key for s in sequences], dtype=torch.int64, device=device),
-            positions=torch.tensor([len(s.token_ids) for s in sequences], dtype=torch.int64, device=device),
-            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-            top_k=torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
-            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+            stream_keys=upload([s.stream_key for s in sequences], device),
+            positions=upload([len(s.token_ids) for s in sequences], device),
+            temperature=upload([p.temperature for p in params], device, torch.float32),
+            top_k=upload([p.top_k for p in params], device),
+            top_p=upload([p.top_p for p in params], device, torch.float32),
             is_warped=any(p.temperature != 1 for p in params),
             is_truncated=any(p.top_k > 0 or p.top_p < 1 for p in params),
             is_noisy=any(p.temperature > 0 for p in params),
+            is_greedy=any(p.temperature == 0 for p in params),
         )
 
     @staticmethod
@@ -178,7 +181,12 @@ class SamplingBatch:
             is_warped=self.is_warped,
             is_truncated=self.is_truncated,
             is_noisy=self.is_noisy,
+            is_greedy=self.is_greedy,
         )
+
+    def ahead(self, advance: int) -> SamplingBatch:
+        """All rows, `advance` tokens further along."""
+        return replace(self, positions=self.positions + advance) if advance else self
 
 
 def scale_logits(logits: Float[Tensor, "R *n V"], batch: SamplingBatch) -> Float[Tensor, "R *n V"]:
@@ -212,7 +220,7 @@ def add_noise(scores: Float[Tensor, "R V"], batch: SamplingBatch, token_ids: Int
     if not batch.is_noisy:
         return scores
     noise = gumbel_noise(batch.stream_keys, batch.positions, token_ids).to(scores.dtype)
-    if bool((batch.temperature == 0).any()):
+    if batch.is_greedy:
         noise *= (batch.temperature > 0)[:, None]
     return noise.add_(scores)
 
@@ -243,3 +251,30 @@ def sample(
     token_ids = add_noise(truncate_logits(scaled, batch), batch, vocabulary).argmax(-1)
     logprobs = scaled.gather(-1, token_ids[:, None])[:, 0] - scaled.logsumexp(-1)
     return token_ids, logprobs
+
+
+def sample_rows(
+    logits: Float[Tensor, "T V"], rows: Int[Tensor, " R"], batch: SamplingBatch, vocabulary: Int[Tensor, " V"]
+) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
+    """`sample` of some rows of the logits, without asking the device which.
+
+    Args:
+        rows: of `logits`, one for each row of `batch`; one of -1 is not sampled and gives token -1 at log-prob 0.
+    """
+    if gpu.runs_on(logits) and logits.dtype in gpu.DTYPES and not batch.is_truncated:
+        token_ids, logprobs, _ = _gpu_sampling().sample(
+            logits, rows, batch.stream_keys, batch.positions, batch.temperature
+        )
+        return token_ids, logprobs
+    is_asked = rows >= 0
+    if is_host(rows):
+        asked = is_asked.nonzero()[:, 0]
+        if len(asked) < len(rows):
+            found = sample(logits[rows[asked]], batch.rows(asked), vocabulary)
+            token_ids, logprobs = (
+                value.new_full((len(rows),), empty).scatter_(0, asked, value)
+                for value, empty in zip(found, (-1, 0), strict=True)
+            )
+            return token_ids, logprobs
+    token_ids, logprobs = sample(logits[rows.clamp(min=0)], batch, vocabulary)
+    return token_ids.masked_fill(~is_asked, -1), logprobs.masked_fill(~is_asked, 0)

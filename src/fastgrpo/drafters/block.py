@@ -23,6 +23,7 @@ from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
+from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan
 
@@ -72,9 +73,10 @@ class BlockDrafter(HeadDrafter[BlockHead]):
         store = context.cache.features
         assert store is not None
         device = self.target.device
-        read, lengths = torch.tensor([self._rows.num_read, context.cache.lengths], device=device)
+        read, lengths = upload([self._rows.num_read, context.cache.lengths], device)
         counts = lengths - read
-        rows = torch.arange(len(counts), device=device).repeat_interleave(counts)
+        num_unread = sum(context.cache.lengths) - sum(self._rows.num_read)
+        rows = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=num_unread)
         first = (read - counts.cumsum(0) + counts)[rows]
         positions = first + torch.arange(len(rows), device=device)
         hidden = self._fuse(store.flat(0)[rows * store.capacity + positions])
@@ -107,7 +109,7 @@ class BlockDrafter(HeadDrafter[BlockHead]):
             visible=torch.ones(depth, depth, dtype=torch.bool, device=target.device).tril().expand(num_rows, -1, -1),
             rows=slice(0, num_rows),
             row_numbers=torch.arange(num_rows, device=target.device),
-            lengths=torch.tensor(lengths, device=target.device),
+            lengths=upload(lengths, target.device),
             store=self._rows.keys,
             dtype=target.dtype,
             num_repeats=target.num_repeats,

@@ -20,6 +20,7 @@ from fastgrpo.drafters.eagle_head import EagleHead, build_head, start_from_targe
 from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
+from fastgrpo.transfer import upload
 from fastgrpo.types import SpeculationPlan
 
 
@@ -54,22 +55,23 @@ class EagleDrafter(HeadDrafter[EagleHead]):
             (s.all_token_ids[-count:] if count else []) + [0] * (width - count)
             for s, count in zip(context.sequences, counts, strict=True)
         ]
-        num_nodes = torch.tensor(counts, device=device)
+        num_nodes = upload(counts, device)
         index = torch.arange(len(lengths), device=device)
         batch = ForwardBatch.build(
-            token_ids=torch.tensor(tokens, device=device),
+            token_ids=upload(tokens, device),
             num_nodes=num_nodes,
             visible=torch.ones(len(lengths), width, width, dtype=torch.bool, device=device).tril(),
             rows=slice(0, len(lengths)),
             row_numbers=index,
-            lengths=torch.tensor(self._rows.num_read, device=device),
+            lengths=upload(self._rows.num_read, device),
             store=self._rows.keys,
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
+            counts=counts,
         )
         store = context.cache.features
         assert store is not None
-        rows = index.repeat_interleave(num_nodes)
+        rows = index.repeat_interleave(num_nodes, output_size=sum(counts))
         features = store.flat(0)[rows * store.capacity + batch.positions, : 3 * self.target.hidden_size]
         hidden = self.fast_head.fc(features.to(self.target.dtype))
         return self.forward(batch, hidden)[batch.row_starts + num_nodes - 1]
@@ -95,7 +97,7 @@ class _EagleLevels:
     def __init__(self, drafter: EagleDrafter, context: DraftContext, output: Float[Tensor, "B H"]) -> None:
         self.drafter = drafter
         self.rows = torch.arange(len(output), device=output.device)
-        self.lengths = torch.tensor(context.cache.lengths, device=output.device)
+        self.lengths = upload(context.cache.lengths, output.device)
         self.hidden = output[:, None]  # outputs of the nodes expanded last
 
     def rank(self, noise_rows: SamplingBatch, width: int) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
