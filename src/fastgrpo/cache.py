@@ -100,7 +100,7 @@ def reserve_rows(
     """Make room in all stores, which have as many rows of as many positions.
 
     Where memory is taken as it is written, there is room for the expected length from the first, or else for twice the
-    length before; elsewhere room shrinks to what was asked whenever it has to move anyway.
+    length before; elsewhere for twice the length before, up to the expected one, while there is memory for it.
 
     Args:
         num_rows, length: rows, and positions of each, that are needed.
@@ -114,12 +114,14 @@ def reserve_rows(
     sizes = [needed]
     if stores[0].data.device.type == "cpu":
         sizes.insert(0, max(needed, expected, 2 * capacity if length > capacity else capacity))
+    elif length > capacity:  # it should seldom move
+        sizes.insert(0, max(needed, min(2 * capacity, expected)))
     for size in sizes:
         try:
             for store in stores:
                 store.resize(num_rows, -(-size // _BLOCK) * _BLOCK, used_rows, used_length)
             return
-        except OSError:
+        except (OSError, torch.OutOfMemoryError):
             if size == needed:
                 raise
 

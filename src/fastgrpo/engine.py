@@ -187,8 +187,7 @@ class Engine:
         draft = self._spend_budget(pool, plan, inputs)
         drafted = time.perf_counter()
         batch = self._layout(draft, plan.depth)
-        output = self.target.forward(batch, self.cache)
-        logits = self.target.compute_logits(output.last_hidden)
+        output, logits = self.target.decode(batch, self.cache)
         forwarded = time.perf_counter()
         verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary, plan.depth)
         outcome = read_outcome(verdict, draft, pool)
@@ -268,7 +267,7 @@ class Engine:
     def _layout(self, draft: Draft, depth: int) -> ForwardBatch:
         """Room for the draft's nodes, of `depth` levels at most, behind every running row."""
         num_rows, width = draft.token_ids.shape
-        self.cache.reserve(num_rows, max(self.cache.lengths) + width)
+        self.cache.reserve(num_rows + self.target.num_spare_rows, max(self.cache.lengths) + width)
         device = self.target.device
         return ForwardBatch.build(
             token_ids=draft.token_ids,

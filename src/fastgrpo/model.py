@@ -17,6 +17,8 @@ from transformers import Cache, PreTrainedModel
 from fastgrpo.attention import ATTENTION_NAME, ForwardBatch, has_gpu_kernel
 from fastgrpo.cache import RowStore, SlotCache
 from fastgrpo.decoder import NO_KERNELS, FusedDecoder, find_obstacle
+from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder
+from fastgrpo.kernels import gpu
 from fastgrpo.kernels.linear import PackedLinear, can_pack
 from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.weights import merged_weights
@@ -75,6 +77,8 @@ class TargetModel:
         self.model = model
         self._tokenizer = tokenizer
         self._fused: FusedDecoder | None = None
+        self._recorder: Recorder | None = None  # while a rollout lasts, where forwards are recorded
+        self._runner: tuple[SlotCache, GraphRunner] | None = None
         self._output: PackedLinear | None = None
         self.base = base_model_of(model)
         self.config: Any = self.base.config
@@ -150,7 +154,7 @@ class TargetModel:
         training = [module for module in self.model.modules() if module.training]
         attention = self.config._attn_implementation
         autocast = (
-            torch.autocast(self.device.type, dtype=self.compute_dtype)
+            torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=self.device.type != "cuda")
             if self.compute_dtype
             else contextlib.nullcontext()
         )
@@ -158,10 +162,10 @@ class TargetModel:
             self.model.eval()
             self.config._attn_implementation = ATTENTION_NAME
             with torch.no_grad(), merged_weights(self.model, self.compute_dtype), autocast:
-                self._fused = self._fuse()
+                self._fused, self._recorder = self._fuse(), self._build_recorder()
                 yield
         finally:
-            self._fused = self._output = None
+            self._fused = self._output = self._recorder = self._runner = None
             self.config._attn_implementation = attention
             for module in training:
                 module.training = True
@@ -177,6 +181,39 @@ class TargetModel:
             return ForwardOutput(last_hidden=hidden, features=None)
         parts = [inputs[layer] for layer in kept] + [hidden]
         return ForwardOutput(last_hidden=hidden, features=torch.cat(parts, -1).to(cache.features.data.dtype))
+
+    def decode(self, batch: ForwardBatch, cache: SlotCache) -> tuple[ForwardOutput, Float[Tensor, "T V"]]:
+        """`forward` and the logits of all tokens; on a GPU recorded and replayed, and valid until the next call.
+
+        The cache needs `num_spare_rows` rows behind the running ones.
+        """
+        if self._recorder is None:
+            hidden, logits, *features = self._decode(batch, cache)
+        else:
+            if self._runner is None or self._runner[0] is not cache:
+                runner = GraphRunner(lambda batch: self._decode(batch, cache), cache, self._recorder)
+                self._runner = (cache, runner)
+            hidden, logits, *features = self._runner[1](batch)
+        return ForwardOutput(last_hidden=hidden, features=features[0] if features else None), logits
+
+    def _decode(self, batch: ForwardBatch, cache: SlotCache) -> tuple[Tensor, ...]:
+        output = self.forward(batch, cache)
+        features = () if output.features is None else (output.features,)
+        return (output.last_hidden, self.compute_logits(output.last_hidden), *features)
+
+    @property
+    def num_spare_rows(self) -> int:
+        """Cache rows that `decode` wants for padding."""
+        return 0 if self._recorder is None else 1
+
+    def _build_recorder(self) -> Recorder | None:
+        if self.device.type != "cuda":
+            return None
+        obstacle = find_graph_obstacle(self.dtype)
+        if obstacle is None:
+            return CudaRecorder()
+        _warn_of(obstacle)
+        return None
 
     def _fuse(self) -> FusedDecoder | None:
         if self.device.type != "cpu":
@@ -232,6 +269,17 @@ def _warn_of(obstacle: str) -> None:
     """Once for each reason."""
     if obstacle != NO_KERNELS:  # of which a warning has been given
         warnings.warn(f"decoding goes through transformers' modules, which takes longer: {obstacle}", stacklevel=2)
+
+
+def find_graph_obstacle(dtype: torch.dtype) -> str | None:
+    """Why a GPU must launch each forward anew; None where it need not."""
+    if not gpu.is_available():
+        return "Triton, in which the GPU kernels are written, is not installed or switched off"
+    if dtype not in gpu.DTYPES:
+        return f"there are no GPU kernels for {dtype}"
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} has no bfloat16; load the model in float16"
+    return None
 
 
 def base_model_of(model: Any) -> Any:

@@ -171,7 +171,7 @@ def _fit_read_s(groups: list[list[TimedForward]]) -> float:
 def _measure_forward(target: TargetModel, rows: int, width: int, *, context: int) -> TimedForward:
     """A target forward of `rows` sequences with `width` tokens each behind `context` cached ones."""
     cache = target.build_cache(with_features=False)
-    cache.reserve(rows, context + width)
+    cache.reserve(rows + target.num_spare_rows, context + width)
     cache.add_rows(rows)
     device = target.device
     batch = ForwardBatch.build(
@@ -185,7 +185,7 @@ def _measure_forward(target: TargetModel, rows: int, width: int, *, context: int
         dtype=target.dtype,
         num_repeats=target.num_repeats,
     )
-    timing = measure_on(lambda: target.compute_logits(target.forward(batch, cache).last_hidden), device)
+    timing = measure_on(lambda: target.decode(batch, cache), device)
     return TimedForward(num_tokens=rows * width, num_seqs=rows, context_len=context, timing=timing)
 
 
