@@ -11,7 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class CudaRecorder:
     """CUDA graphs that share one pool of memory."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # a handle whose type PyTorch does not show
 
     def record(self, run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         side = torch.cuda.Stream()
@@ -188,8 +188,13 @@ def _build_inputs(bucket: Bucket, batch: ForwardBatch) -> ForwardBatch:
 
     return replace(
         batch,
-        **{name: zeros(bucket.tokens) for name in ("token_ids", "positions", "write_index")},
-        **{name: zeros(bucket.rows) for name in ("row_starts", "num_nodes", "places", "lengths")},
+        token_ids=zeros(bucket.tokens),
+        positions=zeros(bucket.tokens),
+        write_index=zeros(bucket.tokens),
+        row_starts=zeros(bucket.rows),
+        num_nodes=zeros(bucket.rows),
+        places=zeros(bucket.rows),
+        lengths=zeros(bucket.rows),
         rows=slice(0, bucket.rows),
         visible=torch.zeros(bucket.rows, bucket.nodes, bucket.nodes, dtype=torch.bool, device=device),
         pad_index=None,

@@ -60,7 +60,7 @@ def sample(
 
 def add_norm(
     residual: Float[Tensor, "T H"],
-    delta: Float[Tensor, "M H"] | None,
+    delta: Float[Tensor, "_ H"] | None,
     weight: Float[Tensor, " H"],
     eps: float,
     dtype: torch.dtype,
