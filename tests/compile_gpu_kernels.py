@@ -20,10 +20,10 @@ from triton.compiler import ASTSource
 HOPPER = GPUTarget("cuda", 90, 32)
 INTS = (
     *("stride", "width", "num_blocks", "token_stride", "head_stride", "position_stride", "num_words", "most_nodes"),
-    *("num_before", "num_kv_heads", "num_splits"),
+    *("num_before", "num_kv_heads", "num_splits", "num_heads"),
 )
-LONGS = ("rows", "stream_keys", "positions", "token_ids", "blocks", "starts", "num_nodes", "lengths", "words")
-TYPES = {"tokens": "*i32", "scale": "fp32"} | dict.fromkeys(INTS, "i32") | dict.fromkeys(LONGS, "*i64")
+LONGS = ("rows", "stream_keys", "positions", "token_ids", "blocks", "starts", "num_nodes", "lengths", "words", "places")
+TYPES = {"tokens": "*i32", "scale": "fp32", "eps": "fp32"} | dict.fromkeys(INTS, "i32") | dict.fromkeys(LONGS, "*i64")
 
 
 def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], int]]:
@@ -33,6 +33,13 @@ def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], i
         yield "gpu_sampling", "_join_blocks", {"logits": dtype}, {"BLOCKS": 64}, 1
     yield "gpu_sampling", "_noise_blocks", {"token_ids": "*i32"}, {"BLOCK": 1024}, 4
     for dtype in ("*bf16", "*fp32"):
+        layer = dict.fromkeys(
+            ("residual", "delta", "weight", "out", "states", "cos", "sin", "keys", "values", "both"), dtype
+        )
+        yield "gpu_decoder", "_add_norm", layer, {"HAS_DELTA": True, "WIDTH": 4096}, 8
+        yield "gpu_decoder", "_norm_heads", layer, {"WIDTH": 128}, 1
+        yield "gpu_decoder", "_rotate_and_cache", layer, {"HALF": 64}, 1
+        yield "gpu_decoder", "_multiply_silu", layer, {"BLOCK": 1024}, 4
         for head_dim, width in ((64, 64), (80, 128), (128, 128)):
             shape = {"REPEATS": 4, "HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": 256}
             types = dict.fromkeys(("query", "keys", "values", "out"), dtype)

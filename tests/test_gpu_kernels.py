@@ -16,11 +16,12 @@ from conftest import build_model
 from fastgrpo import attention
 from fastgrpo.engine import Engine
 from fastgrpo.kernels import cpu, gpu
+from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch, gumbel_noise, gumbel_noise_of, sample, stream_key
 from fastgrpo.types import SamplingParams, SpeculationPlan
 
 pytest.importorskip("triton")
-from fastgrpo.kernels import gpu_attention, gpu_sampling
+from fastgrpo.kernels import gpu_attention, gpu_decoder, gpu_sampling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -271,13 +272,78 @@ def test_only_live_positions_are_read():
     assert torch.equal(before, rows.run())
 
 
+# -- between the products of a decoder layer -----------------------------------------------------------------
+
+
+@pytest.fixture(params=[F32, BF16])
+def dtype(request):
+    return request.param
+
+
+def assert_near(ours, theirs):
+    """To a place or two; the interpreter cuts numbers off where it makes them bfloat16."""
+    tolerance = 2e-2 if ours.dtype == BF16 else 2e-6
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    assert torch.allclose(ours.cpu().float(), theirs.float(), rtol=tolerance, atol=tolerance)
+
+
+needs_compiler = pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_norms_are_the_cpus(dtype, with_delta):
+    residual, weight = torch.randn(5, 100).to(dtype), torch.randn(100).to(dtype)
+    delta = torch.randn(5, 100).to(dtype) if with_delta else None
+    ours = residual.to(DEVICE, copy=True)
+    moved = delta if delta is None else delta.to(DEVICE)
+    found = gpu_decoder.add_norm(ours, moved, weight.to(DEVICE), 1e-5, dtype)
+    expected = cpu.add_norm(residual, delta, weight, 1e-5, dtype)
+    assert_near(found, expected)
+    assert_near(ours, residual)
+
+
+@needs_compiler
+def test_heads_are_normed_as_on_the_cpu(dtype):
+    states, weight = torch.randn(4, 100).to(dtype), torch.randn(20).to(dtype)
+    ours = states.to(DEVICE, copy=True)
+    gpu_decoder.norm_heads_(ours[:, :60], weight.to(DEVICE), 1e-6)
+    cpu.norm_heads_(states[:, :60], weight, 1e-6)
+    assert_near(ours, states)
+
+
+@needs_compiler
+def test_rotation_and_cache_are_the_cpus(dtype):
+    tokens, heads, kv_heads, width = 5, 4, 2, 12
+    states = torch.randn(tokens, (heads + 2 * kv_heads) * width).to(dtype)
+    cos, sin = (torch.randn(tokens, width).to(dtype) for _ in range(2))
+    places = torch.tensor([3, 4, 19, 0, 7])
+    theirs = states.clone(), *(torch.zeros(20, kv_heads * width, dtype=dtype) for _ in range(2))
+    ours = tuple(each.to(DEVICE, copy=True) for each in theirs)
+    gpu_decoder.rotate_and_cache_(ours[0], *(x.to(DEVICE) for x in (cos, sin, places)), *ours[1:])
+    cpu.rotate_and_cache_(theirs[0], cos, sin, places, *theirs[1:])
+    num_queries = heads * width
+    assert_near(ours[0][:, :num_queries], theirs[0][:, :num_queries])
+    for found, expected in zip(ours[1:], theirs[1:], strict=True):
+        assert_near(found, expected)
+
+
+@needs_compiler
+def test_activation_is_the_cpus(dtype):
+    both = (torch.randn(3, 2 * 1030) * 8).to(dtype)
+    assert_near(gpu_decoder.multiply_silu(both.to(DEVICE), 3), cpu.multiply_silu(both, 3))
+
+
 # -- the engine on them --------------------------------------------------------------------------------------
 
 
-def test_a_rollout_says_the_same_with_the_kernels(gpu_path, monkeypatch):
+@pytest.mark.parametrize("layers", ["ours", "transformers"])
+def test_a_rollout_says_the_same_with_the_kernels(layers, gpu_path, monkeypatch):
     """Prompts through PyTorch's attention, decoding through ours, sampling too; in float32."""
+    if layers == "transformers":
+        monkeypatch.setattr(TargetModel, "_fuse", lambda _: None)
     prompts, plan = [[5, 6, 7, 8], list(range(9, 30))], SpeculationPlan(depth=2, width=2, num_draft_tokens=4)
-    params = SamplingParams(max_tokens=5, temperature=0.8)
+    params = SamplingParams(max_tokens=4, temperature=0.8)
     runs = []
     for has_kernels in (True, False):
         monkeypatch.setattr(gpu, "runs_on", lambda _, has=has_kernels: has)

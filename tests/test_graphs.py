@@ -12,8 +12,8 @@ from fastgrpo import graphs
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.engine import Engine
 from fastgrpo.graphs import Bucket, GraphRunner
-from fastgrpo.kernels import cpu
-from fastgrpo.model import TargetModel
+from fastgrpo.kernels import cpu, gpu
+from fastgrpo.model import TargetModel, find_graph_obstacle
 from fastgrpo.tree import compute_ancestors
 from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan
 
@@ -187,3 +187,22 @@ def test_a_rollout_says_the_same_with_recordings(plan, monkeypatch):
         told.append([dataclasses.astuple(completion)[0] for completion in engine.generate(prompts, params)])
     assert told[0] == told[1]
     assert recorder.num_recorded >= 3 and recorder.num_replayed > recorder.num_recorded
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_available", "dtype", "reason"),
+    [
+        ((7, 5), True, torch.bfloat16, "no bfloat16"),
+        ((9, 0), False, torch.bfloat16, "Triton"),
+        ((9, 0), True, torch.float64, "float64"),
+        ((9, 0), True, torch.bfloat16, None),
+    ],
+)
+def test_why_a_gpu_decodes_without_recordings(capability, is_available, dtype, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(gpu, "is_available", lambda: is_available)
+    gpu.find_obstacle.cache_clear()
+    found = find_graph_obstacle(dtype)
+    gpu.find_obstacle.cache_clear()
+    assert found is None if reason is None else reason in found

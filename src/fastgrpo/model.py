@@ -216,8 +216,6 @@ class TargetModel:
         return None
 
     def _fuse(self) -> FusedDecoder | None:
-        if self.device.type != "cpu":
-            return None
         obstacle = find_obstacle(self.decoder, self.dtype)
         if obstacle is None:
             if type(self.lm_head) is nn.Linear and can_pack([self.lm_head]):
@@ -273,13 +271,7 @@ def _warn_of(obstacle: str) -> None:
 
 def find_graph_obstacle(dtype: torch.dtype) -> str | None:
     """Why a GPU must launch each forward anew; None where it need not."""
-    if not gpu.is_available():
-        return "Triton, in which the GPU kernels are written, is not installed or switched off"
-    if dtype not in gpu.DTYPES:
-        return f"there are no GPU kernels for {dtype}"
-    if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} has no bfloat16; load the model in float16"
-    return None
+    return gpu.find_obstacle() or (None if dtype in gpu.DTYPES else f"there are no GPU kernels for {dtype}")
 
 
 def base_model_of(model: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgrpo.kernels.build import KERNELS_ENV
 
+_LEAST_CAPABILITY = (8, 0)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -25,4 +26,14 @@ def is_available() -> bool:
 
 def runs_on(values: Tensor) -> bool:
     """Whether kernels run where these values are."""
-    return values.device.type == "cuda" and is_available()
+    return values.device.type == "cuda" and find_obstacle() is None
+
+
+@functools.cache
+def find_obstacle() -> str | None:
+    """Why a GPU must do with PyTorch's operators; None where it need not."""
+    if not is_available():
+        return "Triton, in which the GPU kernels are written, is not installed or switched off"
+    if torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} is too old for the GPU kernels, it has no bfloat16"
+    return None
