@@ -17,9 +17,10 @@ BLOCK = 64  # positions that stand together in the cache
 SPLIT = 256  # positions that one program reads
 _LEAST_QUERIES, _MOST_QUERIES = 16, 64  # in one tile; matrix units take 16 at least
 _CHUNK = 8  # stretches joined at once
+_CHANGING = ["num_blocks", "num_words", "most_nodes", "num_before", "num_splits"]  # no reason to compile anew
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def _attend_splits(
     query: tl.tensor,
     token_stride: tl.tensor,
@@ -97,7 +98,7 @@ def _attend_splits(
     tl.store(out, total, mask=is_query[:, None] & is_number[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[name for name in _CHANGING if name not in ("num_blocks", "num_words")])
 def _join_splits(
     out: tl.tensor,
     starts: tl.tensor,
