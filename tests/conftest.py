@@ -19,6 +19,7 @@ CHECKED_MODULES = (
         "kernels.linear",
         "decoder",
         "attention",
+        "block_store",
         "cache",
         "sampling",
         "tree",
@@ -139,10 +140,13 @@ def reference_generate(
     with torch.no_grad():
         while sequence.finish_reason is None:
             logits = model(input_ids=torch.tensor([sequence.all_token_ids]), use_cache=False).logits[0, -1:]
-            token_id, logprob = sample(logits, SamplingBatch.build([sequence], logits.device), vocabulary)
-            sequence.append(token_id.tolist(), logprob.tolist())
+            drawn = sample(logits, SamplingBatch.build([sequence], logits.device), vocabulary)
+            sequence.append(*(values.tolist() for values in drawn))
     return Completion(
-        token_ids=sequence.token_ids, logprobs=sequence.logprobs, finish_reason=sequence.finish_reason or "length"
+        token_ids=sequence.token_ids,
+        logprobs=sequence.logprobs,
+        entropies=sequence.entropies,
+        finish_reason=sequence.finish_reason or "length",
     )
 
 

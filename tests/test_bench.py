@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from fastgrpo.bench import drafters, rollout
 from fastgrpo.bench.measure import RolloutResult, break_down, compute_equal_share, match_rates
+from fastgrpo.bench.training import build_trainer
 from fastgrpo.bench.worker import read_peak_rss_bytes, run_worker
 from fastgrpo.cli import main
 from fastgrpo.drafters.eagle import EagleDrafter
@@ -90,8 +93,10 @@ def test_rollout_writes_what_it_measured(model_dir: Path, tmp_path: Path, capsys
         assert own["share_equal_to_off"] == 1  # float32 on a tiny model: nothing is decided by rounding
         assert own["tokens_per_s"] > 0
         assert {"num_seqs", "tokens_per_s", "step_ms", "nodes_per_sequence"} <= own["by_concurrency"][0].keys()
+        assert own["cache_peak_bytes"] > 0 and own["num_preempted"] == 0
     assert result["variants"]["off"]["acceptance_length"] == 1
-    assert "x vs off" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "x vs off" in text and "cache in use at most: auto " in text
 
 
 def test_a_saved_head_is_measured_with_a_smaller_vocabulary(model_dir: Path, tmp_path: Path) -> None:
@@ -134,21 +139,72 @@ def test_drafts_are_accepted_oftener_when_ranked_with_the_noise(model_dir: Path,
 
 def test_e2e_trains_all_variants_in_turn(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "e2e.json"
-    argv = ["bench", "e2e", "--model", str(model_dir), *TINY_WORKLOAD, "--variants", "trl,fixed", "--steps", "2"]
+    other = "fixed:skip_zero_advantages=false:num_draft_tokens=4"
+    argv = ["bench", "e2e", "--model", str(model_dir), *TINY_WORKLOAD, "--variants", f"trl,fixed,{other}"]
+    argv += ["--steps", "2", "--prompt-examples", "3"]
     ballast = bytearray(b"x" * 2**29)  # this process is large: those it starts must not inherit its peak
     assert main([*argv, "--output", str(path)]) == 0
     result = json.loads(path.read_text())
-    assert list(result["steps"]) == ["trl", "fixed"]
+    assert list(result["steps"]) == ["trl", "fixed", other]
     for rows in result["steps"].values():
         assert len(rows) == 2
         assert all(row["step_s"] >= row["generation_s"] + row["score_s"] + row["learn_s"] for row in rows)
+        assert all(sum(row["phases"].values()) == pytest.approx(row["step_s"]) for row in rows)
+        assert all(row["phases"][name] > 0 for row in rows for name in ("rollout", "rewards", "forward", "backward"))
+        assert all(row["phases"]["other"] > 0 for row in rows)
+    assert result["phases"]["trl"]["draft learning"] == 0 < result["phases"]["fixed"]["draft learning"]
+    for timeline in result["timelines"].values():
+        assert sum(span["name"] == "forward" for span in timeline["spans"]) == 2, "micro-batches"
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     named = {(entry["measure"], entry["variant"], entry["baseline"]) for entry in result["ratios"]}
     assert {("generation_s", "fixed", "trl"), ("step_s", "fixed", "trl"), ("rss_bytes", "fixed", "trl")} <= named
+    assert {("update_s", other, "fixed"), ("backward", other, "trl")} <= named
     for peak in result["peak_memory"].values():
         assert 2**26 < peak["rss_bytes"] < read_peak_rss_bytes() - len(ballast) // 2
     text = capsys.readouterr().out
-    places = [text.index(f"step {step}/2 {name}: ") for step in (1, 2) for name in ("trl", "fixed")]
+    places = [text.index(f"step {step}/2 {name}: ") for step in (1, 2) for name in ("trl", "fixed", other)]
     assert places == sorted(places)
+
+
+def test_a_slow_reward_costs_less_while_others_decode(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rewards.json"
+    argv = ["bench", "rewards", "--model", str(model_dir), *TINY_WORKLOAD, "--answer-s", "0.4", "--repeats", "1"]
+    assert main([*argv, "--max-reward-calls", "2", "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    ways = result["ways"]
+    assert list(ways) == ["free", "serial", "pooled", "streamed"]
+    assert ways["serial"]["reward_s"] >= 4 * 0.4 and ways["pooled"]["reward_s"] >= 2 * 0.4
+    assert ways["streamed"]["reward_s"] < ways["serial"]["reward_s"]
+    assert ways["free"]["cost_s"] == 0
+    asked = {way: sum(span["name"] == "streamed reward" for span in own["spans"]) for way, own in
+             result["timelines"].items()}  # fmt: skip
+    assert asked == {"free": 0, "serial": 0, "pooled": 0, "streamed": 4}
+    assert path.with_suffix(".png").is_file()
+    assert "vs pooled (the baseline)" in capsys.readouterr().out
+
+
+def test_keys_of_a_variant_are_those_of_its_config(model_dir: Path, tmp_path: Path) -> None:
+    options = E2EOptions(model=str(model_dir), dtype="float32", steps=1)
+
+    def build(variant: str) -> Any:
+        return build_trainer(options, variant=variant, steps=1, output_dir=tmp_path).args
+
+    ours = build("fixed:skip_zero_advantages=false:draft_learning_rate=1e-3:drafter=ngram:num_iterations=2")
+    assert (ours.skip_zero_advantages, ours.drafter, ours.num_iterations) == (False, "ngram", 2)
+    assert (ours.draft_learning_rate, ours.speculation) == (1e-3, "fixed")
+    assert build("trl:beta=0.04").beta == 0.04
+    for variant, message in (
+        ("trl:skip_zero_advantages=false", "variant trl:skip.*: unknown key 'skip_zero_advantages'"),
+        ("auto:skip_zero_advantage=false", "did you mean 'skip_zero_advantages'"),
+        ("auto:skip_zero_advantages=maybe", "'maybe' is no bool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(variant)
+    for word in ("ours", "auto-skip_zero_advantages", "auto:skip_zero_advantages", "auto:=3"):
+        with pytest.raises(ValueError, match=re.escape(repr(word))):
+            E2EOptions(variants=(word,))
 
 
 def test_a_worker_says_what_does_not_fit(model_dir: Path) -> None:

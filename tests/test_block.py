@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from conftest import HIDDEN_SIZE, VOCAB_SIZE, build_model, expected_tokens, shared_model
 from fastgrpo import block_training, pretrain
 from fastgrpo.block_training import collate, compute_hidden, count_tokens, draw_anchors
+from fastgrpo.cache import locate
 from fastgrpo.drafters import DraftContext
 from fastgrpo.drafters.block import BlockDrafter
 from fastgrpo.drafters.block_files import load_block_head, save_block_head
@@ -58,9 +59,10 @@ def draft_logits(drafter: BlockDrafter, rollout: FinishedRollout, num_cached: in
     """The logits of each level while a chain is drafted behind `num_cached` tokens, held to the true tokens."""
     target = drafter.target
     cache = target.build_cache(with_features=True)
-    cache.reserve(1, len(rollout.features) + 1)
     cache.add_rows(1)
-    cache.features.data[0, 0, :num_cached] = rollout.features[:num_cached]
+    cache.reserve(0, len(rollout.features) + 1)
+    index = locate(cache.blocks, torch.arange(num_cached)[None])[0]
+    cache.features.write(0, index, rollout.features[:num_cached])
     cache.lengths = [num_cached]
     tokens = rollout.prompt_ids + rollout.token_ids
     tokens += [0] * depth  # beyond the end anything may be drafted
@@ -208,8 +210,8 @@ def test_the_profiler_can_time_a_block():
         profile = measure_costs(target, drafter).profile
     assert len(profile.draft_s) == len(profile.draft_start_s) == len(profile.num_tokens)
     assert drafter.count_unread([]) == 0 and drafter._rows.num_read == []
-    state = json.loads(json.dumps(AutoPlanner(profile).state_dict()))
-    assert AutoPlanner.from_state(state).profile == profile
+    planner = AutoPlanner(profile)  # whose prices are never 0, though measured ones may be
+    assert AutoPlanner.from_state(json.loads(json.dumps(planner.state_dict()))).profile == planner.profile
 
 
 # -- learning ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fastgrpo import cache as cache_module
-from fastgrpo.cache import RowStore, SlotCache, reserve_rows
+from fastgrpo import block_store
+from fastgrpo.block_store import BlockStore
+from fastgrpo.blocks import BLOCK_SIZE, BlockPool, count_blocks
+from fastgrpo.cache import RowPrefix, SlotCache, locate
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.types import SamplingParams, Sequence
 
@@ -34,6 +37,11 @@ def build_cache(feature_width: int) -> SlotCache:
     )
 
 
+def find_places(cache: SlotCache, row: int, start: int, end: int) -> torch.Tensor:
+    """Where a row's positions stand in the stores."""
+    return locate(cache.blocks[row, None], torch.arange(start, end)[None])[0]
+
+
 class CacheAndScheduler(RuleBasedStateMachine):
     """Every cached position carries a number of its own; `contents` says which ones a request should see."""
 
@@ -42,6 +50,7 @@ class CacheAndScheduler(RuleBasedStateMachine):
         self.cache = build_cache(3)
         self.scheduler = Scheduler(4)
         self.contents: dict[int, list[int]] = {}  # request -> marks of its cached positions
+        self.held: list[tuple[RowPrefix, list[int]]] = []
         self.num_requests = 0
         self.num_marks = 0
 
@@ -56,24 +65,24 @@ class CacheAndScheduler(RuleBasedStateMachine):
         self.num_marks += count
         return list(range(self.num_marks - count + 1, self.num_marks + 1))
 
-    def write(self, stores: list[RowStore], row: int, start: int, marks: list[int]) -> None:
+    def write(self, stores: list[BlockStore], row: int, start: int, marks: list[int]) -> None:
         """As the model does: position start + i of a row gets marks[i], in every layer of the stores."""
-        index = row * self.cache.keys.capacity + torch.arange(start, start + len(marks))
+        index = find_places(self.cache, row, start, start + len(marks))
         values = torch.tensor(marks, dtype=torch.float32)[:, None]
         for sign, store in zip((1, -1, 0.5), self.cache.stores, strict=False):
             if store not in stores:
                 continue
             for layer in range(store.data.shape[0]):
-                store.write(layer, index, (sign * values + layer / 4).expand(-1, store.data.shape[3]).contiguous())
+                store.write(layer, index, (sign * values + layer / 4).expand(-1, store.data.shape[2]).contiguous())
 
     def read(self, row: int) -> list[int]:
         """The marks of a row, after seeing that all layers and stores agree."""
-        length = self.cache.lengths[row]
-        marks = self.cache.keys.data[0, row, :length, 0]
+        index = find_places(self.cache, row, 0, self.cache.lengths[row])
+        marks = self.cache.keys.data[0, index, 0]
         for sign, store in zip((1, -1, 0.5), self.cache.stores, strict=False):
             for layer in range(store.data.shape[0]):
-                expected = (sign * marks + layer / 4)[:, None].expand(-1, store.data.shape[3])
-                assert torch.equal(store.data[layer, row, :length], expected)
+                expected = (sign * marks + layer / 4)[:, None].expand(-1, store.data.shape[2])
+                assert torch.equal(store.data[layer, index], expected)
         return [int(mark) for mark in marks]
 
     # -- what can happen --------------------------------------------------------------------------------------
@@ -96,22 +105,24 @@ class CacheAndScheduler(RuleBasedStateMachine):
         assert len(admitted) == min(num_free, len(arrived))
         if len(arrived) <= num_free:
             assert admitted == arrived
+        begun = [sequence for sequence in arrived if sequence.token_ids]
+        assert admitted[: len(begun)] == begun[: len(admitted)], "who has begun goes first"
         assert running[len(running) - len(admitted) :] == admitted
         if not admitted:
             return
-        self.cache.reserve(len(running), max(len(s.prompt_ids) for s in admitted))
         self.cache.add_rows(len(admitted))
         leaders: dict[tuple[int, ...], int] = {}
         for row in range(len(running) - len(admitted), len(running)):
             sequence = running[row]
-            length = len(sequence.prompt_ids) - 1
-            if sequence.group_key in leaders:
+            length = sequence.num_cached
+            if not sequence.token_ids and sequence.group_key in leaders:
                 leader = leaders[sequence.group_key]
-                self.cache.restore([row], self.cache.snapshot(leader, length))
-                self.contents[sequence.request_id] = list(self.contents[running[leader].request_id])
+                self.cache.share(leader, [row], length)
+                self.contents[sequence.request_id] = self.contents[running[leader].request_id][:length]
             else:
                 leaders[sequence.group_key] = row
                 marks = self.new_marks(length)
+                self.cache.reserve(row, length)
                 self.write(self.cache.stores, row, 0, marks)
                 self.cache.lengths[row] = length
                 self.contents[sequence.request_id] = marks
@@ -122,7 +133,10 @@ class CacheAndScheduler(RuleBasedStateMachine):
         """Each row gets some nodes, keeps an increasing path that starts at its root, and may then be cut."""
         running = self.scheduler.running
         counts = data.draw(st.lists(st.integers(1, 9), min_size=len(running), max_size=len(running)))
-        self.cache.reserve(len(running), max(self.cache.lengths) + max(counts))
+        for row, length in enumerate(self.cache.lengths):
+            missing, left = self.cache.count_missing(row, length + max(counts)), self.cache.num_left
+            self.cache.reserve(row, length + max(counts))
+            assert self.cache.num_left == left - missing
         paths = []
         for row, count in enumerate(counts):
             marks = self.new_marks(count)
@@ -140,7 +154,7 @@ class CacheAndScheduler(RuleBasedStateMachine):
         assert self.cache.lengths == lengths
         for row, (path, kept) in enumerate(paths):
             self.cache.truncate(row, lengths[row] - len(path) + kept)
-            running[row].append([0] * kept, [0.0] * kept)
+            running[row].append([0] * kept, [0.0] * kept, [0.0] * kept)
 
     @precondition(lambda self: self.scheduler.running)
     @rule(data=st.data())
@@ -150,12 +164,48 @@ class CacheAndScheduler(RuleBasedStateMachine):
         self.cache.remove_row(slot)
         del self.contents[sequence.request_id]
 
+    @precondition(lambda self: self.scheduler.running)
+    @rule()
+    def preempt(self) -> None:
+        """The youngest, as `Admission` does; of equals the last."""
+        running = self.scheduler.running
+        slot = min(reversed(range(len(running))), key=lambda slot: len(running[slot].token_ids))
+        num_lengths = self.scheduler.lengths.num_prompts
+        sequence = self.scheduler.preempt(slot)
+        self.cache.remove_row(slot)
+        del self.contents[sequence.request_id]
+        assert self.scheduler.waiting[0] is sequence and self.scheduler.lengths.num_prompts == num_lengths
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        row = data.draw(st.integers(0, len(self.scheduler.running) - 1))
+        length = data.draw(st.integers(0, self.cache.lengths[row]))
+        marks = self.contents[self.scheduler.running[row].request_id][:length]
+        self.held.append((self.cache.hold(row, length), marks))
+
+    @precondition(lambda self: self.held and len(self.scheduler.running) < self.scheduler.max_num_seqs)
+    @rule(is_dropped=st.booleans())
+    def restore(self, is_dropped: bool) -> None:
+        """A sibling that comes when the others have gone; it writes into what it shares, and harms nobody."""
+        prefix, marks = self.held[0]
+        sequence = build_sequence(self.num_requests, [3] * (len(marks) + 1))
+        self.num_requests += 1
+        self.scheduler.running.append(sequence)
+        self.cache.add_rows(1)
+        self.cache.restore([len(self.scheduler.running) - 1], prefix)
+        self.contents[sequence.request_id] = list(marks)
+        if is_dropped:
+            self.cache.drop(prefix)
+            self.held.pop(0)
+
     @precondition(lambda self: self.num_requests > 12)
     @rule()
     def give_up(self) -> None:
         self.scheduler.abort()
         self.cache.clear()
         self.contents.clear()
+        self.held.clear()
         assert self.cache.num_bytes == 0
         assert not self.scheduler.has_work
 
@@ -169,9 +219,19 @@ class CacheAndScheduler(RuleBasedStateMachine):
         assert [self.read(row) for row in range(len(running))] == [self.contents[s.request_id] for s in running]
 
     @invariant()
+    def memory_is_that_of_live_tokens_and_a_block_a_row(self) -> None:
+        lengths = [*self.cache.lengths, *(prefix.length for prefix, _ in self.held)]
+        token_bytes = self.cache.block_bytes // BLOCK_SIZE
+        assert self.cache.used_bytes <= sum(map(count_blocks, lengths)) * self.cache.block_bytes
+        assert self.cache.used_bytes <= 1.05 * sum(lengths) * token_bytes + len(lengths) * self.cache.block_bytes
+        assert self.cache.used_bytes <= min(self.cache.peak_bytes, self.cache.num_bytes)
+
+    @invariant()
     def no_sibling_is_overtaken_and_nobody_lost(self) -> None:
         waiting: dict[tuple[int, ...], list[int]] = {}
         for sequence in self.scheduler.waiting:
+            if sequence.token_ids:
+                continue
             waiting.setdefault(sequence.group_key, []).append(sequence.request_id)
         assert all(group == sorted(group) for group in waiting.values())
         assert set(self.contents) == {sequence.request_id for sequence in self.scheduler.running}
@@ -187,57 +247,127 @@ TestCacheAndScheduler.settings = settings(max_examples=100, stateful_step_count=
 # -- the parts -----------------------------------------------------------------------------------------------
 
 
-def test_room_for_more_rows_keeps_longer_ones():
-    """A short prompt is admitted beside a long row, after rows were given back."""
-    cache = build_cache(0)
-    cache.reserve(1, 100)
-    cache.add_rows(1)
-    cache.keys.data[:] = torch.randn(cache.keys.data.shape)
-    cache.lengths[0] = 100
-    before = cache.keys.data[:, 0, :100].clone()
-    cache.reserve(2, 3)
-    assert torch.equal(cache.keys.data[:, 0, :100], before)
-    assert cache.keys.capacity >= 100
+def _fill(cache: SlotCache, lengths: list[int]) -> None:
+    """Rows of random numbers."""
+    cache.add_rows(len(lengths))
+    for row, length in enumerate(lengths):
+        cache.reserve(row, length)
+        cache.lengths[row] = length
+        for store in cache.stores:
+            store.data[:, find_places(cache, row, 0, length)] = torch.randn(
+                store.data.shape[0], length, store.data.shape[2]
+            )
+
+
+def _read(cache: SlotCache, row: int, length: int) -> list[torch.Tensor]:
+    return [store.data[:, find_places(cache, row, 0, length)] for store in cache.stores]
+
+
+def test_room_that_grows_keeps_what_is_there():
+    """On a CPU nothing moves where the rollout was foreseen."""
+    for expected in (0, 50):
+        cache = build_cache(3)
+        cache.begin(expected_blocks=expected)
+        _fill(cache, [100, 5])
+        before, data = _read(cache, 0, 100), cache.keys.data.data_ptr()
+        cache.reserve(1, 40 * BLOCK_SIZE)
+        assert all(torch.equal(a, b) for a, b in zip(before, _read(cache, 0, 100), strict=True))
+        assert (cache.keys.data.data_ptr() == data) == (expected > 0)
 
 
 @given(
-    moves=st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), min_size=1, max_size=20, unique_by=lambda m: m[1])
+    moves=st.lists(st.tuples(st.integers(0, 63), st.integers(0, 63)), min_size=1, max_size=20, unique_by=lambda m: m[1])
 )
 def test_positions_are_read_before_any_is_written(moves):
-    store = RowStore(num_layers=2, width=1, dtype=torch.float32, device=torch.device("cpu"))
-    store.data = torch.arange(60.0).view(2, 3, 10, 1)
-    expected = store.data.clone().view(2, 30)
+    store = BlockStore(num_layers=2, width=1, dtype=torch.float32, device=torch.device("cpu"))
+    store.data = torch.arange(128.0).view(2, 64, 1)
+    expected = store.data.clone()
     before = expected.clone()
     for source, target in moves:
         expected[:, target] = before[:, source]
     store.move_positions(torch.tensor([source for source, _ in moves]), torch.tensor([target for _, target in moves]))
-    assert torch.equal(store.data.view(2, 30), expected)
+    assert torch.equal(store.data, expected)
 
 
-def test_fresh_positions_are_zero_and_room_grows_with_the_rows():
-    store = RowStore(num_layers=1, width=2, dtype=torch.float32, device=torch.device("cpu"))
+@given(st.lists(st.tuples(st.sampled_from(["take", "share", "give_back"]), st.integers(0, 30)), max_size=80))
+def test_the_lowest_free_block_is_taken(actions):
+    """Against a model that counts owners in a dict."""
+    pool, owners, most = BlockPool(), {}, 0
+    pool.size, pool.limit = 12, 10
+    for action, number in actions:
+        taken = sorted(owners)
+        if action == "take" and len(owners) == pool.limit:
+            with pytest.raises(MemoryError, match="all 10 blocks of the cache are taken"):
+                pool.take()
+        elif action == "take":
+            block = pool.take()
+            assert block == min(set(range(pool.size)) - set(owners))
+            owners[block] = 1
+        elif taken and action == "share":
+            pool.share(taken[number % len(taken)])
+            owners[taken[number % len(taken)]] += 1
+        elif taken:
+            block = taken[number % len(taken)]
+            pool.give_back(block)
+            owners[block] -= 1
+            if not owners[block]:
+                del owners[block]
+        most = max(most, len(owners))
+        pool.check([[block] * count for block, count in owners.items()])
+        assert {block for block in owners if pool.is_shared(block)} == {b for b, count in owners.items() if count > 1}
+        assert (pool.num_taken, pool.num_left, pool.most_taken) == (len(owners), 10 - len(owners), most)
 
-    def reserve(num_rows, length, *used):
-        reserve_rows([store], num_rows, length, used_rows=used[0], used_length=used[1])
 
-    reserve(4, 10, 0, 0)
-    assert store.num_bytes == 4 * 64 * 2 * 4
-    assert not store.data.any()
-    store.data += 7
-    reserve(4, 65, 1, 10)
-    assert store.num_bytes == 4 * 128 * 2 * 4
-    assert store.data[0, 0, :10].eq(7).all()
-    assert store.data.sum() == 7 * 20
-    reserve(2, 64, 1, 10)  # there is room: nothing moves
-    assert store.num_rows == 4
-    reserve(1, 129, 1, 10)
-    assert (store.num_rows, store.capacity) == (1, 256), "twice as long, so that it seldom moves"
-    store.clear()
-    assert store.num_bytes == 0
+def test_siblings_store_the_full_blocks_of_their_prompt_once():
+    cache = build_cache(3)
+    length = 2 * BLOCK_SIZE + 10
+    _fill(cache, [length])
+    cache.add_rows(7)
+    cache.share(0, range(1, 8), length)
+    assert cache.used_bytes == 3 * cache.block_bytes
+    before = _read(cache, 0, length)
+    for row in range(8):
+        assert cache.count_missing(row, length + 1) == (row < 7), "the last to write has the block to itself"
+        cache.reserve(row, length + 1)
+        for store in cache.stores:
+            store.data[:, find_places(cache, row, length, length + 1)] = row
+        cache.lengths[row] += 1
+    assert cache.used_bytes == (2 + 8) * cache.block_bytes
+    for row in range(8):
+        assert all(torch.equal(a, b) for a, b in zip(before, _read(cache, row, length), strict=True))
+        assert (cache.keys.data[:, find_places(cache, row, length, length + 1)] == row).all()
+    for _ in range(8):
+        cache.remove_row(0)
+    cache.check([])
+    assert cache.used_bytes == 0
 
 
-def _build_stores(*widths):
-    return [RowStore(num_layers=4, width=w, dtype=torch.bfloat16, device=torch.device("cpu")) for w in widths]
+def test_a_held_prefix_outlives_its_row():
+    cache = build_cache(3)
+    _fill(cache, [5, 7])
+    kept = _read(cache, 1, 4)
+    prefix = cache.hold(1, 4)
+    cache.remove_row(1)
+    cache.add_rows(1)
+    cache.reserve(1, 30)  # not in the held block
+    for store in cache.stores:
+        store.data[:, find_places(cache, 1, 0, 30)] = 0
+    cache.add_rows(2)
+    cache.restore([2, 3], prefix)
+    assert cache.lengths == [5, 0, 4, 4]
+    for row in (2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(kept, _read(cache, row, 4), strict=True))
+    cache.drop(prefix)
+    cache.trim()
+    cache.check([5, 0, 4, 4])
+
+
+# -- memory --------------------------------------------------------------------------------------------------
+
+
+def _build_large(**settings: int) -> SlotCache:
+    shape = {"num_layers": 4, "num_kv_heads": 1, "head_dim": 512, "feature_width": 64} | settings
+    return SlotCache(**shape, dtype=torch.bfloat16, device=torch.device("cpu"))
 
 
 def _read_resident_bytes():
@@ -245,73 +375,93 @@ def _read_resident_bytes():
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
-def test_room_that_is_set_aside_costs_memory_as_it_is_written():
-    stores, before = _build_stores(512, 8), _read_resident_bytes()
-    reserve_rows(stores, 8, 10, used_rows=0, used_length=0, expected=16_000)
-    assert {store.capacity for store in stores} == {16_000}
-    assert stores[0].num_bytes > 500e6 and _read_resident_bytes() - before < 50e6
-    stores[0].data[:, 7, :100] = 3
-    assert not stores[0].data[:, 7, 100:200].any()
-    assert _read_resident_bytes() - before < 50e6
+def test_room_that_is_set_aside_costs_memory_as_it_is_written_until_it_is_idle():
+    cache, before = _build_large(), _read_resident_bytes()
+    cache.begin(expected_blocks=2000)
+    cache.add_rows(4)
+    cache.reserve(0, 10)
+    assert cache.num_bytes > 1e9 and _read_resident_bytes() - before < 30e6
+    assert not cache.keys.data[:, :200].any(), "a masked position must be finite"
+    for row in range(4):
+        cache.reserve(row, 6400)
+        for store in cache.stores:
+            store.data[:, find_places(cache, row, 0, 6400)] = 3
+        cache.lengths[row] = 6400
+    written = 4 * 100 * cache.block_bytes
+    assert written > 200e6
+    assert 0.9 * written < _read_resident_bytes() - before < 1.1 * written + 30e6
+    for _ in range(3):
+        cache.remove_row(1)
+    assert _read_resident_bytes() - before < 0.55 * written, "more was idle than in use"
+    assert all(bool((part == 3).all()) for part in _read(cache, 0, 6400))
+    cache.add_rows(1)
+    cache.reserve(1, 100)
+    assert torch.isfinite(cache.keys.data[:, find_places(cache, 1, 0, 100)]).all()
+    cache.trim()
+    cache.check([6400, 0])
+    cache.clear()
+    assert cache.num_bytes == 0 and _read_resident_bytes() - before < 30e6
 
 
 def test_where_so_much_is_not_promised_there_is_what_is_needed(monkeypatch):
-    monkeypatch.setattr(cache_module, "_LAZY_BYTES", 0)
-    allocate = cache_module.mmap.mmap
+    monkeypatch.setattr(block_store, "_LAZY_BYTES", 0)
+    allocate = block_store.mmap.mmap
 
     def refuse(fd, size, **kwargs):
-        if size > 300_000:
-            raise OSError("no")
+        if size > 500_000:
+            raise OSError(errno.ENOMEM, "no")
         return allocate(fd, size, **kwargs)
 
-    monkeypatch.setattr(cache_module.mmap, "mmap", refuse)
-    stores = _build_stores(8, 16)
-    reserve_rows(stores, 2, 100, used_rows=0, used_length=0, expected=5000)  # enough for the first alone
-    assert {store.capacity for store in stores} == {128}
-    stores[1].data += 2
-    reserve_rows(stores, 2, 129, used_rows=1, used_length=100, expected=5000)
-    assert {store.capacity for store in stores} == {192}
-    assert stores[1].data[:, 0, :100].eq(2).all() and not stores[1].data[:, 1].any()
+    monkeypatch.setattr(block_store.mmap, "mmap", refuse)
+    cache = _build_large(head_dim=16)  # 8 KiB of keys in a block, so 61 blocks at most
+    cache.begin(expected_blocks=5000)
+    cache.add_rows(2)
+    cache.reserve(0, 100)
+    cache.lengths[0] = 100
+    cache.keys.data[:, find_places(cache, 0, 0, 100)] = 2
+    held = cache.num_bytes
+    assert held < 500_000
+    cache.reserve(0, 61 * BLOCK_SIZE)
+    assert cache.num_bytes > held and (_read(cache, 0, 100)[0] == 2).all()
     with pytest.raises(OSError, match="no"):
-        reserve_rows(stores, 2, 9000, used_rows=1, used_length=100)
-    assert {store.capacity for store in stores} == {192}
+        cache.reserve(1, 1)
+    cache.trim()
+    cache.check([100, 0])
+    assert (_read(cache, 0, 100)[0] == 2).all(), "nothing is lost"
+    cache.reserve(1, 1)
 
 
-def test_a_snapshot_outlives_its_row():
-    cache = build_cache(3)
-    cache.reserve(2, 8)
+def test_no_more_blocks_are_taken_than_may_be():
+    cache = build_cache(0)
+    cache.begin(expected_blocks=100, limit=3)
     cache.add_rows(2)
-    for store in cache.stores:
-        store.data[:] = torch.randn(store.data.shape)
-    cache.lengths = [5, 7]
-    kept = [store.data[:, 1, :4].clone() for store in cache.stores]
-    prefix = cache.snapshot(1, 4)
-    cache.remove_row(1)
-    cache.reserve(3, 8)
-    cache.add_rows(2)
-    for store in cache.stores:
-        store.data[:] = 0
-    cache.restore([1, 2], prefix)
-    assert cache.lengths == [5, 4, 4]
-    for store, part in zip(cache.stores, kept, strict=True):
-        assert torch.equal(store.data[:, 1, :4], part)
-        assert torch.equal(store.data[:, 2, :4], part)
+    cache.reserve(0, 2 * BLOCK_SIZE)
+    with pytest.raises(MemoryError, match="all 3 blocks of the cache are taken"):
+        cache.reserve(1, 2 * BLOCK_SIZE)
+    assert cache.num_left == 0 and cache.num_bytes == cache.peak_bytes == 3 * cache.block_bytes
+    cache.trim()
+    cache.check([0, 0])
+    assert cache.num_left == 3
 
 
 def test_check_finds_what_is_broken():
     cache = build_cache(3)
-    cache.reserve(2, 8)
     cache.add_rows(2)
     cache.check([0, 0])
     with pytest.raises(AssertionError, match="sequences say"):
         cache.check([0, 1])
-    with pytest.raises(AssertionError, match="reserved"):
-        cache.add_rows(1)
     cache.lengths = [100, 0]
-    with pytest.raises(AssertionError, match="beyond"):
+    with pytest.raises(AssertionError, match="row 0: 0 blocks for 100 positions"):
         cache.check([100, 0])
     with pytest.raises(AssertionError, match="holds"):
         cache.truncate(1, 3)
+    cache.lengths = [0, 0]
+    cache.reserve(0, 10)
+    cache.lengths[0] = 10
+    cache.check([10, 0])
+    cache._pool.take()
+    with pytest.raises(AssertionError, match="owners differ"):
+        cache.check([10, 0])
 
 
 def test_the_scheduler_is_first_come_first_served_while_no_length_is_known():

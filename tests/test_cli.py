@@ -28,6 +28,7 @@ from fastgrpo.options import (
     LearningOptions,
     PlansOptions,
     ProfileOptions,
+    RewardsOptions,
     RolloutOptions,
     SimulateOptions,
 )
@@ -45,6 +46,7 @@ COMMANDS = {
     ("bench", "learning"): LearningOptions,
     ("bench", "drafters"): DraftersOptions,
     ("bench", "simulate"): SimulateOptions,
+    ("bench", "rewards"): RewardsOptions,
     ("bench", "e2e"): E2EOptions,
     ("draft", "train"): DraftTrainOptions,
     ("draft", "export"): DraftExportOptions,

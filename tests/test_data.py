@@ -65,9 +65,23 @@ def test_the_instruction_can_be_replaced_or_left_out():
     assert [message["role"] for message in left_out] == ["user"]
 
 
+def test_examples_stand_before_every_question_and_change_no_question():
+    plain, shown = (build_task_dataset("chain_sum", size=4, seed=2, num_examples=count) for count in (0, 3))
+    assert list(plain["entry"]) == list(shown["entry"]) and list(plain["answer"]) == list(shown["answer"])
+    for short, long in zip(plain["prompt"], shown["prompt"], strict=True):
+        assert [long[0], long[-1]] == short and len(long) == len(short) + 6
+        assert long[1:-1] == shown["prompt"][0][1:-1]
+    longer = build_task_dataset("chain_sum", size=7, seed=2)
+    for place, (question, answer) in enumerate(zip(*(iter(long[1:-1]),) * 2, strict=True), start=4):
+        assert question == longer["prompt"][place][-1]
+        assert answer == {"role": "assistant", "content": f"The answer is {longer['answer'][place]}."}
+
+
 @pytest.mark.parametrize(
     ("task", "config", "message"),
     [
+        ("chain_sum", {"num_examples": -1}, "num_examples must be at least 0, got -1"),
+        ("rubiks_cube", {"num_examples": 2}, "'rubiks_cube' comes without answers to show"),
         ("chainsum", {}, "unknown task 'chainsum'; did you mean chain_sum"),
         ("zzz", {}, "did you mean basic_arithmetic or chain_sum"),
         ("chain_sum", {"terms": 3}, "refuses these settings.*'terms'"),

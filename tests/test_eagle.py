@@ -11,10 +11,13 @@ from transformers import PreTrainedModel
 
 from conftest import HIDDEN_SIZE, VOCAB_SIZE, build_model, shared_model
 from fastgrpo import draft_loss, unroll
+from fastgrpo.cache import locate
 from fastgrpo.draft_loss import LOSSES, DraftLoss
 from fastgrpo.drafters import DraftContext
 from fastgrpo.drafters.eagle import EagleDrafter
+from fastgrpo.drafters.eagle_layer import FusedMidLayer
 from fastgrpo.engine import FinishedRollout
+from fastgrpo.kernels import cpu
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
@@ -33,9 +36,9 @@ def draft_chains(drafter: EagleDrafter, rollout: FinishedRollout, num_pairs: int
     """The head's outputs while it drafts a chain behind `num_pairs` pairs, held to the true tokens."""
     target = drafter.target
     cache = target.build_cache(with_features=True)
-    cache.reserve(1, len(rollout.features) + 1)
     cache.add_rows(1)
-    cache.features.data[0, 0, : len(rollout.features)] = rollout.features
+    cache.reserve(0, len(rollout.features) + 1)
+    cache.features.write(0, locate(cache.blocks, torch.arange(len(rollout.features))[None])[0], rollout.features)
     cache.lengths = [num_pairs]
     tokens = rollout.prompt_ids + rollout.token_ids
     sequence = Sequence(
@@ -59,6 +62,23 @@ def draft_chains(drafter: EagleDrafter, rollout: FinishedRollout, num_pairs: int
     with target.rollout_mode():
         drafter.propose(context, SpeculationPlan(depth=depth, width=1, num_draft_tokens=depth))
     return outputs
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("norm_before_residual", [False, True])
+def test_the_fused_layer_is_that_of_the_modules(dtype, tolerance, norm_before_residual, monkeypatch):
+    model = build_model("llama", dtype)
+    rollout = collect_rollouts(model, 1)[0]
+    outputs = []
+    for covers in (True, False):
+        monkeypatch.setattr(FusedMidLayer, "covers", staticmethod(lambda head, covers=covers: covers))
+        drafter = build_drafter_for(model)
+        drafter.head.norm_before_residual = norm_before_residual
+        outputs.append(torch.stack(draft_chains(drafter, rollout, 4, 4)).float())
+        assert (drafter._layer is not None) == covers
+    assert torch.allclose(outputs[0], outputs[1], atol=tolerance * float(outputs[1].abs().max()))
+    assert outputs[1].std() > 0.1
 
 
 @pytest.mark.parametrize("is_short", [True, False])

@@ -277,7 +277,7 @@ def test_the_order_of_admission_changes_no_token(drafter, max_num_seqs):
     expected = expected_tokens(model, prompts, params)
     engine = build_engine(model, build_test_drafter(drafter, model, requests), TREE, max_num_seqs)
     admit, orders = engine.scheduler.admit, []
-    engine.scheduler.admit = lambda: [orders[-1].append(s.request_id) or s for s in admit()]
+    engine.scheduler.admit = lambda may_enter: [orders[-1].append(s.request_id) or s for s in admit(may_enter)]
     for is_made_up in (False, False, True):
         if is_made_up:
             engine.scheduler.lengths = LengthPredictor()
@@ -313,7 +313,7 @@ def test_a_stop_token_inside_an_accepted_path_ends_the_completion(drafter, plan)
         length = tokens.index(each.stop_token_ids[0]) + 1
         assert completion.token_ids == tokens[:length]
         assert completion.finish_reason == "stop"
-        assert len(completion.logprobs) == length
+        assert len(completion.logprobs) == len(completion.entropies) == length
     for rollout in finished:
         if rollout.features is not None:
             assert len(rollout.features) == len(rollout.prompt_ids) + len(rollout.token_ids) - 1
@@ -384,7 +384,7 @@ def test_long_prompts_are_computed_in_parts(monkeypatch, chunk, tokens):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("drafter", ["none", "ngram", "eagle"])
-def test_logprobs_equal_a_plain_forward_of_the_finished_sequence(family, dtype, tolerance, drafter):
+def test_logprobs_and_entropies_equal_a_plain_forward_of_the_finished_sequence(family, dtype, tolerance, drafter):
     model = shared_model(family, dtype)
     params = [each for _, each in build_requests(None)]
     completions = build_engine(model, drafter, TREE, max_num_seqs=4).generate(PROMPTS, params)
@@ -394,6 +394,8 @@ def test_logprobs_equal_a_plain_forward_of_the_finished_sequence(family, dtype, 
         scaled = logits / torch.tensor(each.temperature or 1.0, dtype=torch.float32)  # as the batch keeps it
         expected = scaled.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
         assert torch.tensor(completion.logprobs, dtype=dtype).sub(expected).abs().max() < tolerance
+        entropies = torch.special.entr(scaled.softmax(-1)).sum(-1)
+        assert torch.tensor(completion.entropies, dtype=dtype).sub(entropies).abs().max() < tolerance
 
 
 # -- law 5 ---------------------------------------------------------------------------------------------------

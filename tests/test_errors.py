@@ -129,6 +129,7 @@ def test_stop_tokens_may_be_a_list():
         ({"drafter": "ngram", "speculation": "fast"}, "speculation must be one of auto, off, paper, paper-own"),
         ({"drafter": "none", "speculation": "fast"}, "speculation must be one of auto, off, paper, paper-own"),
         ({"drafter": "none", "max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
+        ({"drafter": "none", "max_cache_bytes": 0}, "max_cache_bytes must be positive, got 0; None takes what is free"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

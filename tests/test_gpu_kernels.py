@@ -103,9 +103,10 @@ def test_sampled_tokens_are_those_of_the_operators(dtype, temperature, width, op
     logits[2, 1:] = -math.inf
     every = torch.arange(7, device=DEVICE)
     tokens, logprobs, entropies = run(logits, every, rows)
-    expected, expected_logprobs = sample(logits, rows, build_vocabulary(width))
+    expected, expected_logprobs, expected_entropies = sample(logits, rows, build_vocabulary(width))
     assert torch.equal(tokens, expected)
     assert torch.allclose(logprobs, expected_logprobs, atol=1e-5)
+    assert torch.allclose(entropies, expected_entropies, atol=1e-4)
     divisor = temperature or 1.0
     reference = torch.distributions.Categorical(logits=logits.float() / divisor).entropy()
     assert torch.allclose(entropies, reference, atol=1e-4)
@@ -148,8 +149,8 @@ def test_logits_that_are_not_finite_give_no_logprob(bad, gpu_path):
     logits = torch.zeros(3, 5000, device=DEVICE)
     logits[1, 2500] = bad
     logits[2, 7] = -math.inf
-    tokens, logprobs = sample(logits, build_rows(3), build_vocabulary(5000))
-    assert logprobs.isnan().tolist() == [False, True, False]
+    tokens, logprobs, entropies = sample(logits, build_rows(3), build_vocabulary(5000))
+    assert logprobs.isnan().tolist() == entropies.isnan().tolist() == [False, True, False]
     assert bool(((tokens >= 0) & (tokens < 5000)).all())
 
 

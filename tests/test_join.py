@@ -105,6 +105,7 @@ def build_verdict(tokens: list[list[int]]) -> Verdict:
         path=path,
         token_ids=padded,
         logprobs=empty.float(),
+        entropies=empty.float(),
         num_accepted=(padded >= 0).sum(1) - 1,
     )
 

@@ -10,7 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastgrpo import sampling
-from fastgrpo.kernels import build, cpu
+from fastgrpo.blocks import BLOCK_SIZE
+from fastgrpo.cache import locate
+from fastgrpo.drafters import beams
+from fastgrpo.drafters.beams import rank_candidates
+from fastgrpo.kernels import build, cpu, linear
 from fastgrpo.kernels.linear import PackedLinear
 from fastgrpo.sampling import SamplingBatch, gumbel_noise, gumbel_noise_of, sample, stream_key
 from fastgrpo.types import SamplingParams, Sequence
@@ -57,13 +61,54 @@ def test_sampled_tokens_are_those_of_the_operators(dtype, temperature, width, mo
     logits[2, 1:] = -math.inf
     ours = sample(logits, rows, vocabulary)
     alone = [sample(logits[i : i + 1], rows.rows(torch.tensor([i])), vocabulary) for i in range(9)]
-    assert torch.equal(ours[0], torch.cat([a[0] for a in alone])) and torch.equal(
-        ours[1], torch.cat([a[1] for a in alone])
-    )
+    for together, apart in zip(ours, zip(*alone, strict=True), strict=True):
+        assert torch.equal(together, torch.cat(apart))
     _without_kernels(monkeypatch)
     theirs = sample(logits, rows, vocabulary)
     assert torch.equal(ours[0], theirs[0])
     assert torch.allclose(ours[1], theirs[1], atol=1e-5)
+    assert torch.allclose(ours[2], theirs[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 5.0, 40.0, 1e30])
+def test_entropies_are_those_of_float64(dtype, spread):
+    """From a flat distribution to a certain one; the greatest logit may stand in any block."""
+    width = 5003
+    logits = (torch.randn(12, width, generator=torch.Generator().manual_seed(2)) * spread).to(dtype)
+    logits[3] = logits[3].sort().values
+    logits[4] = logits[4].sort(descending=True).values
+    logits[5, :4000] = -math.inf
+    logits[6, 4000:] = torch.finfo(dtype).min
+    logits[7, 1:] = -math.inf
+    entropies = sample(logits, _rows(12), torch.arange(width, dtype=torch.int32))[2]
+    expected = torch.special.entr(logits.double().softmax(-1)).sum(-1)
+    assert torch.allclose(entropies.double(), expected, rtol=2e-6, atol=1e-6)
+    assert (entropies >= 0).all() and entropies[7] == 0
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("with_noise", [True, False])
+@pytest.mark.parametrize("width, most", [(5, 9), (64, 1), (1000, 8), (4096, 3)])
+def test_candidates_are_those_of_the_operators(dtype, temperature, with_noise, width, most, monkeypatch):
+    rows = _rows(4, temperature=temperature)
+    vocabulary = torch.randperm(50000, generator=torch.Generator().manual_seed(2))[:width].sort().values.int()
+    logits = torch.randn(4, 3, width, generator=torch.Generator().manual_seed(1)).to(dtype) * 4
+    if temperature == 0 or not with_noise:  # no two alike: of equal ones the operators choose as they like
+        logits = (torch.arange(width) * 0.25).to(F32 if width > 256 else dtype)[torch.rand(4, 3, width).argsort(-1)]
+    ours = rank_candidates(logits, vocabulary, rows, most, with_noise=with_noise)
+    monkeypatch.setattr(beams, "has_kernels", lambda _: False)
+    theirs = rank_candidates(logits, vocabulary, rows, most, with_noise=with_noise)
+    assert torch.equal(ours[1], theirs[1])
+    assert torch.allclose(ours[0], theirs[0], atol=2e-5)
+
+
+def test_equal_candidates_stand_in_the_order_of_the_vocabulary():
+    logits = torch.zeros(1, 1, 300)
+    logits[0, 0, [7, 130, 131, 299]] = 2.0
+    tokens = rank_candidates(logits, 3 * torch.arange(300, dtype=torch.int32), _rows(1, temperature=0.0), 6)[1]
+    assert tokens[0, 0].tolist() == [21, 390, 393, 897, 0, 3]
 
 
 def test_equal_scores_give_the_first_token():
@@ -77,8 +122,8 @@ def test_logits_that_are_not_finite_give_no_logprob(bad):
     logits = torch.zeros(3, 2000)
     logits[1, 1500] = bad
     logits[2, 7] = -math.inf
-    logprobs = sample(logits, _rows(3), torch.arange(2000, dtype=torch.int32))[1]
-    assert logprobs.isnan().tolist() == [False, True, False]
+    _, logprobs, entropies = sample(logits, _rows(3), torch.arange(2000, dtype=torch.int32))
+    assert logprobs.isnan().tolist() == entropies.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(("residual_type", "dtype"), TYPES)
@@ -147,21 +192,23 @@ def test_activation(dtype):
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 16), (4, 4, 20), (9, 3, 64)])
 def test_attention_is_that_of_the_dense_mask(dtype, heads, kv_heads, width):
     torch.manual_seed(0)
-    lengths, num_nodes, seen, capacity = [0, 5, 64, 130, 63], [1, 4, 3, 4, 2], 6, 200
+    lengths, num_nodes, seen, num_blocks = [0, 5, 64, 130, 63], [1, 4, 3, 4, 2], 6, 3
     most, before = max(num_nodes), 2  # two of the seen positions are of nodes cached before
     visible = torch.rand(len(lengths), most, seen) < 0.5
     visible[:, :, before:] = torch.tril(visible[:, :, before:])
     visible[:, torch.arange(most), before + torch.arange(most)] = True
-    keys, values = (torch.randn(len(lengths) * capacity, kv_heads * width).to(dtype) for _ in range(2))
+    num_positions = len(lengths) * num_blocks * BLOCK_SIZE
+    keys, values = (torch.randn(num_positions, kv_heads * width).to(dtype) for _ in range(2))
     query = torch.randn(sum(num_nodes), heads * width).to(dtype)
-    places = torch.randperm(len(lengths)) * capacity
+    blocks = torch.randperm(len(lengths) * num_blocks).view(-1, num_blocks) * BLOCK_SIZE
+    blocks[4, 0] = blocks[3, 0]  # shared, as a prompt is
     counts = torch.tensor(num_nodes)
     given = {"head_dim": width, "scale": 0.3}
 
     def attend(rows):
         starts = counts[rows].cumsum(0) - counts[rows]
         packed = torch.cat([query[int(counts[:r].sum()) :][: counts[r]] for r in rows])
-        tensors = {"num_nodes": counts[rows], "lengths": torch.tensor(lengths)[rows], "places": places[rows]}
+        tensors = {"num_nodes": counts[rows], "lengths": torch.tensor(lengths)[rows], "blocks": blocks[rows]}
         return cpu.attend(packed, keys, values, starts=starts, visible=visible[rows], **tensors, **given)
 
     ours = attend(list(range(5)))
@@ -169,7 +216,7 @@ def test_attention_is_that_of_the_dense_mask(dtype, heads, kv_heads, width):
     token = 0
     for row, (length, count) in enumerate(zip(lengths, num_nodes, strict=True)):
         total = length + before + count
-        own = slice(int(places[row]), int(places[row]) + total)
+        own = locate(blocks[row, None], torch.arange(total)[None])[0]
         k, v = (x[own].view(total, kv_heads, width).transpose(0, 1).float() for x in (keys, values))
         q = query[token : token + count].view(count, heads, width).transpose(0, 1).float()
         mask = torch.ones(count, total, dtype=torch.bool)
@@ -195,14 +242,48 @@ def test_without_a_compiler_it_says_so_once(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_products_are_the_same(bias):
-    linears = [nn.Linear(40, outputs, bias=bias).to(BF16) for outputs in (24, 8)]
-    packed, plain = PackedLinear(linears), PackedLinear(linears, may_pack=False)
+    layers = [nn.Linear(40, outputs, bias=bias).to(BF16) for outputs in (24, 8)]
+    packed, plain = PackedLinear(layers), PackedLinear(layers, may_pack=False)
     for tokens in (1, 7, 70):
         x = torch.randn(tokens, 40).to(BF16)
         with torch.no_grad():
-            expected = torch.cat([linear(x) for linear in linears], -1)
+            expected = torch.cat([layer(x) for layer in layers], -1)
             assert torch.equal(plain(x), expected)
             assert torch.allclose(packed(x).float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("outputs, inputs", [((5,), 3), ((24, 8, 1), 40), ((96, 33), 700)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_own_products_are_rounded_sums(dtype, outputs, inputs, bias):
+    """Whatever the processor multiplies: in float64, rounded once; a row is the same in any batch."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(count, inputs, generator=generator).to(dtype) for count in outputs]
+    shift = torch.randn(sum(outputs), generator=generator).to(dtype) if bias else None
+    layout = cpu.pack_weights(weights)
+    x = torch.randn(300, 2 * inputs, generator=generator).to(dtype)[:, :inputs]  # rows that stand apart
+    exact = F.linear(x.double(), torch.cat(weights).double(), None if shift is None else shift.double())
+    whole = cpu.multiply(x, layout, shift, sum(outputs))
+    rounding = {BF16: 2**-8, F32: 0.0}[dtype]
+    assert torch.allclose(whole.double(), exact, rtol=rounding, atol=3e-6 * float(exact.abs().max()))
+    for rows in (1, 2, 3, 5, 7, 11, 12, 13, 25, 119, 121, 239, 241):
+        assert torch.equal(cpu.multiply(x[7 : 7 + rows], layout, shift, sum(outputs)), whole[7 : 7 + rows])
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_bfloat16_is_left_to_onednn_where_the_processor_multiplies_it(multiplies, monkeypatch):
+    monkeypatch.setattr(linear, "multiplies_bfloat16", lambda: multiplies)
+    linear.find_layout.cache_clear()
+    try:
+        is_onednn = linear.find_layout(BF16) is linear._OneDNNLayout
+        assert is_onednn == multiplies == linear.wants_round_rows(BF16)
+        assert not linear.wants_round_rows(F32)
+        layer = nn.Linear(40, 24).to(BF16)
+        x = torch.randn(7, 40).to(BF16)
+        with torch.no_grad():
+            assert torch.allclose(PackedLinear([layer])(x).float(), layer(x).float(), rtol=1e-2, atol=1e-2)
+    finally:
+        linear.find_layout.cache_clear()
 
 
 def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(monkeypatch, tmp_path):

@@ -41,7 +41,7 @@ def play(prompts: list[list[int]], lengths: list[int], num_slots: int, predictor
         scheduler.admit()
         seconds += FORWARD_S + ROW_S * len(scheduler.running)
         for sequence in scheduler.running:
-            sequence.append([0], [0.0])
+            sequence.append([0], [0.0], [0.0])
         for slot in reversed(range(len(scheduler.running))):
             if len(scheduler.running[slot].token_ids) == lengths[scheduler.running[slot].request_id]:
                 scheduler.remove(slot)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from conftest import VOCAB_SIZE, build_model, expected_tokens, shared_model
+from fastgrpo.cache import locate
 from fastgrpo.drafters import DraftContext, build_drafter, eagle_files
 from fastgrpo.drafters import lm as lm_module
 from fastgrpo.drafters.drafter import TrainableDrafter
@@ -176,14 +177,14 @@ def test_slots_are_released_and_moved():
     model = shared_model("llama")
     drafter = build_lm_drafter(model, build_lm())
     cache = drafter.cache
-    cache.reserve(4, 8)
     cache.add_rows(4)
-    cache.lengths = [2, 3, 4, 5]
     for row in range(4):
-        cache.keys.data[:, row] = row
+        cache.reserve(row, 8)
+        cache.keys.data[:, locate(cache.blocks[row, None], torch.arange(8)[None])] = row
+    cache.lengths = [2, 3, 4, 5]
     drafter.release(1, 3)  # the last moves
     assert cache.lengths == [2, 5, 4]
-    assert (cache.keys.data[:, 1, :5] == 3).all()
+    assert (cache.keys.data[:, locate(cache.blocks[1, None], torch.arange(5)[None])] == 3).all()
     drafter.release(2, 2)
     assert cache.lengths == [2, 5]
     drafter.release(0, 2)  # the last was admitted after the last draft

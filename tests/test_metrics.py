@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -91,6 +92,17 @@ def test_an_impossible_time_is_named(rollout_s: float) -> None:
         summarise_rollout([], rollout_s=rollout_s)
     with pytest.raises(ValueError, match=f"update time.*{rollout_s}"):
         step_time_shares(1.0, 1.0, rollout_s, 1.0)
+
+
+def test_a_peak_is_the_most_of_any_step_and_nan_where_none_says() -> None:
+    record = StepRecord(
+        num_seqs=1, num_waiting=0, plan=PLAIN, num_tokens=1, num_emitted=1, num_read=0, num_prefilled=0, offered=(),
+        hits=(), prefill_s=0.0, draft_s=0.0, target_s=0.0, verify_s=0.0, step_s=0.0,
+    )  # fmt: skip
+    steps = [replace(record, cache_bytes=size, num_preempted=count) for size, count in ((5, 0), (9, 2), (7, 1))]
+    summary = summarise_rollout(steps, rollout_s=1.0)
+    assert (summary.cache_peak_bytes, summary.num_preempted) == (9, 3)
+    assert math.isnan(summarise_rollout([record], rollout_s=1.0).cache_peak_bytes)
 
 
 @given(st.lists(step_records(), max_size=4))

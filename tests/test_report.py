@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import random
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fastgrpo.metrics import rollout_metrics, step_time_shares, summarise_rollout
+from fastgrpo.metrics import compute_phase_times, rollout_metrics, step_time_shares, summarise_rollout
 from fastgrpo.report import (
     LiveProgress,
     RunHistory,
@@ -27,7 +28,8 @@ from fastgrpo.report import (
     print_summary,
     save_run,
 )
-from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
+from fastgrpo.report.step_picture import build_step_picture, pack_lanes
+from fastgrpo.types import PHASES, PLAIN, Span, SpeculationPlan, StepRecord, Timeline
 
 CAPACITY = 192
 
@@ -92,7 +94,15 @@ def build_history(num_steps: int, seed: int = 0) -> RunHistory:
             {"name": "TRL [paged]", "generation_s": 9.0, "tokens_per_s": 900.0, "ours": {"generation_s": 4.5}},
         ],
     }
-    return RunHistory(log_rows=rows, rollouts=rollouts, meta=meta)
+    return RunHistory(log_rows=rows, rollouts=rollouts, timelines={1: build_timeline()}, meta=meta)
+
+
+def build_timeline() -> Timeline:
+    """A step of 10 s: a rollout that two rewards run beneath, and an update in two micro-batches."""
+    spans = [("rollout", 0.0, 4.0), ("streamed reward", 2.0, 5.0), ("streamed reward", 3.0, 4.5), ("rewards", 4.0, 5.0)]
+    spans += [("draft learning", 5.0, 5.5), ("forward", 6.0, 7.0), ("backward", 7.0, 8.0), ("forward", 8.0, 8.5)]
+    spans += [("backward", 8.5, 9.0), ("optimiser", 9.0, 9.25)]
+    return Timeline(step_s=10.0, spans=tuple(Span(name=name, start_s=start, end_s=end) for name, start, end in spans))
 
 
 def build_console(is_terminal: bool = False) -> Console:
@@ -112,7 +122,12 @@ def test_a_saved_run_comes_back(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], step: int
 ) -> None:
     records = [build_step(8, 0, 1.0), build_step(4, 6, 2.5, num_waiting=3)]
-    history = RunHistory(log_rows=rows, rollouts={step: records}, meta={"task": "é", "baseline": [{"name": "a"}]})
+    history = RunHistory(
+        log_rows=rows,
+        rollouts={step: records},
+        timelines={step: build_timeline(), step + 1: Timeline(step_s=1.5, spans=())},
+        meta={"task": "é", "baseline": [{"name": "a"}]},
+    )
     directory = tmp_path_factory.mktemp("run")
     save_run(history, directory)
     assert load_run(directory) == history
@@ -149,6 +164,10 @@ def test_what_is_no_run_is_refused_by_name(tmp_path: Path) -> None:
             good | {"rollouts": {"1": [{name: value for name, value in record.items() if name != "step_s"}]}}
         ),
         "rollouts[1][0].hits must be a list of lists": json.dumps(good | {"rollouts": {"1": [record | {"hits": [1]}]}}),
+        "timelines[1].spans[0] lacks ['end_s']": json.dumps(
+            good | {"timelines": {"1": {"step_s": 1.0, "spans": [{"name": "rollout", "start_s": 0.0}]}}}
+        ),
+        "timelines are named by their training step": json.dumps(good | {"timelines": {"a": 1}}),
         "rollouts[1][0].plan must be a dict": json.dumps(good | {"rollouts": {"1": [record | {"plan": 3}]}}),
     }
     for message, text in broken.items():
@@ -177,6 +196,43 @@ def test_the_summary_names_the_baseline_of_each_speed_up() -> None:
     assert "9 training steps" in text
     assert "2.00x vs TRL [paged]" in text
     assert text.count("vs TRL") == 1  # `ours` does not say how many tokens/s: no speed-up is made up
+
+
+def test_phases_and_what_lies_between_them_make_the_step() -> None:
+    seconds = compute_phase_times(build_timeline())
+    assert seconds == {
+        "rollout": 4.0, "rewards": 1.0, "draft learning": 0.5, "log-probs": 0.0, "forward": 1.5, "backward": 1.5,
+        "optimiser": 0.25, "other": 1.25,
+    }  # fmt: skip
+    console = build_console()
+    print_summary(build_history(3), console)
+    table = read_text(console).split("A step by its phases")[1].split("Measured")[0]
+    assert re.search(r"forward\W+1\.50", table) and re.search(r"all\W+10\.00", table) and "log-probs" not in table
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), max_size=8))
+def test_streamed_rewards_of_one_lane_do_not_overlap(starts: list[tuple[int, int]]) -> None:
+    spans = [Span(name="streamed reward", start_s=start, end_s=start + length) for start, length in starts]
+    lanes = pack_lanes(spans)
+    for lane in set(lanes):
+        own = sorted((span.start_s, span.end_s) for span, its in zip(spans, lanes, strict=True) if its == lane)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(own))
+    most = max((sum(s.start_s <= second < s.end_s for s in spans) for second in range(15)), default=0)
+    assert len(set(lanes)) == most, "no more lanes than run at once"
+
+
+def test_the_picture_of_steps_shows_each_second_once() -> None:
+    later = Timeline(step_s=4.0, spans=(Span(name="rollout", start_s=1.0, end_s=3.0),))
+    (axes,) = build_step_picture({"trl": build_timeline(), "auto": later}, title="two steps").axes
+    bars = [bar for bar in axes.patches if bar.get_width()]
+    phases = [span for timeline in (build_timeline(), later) for span in timeline.spans]
+    assert sorted(bar.get_width() for bar in bars) == sorted([10.0, 4.0, *(s.end_s - s.start_s for s in phases)])
+    assert {text.get_text() for text in axes.texts} == {"10.0 s", "4.0 s", "2.0 s", "1.0 s", "0.5 s"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["trl", "auto"]
+    shown = {text.get_text() for text in axes.get_legend().get_texts()}
+    assert shown == {"streamed reward", *PHASES} - {"log-probs"}
+    with pytest.raises(ValueError, match="no step was timed"):
+        build_step_picture({}, title="none")
 
 
 def test_a_baseline_without_a_name_is_refused() -> None:

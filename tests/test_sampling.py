@@ -119,29 +119,31 @@ def test_a_group_does_not_collapse_into_one_completion():
 def test_temperature_zero_takes_the_largest_logit():
     logits = torch.randn(40, 30)
     params = [SamplingParams(temperature=0.0, stream=i, top_k=i % 5, top_p=1.0 - (i % 2) / 2) for i in range(40)]
-    tokens, logprobs = sample(logits, build_batch(params), torch.arange(30, dtype=torch.int32))
+    tokens, logprobs, entropies = sample(logits, build_batch(params), torch.arange(30, dtype=torch.int32))
     assert torch.equal(tokens, logits.argmax(-1))
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1))
+    torch.testing.assert_close(entropies, torch.distributions.Categorical(logits=logits).entropy())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_logprobs_are_those_of_the_scaled_distribution_before_truncation(dtype):
+def test_logprobs_and_entropies_are_those_of_the_scaled_distribution_before_truncation(dtype):
     logits = (torch.randn(50, 30, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     params = [SamplingParams(temperature=0.5 + i / 50, stream=i, top_k=5, top_p=0.8) for i in range(50)]
-    tokens, logprobs = sample(logits, build_batch(params), torch.arange(30, dtype=torch.int32))
+    tokens, logprobs, entropies = sample(logits, build_batch(params), torch.arange(30, dtype=torch.int32))
     temperature = torch.tensor([p.temperature for p in params])[:, None]
-    expected = (logits.double() / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
+    scaled = (logits.double() / temperature).log_softmax(-1)
+    torch.testing.assert_close(logprobs.double(), scaled.gather(1, tokens[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropies.double(), -(scaled.exp() * scaled).sum(-1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logprobs_tell_logits_that_are_not_finite(bad):
+def test_logprobs_and_entropies_tell_logits_that_are_not_finite(bad):
     logits = torch.randn(4, 20)
     logits[2, 7] = bad
     for settings in ({}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}):
         batch = build_batch([SamplingParams(stream=i, **settings) for i in range(4)])
-        logprobs = sample(logits, batch, torch.arange(20, dtype=torch.int32))[1]
-        assert torch.isnan(logprobs).tolist() == [False, False, True, False]
+        _, logprobs, entropies = sample(logits, batch, torch.arange(20, dtype=torch.int32))
+        assert torch.isnan(logprobs).tolist() == torch.isnan(entropies).tolist() == [False, False, True, False]
 
 
 # -- the noise -----------------------------------------------------------------------------------------------

@@ -102,6 +102,8 @@ def test_the_gradient_is_trls(tmp_path: Path, loss_type: str, is_old: bool) -> N
 )
 def test_the_gradient_is_trls_with(tmp_path: Path, keys: dict, peft: bool) -> None:
     trainer = build_trainer(tmp_path, speculation="off", peft=peft, **keys)
+    if "gradient_checkpointing" in keys:  # as `train` does
+        trainer.model.gradient_checkpointing_enable()
     if peft:
         with torch.no_grad():
             for name, p in trainer.model.named_parameters():

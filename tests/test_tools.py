@@ -92,7 +92,8 @@ def test_tools_are_called_and_their_results_answered(tmp_path: Path, is_async: b
         rounds.append([tokenizer.decode(ids) for ids in prompts])
         if len(rounds) == 1:
             ids = tokenizer(CALL)["input_ids"]
-            called = Completion(token_ids=ids, logprobs=[0.0] * len(ids), finish_reason="stop")
+            none = [0.0] * len(ids)
+            called = Completion(token_ids=ids, logprobs=none, entropies=none, finish_reason="stop")
             completions = [called if index in (1, 2) else each for index, each in enumerate(completions)]
         return [dataclasses.replace(each) for each in completions]
 

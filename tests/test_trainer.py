@@ -56,7 +56,7 @@ def count_reward(completion_ids: list[list[int]], **_: object) -> list[float]:
 
 
 def build_trainer(
-    folder: Path, *, reward=count_reward, chat: bool = True, peft: bool = False, **keys
+    folder: Path, *, model=None, reward=count_reward, chat: bool = True, peft: bool = False, **keys
 ) -> FastGRPOTrainer:
     questions = [f"what is {i}+{i}?" for i in range(32)]
     prompts = [[{"role": "user", "content": q}] for q in questions] if chat else questions
@@ -74,7 +74,7 @@ def build_trainer(
         "disable_tqdm": True,
     }
     trainer = FastGRPOTrainer(
-        build_model(),
+        model or build_model(),
         reward,
         FastGRPOConfig(str(folder), **(settings | keys)),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
@@ -121,6 +121,7 @@ def test_speculation_leaves_training_bit_identical(tmp_path: Path, peft: bool) -
     "keys",
     [
         {"num_iterations": 2},
+        {"per_device_train_batch_size": 4, "steps_per_generation": 4},
         {"steps_per_generation": 2, "gradient_accumulation_steps": 2, "loss_type": "grpo"},
         {"loss_type": "dr_grpo", "beta": 0.04, "peft": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
         {"chat": False, "eval_strategy": "steps", "eval_steps": 2, "drafter": "ngram", "max_num_seqs": 3},
@@ -138,6 +139,7 @@ def test_trl_settings_keep_their_meaning(tmp_path: Path, keys: dict) -> None:
     assert {
         "rollout/spec_accept_length",
         "rollout/tokens_per_s",
+        "rollout/cache_peak_bytes",
         "time/rollout_share",
         "plan/num_draft_tokens",
     } <= logged

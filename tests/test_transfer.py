@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import build_model
 from fastgrpo import attention, cache, sampling, transfer, tree, verify
+from fastgrpo.blocks import BLOCK_SIZE
 from fastgrpo.drafters import calibration
 from fastgrpo.engine import Engine
 from fastgrpo.kernels import cpu
@@ -86,7 +87,7 @@ def as_on_a_device(monkeypatch):
 
 def _read_all(batch):
     """What the fallback without our kernel asks of a device; the kernel does not."""
-    return batch.capacity
+    return batch.blocks.shape[1] * BLOCK_SIZE
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=["plain", "chain", "tree"])

@@ -109,14 +109,16 @@ def build_batch(count: int, settings: list[SamplingParams], positions: list[int]
     return SamplingBatch.build(sequences, torch.device("cpu"))
 
 
-def walk(row: list[Node], logits: torch.Tensor, batch: SamplingBatch, index: int) -> list[tuple[int, int, float]]:
-    """(node, token chosen there, log-prob) one node at a time, each sampled alone."""
+def walk(
+    row: list[Node], logits: torch.Tensor, batch: SamplingBatch, index: int
+) -> list[tuple[int, int, float, float]]:
+    """(node, token chosen there, log-prob, entropy) one node at a time, each sampled alone."""
     vocabulary = torch.arange(logits.shape[1], dtype=torch.int32)
     steps, node = [], 0
     while True:
         one = batch.rows(torch.tensor([index]), len(steps))
-        token_id, logprob = sample(logits[node : node + 1], one, vocabulary)
-        steps.append((node, int(token_id), float(logprob)))
+        token_id, logprob, entropy = sample(logits[node : node + 1], one, vocabulary)
+        steps.append((node, int(token_id), float(logprob), float(entropy)))
         children = [child for child, (_, parent) in enumerate(row) if parent == node]
         matching = [child for child in children if row[child][0] == int(token_id)]
         if not matching:
@@ -152,12 +154,13 @@ def test_the_walk_is_that_of_plain_python(rows, padding, seed, settings, positio
         count = len(steps)
         longest = max(longest, count)
         assert verdict.num_accepted[index] == count - 1
-        assert verdict.path[index, :count].tolist() == [node for node, _, _ in steps]
-        assert verdict.token_ids[index, :count].tolist() == [token_id for _, token_id, _ in steps]
-        assert verdict.logprobs[index, :count].tolist() == [logprob for _, _, logprob in steps]
+        assert verdict.path[index, :count].tolist() == [step[0] for step in steps]
+        assert verdict.token_ids[index, :count].tolist() == [step[1] for step in steps]
+        assert verdict.logprobs[index, :count].tolist() == [step[2] for step in steps]
+        assert verdict.entropies[index, :count].tolist() == [step[3] for step in steps]
         assert (verdict.path[index, count:] == -1).all()
         assert (num_children[index, count:] == 0).all()
-        for depth, (node, token_id, _) in enumerate(steps):
+        for depth, (node, token_id, *_) in enumerate(steps):
             siblings = [token for token, parent in row if parent == node]
             assert num_children[index, depth] == len(siblings)
             rank = siblings.index(token_id) if token_id in siblings else -1
@@ -192,6 +195,7 @@ def test_a_draft_never_changes_the_first_token(row, seed):
     drafted = verify(logits, build_draft([row]), start, batch, vocabulary)
     assert plain.token_ids[0, 0] == drafted.token_ids[0, 0]
     assert plain.logprobs[0, 0] == drafted.logprobs[0, 0]
+    assert plain.entropies[0, 0] == drafted.entropies[0, 0]
     assert count_hits(plain, Draft.roots(torch.tensor([row[0][0]]))) == ((), ())
 
 

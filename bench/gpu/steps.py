@@ -26,8 +26,9 @@ ROWS, NODES = (1, 4, 16, 64), (1, 2, 4, 8)
 def measure_forward(target: TargetModel, rows: int, nodes: int, context: int) -> float:
     """A forward of chains of `nodes` behind `context` positions of noise."""
     cache = target.build_cache(with_features=False)
-    cache.reserve(rows + target.num_spare_rows, context + nodes)
     cache.add_rows(rows)
+    for row in range(rows):
+        cache.reserve(row, context + nodes)
     for store in (cache.keys, cache.values):
         for layer in store.data:
             layer.normal_()
@@ -36,10 +37,8 @@ def measure_forward(target: TargetModel, rows: int, nodes: int, context: int) ->
         token_ids=torch.randint(target.vocab_size, (rows, nodes), device=device),
         num_nodes=torch.full((rows,), nodes, device=device),
         visible=torch.ones(rows, nodes, nodes, dtype=torch.bool, device=device).tril(),
-        rows=slice(0, rows),
-        row_numbers=torch.arange(rows, device=device),
+        blocks=cache.blocks,
         lengths=torch.full((rows,), context, device=device),
-        store=cache.keys,
         dtype=target.dtype,
         num_repeats=target.num_repeats,
         counts=[nodes] * rows,

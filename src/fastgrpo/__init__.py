@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastgrpo.rewards import per_completion
 from fastgrpo.types import Completion, SamplingParams, SpeculationPlan
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "SamplingParams",
     "SpeculationPlan",
     "__version__",
+    "per_completion",
 ]
 
 

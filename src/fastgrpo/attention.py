@@ -12,13 +12,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fastgrpo.cache import RowStore
+from fastgrpo.block_store import BlockStore
+from fastgrpo.cache import locate
 from fastgrpo.kernels import cpu, gpu
 from fastgrpo.transfer import is_host, upload
 
 ATTENTION_NAME = "fastgrpo_tree"
 _MOST_NODES = 64  # of one row that our kernels take
-_BLOCK = 64  # positions whose places the GPU kernel looks up at once; a row's capacity is a multiple
 READ_BLOCK = 16
 """Rows are read up to a multiple of this. A partly filled last block is summed in another order, so
 without it a row's half-precision result would depend on the length of its neighbours (PyTorch's CPU
@@ -34,9 +34,7 @@ class ForwardBatch:
     write_index: Int[Tensor, " T"]  # flat cache index of each token
     row_starts: Int[Tensor, " B"]  # first packed token of each row
     num_nodes: Int[Tensor, " B"]  # packed tokens of each row
-    rows: slice | Int[Tensor, " B"]  # cache rows read
-    places: Int[Tensor, " B"]  # flat cache index of each row's first position
-    capacity: int  # positions each row has room for
+    blocks: Int[Tensor, "B K"]  # flat cache index of the first position of each block of each row
     lengths: Int[Tensor, " B"]  # cached positions that every node of the row sees
     visible: Bool[Tensor, "B N E"]  # node n sees position lengths[b] + e
     pad_index: Int[Tensor, " T"] | None  # row * N + node of each token; None if no row is padded
@@ -49,10 +47,8 @@ class ForwardBatch:
         token_ids: Int[Tensor, "B N"],
         num_nodes: Int[Tensor, " B"],
         visible: Bool[Tensor, "B N E"],
-        rows: slice | Int[Tensor, " B"],
-        row_numbers: Int[Tensor, " B"],
+        blocks: Int[Tensor, "B K"],
         lengths: Int[Tensor, " B"],
-        store: RowStore,
         dtype: torch.dtype,
         num_repeats: int,
         counts: Sequence[int] | None = None,
@@ -64,12 +60,11 @@ class ForwardBatch:
             visible: `[b, i, e]` True iff new node i attends to node e, where the last N of the E
                 nodes are the new ones and the others stand in the cache already; a node sees itself
                 and its ancestors, so the number it sees gives its position.
-            rows, row_numbers: the cache rows, as a slice where they are contiguous, and as a tensor.
+            blocks: where the rows stand in the cache, as `SlotCache.blocks` says; there is room for the nodes.
             lengths: positions of those rows that every node sees.
-            store: where the tokens will be written, for its capacity.
             dtype, num_repeats: of the attention: its type, and query heads for each key head.
             counts: `num_nodes` where the host knows it. A device that would have to be asked computes the padding
-                too, behind its row's own nodes; nobody looks at what comes of it.
+                too, behind its row's own nodes, and so there is room for N of each; nobody looks at what comes of it.
         """
         width, num_visible = visible.shape[1:]
         index = torch.arange(width, device=token_ids.device)
@@ -77,8 +72,7 @@ class ForwardBatch:
             num_nodes = torch.full_like(num_nodes, width)
             counts = (width,) * len(num_nodes)
         pad_index = _find_used(num_nodes, width, counts)
-        places = row_numbers * store.capacity
-        flat = (places + lengths + (num_visible - width))[:, None] + index
+        flat = locate(blocks, (lengths + (num_visible - width))[:, None] + index)
         positions = lengths[:, None] + visible.sum(-1) - 1
         packed = (
             values.flatten() if pad_index is None else values.flatten()[pad_index]
@@ -88,9 +82,7 @@ class ForwardBatch:
             **dict(zip(("token_ids", "positions", "write_index"), packed, strict=True)),
             row_starts=num_nodes.cumsum(0) - num_nodes,
             num_nodes=num_nodes,
-            rows=rows,
-            places=places,
-            capacity=store.capacity,
+            blocks=blocks,
             lengths=lengths,
             visible=visible,
             pad_index=pad_index,
@@ -109,11 +101,6 @@ class ForwardBatch:
         return self.visible.shape[2] - self.most_nodes
 
     @functools.cached_property
-    def blocks(self) -> Int[Tensor, "B K"]:
-        """Flat cache index of the first position of each block of a row."""
-        return self.places[:, None] + torch.arange(0, self.capacity, _BLOCK, device=self.places.device)
-
-    @functools.cached_property
     def words(self) -> Int[Tensor, "B N W"]:
         """`visible` as bits of 64-bit words, the first in the lowest bit."""
         num_words = -(-self.visible.shape[2] // 64)
@@ -125,6 +112,12 @@ class ForwardBatch:
     def read_length(self) -> int:
         """Cache positions read where rows are read alike, the new tokens included; a multiple of READ_BLOCK."""
         return -(-(int((self.lengths + self.num_nodes).max()) + self.num_before) // READ_BLOCK) * READ_BLOCK
+
+    @functools.cached_property
+    def read_index(self) -> Int[Tensor, "B S"]:
+        """Flat cache index of the positions read where rows are read alike."""
+        slot = torch.arange(self.read_length, device=self.lengths.device)
+        return locate(self.blocks, slot.expand(len(self.blocks), -1))
 
     @functools.cached_property
     def mask(self) -> Float[Tensor, "B 1 repN S"]:
@@ -204,8 +197,8 @@ def tree_attention(
 
 def attend_to_rows(
     query: Float[Tensor, "M hd"],
-    keys: RowStore,
-    values: RowStore,
+    keys: BlockStore,
+    values: BlockStore,
     layer: int,
     batch: ForwardBatch,
     *,
@@ -229,14 +222,14 @@ def attend_to_rows(
             starts=batch.row_starts,
             num_nodes=batch.num_nodes,
             lengths=batch.lengths,
-            places=batch.places,
+            blocks=batch.blocks,
             visible=batch.visible,
             head_dim=head_dim,
             scale=scale,
         )
     num_kv_heads = keys.data.shape[-1] // head_dim
     key, value = (
-        store.data[layer, batch.rows, : batch.read_length].unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2)
+        store.read(layer, batch.read_index).unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2)
         for store in (keys, values)
     )
     tokens = query[: len(batch.token_ids)].unflatten(-1, (-1, head_dim))

@@ -1,149 +1,48 @@
-"""Rows of per-position state: keys and values, features. Running sequences own rows 0..B-1, no holes.
+"""The state of running sequences in blocks of positions: keys and values, features. No holes, hardly any copies.
 
-A row is one sequence, a position one token. Accepted nodes are gathered to the end of their row in
-one vectorised move; a finished row is filled by the last one, so that live rows stay contiguous and
-are read as views. Nothing else is copied: on a CPU room for the longest sequence is set aside at once and costs
-memory as it is written; elsewhere it grows with the live rows.
+A row is one sequence, a position one token. Each row has a table of blocks, taken as it grows and handed back with
+it, so that memory in use is that of live tokens and at most one block a row. Siblings share the blocks of their
+prompt; who writes into a shared block has a copy of it first. Accepted nodes are gathered to the end of their row in
+one vectorised move.
 """
 
 from __future__ import annotations
 
-import math
-import mmap
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastgrpo.block_store import BlockStore
+from fastgrpo.blocks import BLOCK_SIZE, BlockPool, count_blocks
+from fastgrpo.memory import is_out_of_memory
 from fastgrpo.transfer import is_host, upload
 
-_BLOCK = 64  # positions are allocated in blocks of this many
-_LAZY_BYTES = 2**20  # from here on the system's pages are taken as they are written
+_LEAST_BLOCKS = 16  # that room is made for
+_IDLE_BYTES = 64 * 2**20  # less memory that nobody uses is not worth giving back
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowPrefix:
-    """The first positions of a row, kept aside for siblings that still wait."""
+    """The first positions of a row, owned for siblings that still wait; to be dropped by who holds it."""
 
-    parts: tuple[Float[Tensor, "_ S _"], ...]  # one for each store
-
-
-class RowStore:
-    """[layers, rows, positions, width] of numbers with one owner, grown on demand.
-
-    Args:
-        num_layers: independent planes that move together.
-        width: numbers per position.
-        dtype, device: of the storage.
-    """
-
-    def __init__(self, *, num_layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.data = torch.zeros(num_layers, 0, 0, width, dtype=dtype, device=device)
-
-    @property
-    def num_rows(self) -> int:
-        return self.data.shape[1]
-
-    @property
-    def capacity(self) -> int:
-        """Positions each row can hold."""
-        return self.data.shape[2]
-
-    @property
-    def num_bytes(self) -> int:
-        """Set aside; on a CPU more than is in use."""
-        return self.data.numel() * self.data.element_size()
-
-    def resize(self, num_rows: int, capacity: int, used_rows: int, used_length: int) -> None:
-        """Move the first `used_*` rows and positions into room for `num_rows` of `capacity`; the rest is zero.
-
-        Zero, since a masked position still enters a product with weight zero and must not be NaN.
-
-        Raises:
-            OSError: the system does not promise so much memory.
-        """
-        kept = self.data[:, :used_rows, :used_length]
-        grown = _allocate((self.data.shape[0], num_rows, capacity, self.data.shape[3]), like=self.data)
-        grown[:, : kept.shape[1], : kept.shape[2]] = kept
-        self.data = grown
-
-    def flat(self, layer: int) -> Float[Tensor, "RS W"]:
-        """One layer with rows and positions as one axis: index row * capacity + position."""
-        return self.data[layer].view(-1, self.data.shape[3])
-
-    def write(self, layer: int, index: Int[Tensor, " T"], values: Float[Tensor, "T W"]) -> None:
-        self.flat(layer).index_copy_(0, index, values)
-
-    def move_positions(self, source: Int[Tensor, " M"], target: Int[Tensor, " M"]) -> None:
-        """Copy positions (flat indices) to others in every layer at once; all are read before any is written."""
-        flat = self.data.view(self.data.shape[0], -1, self.data.shape[3])
-        flat[:, target] = flat[:, source]
-
-    def move_row(self, source: int, target: int, length: int) -> None:
-        self.data[:, target, :length] = self.data[:, source, :length]
-
-    def snapshot(self, row: int, length: int) -> Tensor:
-        return self.data[:, row, :length].clone()
-
-    def restore(self, rows: list[int], part: Tensor) -> None:
-        for row in rows:
-            self.data[:, row, : part.shape[1]] = part
-
-    def clear(self) -> None:
-        self.data = self.data[:, :0, :0].clone()
-
-
-def reserve_rows(
-    stores: list[RowStore], num_rows: int, length: int, *, used_rows: int, used_length: int, expected: int = 0
-) -> None:
-    """Make room in all stores, which have as many rows of as many positions.
-
-    Where memory is taken as it is written, there is room for the expected length from the first, or else for twice the
-    length before; elsewhere for twice the length before, up to the expected one, while there is memory for it.
-
-    Args:
-        num_rows, length: rows, and positions of each, that are needed.
-        used_rows, used_length: the first ones of both are kept.
-        expected: positions that the longest row may come to.
-    """
-    held_rows, capacity = stores[0].num_rows, stores[0].capacity
-    if num_rows <= held_rows and length <= capacity:
-        return
-    num_rows, needed = max(num_rows, used_rows), max(length, used_length)
-    sizes = [needed]
-    if stores[0].data.device.type == "cpu":
-        sizes.insert(0, max(needed, expected, 2 * capacity if length > capacity else capacity))
-    elif length > capacity:  # it should seldom move
-        sizes.insert(0, max(needed, min(2 * capacity, expected)))
-    for size in sizes:
-        try:
-            for store in stores:
-                store.resize(num_rows, -(-size // _BLOCK) * _BLOCK, used_rows, used_length)
-            return
-        except (OSError, torch.OutOfMemoryError):
-            if size == needed:
-                raise
-
-
-def _allocate(shape: tuple[int, ...], *, like: Tensor) -> Tensor:
-    """Zeros; large ones on a CPU cost memory as they are written."""
-    num_bytes = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or num_bytes < _LAZY_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return like.new_zeros(shape)
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        pages.madvise(mmap.MADV_NOHUGEPAGE)  # else a row's first position would take two megabytes
-    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+    blocks: tuple[int, ...]
+    length: int
 
 
 class SlotCache:
-    """The state of every running sequence: keys, values and, if a drafter wants them, features.
+    """Keys, values and, if a drafter wants them, features of every running sequence: rows 0..B-1.
 
     Args:
-        num_layers, num_kv_heads, head_dim: of the target model.
+        num_layers, num_kv_heads, head_dim: of the model.
         feature_width: numbers per token kept for drafter and learner; 0 keeps none.
-        dtype: of keys and values. Features are kept in bfloat16 unless the model is wider.
+        dtype: of keys, values and features.
+
+    Attributes:
+        lengths: cached tokens of each running row.
     """
 
     def __init__(
@@ -158,89 +57,280 @@ class SlotCache:
     ) -> None:
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         width = num_kv_heads * head_dim
-        self.keys = RowStore(num_layers=num_layers, width=width, dtype=dtype, device=device)
-        self.values = RowStore(num_layers=num_layers, width=width, dtype=dtype, device=device)
+        self.keys = BlockStore(num_layers=num_layers, width=width, dtype=dtype, device=device)
+        self.values = BlockStore(num_layers=num_layers, width=width, dtype=dtype, device=device)
         self.features = (
-            RowStore(num_layers=1, width=feature_width, dtype=dtype, device=device) if feature_width else None
+            BlockStore(num_layers=1, width=feature_width, dtype=dtype, device=device) if feature_width else None
         )
-        self.lengths: list[int] = []  # cached tokens of each running row
+        self.lengths: list[int] = []
+        self._pool = BlockPool()
+        self._tables: list[list[int]] = []  # blocks of each row
+        self._prefixes: list[RowPrefix] = []  # that are held
+        self._blocks: Tensor | None = None  # of all tables, while they stay as they are
+        self._scratch: int | None = None  # a block without a row
         self._expected = 0
 
+    # -- memory --------------------------------------------------------------------------------------
+
     @property
-    def stores(self) -> list[RowStore]:
+    def stores(self) -> list[BlockStore]:
         return [store for store in (self.keys, self.values, self.features) if store is not None]
 
     @property
+    def block_bytes(self) -> int:
+        """One block in all layers and stores."""
+        return BLOCK_SIZE * sum(store.position_bytes for store in self.stores)
+
+    @property
     def num_bytes(self) -> int:
+        """Set aside; on a CPU more than is in use."""
         return sum(store.num_bytes for store in self.stores)
 
-    def expect(self, length: int) -> None:
-        """The longest row may come to so many positions."""
-        self._expected = length
+    @property
+    def used_bytes(self) -> int:
+        """Of the blocks that rows and held prefixes own, and of the scratch block."""
+        return self._pool.num_taken * self.block_bytes
 
-    def reserve(self, num_rows: int, length: int) -> None:
-        """Make room for `num_rows` rows of `length` positions each."""
-        used = max(self.lengths, default=0)
-        reserve_rows(
-            self.stores, num_rows, length, used_rows=len(self.lengths), used_length=used, expected=self._expected
-        )
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was in use at once since `begin`."""
+        return self._pool.most_taken * self.block_bytes
+
+    @property
+    def num_left(self) -> int:
+        """Blocks that may still be taken."""
+        return self._pool.num_left
+
+    def begin(self, *, expected_blocks: int = 0, limit: int | None = None) -> None:
+        """A rollout starts, with all rows empty.
+
+        Args:
+            expected_blocks: that may come to be in use at once. On a CPU there is room for them from the first.
+            limit: blocks in use at most; None: as many as there is memory for.
+        """
+        assert not self.lengths, f"{len(self.lengths)} rows run"
+        self._pool.limit = sys.maxsize if limit is None else limit
+        self._pool.most_taken = 0
+        self._expected = min(expected_blocks, self._pool.limit)
+
+    def _make_room(self) -> None:
+        """Storage for more blocks: on a CPU for all that are expected, elsewhere in large steps.
+
+        Where the system does not promise so much, for fewer.
+        """
+        held = self._pool.size
+        is_lazy = self.keys.data.device.type == "cpu"
+        wanted = max(self._expected if is_lazy else self._expected // 4, 2 * held, _LEAST_BLOCKS)
+        for size in (wanted, held + held // 4, held + 1):
+            size = max(min(size, self._pool.limit), held + 1)
+            try:
+                for store in self.stores:
+                    if store.num_blocks < size:
+                        store.resize(size, self._pool.end)
+                self._pool.size = size
+                return
+            except (OSError, RuntimeError) as error:
+                if size == held + 1 or not is_out_of_memory(error):
+                    raise
+
+    def _return_memory(self) -> None:
+        """Where more memory is idle than in use, the system has it back."""
+        num_idle = self._pool.num_idle
+        if num_idle >= self._pool.num_taken and num_idle * self.block_bytes >= _IDLE_BYTES:
+            runs = self._pool.pop_idle()
+            for store in self.stores:
+                store.release_memory(runs)
+
+    # -- rows ----------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> Int[Tensor, "B K"]:
+        """Index of the first position of each block of each row; filled up with the row's last block.
+
+        Not with one of another: what stands there may be read behind a row's end, and must be finite.
+        """
+        if self._blocks is None:
+            width = max(map(len, self._tables), default=0) or 1
+            padded = [table + (table[-1:] or [0]) * (width - len(table)) for table in self._tables]
+            self._blocks = BLOCK_SIZE * upload(padded, self.keys.data.device)
+        return self._blocks
+
+    def locate(self, rows: Int[Tensor, " T"], positions: Int[Tensor, " T"]) -> Int[Tensor, " T"]:
+        """Where positions of rows stand in a store."""
+        return self.blocks[rows, positions // BLOCK_SIZE] + positions % BLOCK_SIZE
 
     def add_rows(self, count: int) -> None:
         """New empty rows behind the running ones."""
         self.lengths.extend([0] * count)
-        assert len(self.lengths) <= self.keys.num_rows, f"{len(self.lengths)} rows, reserved {self.keys.num_rows}"
+        self._tables.extend([] for _ in range(count))
+        self._blocks = None
 
-    def snapshot(self, row: int, length: int) -> RowPrefix:
-        return RowPrefix(parts=tuple(store.snapshot(row, length) for store in self.stores))
+    def reserve(self, row: int, length: int) -> None:
+        """Make room for `length` positions of a row; those from its own length on may be written then.
 
-    def restore(self, rows: list[int], prefix: RowPrefix) -> None:
-        """Begin rows with a kept prefix."""
-        for store, part in zip(self.stores, prefix.parts, strict=True):
-            store.restore(rows, part)
-        for row in rows:
-            self.lengths[row] = prefix.parts[0].shape[1]
+        Raises:
+            MemoryError, OSError, torch.OutOfMemoryError: the limit is reached, or there is no more memory.
+        """
+        table = self._tables[row]
+        if self._writes_shared(row, length):
+            place = self.lengths[row] // BLOCK_SIZE
+            fresh = self._take()
+            for store in self.stores:
+                store.copy_block(table[place], fresh)
+            self._pool.give_back(table[place])
+            table[place], self._blocks = fresh, None
+        while len(table) * BLOCK_SIZE < length:
+            table.append(self._take())
+            self._blocks = None
+
+    def count_missing(self, row: int, length: int) -> int:
+        """Blocks that `reserve` takes."""
+        return max(count_blocks(length) - len(self._tables[row]), 0) + self._writes_shared(row, length)
+
+    def _writes_shared(self, row: int, length: int) -> bool:
+        own = self.lengths[row]
+        return length > own and own % BLOCK_SIZE > 0 and self._pool.is_shared(self._tables[row][own // BLOCK_SIZE])
+
+    def _take(self) -> int:
+        if self._pool.is_full and self._pool.num_left > 0:
+            self._make_room()
+        return self._pool.take()
+
+    def take_scratch(self) -> int:
+        """Index of the first position of a block that no row reads, for padding to be written to.
+
+        Taken when first asked for, under the limit as any other, and kept until `clear`.
+
+        Raises:
+            MemoryError, OSError, torch.OutOfMemoryError: the limit is reached, or there is no more memory.
+        """
+        if self._scratch is None:
+            self._scratch = self._take()
+        return BLOCK_SIZE * self._scratch
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget a row's positions from `length` on, and give back their blocks."""
+        assert length <= self.lengths[row], f"row {row} holds {self.lengths[row]} positions, not {length}"
+        self.lengths[row] = length
+        table, num_kept = self._tables[row], count_blocks(length)
+        if num_kept < len(table):
+            for block in table[num_kept:]:
+                self._pool.give_back(block)
+            del table[num_kept:]
+            self._blocks = None
+
+    def trim(self) -> None:
+        """Give back the blocks behind every row's own length."""
+        for row, length in enumerate(self.lengths):
+            self.truncate(row, length)
+
+    def remove_row(self, row: int) -> None:
+        """Free a row; the last row takes its place."""
+        self.truncate(row, 0)
+        self.lengths[row], self._tables[row] = self.lengths[-1], self._tables[-1]
+        self.lengths.pop()
+        self._tables.pop()
+        self._blocks = None
+        self._return_memory()
+
+    def release(self, row: int, last_row: int) -> None:
+        """`remove_row` where the last rows may not have been added yet: those are empty."""
+        if last_row < len(self.lengths):
+            self.remove_row(row)
+        elif row < len(self.lengths):
+            self.truncate(row, 0)
 
     def commit(self, path: Int[Tensor, "B D"], num_tokens: list[int]) -> None:
         """Keep the walked path of each row: node `path[b, j]` becomes position length + j.
 
-        Chains need no move. `num_tokens[b]` tokens (root included) are added to row b.
+        Chains need no move; a device is not asked for them, and copies theirs onto themselves. `num_tokens[b]` tokens
+        (root included) are added to row b.
         """
-        step = torch.arange(path.shape[1], device=path.device)
-        moves = path > step
-        if not is_host(path) or bool(moves.any()):  # a device is not asked: what need not move is copied onto itself
-            lengths = upload(self.lengths, path.device)
-            start = (lengths + torch.arange(len(lengths), device=path.device) * self.keys.capacity)[:, None]
-            source, target = (start + place for place in (torch.where(moves, path, step), step))
-            chosen = moves if is_host(path) else ...
-            source, target = source[chosen].flatten(), target.expand_as(source)[chosen].flatten()
+        rows, depth = _find_moves(path) if is_host(path) else upload(list_walked(num_tokens, first=1), path.device)
+        if len(rows):
+            start = upload(self.lengths, path.device)[rows]
+            source, target = self.locate(rows, start + path[rows, depth]), self.locate(rows, start + depth)
             self.keys.move_positions(source, target)
             self.values.move_positions(source, target)
         self.lengths = [length + count for length, count in zip(self.lengths, num_tokens, strict=True)]
 
-    def truncate(self, row: int, length: int) -> None:
-        """Forget a row's positions from `length` on."""
-        assert length <= self.lengths[row], f"row {row} holds {self.lengths[row]} positions, not {length}"
-        self.lengths[row] = length
+    def read_features(self, row: int) -> Float[Tensor, "T W"] | None:
+        """A copy of a row's features."""
+        if self.features is None:
+            return None
+        positions = torch.arange(self.lengths[row], device=self.features.data.device)
+        index = self.locate(torch.full_like(positions, row), positions)
+        return self.features.read(0, index[None])[0]
 
-    def remove_row(self, row: int) -> None:
-        """Free a row; the last row takes its place."""
-        last = len(self.lengths) - 1
-        if row != last:
-            for store in self.stores:
-                store.move_row(last, row, self.lengths[last])
-            self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
+    # -- prefixes ------------------------------------------------------------------------------------
+
+    def hold(self, row: int, length: int) -> RowPrefix:
+        """Own the first positions of a row, whatever becomes of it."""
+        assert length <= self.lengths[row], f"row {row} holds {self.lengths[row]} positions, not {length}"
+        prefix = RowPrefix(blocks=tuple(self._tables[row][: count_blocks(length)]), length=length)
+        for block in prefix.blocks:
+            self._pool.share(block)
+        self._prefixes.append(prefix)
+        return prefix
+
+    def restore(self, rows: Iterable[int], prefix: RowPrefix) -> None:
+        """Begin rows with a held prefix."""
+        for row in rows:
+            self.truncate(row, 0)
+            for block in prefix.blocks:
+                self._pool.share(block)
+            self._tables[row], self.lengths[row] = list(prefix.blocks), prefix.length
+        self._blocks = None
+
+    def drop(self, prefix: RowPrefix) -> None:
+        """Hold a prefix no longer."""
+        self._prefixes = [held for held in self._prefixes if held is not prefix]
+        for block in prefix.blocks:
+            self._pool.give_back(block)
+
+    def share(self, source: int, rows: Iterable[int], length: int) -> None:
+        """Begin rows with the first positions of another one."""
+        prefix = self.hold(source, length)
+        self.restore(rows, prefix)
+        self.drop(prefix)
+
+    # -- the end -------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Drop every row and give the memory back."""
-        self.lengths = []
+        """Drop every row and prefix and give the memory back."""
+        self.lengths, self._tables, self._prefixes, self._blocks, self._scratch = [], [], [], None, None
+        self._pool.clear()
         for store in self.stores:
             store.clear()
 
     def check(self, expected_lengths: list[int]) -> None:
-        """Assert the conservation laws: one row a sequence, no holes, nothing beyond its store."""
+        """Assert the conservation laws: one row a sequence, blocks for its tokens and no more, nothing lost."""
         assert self.lengths == expected_lengths, f"cache holds {self.lengths}, sequences say {expected_lengths}"
+        for row, (length, table) in enumerate(zip(self.lengths, self._tables, strict=True)):
+            assert len(table) == count_blocks(length), f"row {row}: {len(table)} blocks for {length} positions"
+        scratch = [] if self._scratch is None else [self._scratch]
+        self._pool.check((*self._tables, *(prefix.blocks for prefix in self._prefixes), scratch))
         for store in self.stores:
-            assert store.num_rows >= len(self.lengths), f"{len(self.lengths)} rows in a store of {store.num_rows}"
-            assert store.capacity >= max(self.lengths, default=0), f"{self.lengths} beyond {store.capacity}"
-            assert store.capacity == self.keys.capacity, "stores disagree on capacity"
+            assert store.num_blocks >= self._pool.size, f"{store.num_blocks} blocks stored of {self._pool.size}"
+
+
+def list_walked(num_tokens: list[int], first: int = 0) -> list[list[int]]:
+    """Rows, and depths from `first` on, of the nodes of paths of so many tokens."""
+    places = [(row, depth) for row, count in enumerate(num_tokens) for depth in range(first, count)]
+    return [[row for row, _ in places], [depth for _, depth in places]]
+
+
+def _find_moves(path: Int[Tensor, "B D"]) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
+    """Rows and depths of the nodes that do not stand where they belong."""
+    rows, depth = (path > torch.arange(path.shape[1])).nonzero(as_tuple=True)
+    return rows, depth
+
+
+def locate(blocks: Int[Tensor, "B K"], positions: Int[Tensor, "B X"]) -> Int[Tensor, "B X"]:
+    """Where positions of rows stand in a store, those beyond a row's table anywhere.
+
+    Args:
+        blocks: index of the first position of each block of each row.
+    """
+    place = (positions // BLOCK_SIZE).clamp(max=blocks.shape[1] - 1)
+    return blocks.gather(1, place) + positions % BLOCK_SIZE

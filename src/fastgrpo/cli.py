@@ -27,6 +27,7 @@ from fastgrpo.options import (
     OrderOptions,
     PlansOptions,
     ProfileOptions,
+    RewardsOptions,
     RolloutOptions,
     SimulateOptions,
     add_options,
@@ -109,6 +110,12 @@ _BENCHMARKS = (
         "replay recorded drafts against every planner, here or on larger machines",
         SimulateOptions,
         "bench.simulate:run_simulate_bench",
+    ),
+    Command(
+        "rewards",
+        "a slow reward asked for after the rollout, and while others decode",
+        RewardsOptions,
+        "bench.rewards:run_rewards_bench",
     ),
     Command("e2e", "training steps of TRL's trainer and of ours, in turn", E2EOptions, "bench.e2e:run_e2e_bench"),
 )

@@ -130,7 +130,9 @@ def load_demo_model_dir(cache_dir: Path | None = None) -> Path:
     return target
 
 
-def build_task_dataset(task: str, *, size: int, seed: int, instruction: str | None = None, **config: Any) -> Dataset:
+def build_task_dataset(
+    task: str, *, size: int, seed: int, instruction: str | None = None, num_examples: int = 0, **config: Any
+) -> Dataset:
     """Prompts with checkable answers, ready for TRL and `rewards.answer_reward`.
 
     Args:
@@ -138,6 +140,8 @@ def build_task_dataset(task: str, *, size: int, seed: int, instruction: str | No
         size: number of prompts.
         seed: different seeds give different entries, the same seed the same ones.
         instruction: the system message instead of the task's own; "" leaves it out.
+        num_examples: solved problems put before each question as earlier turns of the chat, the same for all
+            prompts: the entries that follow those of the questions.
         config: settings of the reasoning-gym dataset, over those of `TASKS`.
 
     Returns:
@@ -145,15 +149,22 @@ def build_task_dataset(task: str, *, size: int, seed: int, instruction: str | No
         has none), `task` and `entry` (JSON of the reasoning-gym entry, which the scorer needs).
 
     Raises:
-        ValueError: unknown task, setting or value, or a task whose answers cannot be scored from text.
+        ValueError: unknown task, setting or value, a task whose answers cannot be scored from text, or examples of a
+            task that comes without answers.
     """
+    if num_examples < 0:
+        raise ValueError(f"num_examples must be at least 0, got {num_examples}")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
     known = TASKS.get(task, Task(name=task, description="a reasoning-gym dataset"))
-    entries = _generate_entries(task, {**known.config, **config, "size": size, "seed": seed * _SEED_STRIDE % 2**32})
+    settings = {**known.config, **config, "seed": seed * _SEED_STRIDE % 2**32}
+    entries = _generate_entries(task, settings | {"size": size + num_examples})
+    entries, solved = entries[:size], entries[size:]
     _check_scorable(task, entries[0])
-    system = known.instruction if instruction is None else instruction
+    before = _build_examples(task, known.instruction if instruction is None else instruction, solved)
     return _to_dataset(
         {
-            "prompt": [_build_messages(system, entry["question"]) for entry in entries],
+            "prompt": [[*before, {"role": "user", "content": entry["question"]}] for entry in entries],
             "answer": [entry["answer"] if isinstance(entry["answer"], str) else "" for entry in entries],
             "task": [task] * size,
             "entry": [_to_json(entry) for entry in entries],
@@ -276,8 +287,6 @@ def _generate_entries(task: str, config: dict[str, Any]) -> list[dict[str, Any]]
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4) or sorted(TASKS)
         raise ValueError(f"unknown task {task!r}; did you mean {' or '.join(near)}?")
-    if config["size"] < 1:
-        raise ValueError(f"size must be at least 1, got {config['size']}")
     try:
         generator = create_dataset(task, **config)
     except (AssertionError, TypeError) as error:  # how reasoning-gym refuses values and names
@@ -301,9 +310,15 @@ def _to_json(entry: dict[str, Any]) -> str:
     return json.dumps(entry, default=str)  # metadata may hold fractions; no scorer reads those
 
 
-def _build_messages(system: str, question: str) -> list[dict[str, str]]:
+def _build_examples(task: str, system: str, solved: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """What stands before a question: the system message, and problems with their answers."""
     messages = [{"role": "system", "content": system}] if system else []
-    return [*messages, {"role": "user", "content": question}]
+    for entry in solved:
+        if not isinstance(entry["answer"], str):
+            raise ValueError(f"task {task!r} comes without answers to show: set the number of examples to 0")
+        messages.append({"role": "user", "content": entry["question"]})
+        messages.append({"role": "assistant", "content": f"The answer is {entry['answer']}."})
+    return messages
 
 
 def _parse_prompt(line: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fastgrpo.attention import ForwardBatch, attend_to_rows
 from fastgrpo.cache import SlotCache
 from fastgrpo.kernels import cpu, gpu
-from fastgrpo.kernels.linear import PackedLinear, may_pack, round_up
+from fastgrpo.kernels.linear import PackedLinear, may_pack, round_up, wants_round_rows
 
 NO_KERNELS = "the kernels are not compiled"
 _LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer")
@@ -73,8 +73,9 @@ class FusedDecoder:
         self._decoder, self._dtype = decoder, dtype
         self._kernels = _find_kernels(decoder.embed_tokens.weight)
         assert self._kernels is not None, "ask find_obstacle first"
-        self._packs = dtype == torch.bfloat16 and may_pack(decoder)
-        self._layers = [_Layer(layer, self._packs) for layer in decoder.layers]
+        packs = self._kernels is cpu and may_pack(decoder)
+        self._rounds_rows = packs and wants_round_rows(dtype)
+        self._layers = [_Layer(layer, packs) for layer in decoder.layers]
         self._norm = _Norm.read(decoder.norm)
 
     def run(
@@ -107,7 +108,7 @@ class FusedDecoder:
         return hidden[:num_tokens], inputs
 
     def _add_norm(self, residual: Tensor, delta: Tensor | None, norm: _Norm) -> Tensor:
-        padded = round_up(len(residual)) if self._packs else None
+        padded = round_up(len(residual)) if self._rounds_rows else None
         return self._kernels.add_norm(residual, delta, norm.weight, norm.eps, self._dtype, padded=padded)
 
 

@@ -76,6 +76,7 @@ def run_demo(options: DemoOptions, command: str, console: Console | None = None)
     history = RunHistory(
         log_rows=trainer.state.log_history,
         rollouts=callback.rollouts,
+        timelines=callback.timelines,
         meta=facts | describe_run(command, dataclasses.asdict(options)),
     )
     write_report(history, Path(options.output), console)

@@ -65,7 +65,7 @@ class DraftLoss(torch.autograd.Function):
             target_logits = F.linear(target_hidden[part].to(rows.dtype), rows)
             found, of_logits = _compare(logits, target_logits, temperature[part], weights[:, part], name)
             totals += found
-            gradient[:, part] = (of_logits.flatten(0, 1) @ rows).view(own.shape).to(gradient.dtype)
+            gradient[:, part] = torch.mm(of_logits.flatten(0, 1), rows).view(own.shape).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return totals
 

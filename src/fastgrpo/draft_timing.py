@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastgrpo.drafters.drafter import DraftContext
+from fastgrpo.memory import is_out_of_memory
 from fastgrpo.model import TargetModel
 from fastgrpo.planner.profile import interpolate
 from fastgrpo.sampling import SamplingBatch
-from fastgrpo.timing import MOST_RUNS, Timing, is_out_of_memory, level, measure_on
+from fastgrpo.timing import MOST_RUNS, Timing, level, measure_on
 from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def time_drafts(target: TargetModel, drafter: Drafter) -> tuple[TimedDraft, ...]
     try:
         for num_seqs, num_new in (*((n, _NEW) for n in _NUM_SEQS), (_PRICED_SEQS, _MANY_NEW)):
             drafts += [_time_draft(target, drafter, num_seqs, plan, num_new) for plan in (_SHALLOW, _DEEP)]
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if not is_out_of_memory(error) or not drafts:
             raise
         warnings.warn(
@@ -100,14 +101,15 @@ def _time_draft(
     sequences = [_build_sequence(request_id) for request_id in range(num_seqs)]
     sampling = SamplingBatch.build_blank(num_seqs, device)
     pending = torch.ones(num_seqs, dtype=torch.int64, device=device)
-    cache.reserve(num_seqs, _CONTEXT + num_new * MOST_RUNS)
     cache.add_rows(num_seqs)
-    cache.lengths = [sequence.num_cached for sequence in sequences]
+    for row in range(num_seqs):
+        cache.reserve(row, _CONTEXT + num_new * MOST_RUNS)
 
     def run() -> None:
         for sequence in sequences:
             sequence.token_ids += [1] * num_new
-        cache.reserve(num_seqs, sequences[0].num_cached)
+        for row, sequence in enumerate(sequences):  # no more than is there, but on a clock that stands still
+            cache.reserve(row, sequence.num_cached)
         cache.lengths = [sequence.num_cached for sequence in sequences]
         context = DraftContext(sequences=sequences, sampling=sampling, pending_token_ids=pending, cache=cache)
         drafter.propose(context, plan)

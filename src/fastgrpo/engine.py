@@ -15,10 +15,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from fastgrpo.admission import Admission
 from fastgrpo.attention import ForwardBatch
+from fastgrpo.cache import list_walked
 from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.none import NoDrafter
+from fastgrpo.memory import is_out_of_memory
 from fastgrpo.model import ForwardOutput, TargetModel
 from fastgrpo.planner import (
     MEASURED,
@@ -36,10 +39,9 @@ from fastgrpo.scheduler import Scheduler
 from fastgrpo.timing import Stopwatch
 from fastgrpo.transfer import download, upload
 from fastgrpo.tree import Draft, compute_ancestors
-from fastgrpo.types import Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
+from fastgrpo.types import PLAIN, Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
 from fastgrpo.verify import Outcome, Verdict, read_outcome, verify
 
-_MOST_NODES = 64  # of a draft behind a full row, for which there is room from the first
 DEFAULT_FIXED_PLAN = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
 
 
@@ -47,13 +49,34 @@ DEFAULT_FIXED_PLAN = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
 class FinishedRollout:
     """One finished sequence as a learner wants it.
 
-    `features[i]` belongs to token i of prompt + completion; the last token has none.
+    `features[i]` belongs to token i of prompt + completion; the last token has none. `request_id` is the place of its
+    prompt among those of `Engine.generate`; None for one that comes from elsewhere, such as a file.
     """
 
     prompt_ids: list[int]
     token_ids: list[int]
     temperature: float
     features: Float[Tensor, "T W"] | None
+    request_id: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Attempt:
+    """What a step has computed before anything is kept of it: if memory runs out on the way, it is made again."""
+
+    num_prefilled: int
+    num_preempted: int
+    inputs: PlanInputs
+    plan: SpeculationPlan
+    pool: Draft  # all that was drafted
+    draft: Draft  # what was verified of it
+    batch: ForwardBatch
+    output: ForwardOutput
+    verdict: Verdict
+    outcome: Outcome
+    prefilled: float  # times at which a part ended
+    drafted: float
+    forwarded: float
 
 
 class Engine:
@@ -71,9 +94,12 @@ class Engine:
         tokenizer: the model's, compared with that of a drafter from a folder; None looks where the model came from.
         profile: what forwards and drafts cost: measured before, or a file of `fastgrpo profile`; None takes what the
             cache has of this machine, model and drafter (see `profile_files`), or measures at first use.
+        max_cache_bytes: of keys, values and features together; a drafter's own rows are not counted. Where it is
+            reached, the youngest sequences wait and are computed anew. None takes most of what is free when a rollout
+            starts.
 
     Raises:
-        ValueError: the model, drafter, speculation or profile cannot be used; the message names the remedy.
+        ValueError: the model, drafter, speculation, profile or bound cannot be used; the message names the remedy.
         FileNotFoundError: there is no such profile.
     """
 
@@ -88,6 +114,7 @@ class Engine:
         compute_dtype: torch.dtype | None = None,
         tokenizer: Any = None,
         profile: HardwareProfile | str | Path | None = None,
+        max_cache_bytes: int | None = None,
     ) -> None:
         self.target = TargetModel(model, compute_dtype=compute_dtype, tokenizer=tokenizer)
         self.drafter = build_drafter(drafter, self.target)
@@ -98,6 +125,14 @@ class Engine:
         self.scheduler = Scheduler(max_num_seqs)
         self.cache = self.target.build_cache(with_features=self.drafter.wants_features)
         self.prefiller = Prefiller(self.target, self.cache, self.scheduler)
+        self.admission = Admission(
+            self.scheduler,
+            self.cache,
+            self.prefiller,
+            self.drafter,
+            max_bytes=max_cache_bytes,
+            target=self.target,
+        )
         self.planner: Planner | None = None
         self._fixed_plan = fixed_plan
         self._speculation = speculation
@@ -141,7 +176,9 @@ class Engine:
             Completions in the order of the prompts, a function of model, prompt, params and seed alone.
 
         Raises:
-            ValueError: a prompt is empty, too long or has ids out of range; nothing has been generated.
+            ValueError: a prompt is empty, too long or has ids out of range, or does not fit the bound on memory with
+                the tokens it may get; nothing has been generated.
+            MemoryError: memory ran out with a single sequence left running; says what would have fitted.
             FloatingPointError: the model's logits are not finite; names request and position.
         """
         sequences = self._build_sequences(prompt_token_ids, SamplingParams() if params is None else params)
@@ -152,7 +189,7 @@ class Engine:
             with self.target.rollout_mode():
                 self._ensure_planner().begin()
                 self.drafter.begin()
-                self.cache.expect(max(len(s.prompt_ids) + s.max_tokens for s in sequences) + _MOST_NODES)
+                self.admission.begin(sequences)
                 for sequence in sequences:
                     self.scheduler.add(sequence)
                 while self.scheduler.has_work:
@@ -163,7 +200,12 @@ class Engine:
         finally:
             self._reset()
         return [
-            Completion(token_ids=s.token_ids, logprobs=s.logprobs, finish_reason=s.finish_reason or "length")
+            Completion(
+                token_ids=s.token_ids,
+                logprobs=s.logprobs,
+                entropies=s.entropies,
+                finish_reason=s.finish_reason or "length",
+            )
             for s in sequences
         ]
 
@@ -174,50 +216,37 @@ class Engine:
     def step(self) -> StepRecord:
         """Advance every running sequence by at least one token; call inside `target.rollout_mode`."""
         started = time.perf_counter()
-        num_prefilled = self._admit()
-        prefilled = time.perf_counter()
-        running = self.scheduler.running
-        context = self._build_context()
-        num_read = sum(self.cache.lengths)
-        inputs = self._build_plan_inputs(num_read)
-        planner = self._ensure_planner()
-        with self._planning:
-            plan = planner.plan(inputs)
-        pool = Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
-        draft = self._spend_budget(pool, plan, inputs)
-        drafted = time.perf_counter()
-        batch = self._layout(draft, plan.depth)
-        output, logits = self.target.decode(batch, self.cache)
-        forwarded = time.perf_counter()
-        verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary, plan.depth)
-        outcome = read_outcome(verdict, draft, pool)
-        num_emitted = self._commit(verdict, outcome, output, batch)
+        attempt = self._attempt_until_it_fits()
+        plan, outcome = attempt.plan, attempt.outcome
+        num_seqs, cache_bytes = len(self.scheduler.running), self.cache.used_bytes
+        num_emitted = self._commit(attempt)
         if self._judge is not None and not plan.is_plain:
-            self._judge(draft, verdict)
-        num_seqs = len(running)
+            self._judge(attempt.draft, attempt.verdict)
         self._retire()
         finished = time.perf_counter()
         record = StepRecord(
             num_seqs=num_seqs,
             num_waiting=len(self.scheduler.waiting),
             plan=plan,
-            num_tokens=len(batch.token_ids),
+            num_tokens=len(attempt.batch.token_ids),
             num_emitted=num_emitted,
-            num_read=num_read,
-            num_prefilled=num_prefilled,
+            num_read=attempt.inputs.num_read,
+            num_prefilled=attempt.num_prefilled,
             offered=outcome.offered,
             hits=outcome.hits,
-            prefill_s=prefilled - started,
-            draft_s=drafted - prefilled,
-            target_s=forwarded - drafted,
-            verify_s=finished - forwarded,
+            prefill_s=attempt.prefilled - started,
+            draft_s=attempt.drafted - attempt.prefilled,
+            target_s=attempt.forwarded - attempt.drafted,
+            verify_s=finished - attempt.forwarded,
             step_s=finished - started,
-            num_unread=inputs.num_unread,
+            num_unread=attempt.inputs.num_unread,
             num_promised=outcome.num_promised,
+            num_preempted=attempt.num_preempted,
+            cache_bytes=cache_bytes,
             plan_s=self._planning.take_s(),
         )
         with self._planning:
-            planner.observe(record)
+            self._ensure_planner().observe(record)
         return record
 
     def check(self) -> None:
@@ -227,12 +256,58 @@ class Engine:
 
     # -- the rooms behind `step` ---------------------------------------------------------------------
 
-    def _admit(self) -> int:
-        """Let waiting sequences in and compute their prompts; returns the prompt tokens computed."""
-        admitted = self.scheduler.admit()
-        for sequence in admitted:
-            self.drafter.observe(sequence, 0)
-        return self.prefiller.prefill(admitted)
+    def _attempt_until_it_fits(self) -> _Attempt:
+        """Where memory runs out, once more without a draft, and with ever fewer sequences."""
+        num_preempted, is_plain = 0, False
+        while True:
+            try:
+                attempt = self._attempt(is_plain)
+                return replace(attempt, num_preempted=attempt.num_preempted + num_preempted)
+            except (MemoryError, OSError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                num_running = len(self.scheduler.running)
+                if num_running > 1 or is_plain:
+                    self.admission.shrink(error)
+                num_preempted += num_running - len(self.scheduler.running)
+                is_plain = True
+
+    def _attempt(self, is_plain: bool) -> _Attempt:
+        """Schedule, plan, propose, forward, verify."""
+        admitted = self.admission.admit()
+        prefilled = time.perf_counter()
+        context = self._build_context()
+        inputs = self._build_plan_inputs(sum(self.cache.lengths))
+        plan = PLAIN if is_plain else self._choose_plan(inputs)
+        pool = Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
+        draft = self._spend_budget(pool, plan, inputs)
+        drafted = time.perf_counter()
+        batch = self._layout(draft, plan.depth)
+        output, logits = self.target.decode(batch, self.cache)
+        forwarded = time.perf_counter()
+        verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary, plan.depth)
+        return _Attempt(
+            num_prefilled=admitted.num_prefilled,
+            num_preempted=admitted.num_preempted,
+            inputs=inputs,
+            plan=plan,
+            pool=pool,
+            draft=draft,
+            batch=batch,
+            output=output,
+            verdict=verdict,
+            outcome=read_outcome(verdict, draft, pool),
+            prefilled=prefilled,
+            drafted=drafted,
+            forwarded=forwarded,
+        )
+
+    def _choose_plan(self, inputs: PlanInputs) -> SpeculationPlan:
+        """The planner's, or plain decoding where the cache has no room for its nodes."""
+        planner = self._ensure_planner()
+        with self._planning:
+            plan = planner.plan(inputs)
+        return plan if plan.is_plain or self.admission.fits(1 + plan.tree_size) else PLAIN
 
     def _build_context(self) -> DraftContext:
         running = self.scheduler.running
@@ -266,45 +341,44 @@ class Engine:
 
     def _layout(self, draft: Draft, depth: int) -> ForwardBatch:
         """Room for the draft's nodes, of `depth` levels at most, behind every running row."""
-        num_rows, width = draft.token_ids.shape
-        self.cache.reserve(num_rows + self.target.num_spare_rows, max(self.cache.lengths) + width)
-        device = self.target.device
+        for row, length in enumerate(self.cache.lengths):
+            self.cache.reserve(row, length + draft.token_ids.shape[1])
         return ForwardBatch.build(
             token_ids=draft.token_ids,
             num_nodes=draft.num_nodes,
             visible=compute_ancestors(draft.parents, depth),
-            rows=slice(0, num_rows),
-            row_numbers=torch.arange(num_rows, device=device),
-            lengths=upload(self.cache.lengths, device),
-            store=self.cache.keys,
+            blocks=self.cache.blocks,
+            lengths=upload(self.cache.lengths, self.target.device),
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
             counts=draft.counts,
         )
 
-    def _commit(self, verdict: Verdict, outcome: Outcome, output: ForwardOutput, batch: ForwardBatch) -> int:
+    def _commit(self, attempt: _Attempt) -> int:
         """Keep the walked paths: cache, features, tokens. Returns the number of tokens emitted."""
-        running = self.scheduler.running
+        running, outcome, features = self.scheduler.running, attempt.outcome, attempt.output.features
         counts = [count + 1 for count in outcome.num_accepted]
         self._check_finite(outcome.logprobs)
-        if output.features is not None:
-            self._write_features(verdict, output.features, batch)
-        self.cache.commit(verdict.path, counts)
+        if features is not None:
+            self._write_features(attempt.verdict, counts, features, attempt.batch)
+        self.cache.commit(attempt.verdict.path, counts)
         num_emitted = 0
         for slot, (sequence, count) in enumerate(zip(running, counts, strict=True)):
-            kept = sequence.append(outcome.token_ids[slot][:count], outcome.logprobs[slot][:count])
+            logprobs, entropies = outcome.logprobs[slot][:count], outcome.entropies[slot][:count]
+            kept = sequence.append(outcome.token_ids[slot][:count], logprobs, entropies)
             self.cache.truncate(slot, sequence.num_cached)
             self.drafter.observe(sequence, kept)
             num_emitted += kept
         return num_emitted
 
-    def _write_features(self, verdict: Verdict, features: Float[Tensor, "T W"], batch: ForwardBatch) -> None:
+    def _write_features(
+        self, verdict: Verdict, counts: list[int], features: Float[Tensor, "T W"], batch: ForwardBatch
+    ) -> None:
         store = self.cache.features
         assert store is not None
-        ends = batch.places + upload(self.cache.lengths, features.device)
-        target = ends[:, None] + torch.arange(verdict.path.shape[1], device=features.device)
-        source = batch.row_starts[:, None] + verdict.path.clamp(min=0)
-        store.write(0, target.flatten(), features[source.flatten()])  # what stands behind the path's end is overwritten
+        rows, depth = upload(list_walked(counts), features.device)
+        index = self.cache.locate(rows, upload(self.cache.lengths, features.device)[rows] + depth)
+        store.write(0, index, features[batch.row_starts[rows] + verdict.path[rows, depth]])
 
     def _check_finite(self, logprobs: list[list[float]]) -> None:
         bad = ((row, depth) for row, each in enumerate(logprobs) for depth, value in enumerate(each) if isnan(value))
@@ -333,12 +407,12 @@ class Engine:
             self.scheduler.remove(slot)
 
     def _build_rollout(self, slot: int, sequence: Sequence) -> FinishedRollout:
-        store = self.cache.features
         return FinishedRollout(
             prompt_ids=sequence.prompt_ids,
             token_ids=sequence.token_ids,
             temperature=sequence.params.temperature,
-            features=None if store is None else store.snapshot(slot, sequence.num_cached)[0],
+            features=self.cache.read_features(slot),
+            request_id=sequence.request_id,
         )
 
     # -- requests ------------------------------------------------------------------------------------

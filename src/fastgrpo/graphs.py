@@ -18,15 +18,17 @@ from torch import Tensor
 
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.cache import SlotCache
+from fastgrpo.memory import find_available_bytes
 
 Outputs = tuple[Tensor, ...]  # each with one row for each packed token
 _SIZES = sorted({base << shift for shift in range(15) for base in (2, 3)} | {1})  # 1 2 3 4 6 8 12 16 ...
 _MOST_NODES = 64  # of a row, as many as our attention kernel takes
 _MOST_TOKENS = 1024  # more are bound by their arithmetic, not by launches
+_LEAST_BLOCKS = 4  # our attention kernel reads as many at once; from here on their number doubles, as rows grow
 _USES_BEFORE = 2  # forwards of a size before it is recorded
 _MOST_GRAPHS = 32
 _FREE_BYTES = 2 * 2**30  # left to others; nothing is recorded with less
-_PADDING = ("token_ids", "positions", "row_starts", "num_nodes", "places", "lengths")  # zero behind the real entries
+_PADDING = ("token_ids", "positions", "row_starts", "num_nodes", "lengths")  # zero behind the real entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class Bucket:
     rows: int
     nodes: int
     tokens: int
+    blocks: int  # of the longest row's table
 
     @staticmethod
     def find(batch: ForwardBatch) -> Bucket | None:
@@ -43,10 +46,12 @@ class Bucket:
         num_tokens = len(batch.token_ids)
         if batch.most_nodes > _MOST_NODES or num_tokens > _MOST_TOKENS or batch.num_before:
             return None
+        num_rows, num_blocks = batch.blocks.shape
         rows, nodes, tokens = (
-            next(size for size in _SIZES if size >= n) for n in (len(batch.places), batch.most_nodes, num_tokens)
+            next(size for size in _SIZES if size >= n) for n in (num_rows, batch.most_nodes, num_tokens)
         )
-        return Bucket(rows=rows, nodes=nodes, tokens=tokens)
+        blocks = max(_LEAST_BLOCKS, 1 << (num_blocks - 1).bit_length())
+        return Bucket(rows=rows, nodes=nodes, tokens=tokens, blocks=blocks)
 
 
 @runtime_checkable
@@ -83,8 +88,9 @@ class CudaRecorder:
         return graph.replay, outputs
 
     def count_free_bytes(self) -> int:
-        free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free = find_available_bytes(torch.device("cuda"))
+        assert free is not None, "CUDA says what is free"
+        return free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +103,7 @@ class _Graph:
 class GraphRunner:
     """Replays forwards of sizes it has met often enough; runs the others as they come.
 
-    Outputs hold until the next call. The last row of the cache is scratch: padded tokens are written there.
+    Outputs hold until the next call. Padded tokens are written to the cache's scratch block.
 
     Args:
         run: the forward; launches work of the device only, and reads nothing back.
@@ -119,6 +125,7 @@ class GraphRunner:
         bucket = None if self.obstacle else Bucket.find(batch)
         if bucket is None:
             return self._run(batch)
+        self._cache.take_scratch()  # which may move the cache, and so comes first
         self._drop_if_moved()
         graph = self._graphs.get(bucket)
         if graph is None:
@@ -136,7 +143,7 @@ class GraphRunner:
 
     def _drop_if_moved(self) -> None:
         stores = self._cache.stores
-        place = (*(store.data.data_ptr() for store in stores), stores[0].capacity, stores[0].num_rows)
+        place = (*(store.data.data_ptr() for store in stores), stores[0].num_blocks)
         if place != self._place:
             self._graphs.clear()
             self._place = place
@@ -167,21 +174,18 @@ class GraphRunner:
 
     def _fill(self, inputs: ForwardBatch, batch: ForwardBatch) -> None:
         """Copy a batch into the buffers; what stands behind it there computes nothing that is looked at."""
-        keys = self._cache.keys
-        scratch = (keys.num_rows - 1) * keys.capacity
-        assert len(self._cache.lengths) < keys.num_rows, "no row is left for padding"
-        for name, padding in (*((name, 0) for name in _PADDING), ("write_index", scratch)):
+        for name, padding in (*((name, 0) for name in _PADDING), ("write_index", self._cache.take_scratch())):
             buffer, values = getattr(inputs, name), getattr(batch, name)
             buffer[: len(values)].copy_(values)
             buffer[len(values) :].fill_(padding)
-        rows, nodes, seen = batch.visible.shape
-        inputs.visible.fill_(False)
-        inputs.visible[:rows, :nodes, :seen].copy_(batch.visible)
+        for buffer, values in ((inputs.blocks, batch.blocks), (inputs.visible, batch.visible)):
+            buffer.zero_()
+            buffer[tuple(map(slice, values.shape))].copy_(values)
 
 
 def _build_inputs(bucket: Bucket, batch: ForwardBatch) -> ForwardBatch:
     """Buffers of a bucket's size."""
-    device = batch.places.device
+    device = batch.blocks.device
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -193,9 +197,8 @@ def _build_inputs(bucket: Bucket, batch: ForwardBatch) -> ForwardBatch:
         write_index=zeros(bucket.tokens),
         row_starts=zeros(bucket.rows),
         num_nodes=zeros(bucket.rows),
-        places=zeros(bucket.rows),
+        blocks=zeros(bucket.rows, bucket.blocks),
         lengths=zeros(bucket.rows),
-        rows=slice(0, bucket.rows),
         visible=torch.zeros(bucket.rows, bucket.nodes, bucket.nodes, dtype=torch.bool, device=device),
         pad_index=None,
     )

@@ -25,6 +25,7 @@ from fastgrpo.draft_loss import DEFAULT_LOSS, LossName
 from fastgrpo.drafters.drafter import TrainableDrafter
 from fastgrpo.engine import FinishedRollout
 from fastgrpo.head_training import pack
+from fastgrpo.kernels.half import float32_products
 from fastgrpo.objective import build_objective
 
 _BATCH_PAIRS = 256  # pairs of one optimiser step
@@ -162,6 +163,7 @@ class Learner:
         self.drafter.select_vocabulary(self._token_counts)
         self.drafter.refresh()
 
+    @float32_products()
     @torch.no_grad()
     def _judge(self) -> tuple[float, Judgement]:
         """The head's loss on new rollouts, and what follows from it; done before they are learnt from."""
@@ -207,6 +209,7 @@ class Learner:
     def _pack(self, rollouts: list[FinishedRollout]) -> list[list[FinishedRollout]]:
         return pack(rollouts, [self.objective.count_rows(rollout) for rollout in rollouts], _BATCH_PAIRS)
 
+    @float32_products()
     def update(self, rollouts: list[FinishedRollout]) -> tuple[float, int]:
         """One optimiser step; returns the first unroll step's loss and the completion tokens used.
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fastgrpo.types import StepRecord
+from fastgrpo.types import PHASES, StepRecord, Timeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,8 @@ class RolloutSummary:
     draft_s: float
     target_s: float
     verify_s: float
+    cache_peak_bytes: float  # keys, values and features in use at once, at most; nan where no step says so
+    num_preempted: int  # times that a sequence had to wait for memory and was computed anew
     other_s: float  # rollout_s less the four parts: scheduling, bookkeeping and what lies between steps
 
 
@@ -90,6 +92,8 @@ def summarise_rollout(records: Sequence[StepRecord], *, rollout_s: float) -> Rol
         draft_s=draft_s,
         target_s=target_s,
         verify_s=verify_s,
+        cache_peak_bytes=max((record.cache_bytes for record in records), default=0) or math.nan,
+        num_preempted=sum(record.num_preempted for record in records),
         other_s=rollout_s - (prefill_s + draft_s + target_s + verify_s),
     )
 
@@ -113,6 +117,8 @@ def rollout_metrics(summary: RolloutSummary, *, capacity: float | None) -> dict[
         "rollout/verify_s": summary.verify_s,
         "rollout/prefill_s": summary.prefill_s,
         "rollout/other_s": summary.other_s,
+        "rollout/cache_peak_bytes": summary.cache_peak_bytes,
+        "rollout/num_preempted": summary.num_preempted,
         "plan/num_draft_tokens": summary.mean_draft_tokens,
         "plan/share_speculating": summary.share_speculating,
         "plan/capacity": math.nan if capacity is None else float(capacity),
@@ -135,3 +141,12 @@ def step_time_shares(rollout_s: float, draft_learn_s: float, update_s: float, re
     total_s = sum(parts_s.values())
     seconds = {f"time/{name}_s": part_s for name, part_s in parts_s.items()}
     return seconds | {f"time/{name}_share": compute_ratio(part_s, total_s) for name, part_s in parts_s.items()}
+
+
+def compute_phase_times(timeline: Timeline) -> dict[str, float]:
+    """Seconds of each of `PHASES` in a step, and `other`: what lies between them. They add up to the step."""
+    seconds = dict.fromkeys(PHASES, 0.0)
+    for span in timeline.spans:
+        if span.name in seconds:
+            seconds[span.name] += span.end_s - span.start_s
+    return seconds | {"other": timeline.step_s - sum(seconds.values())}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from fastgrpo.attention import ATTENTION_NAME, ForwardBatch, has_gpu_kernel
-from fastgrpo.cache import RowStore, SlotCache
+from fastgrpo.block_store import BlockStore
+from fastgrpo.cache import SlotCache
 from fastgrpo.decoder import NO_KERNELS, FusedDecoder, find_obstacle
 from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder
 from fastgrpo.kernels import gpu
@@ -50,12 +51,12 @@ class _CacheView(Cache):
             for store, states in ((self._cache.keys, key_states), (self._cache.values, value_states))
         )
 
-    def _write(self, store: RowStore, states: Float[Tensor, "1 kv T d"], layer: int) -> Float[Tensor, "B kv S d"]:
+    def _write(self, store: BlockStore, states: Float[Tensor, "1 kv T d"], layer: int) -> Float[Tensor, "B kv S d"]:
         batch, cache = self._batch, self._cache
         store.write(layer, batch.write_index, states[0].transpose(0, 1).flatten(1).to(store.data.dtype))
         if has_gpu_kernel(store.data, batch):  # finds the positions of each row by itself
             return store.flat(layer).unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(0, 1)[None]
-        rows = store.data[layer, batch.rows, : batch.read_length]
+        rows = store.read(layer, batch.read_index)
         return rows.unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(1, 2)
 
 
@@ -183,10 +184,7 @@ class TargetModel:
         return ForwardOutput(last_hidden=hidden, features=torch.cat(parts, -1).to(cache.features.data.dtype))
 
     def decode(self, batch: ForwardBatch, cache: SlotCache) -> tuple[ForwardOutput, Float[Tensor, "T V"]]:
-        """`forward` and the logits of all tokens; on a GPU recorded and replayed, and valid until the next call.
-
-        The cache needs `num_spare_rows` rows behind the running ones.
-        """
+        """`forward` and the logits of all tokens; on a GPU recorded and replayed, and valid until the next call."""
         if self._recorder is None:
             hidden, logits, *features = self._decode(batch, cache)
         else:
@@ -202,9 +200,9 @@ class TargetModel:
         return (output.last_hidden, self.compute_logits(output.last_hidden), *features)
 
     @property
-    def num_spare_rows(self) -> int:
-        """Cache rows that `decode` wants for padding."""
-        return 0 if self._recorder is None else 1
+    def wants_scratch(self) -> bool:
+        """Whether `decode` takes a block of the cache for padding."""
+        return self._recorder is not None
 
     def _build_recorder(self) -> Recorder | None:
         if self.device.type != "cuda":

@@ -19,54 +19,81 @@ class Prefiller:
 
     def __init__(self, target: TargetModel, cache: SlotCache, scheduler: Scheduler) -> None:
         self.target, self.cache, self.scheduler = target, cache, scheduler
-        self._prefixes: dict[tuple[int, ...], RowPrefix] = {}
+        self._kept: dict[tuple[int, ...], RowPrefix] = {}
 
     def clear(self) -> None:
-        self._prefixes.clear()
+        """Forget all prompts, after the cache has."""
+        self._kept.clear()
 
-    def prefill(self, admitted: list[Sequence]) -> int:
-        """Compute the prompts of new sequences, each once for all its siblings; returns tokens computed.
+    def prefill(self) -> int:
+        """Cache what the rows of running sequences lack, and return how many tokens were computed.
 
-        All but a prompt's last token is cached; the last is pending and becomes the first root.
+        Prompts are computed once for all siblings; of a sequence that was preempted, what it has emitted as well.
+        All but a sequence's last token is cached; the last is pending and becomes a root.
         """
-        if not admitted:
+        running, lengths = self.scheduler.running, self.cache.lengths
+        lacking = [slot for slot, sequence in enumerate(running) if lengths[slot] < sequence.num_cached]
+        if not lacking:
             return 0
-        running = self.scheduler.running
-        first = len(running) - len(admitted)
-        self.cache.reserve(len(running), max(len(s.prompt_ids) for s in admitted) + 1)
-        self.cache.add_rows(len(admitted))
-        siblings: dict[tuple[int, ...], list[int]] = {}
-        for slot in range(first, len(running)):
-            siblings.setdefault(running[slot].group_key, []).append(slot)
-        leaders = [slots[0] for key, slots in siblings.items() if self._find_prefix(key, first) is None]
-        num_tokens = self._prefill_rows(leaders)
-        for key, slots in siblings.items():
-            prefix = self._find_prefix(key, first) or self.cache.snapshot(slots[0], len(key) - 1)
-            rest = [slot for slot in slots if self.cache.lengths[slot] < len(key) - 1]
-            self.cache.restore(rest, prefix)
-            if not self.scheduler.has_waiting_sibling(running[slots[0]]):
-                self._prefixes.pop(key, None)
-        return num_tokens
+        num_tokens = self._fill_prompts(lacking)
+        return num_tokens + self._fill({slot: running[slot].all_token_ids[lengths[slot] : -1] for slot in lacking})
 
-    def _find_prefix(self, key: tuple[int, ...], num_old: int) -> RowPrefix | None:
-        """The cached prompt of a group: from a sibling that runs already, or kept aside."""
-        for slot, sequence in enumerate(self.scheduler.running[:num_old]):
-            if sequence.group_key == key:
-                return self.cache.snapshot(slot, len(key) - 1)
-        return self._prefixes.get(key)
+    def has_prompt(self, sequence: Sequence) -> bool:
+        """Whether a sibling's row, or one kept aside, will hold the prompt."""
+        key = sequence.group_key
+        return key in self._kept or any(other.group_key == key for other in self.scheduler.running)
 
     def keep(self, slot: int, sequence: Sequence) -> None:
         """Before the last running sibling goes, keep the prompt for those that wait."""
         key = sequence.group_key
-        if not self.scheduler.has_waiting_sibling(sequence):
+        if key in self._kept or not self.scheduler.has_waiting_sibling(sequence):
             return
         if not any(other is not sequence and other.group_key == key for other in self.scheduler.running):
-            self._prefixes[key] = self.cache.snapshot(slot, len(key) - 1)
+            self._kept[key] = self.cache.hold(slot, len(key) - 1)
 
-    def _prefill_rows(self, slots: list[int]) -> int:
-        """Prompts of some rows, in forwards of bounded size; longest rows together."""
-        running, total = self.scheduler.running, 0
-        left = {slot: running[slot].prompt_ids[:-1] for slot in slots}
+    def drop_kept(self) -> bool:
+        """Keep no prompt any longer; returns whether there was one."""
+        had_any = bool(self._kept)
+        for key in list(self._kept):
+            self._drop(key)
+        return had_any
+
+    def _drop(self, key: tuple[int, ...]) -> None:
+        prefix = self._kept.pop(key, None)
+        if prefix is not None:
+            self.cache.drop(prefix)
+
+    def _fill_prompts(self, lacking: list[int]) -> int:
+        """The first of each group computes its prompt, unless it is there already; the others share it."""
+        running, lengths = self.scheduler.running, self.cache.lengths
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for slot in lacking:
+            if lengths[slot] < len(running[slot].prompt_ids) - 1:
+                groups.setdefault(running[slot].group_key, []).append(slot)
+        sources = {key: self._find_source(key) for key in groups}
+        leaders = [slots[0] for key, slots in groups.items() if sources[key] is None and key not in self._kept]
+        num_tokens = self._fill({slot: running[slot].prompt_ids[lengths[slot] : -1] for slot in leaders})
+        for key, slots in groups.items():
+            rest = [slot for slot in slots if lengths[slot] < len(key) - 1]
+            source = sources[key]
+            if source is None and key in self._kept:
+                self.cache.restore(rest, self._kept[key])
+            else:
+                self.cache.share(slots[0] if source is None else source, rest, len(key) - 1)
+            if not self.scheduler.has_waiting_sibling(running[slots[0]]):
+                self._drop(key)
+        return num_tokens
+
+    def _find_source(self, key: tuple[int, ...]) -> int | None:
+        """The slot of a running sibling whose row holds the prompt."""
+        for slot, sequence in enumerate(self.scheduler.running):
+            if self.cache.lengths[slot] >= len(key) - 1 and sequence.group_key == key:
+                return slot
+        return None
+
+    def _fill(self, left: dict[int, list[int]]) -> int:
+        """Tokens behind some rows, in forwards of bounded size; longest rows together."""
+        total = 0
         while left := {slot: ids for slot, ids in left.items() if ids}:
             chosen: list[int] = []
             width = 0
@@ -76,25 +103,24 @@ class Prefiller:
                     break
                 chosen.append(slot)
             chunks = [left[slot][:_PREFILL_CHUNK] for slot in chosen]
-            self._prefill_chunks(chosen, chunks)
+            self._fill_chunks(chosen, chunks)
             for slot, chunk in zip(chosen, chunks, strict=True):
                 left[slot] = left[slot][len(chunk) :]
                 total += len(chunk)
         return total
 
-    def _prefill_chunks(self, slots: list[int], chunks: list[list[int]]) -> None:
-        device = self.target.device
+    def _fill_chunks(self, slots: list[int], chunks: list[list[int]]) -> None:
+        device, lengths = self.target.device, self.cache.lengths
         width = max(len(chunk) for chunk in chunks)
-        self.cache.reserve(len(self.cache.lengths), max(self.cache.lengths[slot] for slot in slots) + width)
+        for slot, chunk in zip(slots, chunks, strict=True):
+            self.cache.reserve(slot, lengths[slot] + len(chunk))
         rows = torch.tensor(slots, device=device)
         batch = ForwardBatch.build(
             token_ids=torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=device),
             num_nodes=torch.tensor([len(chunk) for chunk in chunks], device=device),
             visible=torch.ones(len(slots), width, width, dtype=torch.bool, device=device).tril(),
-            rows=rows,
-            row_numbers=rows,
-            lengths=torch.tensor([self.cache.lengths[slot] for slot in slots], device=device),
-            store=self.cache.keys,
+            blocks=self.cache.blocks[rows],
+            lengths=torch.tensor([lengths[slot] for slot in slots], device=device),
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
             counts=[len(chunk) for chunk in chunks],
@@ -103,4 +129,4 @@ class Prefiller:
         if self.cache.features is not None and output.features is not None:
             self.cache.features.write(0, batch.write_index, output.features)
         for slot, chunk in zip(slots, chunks, strict=True):
-            self.cache.lengths[slot] += len(chunk)
+            lengths[slot] += len(chunk)

@@ -302,17 +302,15 @@ def compute_features(target: TargetModel, prompt_ids: list[int], token_ids: list
     ids, device = (prompt_ids + token_ids)[:-1], target.device
     width = round_up(len(ids))
     cache = target.build_cache(with_features=True)
-    cache.reserve(1, width)
     cache.add_rows(1)
+    cache.reserve(0, width)
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     batch = ForwardBatch.build(
         token_ids=torch.tensor([ids + [0] * (width - len(ids))], device=device),
         num_nodes=zero + width,
         visible=torch.ones(1, width, width, dtype=torch.bool, device=device).tril(),
-        rows=slice(0, 1),
-        row_numbers=zero,
+        blocks=cache.blocks,
         lengths=zero,
-        store=cache.keys,
         dtype=target.dtype,
         num_repeats=target.num_repeats,
     )

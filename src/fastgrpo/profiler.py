@@ -11,10 +11,11 @@ import torch
 
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.draft_timing import TimedDraft, fit_draft_costs, time_drafts
+from fastgrpo.memory import is_out_of_memory
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import HardwareProfile
 from fastgrpo.sampling import SamplingBatch
-from fastgrpo.timing import LARGE_SPREAD, Timing, is_out_of_memory, level, measure_on, repeat_disturbed
+from fastgrpo.timing import LARGE_SPREAD, Timing, level, measure_on, repeat_disturbed
 from fastgrpo.tree import Draft
 from fastgrpo.verify import verify
 
@@ -121,7 +122,7 @@ def _measure_grid(target: TargetModel) -> tuple[TimedForward, ...]:
         num_tokens = 2 * forwards[-1].num_tokens if forwards else 1
         try:
             forwards.append(measure(num_tokens))
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             if not is_out_of_memory(error) or len(forwards) < 2:
                 raise
             warnings.warn(
@@ -171,17 +172,16 @@ def _fit_read_s(groups: list[list[TimedForward]]) -> float:
 def _measure_forward(target: TargetModel, rows: int, width: int, *, context: int) -> TimedForward:
     """A target forward of `rows` sequences with `width` tokens each behind `context` cached ones."""
     cache = target.build_cache(with_features=False)
-    cache.reserve(rows + target.num_spare_rows, context + width)
     cache.add_rows(rows)
+    for row in range(rows):
+        cache.reserve(row, context + width)
     device = target.device
     batch = ForwardBatch.build(
         token_ids=torch.ones(rows, width, dtype=torch.int64, device=device),
         num_nodes=torch.full((rows,), width, device=device),
         visible=torch.ones(rows, width, width, dtype=torch.bool, device=device).tril(),
-        rows=slice(0, rows),
-        row_numbers=torch.arange(rows, device=device),
+        blocks=cache.blocks,
         lengths=torch.full((rows,), context, device=device),
-        store=cache.keys,
         dtype=target.dtype,
         num_repeats=target.num_repeats,
     )

@@ -13,9 +13,11 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 Chat = str | list[dict[str, Any]]
+
+AnyReward = TypeVar("AnyReward", bound=Callable[..., Any])
 
 FORMAT_REWARD: Final = 0.2  # a fifth of a right answer: enough to shape the form
 MATH_TIMEOUT_S: Final = 2
@@ -37,6 +39,35 @@ _PLAIN_NODES = (
     ast.Set, ast.Dict, ast.Call, ast.Load, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.unaryop, ast.boolop,
     ast.cmpop,
 )  # fmt: skip
+
+
+def per_completion(reward: AnyReward) -> AnyReward:
+    """Declare that each reward of a function depends on its own completion alone, and not on the rest of the batch.
+
+    The function keeps TRL's signature and may be sync or async. With `stream_rewards` it is called as completions
+    finish, with lists of one, several calls at once: sync ones in threads, so they must be thread-safe. What
+    `log_extra` and `log_metric` say is heard in the order of the completions; a metric is then averaged over calls, as
+    TRL averages it over batches. `trainer_state` is the one of the step, but for its count of tokens seen, which does
+    not have this rollout's yet.
+    Worth it for rewards that wait (a judge over HTTP, a sandbox); one that computes takes the cores of the decoding.
+
+    Raises:
+        TypeError: the object takes no attribute, as a bound method.
+    """
+    try:
+        reward.is_per_completion = True  # type: ignore[attr-defined]
+    except AttributeError:
+        raise TypeError(
+            f"{reward!r} takes no declaration: decorate the function that it is made of, or wrap it in one"
+        ) from None
+    return reward
+
+
+def is_per_completion(reward: Any) -> bool:
+    """Whether a reward was declared `per_completion`; of a class, its `__call__` may be."""
+    while isinstance(reward, functools.partial) and not hasattr(reward, "is_per_completion"):
+        reward = reward.func
+    return any(getattr(part, "is_per_completion", False) for part in (reward, type(reward).__call__))
 
 
 def answer_reward(

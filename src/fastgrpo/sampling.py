@@ -29,6 +29,8 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK64 = 2**64 - 1
 _FINALISER = ((0x7FEB352D, 15), (0x846CA68B, 16), (0x9E3779B1, 15))  # (multiplier, shift)
 _UNIFORM_SCALE = 2.0**-31 - 2.0**-55  # a float32 below 2^-31: rounding up to 2^31 still gives less than 1
+_LEAST_LOGPROB = -1000.0  # its probability is 0 in any floating type, and 0 * -inf would be NaN
+_NOT_ASKED = (-1, 0, 0)  # token, log-prob and entropy where no row is sampled
 _NOISE_CHUNK_ELEMENTS = 4 * 49152  # keeps the integer passes inside a core's L2 cache
 
 
@@ -227,7 +229,7 @@ def add_noise(scores: Float[Tensor, "R V"], batch: SamplingBatch, token_ids: Int
 
 def sample(
     logits: Float[Tensor, "R V"], batch: SamplingBatch, vocabulary: Int[Tensor, " V"]
-) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
+) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
     """Draw one token a row by the law.
 
     Args:
@@ -236,45 +238,50 @@ def sample(
         vocabulary: int32 arange over V on the same device.
 
     Returns:
-        token ids int64, and their log-probabilities under softmax(logits / temperature); the
-        log-probability is NaN exactly where a row of logits has a NaN or +inf.
+        token ids int64, their log-probabilities under softmax(logits / temperature), and that distribution's
+        entropy in nats; log-probability and entropy are NaN exactly where a row of logits has a NaN or +inf.
     """
     if has_kernels(logits) and logits.dtype in cpu.DTYPES and not batch.is_truncated:
         return cpu.sample(logits, batch.stream_keys, batch.positions, batch.temperature)
-    if gpu.runs_on(logits) and logits.dtype in gpu.DTYPES and not batch.is_truncated:
+    if _samples_on_gpu(logits, batch):
         rows = torch.arange(len(logits), device=logits.device)
-        token_ids, logprobs, _ = _gpu_sampling().sample(
-            logits, rows, batch.stream_keys, batch.positions, batch.temperature
-        )
-        return token_ids, logprobs
+        return _gpu_sampling().sample(logits, rows, batch.stream_keys, batch.positions, batch.temperature)
     scaled = scale_logits(logits, batch)
     token_ids = add_noise(truncate_logits(scaled, batch), batch, vocabulary).argmax(-1)
-    logprobs = scaled.gather(-1, token_ids[:, None])[:, 0] - scaled.logsumexp(-1)
-    return token_ids, logprobs
+    logprobs = scaled.log_softmax(-1)
+    chosen = logprobs.gather(-1, token_ids[:, None])[:, 0]
+    share = logprobs.exp().mul_(logprobs.clamp_(min=_LEAST_LOGPROB))
+    return token_ids, chosen, -share.sum(-1)
 
 
 def sample_rows(
     logits: Float[Tensor, "T V"], rows: Int[Tensor, " R"], batch: SamplingBatch, vocabulary: Int[Tensor, " V"]
-) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
+) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
     """`sample` of some rows of the logits, without asking the device which.
 
     Args:
-        rows: of `logits`, one for each row of `batch`; one of -1 is not sampled and gives token -1 at log-prob 0.
+        rows: of `logits`, one for each row of `batch`; one of -1 is not sampled and gives token -1, log-prob and
+            entropy 0.
     """
-    if gpu.runs_on(logits) and logits.dtype in gpu.DTYPES and not batch.is_truncated:
-        token_ids, logprobs, _ = _gpu_sampling().sample(
-            logits, rows, batch.stream_keys, batch.positions, batch.temperature
-        )
-        return token_ids, logprobs
+    if _samples_on_gpu(logits, batch):
+        return _gpu_sampling().sample(logits, rows, batch.stream_keys, batch.positions, batch.temperature)
     is_asked = rows >= 0
-    if is_host(rows):
-        asked = is_asked.nonzero()[:, 0]
-        if len(asked) < len(rows):
-            found = sample(logits[rows[asked]], batch.rows(asked), vocabulary)
-            token_ids, logprobs = (
-                value.new_full((len(rows),), empty).scatter_(0, asked, value)
-                for value, empty in zip(found, (-1, 0), strict=True)
-            )
-            return token_ids, logprobs
-    token_ids, logprobs = sample(logits[rows.clamp(min=0)], batch, vocabulary)
-    return token_ids.masked_fill(~is_asked, -1), logprobs.masked_fill(~is_asked, 0)
+    if not is_host(rows):
+        found = sample(logits[rows.clamp(min=0)], batch, vocabulary)
+        token_ids, logprobs, entropies = (
+            value.masked_fill(~is_asked, empty) for value, empty in zip(found, _NOT_ASKED, strict=True)
+        )
+        return token_ids, logprobs, entropies
+    asked = is_asked.nonzero()[:, 0]
+    if len(asked) == len(rows):
+        return sample(logits[rows], batch, vocabulary)
+    found = sample(logits[rows[asked]], batch.rows(asked), vocabulary)
+    token_ids, logprobs, entropies = (
+        value.new_full((len(rows),), empty).scatter_(0, asked, value)
+        for value, empty in zip(found, _NOT_ASKED, strict=True)
+    )
+    return token_ids, logprobs, entropies
+
+
+def _samples_on_gpu(logits: Tensor, batch: SamplingBatch) -> bool:
+    return gpu.runs_on(logits) and logits.dtype in gpu.DTYPES and not batch.is_truncated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable
 
 from fastgrpo.lengths import LengthPredictor
 from fastgrpo.types import Sequence
@@ -14,6 +15,7 @@ class Scheduler:
     Where not all who wait can be admitted, prompts of the longest expected completions go first, that a long one
     does not begin when the others end. Ties, and all while no length is known, keep the order of arrival, as does a
     queue that fits into the free slots. Siblings stand together, so that their prompt is kept only for a short while.
+    A sequence that was preempted waits at the front, with what it has emitted.
 
     Args:
         max_num_seqs: slots, at least 1.
@@ -42,12 +44,16 @@ class Scheduler:
         self._has_arrivals = True
         self._num_waiting_siblings[sequence.group_key] += 1
 
-    def admit(self) -> list[Sequence]:
-        """Move waiting sequences behind the running ones while slots are free; returns those moved."""
+    def admit(self, may_enter: Callable[[Sequence], bool] = lambda sequence: True) -> list[Sequence]:
+        """Move waiting sequences behind the running ones while slots are free; returns those moved.
+
+        Args:
+            may_enter: asked of each in turn; the first that may not stays at the front, and all behind it.
+        """
         admitted = []
         if self._has_arrivals and 0 < self.max_num_seqs - len(self.running) < len(self.waiting):
             self._put_longest_first()
-        while self.waiting and len(self.running) < self.max_num_seqs:
+        while self.waiting and len(self.running) < self.max_num_seqs and may_enter(self.waiting[0]):
             sequence = self.waiting.popleft()
             self._num_waiting_siblings[sequence.group_key] -= 1
             self.running.append(sequence)
@@ -59,11 +65,13 @@ class Scheduler:
         self._has_arrivals = False
         if not self.lengths.num_prompts:
             return
+        begun = [sequence for sequence in self.waiting if sequence.token_ids]
         groups: dict[tuple[int, ...], list[Sequence]] = {}
         for sequence in self.waiting:
-            groups.setdefault(sequence.group_key, []).append(sequence)
+            if not sequence.token_ids:
+                groups.setdefault(sequence.group_key, []).append(sequence)
         longest_first = sorted(groups.values(), key=self._predict_length, reverse=True)  # stable: ties do not move
-        self.waiting = deque(sequence for group in longest_first for sequence in group)
+        self.waiting = deque((*begun, *(sequence for group in longest_first for sequence in group)))
 
     def _predict_length(self, siblings: list[Sequence]) -> float:
         return min(self.lengths.predict(siblings[0].prompt_ids), max(sequence.max_tokens for sequence in siblings))
@@ -73,8 +81,19 @@ class Scheduler:
 
     def remove(self, slot: int) -> Sequence:
         """Take a finished sequence out and learn its length; the last running one moves into its slot."""
-        sequence = self.running[slot]
+        sequence = self._take_out(slot)
         self.lengths.observe(sequence.prompt_ids, len(sequence.token_ids))
+        return sequence
+
+    def preempt(self, slot: int) -> Sequence:
+        """Send a running sequence back to the front of the queue; the last running one moves into its slot."""
+        sequence = self._take_out(slot)
+        self.waiting.appendleft(sequence)
+        self._num_waiting_siblings[sequence.group_key] += 1
+        return sequence
+
+    def _take_out(self, slot: int) -> Sequence:
+        sequence = self.running[slot]
         last = self.running.pop()
         if last is not sequence:
             self.running[slot] = last
@@ -88,9 +107,10 @@ class Scheduler:
         self._num_waiting_siblings.clear()
 
     def check(self) -> None:
-        """Assert that nobody is lost: slots within bounds, nobody finished still runs, nobody waits for a free slot."""
+        """Assert that nobody is lost: slots within bounds, nobody finished still runs or waits, nobody stands twice."""
         assert len(self.running) <= self.max_num_seqs, f"{len(self.running)} run in {self.max_num_seqs} slots"
         assert all(s.finish_reason is None for s in self.running), "a finished sequence still runs"
+        assert all(s.finish_reason is None for s in self.waiting), "a finished sequence waits"
         ids = [s.request_id for s in (*self.running, *self.waiting)]
         assert len(set(ids)) == len(ids), f"a request stands twice in {ids}"
         waiting = Counter(s.group_key for s in self.waiting)

@@ -85,11 +85,6 @@ def measure_on(run: Callable[[], object], device: torch.device) -> Timing:
     return measure_timing(finish)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch could not get memory; the CPU's allocator raises no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 def level(times: list[float]) -> list[float]:
     """Times of ever larger work, none above a later one's: more work never takes less, and noise only ever adds."""
     return list(accumulate(reversed(times), min))[::-1]

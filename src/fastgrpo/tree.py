@@ -54,10 +54,9 @@ class Draft:
         )
 
     @property
-    def num_promised(self) -> Float[Tensor, ""]:
-        """Draft tokens that are accepted if the scores are right; 0 where there are none."""
-        scores = self.num_nodes.new_zeros(1, 0).float() if self.scores is None else self.scores[:, 1:]
-        return scores.exp().sum()
+    def num_promised(self) -> Float[Tensor, ""] | None:
+        """Draft tokens that are accepted if the scores are right; None where there are none."""
+        return None if self.scores is None else self.scores[:, 1:].exp().sum()
 
     @property
     def num_tokens(self) -> int:

@@ -8,15 +8,23 @@ Axis letters used in tensor annotations throughout the package:
 | N      | tree nodes (root is 0)    | V      | vocabulary           |
 | D      | tree depth                | H      | hidden size          |
 | T      | packed tokens (a forward) | L      | layers               |
+| K      | blocks of a cache row     |        |                      |
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
+
+# what a training step does, in this order
+ROLLOUT, REWARDS, LEARNING, LOG_PROBS = "rollout", "rewards", "draft learning", "log-probs"
+FORWARD, BACKWARD, OPTIMISER = "forward", "backward", "optimiser"
+PHASES = (ROLLOUT, REWARDS, LEARNING, LOG_PROBS, FORWARD, BACKWARD, OPTIMISER)
+STREAMED_REWARD = "streamed reward"  # beside the phases: a reward asked for while others decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +71,12 @@ class Completion:
 
     `logprobs[i]` is the log-probability of `token_ids[i]` under the softmax of logits / temperature
     (before top-k and top-p; at temperature 0, of the logits), which is what a GRPO loss recomputes.
+    `entropies[i]` is that distribution's entropy in nats.
     """
 
     token_ids: list[int]
     logprobs: list[float]
+    entropies: list[float]
     finish_reason: FinishReason
 
 
@@ -85,6 +95,7 @@ class Sequence:
     stream_key: int  # 64-bit key of this request's noise, see sampling.stream_key
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     @property
@@ -100,16 +111,18 @@ class Sequence:
     def all_token_ids(self) -> list[int]:
         return self.prompt_ids + self.token_ids
 
-    @property
+    @functools.cached_property
     def group_key(self) -> tuple[int, ...]:
         """Completions of one prompt are siblings; the prompt itself names the group."""
         return tuple(self.prompt_ids)
 
-    def append(self, token_ids: list[int], logprobs: list[float]) -> int:
+    def append(self, token_ids: list[int], logprobs: list[float], entropies: list[float]) -> int:
         """Emit tokens up to the first that ends the sequence; returns how many were kept."""
-        for count, (token_id, logprob) in enumerate(zip(token_ids, logprobs, strict=True), start=1):
+        emitted = zip(token_ids, logprobs, entropies, strict=True)
+        for count, (token_id, logprob, entropy) in enumerate(emitted, start=1):
             self.token_ids.append(token_id)
             self.logprobs.append(logprob)
+            self.entropies.append(entropy)
             if token_id in self.params.stop_token_ids:
                 self.finish_reason = "stop"
                 return count
@@ -188,9 +201,28 @@ class StepRecord:
     step_s: float  # everything, prefill included
     num_unread: int = 0  # cached tokens that the drafter had not read before this step
     num_promised: float = 0.0  # draft tokens that the drafter's calibrated chances had accepted; 0 where it says none
+    num_preempted: int = 0  # sequences that had to make room before this step; they wait and go on later
+    cache_bytes: int = 0  # of keys, values and features in use during the forward, drafted nodes included
     plan_s: float = 0.0  # the planner: this step's plan and budget (in draft_s), and hearing the step before (in none)
 
     @property
     def acceptance_length(self) -> float:
         """Tokens emitted per sequence and target forward, next token included."""
         return self.num_emitted / self.num_seqs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A stretch of a training step: one of `PHASES`, or `STREAMED_REWARD`. Seconds since the step began."""
+
+    name: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """When a training step of `step_s` seconds did what. Phases do not overlap; streamed rewards run beneath them."""
+
+    step_s: float
+    spans: tuple[Span, ...]

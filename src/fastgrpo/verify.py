@@ -27,6 +27,7 @@ class Verdict:
     path: Int[Tensor, "B D"]
     token_ids: Int[Tensor, "B D"]
     logprobs: Float[Tensor, "B D"]
+    entropies: Float[Tensor, "B D"]  # of the distribution that the token was drawn from, before top-k and top-p
     num_accepted: Int[Tensor, " B"]  # accepted draft tokens; num_accepted + 1 tokens are emitted
 
 
@@ -58,16 +59,16 @@ def verify(
     num_accepted = torch.zeros_like(node)
     for level in range(1 + (most if depth is None else min(depth, most))):
         rows = torch.where(is_alive, row_starts + node, -1)
-        chosen, logprobs = sample_rows(logits, rows, batch.ahead(level), vocabulary)
-        columns.append((node.masked_fill(~is_alive, -1), chosen, logprobs))
+        chosen, logprobs, entropies = sample_rows(logits, rows, batch.ahead(level), vocabulary)
+        columns.append((node.masked_fill(~is_alive, -1), chosen, logprobs, entropies))
         is_child = (draft.parents == node[:, None]) & is_alive[:, None]
         is_match = is_child & (draft.token_ids == chosen[:, None])
         is_alive, node = is_match.any(-1), is_match.int().argmax(-1)
         num_accepted = num_accepted + is_alive
         if is_host(is_alive) and not bool(is_alive.any()):
             break
-    path, token_ids, logprobs = (torch.stack(c, dim=1) for c in zip(*columns, strict=True))
-    return Verdict(path=path, token_ids=token_ids, logprobs=logprobs, num_accepted=num_accepted)
+    path, token_ids, logprobs, entropies = (torch.stack(c, dim=1) for c in zip(*columns, strict=True))
+    return Verdict(path=path, token_ids=token_ids, logprobs=logprobs, entropies=entropies, num_accepted=num_accepted)
 
 
 def find_ranks(verdict: Verdict, draft: Draft) -> tuple[Int[Tensor, "B D"], Int[Tensor, "B D"]]:
@@ -106,6 +107,7 @@ class Outcome:
     num_accepted: list[int]
     token_ids: list[list[int]]  # as in `Verdict`, the columns behind the accepted ones included
     logprobs: list[list[float]]
+    entropies: list[list[float]]
     num_promised: float  # draft tokens that the drafter's chances had accepted
     offered: Counts  # by depth and sibling rank, as `StepRecord` keeps them
     hits: Counts
@@ -118,16 +120,19 @@ def read_outcome(verdict: Verdict, draft: Draft, pool: Draft) -> Outcome:
         draft: what was verified.
         pool: what it was the first nodes of.
     """
-    found = [verdict.num_accepted, verdict.token_ids, verdict.logprobs, draft.num_promised]
+    found = [verdict.num_accepted, verdict.token_ids, verdict.logprobs, verdict.entropies]
     if pool.token_ids.shape[1] > 1:
         found += find_ranks(verdict, pool)
-    num_accepted, token_ids, logprobs, num_promised, *ranks = download(*found)
-    offered, hits = _tally(*ranks) if ranks else ((), ())
+    if (num_promised := draft.num_promised) is not None:
+        found.append(num_promised)
+    num_accepted, token_ids, logprobs, entropies, *drafted = download(*found)
+    offered, hits = _tally(*drafted[:2]) if len(drafted) > 1 else ((), ())
     return Outcome(
         num_accepted=num_accepted.tolist(),
         token_ids=token_ids.tolist(),
         logprobs=logprobs.tolist(),
-        num_promised=float(num_promised),
+        entropies=entropies.tolist(),
+        num_promised=0.0 if num_promised is None else float(drafted[-1]),
         offered=offered,
         hits=hits,
     )

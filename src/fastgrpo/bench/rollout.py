@@ -30,6 +30,7 @@ from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
 from fastgrpo.loading import Opened, encode_prompts, open_model, quiet_libraries
+from fastgrpo.memory import describe_bytes
 from fastgrpo.metrics import compute_ratio
 from fastgrpo.model import TargetModel
 from fastgrpo.options import RolloutOptions, parse_speculation
@@ -171,6 +172,8 @@ def _describe_variant(name: str, results: dict[str, list[RolloutResult]]) -> dic
         "acceptance_length": compute_ratio(
             sum(record.num_emitted for record in records), sum(record.num_seqs for record in records)
         ),
+        "cache_peak_bytes": max(record.cache_bytes for record in records),
+        "num_preempted": sum(record.num_preempted for record in records),
         "each": [{"generation_s": result.generation_s, "num_tokens": result.num_tokens} for result in own],
     }
     steps = None if baseline is None else list(chain.from_iterable(result.records for result in baseline))
@@ -244,6 +247,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
         speed = (f"{own['tokens_per_s']:.1f}", f"{own['generation_s']:.2f}", f"{own['acceptance_length']:.2f}")
         table.add_row(name, *speed, *compared)
     console.print(table)
+    peaks = (f"{name} {describe_bytes(own['cache_peak_bytes'])}" for name, own in result["variants"].items())
+    console.print(f"cache in use at most: {', '.join(peaks)}", highlight=False, markup=False, soft_wrap=True)
     console.print(_build_concurrency_table(result["variants"]))
     if line := _describe_comparison(result["comparison"]):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

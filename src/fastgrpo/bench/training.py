@@ -14,8 +14,9 @@ from trl import GRPOConfig, GRPOTrainer
 from fastgrpo.bench.measure import RolloutResult
 from fastgrpo.data import build_task_dataset
 from fastgrpo.grpo import FastGRPOConfig, FastGRPOTrainer
+from fastgrpo.grpo.arguments import read_keys
 from fastgrpo.loading import encode_prompts, resolve_model
-from fastgrpo.options import Workload
+from fastgrpo.options import Workload, parse_variant
 from fastgrpo.rewards import answer_reward, format_reward
 
 STOCK = "trl"
@@ -28,32 +29,49 @@ def build_trainer(
     steps: int,
     output_dir: Path,
     trainer_class: type[Any] | None = None,
+    reward_funcs: Any = None,
 ) -> Any:
     """A trainer for `steps` steps.
 
     Args:
-        variant: "trl" for TRL's own trainer, else the speculation of ours.
+        variant: "trl" for TRL's own trainer, else the speculation of ours; either with keys, see `parse_variant`.
         trainer_class: a subclass of the variant's trainer to use instead.
+        reward_funcs: instead of those that check the task's answers.
+
+    Raises:
+        ValueError: the variant, or one of its keys, cannot be used.
     """
-    is_stock = variant == STOCK
+    chosen = parse_variant(variant)
+    is_stock = chosen.kind == STOCK
     keys = _build_keys(workload, steps, output_dir)
     if not is_stock:  # plain decoding needs no drafter, and no features kept for one
-        keys |= {"speculation": variant, "drafter": "none" if variant == "off" else workload.drafter}
+        keys |= {"speculation": chosen.kind, "drafter": "none" if chosen.kind == "off" else workload.drafter}
         keys |= {"max_num_seqs": workload.max_num_seqs}
+    config = GRPOConfig if is_stock else FastGRPOConfig
+    keys |= read_keys(config, chosen.keys, f"variant {variant}")
+    if reward_funcs is None:
+        reward_funcs = [answer_reward, format_reward] if workload.format_weight else answer_reward
+    else:
+        keys["reward_weights"] = None
     trainer_class = trainer_class or find_trainer_class(variant)
     torch.manual_seed(workload.seed)  # the same LoRA weights for all
     return trainer_class(
         model=resolve_model(workload.model),
-        reward_funcs=[answer_reward, format_reward] if workload.format_weight else answer_reward,
-        args=(GRPOConfig if is_stock else FastGRPOConfig)(**keys),
-        train_dataset=build_task_dataset(workload.task, size=workload.prompts_per_step * steps, seed=workload.seed),
+        reward_funcs=reward_funcs,
+        args=config(**keys),
+        train_dataset=build_task_dataset(
+            workload.task,
+            size=workload.prompts_per_step * steps,
+            seed=workload.seed,
+            num_examples=workload.prompt_examples,
+        ),
         peft_config=_build_lora(workload.lora_rank) if workload.lora_rank else None,
     )
 
 
 def find_trainer_class(variant: str) -> type[Any]:
     """TRL's for "trl", else ours."""
-    trainer_class: type[Any] = GRPOTrainer if variant == STOCK else FastGRPOTrainer
+    trainer_class: type[Any] = GRPOTrainer if parse_variant(variant).kind == STOCK else FastGRPOTrainer
     return trainer_class
 
 

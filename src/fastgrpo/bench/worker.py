@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,13 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastgrpo.bench.training import build_trainer, find_trainer_class
+from fastgrpo.grpo.clock import StepClock, attach_clock
 from fastgrpo.loading import quiet_libraries
-from fastgrpo.metrics import compute_ratio
+from fastgrpo.metrics import compute_phase_times, compute_ratio
 from fastgrpo.options import E2EOptions
+from fastgrpo.types import ROLLOUT, Timeline
 
-Row = dict[str, float]
+Row = dict[str, Any]
 
 
 class Worker:
@@ -49,10 +50,11 @@ class Worker:
         """Return when the trainer is built."""
         self._receive()
 
-    def train_step(self) -> Row:
-        """Train one step and return what was measured."""
+    def train_step(self) -> tuple[Row, Timeline]:
+        """Train one step and return what was measured, and when it did what."""
         self._connection.send("go")
-        return self._receive()
+        measured: tuple[Row, Timeline] = self._receive()
+        return measured
 
     def finish(self) -> dict[str, int | None]:
         """Peak memory of the process, in bytes, after its last step."""
@@ -97,69 +99,57 @@ def run_worker(name: str, options: E2EOptions, connection: Connection) -> None:
 
 
 @dataclasses.dataclass(kw_only=True)
-class _Phases:
-    """Seconds and lengths of the training step that runs now."""
+class _Rollouts:
+    """What the training step that runs now has rolled out."""
 
-    generation_s: float = 0.0
-    generate_and_score_s: float = 0.0  # generation, rewards and draft learning
+    score_s: float = 0.0  # generation, rewards and draft learning
     lengths: list[int] = dataclasses.field(default_factory=list)
-
-
-class _Stopwatch:
-    """Holds the phases of the current step, for the trainer's methods and its callback."""
-
-    def __init__(self) -> None:
-        self.phases = _Phases()
-
-    def take(self) -> _Phases:
-        phases, self.phases = self.phases, _Phases()
-        return phases
 
 
 def _build_timed(name: str, options: E2EOptions, folder: Path, connection: Connection) -> Any:
     """The variant's trainer, which reports each step and waits for its turn."""
-    stopwatch = _Stopwatch()
+    rollouts = _Rollouts()
     trainer = build_trainer(
         options,
         variant=name,
         steps=options.steps,
         output_dir=folder,
-        trainer_class=_time_phases(find_trainer_class(name), stopwatch),
+        trainer_class=_note_rollouts(find_trainer_class(name), rollouts),
     )
+    clock = StepClock(is_exact=True)
+    attach_clock(trainer, clock)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_TurnCallback(connection, lambda step_s: _build_row(trainer, stopwatch.take(), step_s)))
+    trainer.add_callback(_TurnCallback(trainer, clock, rollouts, connection))
     return trainer
 
 
-def _time_phases(trainer_class: type[Any], stopwatch: _Stopwatch) -> type[Any]:
-    """A trainer of this class that notes how long its rollouts take."""
+def _note_rollouts(trainer_class: type[Any], rollouts: _Rollouts) -> type[Any]:
+    """A trainer of this class that notes how long its completions are, and what is done before the update."""
 
-    class Timed(trainer_class):
+    class Noting(trainer_class):
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
             output = super()._generate_single_turn(*args, **kwargs)
-            stopwatch.phases.generation_s += time.perf_counter() - started
-            stopwatch.phases.lengths += [len(ids) for ids in output[0]]
+            rollouts.lengths += [len(ids) for ids in output[0]]
             return output
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             started = time.perf_counter()
             output = super()._generate_and_score_completions(inputs)
-            stopwatch.phases.generate_and_score_s += time.perf_counter() - started
+            rollouts.score_s += time.perf_counter() - started
             return output
 
-    return Timed
+    return Noting
 
 
 class _TurnCallback(TrainerCallback):
-    """Sends a row after each step, then waits.
+    """Sends what was measured after each step, then waits.
 
     Args:
-        build_row: from the seconds of a step (data, rollout, rewards, update and logging) to its row.
+        clock: attached before, so that it hears of a step's end before this does.
     """
 
-    def __init__(self, connection: Connection, build_row: Callable[[float], Row]) -> None:
-        self._connection, self._build_row = connection, build_row
+    def __init__(self, trainer: Any, clock: StepClock, rollouts: _Rollouts, connection: Connection) -> None:
+        self._trainer, self._clock, self._rollouts, self._connection = trainer, clock, rollouts, connection
         self._started = 0.0
 
     def on_train_begin(
@@ -170,27 +160,39 @@ class _TurnCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._connection.send((None, self._build_row(time.perf_counter() - self._started)))
+        step_s = time.perf_counter() - self._started
+        timeline = self._clock.timeline
+        assert timeline is not None
+        row = _build_row(self._trainer, timeline, self._rollouts, step_s)
+        self._rollouts.score_s, self._rollouts.lengths = 0.0, []
+        self._connection.send((None, (row, timeline)))
         if state.global_step < state.max_steps:
             self._connection.recv()
         self._started = time.perf_counter()
 
 
-def _build_row(trainer: Any, phases: _Phases, step_s: float) -> Row:
+def _build_row(trainer: Any, timeline: Timeline, rollouts: _Rollouts, step_s: float) -> Row:
+    """
+    Args:
+        step_s: data, rollout, rewards, update and logging.
+    """
     records = trainer.engine.records if hasattr(trainer, "engine") else []
     learn_s = sum(trainer._metrics["train"].get("draft/learn_s", [])[-1:])
-    num_tokens = sum(phases.lengths)
+    num_tokens = sum(rollouts.lengths)
+    phases = compute_phase_times(timeline)
+    generation_s = phases[ROLLOUT]
     return {
         "step_s": step_s,
-        "generation_s": phases.generation_s,
+        "generation_s": generation_s,
         "learn_s": learn_s,
-        "score_s": phases.generate_and_score_s - phases.generation_s - learn_s,
-        "update_s": step_s - phases.generate_and_score_s,
+        "score_s": rollouts.score_s - generation_s - learn_s,
+        "update_s": step_s - rollouts.score_s,
+        "phases": phases | {"other": phases["other"] + step_s - timeline.step_s},
         "num_tokens": num_tokens,
-        "tokens_per_s": num_tokens / phases.generation_s,
-        "s_per_token": phases.generation_s / num_tokens,
-        "mean_length": num_tokens / len(phases.lengths),
-        "max_length": max(phases.lengths),
+        "tokens_per_s": num_tokens / generation_s,
+        "s_per_token": generation_s / num_tokens,
+        "mean_length": num_tokens / len(rollouts.lengths),
+        "max_length": max(rollouts.lengths),
         "acceptance_length": compute_ratio(
             sum(record.num_emitted for record in records), sum(record.num_seqs for record in records)
         ),

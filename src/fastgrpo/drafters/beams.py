@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
-from fastgrpo.sampling import SamplingBatch, add_noise, scale_logits
+from fastgrpo.kernels import cpu
+from fastgrpo.sampling import SamplingBatch, add_noise, has_kernels, scale_logits
 from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan
 
@@ -81,6 +82,9 @@ def rank_candidates(
     Returns:
         log chance of being chosen, and token id.
     """
+    if has_kernels(logits) and logits.dtype in cpu.DTYPES:
+        rows = (noise_rows.stream_keys, noise_rows.positions, noise_rows.temperature)
+        return cpu.rank(logits, vocabulary, *rows, width, with_noise=with_noise and noise_rows.is_noisy)
     scaled = scale_logits(logits, noise_rows)
     if with_noise and noise_rows.is_noisy:
         scaled = scaled + add_noise(scaled.new_zeros(len(logits), scaled.shape[-1]), noise_rows, vocabulary)[:, None]

@@ -79,12 +79,12 @@ class BlockDrafter(HeadDrafter[BlockHead]):
         rows = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=num_unread)
         first = (read - counts.cumsum(0) + counts)[rows]
         positions = first + torch.arange(len(rows), device=device)
-        hidden = self._fuse(store.flat(0)[rows * store.capacity + positions])
+        hidden = self._fuse(store.flat(0)[context.cache.locate(rows, positions)])
         cos, sin = (x[0] for x in self.target.decoder.rotary_emb(hidden, position_ids=positions[None]))
-        index = rows * self._rows.keys.capacity + positions
+        index = self._rows.cache.locate(rows, positions)
         for number, layer in enumerate(self.fast_head.layers):
             self._rows.write(number, index, *layer.read_context(hidden, cos, sin))
-        ends = torch.arange(len(counts), device=device) * store.capacity + lengths - 1
+        ends = context.cache.locate(torch.arange(len(counts), device=device), lengths - 1)
         return self._fuse(store.flat(0)[ends])
 
     def _fuse(self, features: Float[Tensor, "T F"]) -> Float[Tensor, "T H"]:
@@ -107,10 +107,8 @@ class BlockDrafter(HeadDrafter[BlockHead]):
             token_ids=pending_token_ids[:, None].expand(-1, depth),
             num_nodes=torch.full_like(pending_token_ids, depth),
             visible=torch.ones(depth, depth, dtype=torch.bool, device=target.device).tril().expand(num_rows, -1, -1),
-            rows=slice(0, num_rows),
-            row_numbers=torch.arange(num_rows, device=target.device),
+            blocks=self._rows.cache.blocks,
             lengths=upload(lengths, target.device),
-            store=self._rows.keys,
             dtype=target.dtype,
             num_repeats=target.num_repeats,
         )

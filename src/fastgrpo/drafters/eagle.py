@@ -17,7 +17,9 @@ from fastgrpo.attention import ForwardBatch
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.eagle_files import load_head, save_head
 from fastgrpo.drafters.eagle_head import EagleHead, build_head, start_from_target
+from fastgrpo.drafters.eagle_layer import FusedMidLayer
 from fastgrpo.drafters.head_drafter import HeadDrafter
+from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.transfer import upload
@@ -43,6 +45,10 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         """Write the trained head as an EAGLE-3 checkpoint; see `HeadDrafter.save_head`."""
         save_head(self.head, folder, self.target, compact=compact, counts=counts)
 
+    def prepare(self) -> None:
+        self._layer = FusedMidLayer(self.fast_head) if FusedMidLayer.covers(self.fast_head) else None
+        pack_modules(self.fast_head, leave=() if self._layer is None else ("midlayer",))
+
     def start_levels(self, context: DraftContext, plan: SpeculationPlan) -> _EagleLevels:
         return _EagleLevels(self, context, self._read_pairs(context))
 
@@ -56,23 +62,20 @@ class EagleDrafter(HeadDrafter[EagleHead]):
             for s, count in zip(context.sequences, counts, strict=True)
         ]
         num_nodes = upload(counts, device)
-        index = torch.arange(len(lengths), device=device)
         batch = ForwardBatch.build(
             token_ids=upload(tokens, device),
             num_nodes=num_nodes,
             visible=torch.ones(len(lengths), width, width, dtype=torch.bool, device=device).tril(),
-            rows=slice(0, len(lengths)),
-            row_numbers=index,
+            blocks=self._rows.cache.blocks,
             lengths=upload(self._rows.num_read, device),
-            store=self._rows.keys,
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
             counts=counts,
         )
         store = context.cache.features
         assert store is not None
-        rows = index.repeat_interleave(num_nodes, output_size=sum(counts))
-        features = store.flat(0)[rows * store.capacity + batch.positions, : 3 * self.target.hidden_size]
+        rows = torch.arange(len(lengths), device=device).repeat_interleave(num_nodes, output_size=sum(counts))
+        features = store.flat(0)[context.cache.locate(rows, batch.positions), : 3 * self.target.hidden_size]
         hidden = self.fast_head.fc(features.to(self.target.dtype))
         return self.forward(batch, hidden)[batch.row_starts + num_nodes - 1]
 
@@ -81,6 +84,8 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         head, target = self.fast_head, self.target
         embedded = target.embed_tokens(batch.token_ids).to(hidden.dtype)
         cos, sin = target.decoder.rotary_emb(hidden, position_ids=batch.positions[None])
+        if self._layer is not None:
+            return self._layer.run(embedded, hidden, cos[0], sin[0], batch, self._rows)
         query, key, value = head.attention_inputs(embedded, hidden, cos[0], sin[0])
         return head.finish(hidden, self._rows.attend(0, batch, query, key, value))
 
@@ -96,7 +101,6 @@ class _EagleLevels:
 
     def __init__(self, drafter: EagleDrafter, context: DraftContext, output: Float[Tensor, "B H"]) -> None:
         self.drafter = drafter
-        self.rows = torch.arange(len(output), device=output.device)
         self.lengths = upload(context.cache.lengths, output.device)
         self.hidden = output[:, None]  # outputs of the nodes expanded last
 
@@ -107,12 +111,10 @@ class _EagleLevels:
         drafter = self.drafter
         batch = ForwardBatch.build(
             token_ids=token_ids,
-            num_nodes=torch.full_like(self.rows, token_ids.shape[1]),
+            num_nodes=torch.full_like(self.lengths, token_ids.shape[1]),
             visible=visible,
-            rows=slice(0, len(self.rows)),
-            row_numbers=self.rows,
+            blocks=drafter._rows.cache.blocks,
             lengths=self.lengths,
-            store=drafter._rows.keys,
             dtype=drafter.target.dtype,
             num_repeats=drafter.target.num_repeats,
         )

@@ -99,6 +99,10 @@ class HeadDrafter(ABC, Generic[Head]):
         """Take the trained weights into the copy that drafts; output rows come from the target as it is now."""
         self.head.take_output_rows(self.target)
         self.fast_head: Head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make `fast_head` fast: it does not change until the next `refresh`."""
         pack_modules(self.fast_head)
 
     def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
@@ -162,11 +166,10 @@ class HeadDrafter(ABC, Generic[Head]):
         lengths = context.cache.lengths
         if min(lengths) == 0:  # a one-token prompt has no feature yet
             return Draft.roots(context.pending_token_ids)
-        self._rows.admit(len(lengths))
-        self._rows.reserve(len(lengths), max(lengths) + plan.width * plan.depth)
-        levels = self.start_levels(context, plan)
-        self._rows.num_read = list(lengths)
-        return grow_trees(context, plan, levels, self.calibration)
+        self._rows.reserve(lengths, plan.width * plan.depth)
+        draft = grow_trees(context, plan, self.start_levels(context, plan), self.calibration)
+        self._rows.finish(lengths)
+        return draft
 
     def rank(
         self, logits: Float[Tensor, "B W C"], noise_rows: SamplingBatch, width: int

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgrpo.attention import ForwardBatch, attend_to_rows
-from fastgrpo.cache import RowStore, reserve_rows
+from fastgrpo.cache import SlotCache
 from fastgrpo.model import TargetModel
 
 
@@ -16,52 +16,50 @@ class HeadRows:
     Args:
         target: heads have its key heads, and its type when they draft.
         num_layers: of the head.
-
-    Attributes:
-        num_read: positions of each row that were read; rows admitted after the last draft are not listed.
     """
 
     def __init__(self, target: TargetModel, num_layers: int) -> None:
-        self.num_kv_heads, self.head_dim = target.num_kv_heads, target.head_dim
-        width = target.num_kv_heads * target.head_dim
-        self.keys = RowStore(num_layers=num_layers, width=width, dtype=target.dtype, device=target.device)
-        self.values = RowStore(num_layers=num_layers, width=width, dtype=target.dtype, device=target.device)
-        self.num_read: list[int] = []
+        self.head_dim = target.head_dim
+        self.cache = SlotCache(
+            num_layers=num_layers,
+            num_kv_heads=target.num_kv_heads,
+            head_dim=target.head_dim,
+            feature_width=0,
+            dtype=target.dtype,
+            device=target.device,
+        )
+
+    @property
+    def num_read(self) -> list[int]:
+        """Positions of each row that were read; rows admitted after the last draft are not listed."""
+        return self.cache.lengths
 
     def clear(self) -> None:
-        self.num_read = []
-        self.keys.clear()
-        self.values.clear()
+        self.cache.clear()
 
     def count_unread(self, lengths: list[int]) -> int:
         return sum(lengths) - sum(self.num_read[: len(lengths)])
 
-    def admit(self, num_rows: int) -> None:
-        """The first `num_rows` slots run; new ones have read nothing."""
-        self.num_read += [0] * (num_rows - len(self.num_read))
+    def reserve(self, lengths: list[int], num_nodes: int) -> None:
+        """The first slots run; make room for so many positions of each and a draft behind them."""
+        self.cache.add_rows(len(lengths) - len(self.num_read))
+        for row, length in enumerate(lengths):
+            self.cache.reserve(row, length + num_nodes)
 
-    def reserve(self, num_rows: int, length: int) -> None:
-        """Make room for `num_rows` rows of `length` positions each."""
-        used = max(self.num_read, default=0)
-        stores = [self.keys, self.values]
-        reserve_rows(stores, num_rows, length, used_rows=len(self.num_read), used_length=used)
+    def finish(self, lengths: list[int]) -> None:
+        """So many positions of each row were read; what was drafted behind them goes."""
+        self.cache.lengths = list(lengths)
+        self.cache.trim()
 
     def release(self, slot: int, last_slot: int) -> None:
-        """The sequence of `slot` is finished; the one of `last_slot` moves there."""
-        if last_slot >= len(self.num_read):  # admitted after the last draft: nothing read yet
-            if slot < len(self.num_read):
-                self.num_read[slot] = 0
-            return
-        for store in (self.keys, self.values):
-            store.move_row(last_slot, slot, self.num_read[last_slot])
-        self.num_read[slot] = self.num_read[last_slot]
-        self.num_read.pop()
+        """The sequence of `slot` runs no more; the one of `last_slot` moves there."""
+        self.cache.release(slot, last_slot)
 
     def write(
         self, layer: int, index: Int[Tensor, " T"], key: Float[Tensor, "T kv d"], value: Float[Tensor, "T kv d"]
     ) -> None:
-        """Keys and values at flat indices, row * capacity + position."""
-        for store, states in ((self.keys, key), (self.values, value)):
+        """Keys and values at flat indices."""
+        for store, states in ((self.cache.keys, key), (self.cache.values, value)):
             store.write(layer, index, states.flatten(1).to(store.data.dtype))
 
     def attend(
@@ -74,6 +72,7 @@ class HeadRows:
     ) -> Float[Tensor, "T hd"]:
         """Write the batch's keys and values behind its rows, then attend to rows and batch as its mask says."""
         self.write(layer, batch.write_index, key, value)
-        packed, scale = query.flatten(1).to(self.keys.data.dtype), self.head_dim**-0.5
-        attended = attend_to_rows(packed, self.keys, self.values, layer, batch, head_dim=self.head_dim, scale=scale)
+        keys, values = self.cache.keys, self.cache.values
+        packed, scale = query.flatten(1).to(keys.data.dtype), self.head_dim**-0.5
+        attended = attend_to_rows(packed, keys, values, layer, batch, head_dim=self.head_dim, scale=scale)
         return attended.to(query.dtype)

@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fastgrpo.attention import ForwardBatch
-from fastgrpo.cache import SlotCache
 from fastgrpo.drafters.beams import grow_trees, rank_candidates
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
@@ -86,10 +85,7 @@ class LmDrafter:
         self.calibration.observe(draft, verdict)
 
     def release(self, slot: int, last_slot: int) -> None:
-        if last_slot < len(self.cache.lengths):
-            self.cache.remove_row(slot)
-        elif slot < len(self.cache.lengths):  # the last row was admitted after the last draft: nothing read yet
-            self.cache.truncate(slot, 0)
+        self.cache.release(slot, last_slot)
 
     def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         """Trees for the rows whose draft fits into the LM's context; the others get none."""
@@ -100,6 +96,7 @@ class LmDrafter:
         with self._drafting():
             last_hidden = self._read(context.sequences, fits, room=plan.width * plan.depth)
             draft = grow_trees(context, plan, _LmLevels(self, last_hidden), self.calibration)
+        self.cache.trim()
         return draft if all(fits) else _keep_rows(draft, fits)
 
     @contextlib.contextmanager
@@ -114,11 +111,14 @@ class LmDrafter:
         """Read what is new in the rows that fit; returns the hidden states at the pending tokens, zeros elsewhere."""
         cache = self.cache
         slots = [slot for slot, is_fit in enumerate(fits) if is_fit]
-        longest = max(len(sequences[slot].all_token_ids) for slot in slots)
-        cache.reserve(len(sequences), max(longest, *cache.lengths, 0) + room)
         cache.add_rows(len(sequences) - len(cache.lengths))
         self._share_prompts(sequences, slots)
-        return self._read_tokens({slot: sequences[slot].all_token_ids[cache.lengths[slot] :] for slot in slots})
+        last_hidden = self._read_tokens({slot: sequences[slot].all_token_ids[cache.lengths[slot] :] for slot in slots})
+        for slot in range(
+            len(sequences)
+        ):  # of rows that do not fit as well: their nodes are computed beside the others
+            cache.reserve(slot, cache.lengths[slot] + room)
+        return last_hidden
 
     def _share_prompts(self, sequences: list[Sequence], slots: list[int]) -> None:
         """Siblings that have read nothing get the prompt, but for its last token, from one that reads it."""
@@ -130,9 +130,9 @@ class LmDrafter:
             siblings.setdefault(sequences[slot].group_key, []).append(slot)
         fresh = {key: [slot for slot in group[1:] if not lengths[slot]] for key, group in siblings.items()}
         leaders = {key: siblings[key][0] for key, rest in fresh.items() if rest}
-        self._read_tokens({slot: list(key[:-1]) for key, slot in leaders.items() if not lengths[slot]})
+        self._read_tokens({slot: list(key[lengths[slot] : -1]) for key, slot in leaders.items()})
         for key, leader in leaders.items():
-            self.cache.restore(fresh[key], self.cache.snapshot(leader, len(key) - 1))
+            self.cache.share(leader, fresh[key], len(key) - 1)
 
     def _read_tokens(self, left: dict[int, list[int]]) -> Float[Tensor, "B H"]:
         """Run tokens of some slots, in forwards of bounded size; returns the last hidden state of every slot."""
@@ -154,15 +154,16 @@ class LmDrafter:
 
     def _read_chunks(self, slots: list[int], chunks: list[list[int]]) -> Float[Tensor, "B H"]:
         device, width = self.lm.device, max(len(chunk) for chunk in chunks)
+        for slot, chunk in zip(slots, chunks, strict=True):
+            self.cache.reserve(slot, self.cache.lengths[slot] + len(chunk))
         num_nodes = torch.tensor([len(chunk) for chunk in chunks], device=device)
         visible = torch.ones(len(slots), width, width, dtype=torch.bool, device=device).tril()
-        is_whole = slots == list(range(len(slots)))
         batch = self.lay_out(
             token_ids=torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=device),
             num_nodes=num_nodes,
             visible=visible,
-            slots=slice(0, len(slots)) if is_whole else torch.tensor(slots, device=device),
-            cache=self.cache,
+            slots=torch.tensor(slots, device=device),
+            counts=[len(chunk) for chunk in chunks],
         )
         hidden = self.lm.forward(batch, self.cache).last_hidden
         for slot, chunk in zip(slots, chunks, strict=True):
@@ -178,20 +179,22 @@ class LmDrafter:
         num_nodes: Int[Tensor, " B"],
         visible: Bool[Tensor, "B N E"],
         slots: slice | Int[Tensor, " B"],
-        cache: SlotCache,
+        counts: list[int] | None = None,
     ) -> ForwardBatch:
-        """Nodes behind what the rows at `slots` have read; ids that the LM lacks stand as its last one."""
-        numbers = torch.arange(len(cache.lengths), device=self.lm.device)[slots]
+        """Nodes behind what the rows at `slots` have read; ids that the LM lacks stand as its last one.
+
+        Args:
+            counts: as for `ForwardBatch.build`.
+        """
         return ForwardBatch.build(
             token_ids=token_ids.clamp(max=self.lm.vocab_size - 1),
             num_nodes=num_nodes,
             visible=visible,
-            rows=slots,
-            row_numbers=numbers,
-            lengths=torch.tensor(cache.lengths, device=self.lm.device)[numbers],
-            store=cache.keys,
+            blocks=self.cache.blocks[slots],
+            lengths=torch.tensor(self.cache.lengths, device=self.lm.device)[slots],
             dtype=self.lm.dtype,
             num_repeats=self.lm.num_repeats,
+            counts=counts,
         )
 
     def rank_level(
@@ -219,7 +222,6 @@ class _LmLevels:
             num_nodes=torch.full_like(token_ids[:, 0], token_ids.shape[1]),
             visible=visible,
             slots=slice(0, len(token_ids)),
-            cache=drafter.cache,
         )
         self.hidden = drafter.lm.forward(batch, drafter.cache).last_hidden.view(*token_ids.shape, -1)
 

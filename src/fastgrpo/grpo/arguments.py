@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import os
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,18 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a mapping such as 'learning_rate: 1e-5', got {config!r:.60}")
     return config
+
+
+def read_keys(record: type, written: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Keys of one record with the values that were written for them, converted as those of a config file.
+
+    Args:
+        where: named in front of what is wrong.
+
+    Raises:
+        ValueError: an unknown key (the nearest known one is named), or a value that does not fit.
+    """
+    return _check_config(_Parser((record,), add_help=False, allow_abbrev=False), dict(written), where)
 
 
 def name_nearest(word: str, known: Iterable[str]) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastgrpo.metrics import step_time_shares
+from fastgrpo.types import BACKWARD, FORWARD, LEARNING, LOG_PROBS, OPTIMISER, REWARDS, ROLLOUT, Span, Timeline
 
 _LEARN_SHARE_OF_ROLLOUT, _LEARN_SHARE_OF_SAVING = 0.25, 0.5
 
@@ -18,13 +22,20 @@ class StepClock(TrainerCallback):
 
     Args:
         log: called with each metric's name and value at the end of a step.
+        is_exact: wait for an accelerator wherever a phase ends. Else its times are the host's, and kernels that still
+            run count to the phase that waits for them.
     """
 
-    def __init__(self, log: Callable[[str, float], None]) -> None:
+    def __init__(self, log: Callable[[str, float], None] = lambda key, value: None, *, is_exact: bool = False) -> None:
         self._log = log
+        self._waits = is_exact and torch.cuda.is_available()
         self._started: float | None = None
         self._last_step_s: float | None = None
         self.rollout_s = self.reward_s = self.learn_s = 0.0
+        self.timeline: Timeline | None = None  # of the last step that ended
+        self._spans: list[Span] = []
+        self._open: list[str] = []  # phases that are on, the inner ones last
+        self._since = 0.0  # when the innermost began or went on
 
     def budget_s(self, share: float, saved_s: float | None = None) -> float:
         """Seconds that draft learning may take now: a share of the last step, or of this one so far.
@@ -40,19 +51,96 @@ class StepClock(TrainerCallback):
         budget_s = min(share * step_s, _LEARN_SHARE_OF_ROLLOUT * self.rollout_s)
         return budget_s if saved_s is None else min(budget_s, max(saved_s, 0.0) * _LEARN_SHARE_OF_SAVING)
 
+    # -- the timeline of a step ----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Note that a phase takes place within; one within another interrupts it. Outside of steps nothing is noted."""
+        if self._started is None or (name == LOG_PROBS and FORWARD in self._open):  # the loss's own are its forward
+            yield
+            return
+        self._cut()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._cut()
+            self._open.pop()
+
+    def note(self, name: str, started_s: float, ended_s: float) -> None:
+        """Add what took place beside the phases, by `time.perf_counter`."""
+        if self._started is not None:
+            self._spans.append(Span(name=name, start_s=started_s - self._started, end_s=ended_s - self._started))
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function as a phase."""
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.span(name):
+                return function(*args, **kwargs)
+
+        return run
+
+    def _cut(self) -> None:
+        """The innermost phase ends here, or is interrupted."""
+        now = self._now()
+        if self._open:
+            self.note(self._open[-1], self._since, now)
+        self._since = now
+
+    def _now(self) -> float:
+        if self._waits:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    # -- the trainer's events ------------------------------------------------------------------------
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._started = time.perf_counter()
+        self._started = self._now()
+        self._spans, self._open = [], []
         self.rollout_s = self.reward_s = self.learn_s = 0.0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._cut()
+        self._open.append(OPTIMISER)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._cut()
+        self._open.pop()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._started is None:
             return
-        step_s = time.perf_counter() - self._started
+        step_s = self._now() - self._started
+        self.timeline = Timeline(step_s=step_s, spans=tuple(self._spans))
+        self._started = None
         if self.rollout_s:
             self._last_step_s = step_s
         update_s = step_s - self.rollout_s - self.reward_s - self.learn_s
         shares = step_time_shares(self.rollout_s, self.learn_s, update_s, self.reward_s)
         for key, value in shares.items():
             self._log(key, value)
+
+
+def attach_clock(trainer: Any, clock: StepClock) -> None:
+    """Time the phases of a trainer, TRL's or ours: at methods that both have, whatever class overrides them."""
+    accelerator, learner = trainer.accelerator, getattr(trainer, "learner", None)
+    for owner, method, phase in (
+        (trainer, "_generate_single_turn", ROLLOUT),
+        (trainer, "_calculate_rewards", REWARDS),
+        (trainer, "_get_per_token_logps_and_entropies", LOG_PROBS),
+        (trainer, "compute_loss", FORWARD),
+        (accelerator, "backward", BACKWARD),
+        (accelerator, "clip_grad_norm_", OPTIMISER),
+        (learner, "learn", LEARNING),
+    ):
+        if owner is not None:
+            setattr(owner, method, clock.timed(phase, getattr(owner, method)))
+    trainer.add_callback(clock)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from fastgrpo.draft_loss import DEFAULT_LOSS, LOSSES, check_loss
+from fastgrpo.grpo.old_logps import OLD_LOGPS
 from fastgrpo.planner import SPECULATION
 from fastgrpo.types import SpeculationPlan
 
@@ -59,12 +60,62 @@ class FastGRPOConfig(GRPOConfig):
         },
     )
     max_num_seqs: int = field(default=64, metadata={"help": "Sequences decoded together; others wait for a slot."})
+    max_cache_bytes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Memory for keys, values and features of a rollout. Where it is reached, the youngest sequences "
+            "wait and are computed anew, with the same tokens. Default: most of what is free when the rollout starts."
+        },
+    )
     skip_zero_advantages: bool = field(
         default=True,
         metadata={
-            "help": "No backward pass for completions whose advantage is 0, as all have in a group of equal rewards. "
+            "help": "No backward pass for completions whose advantage is 0, as all have in a group of equal rewards, "
+            "and no forward pass while the weights are the rollout's, which has said what is logged of them. "
             "The gradient is the same; stays off where something else depends on them (beta, entropy bonus, dropout), "
             "and with several processes."
+        },
+    )
+    float32_products: bool = field(
+        default=True,
+        metadata={
+            "help": "On a CPU without bfloat16 instructions, compute the update's bfloat16 products in float32 and "
+            "round them, which takes a fraction of the time. Does nothing elsewhere."
+        },
+    )
+    stream_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "Call reward functions declared `@fastgrpo.per_completion` as completions finish, so that slow "
+            "ones (a judge over HTTP, a sandbox) hide behind the tail of the rollout. Rewards, order and errors are "
+            "those of the plain call; stays off with tools, environments and rollout_func, whose completions end "
+            "later. Waiting costs nothing; a reward that computes takes the cores, or Python's one lock, from the "
+            "decoding."
+        },
+    )
+    max_reward_calls: int = field(
+        default=16,
+        metadata={"help": "Calls of streamed rewards at once: so many threads, and so many awaited async calls."},
+    )
+    reward_timeout_s: float = field(
+        default=600.0,
+        metadata={"help": "Seconds that one call of a streamed reward may take before it is given up by name."},
+    )
+    share_prompts: bool = field(
+        default=True,
+        metadata={
+            "help": "Completions of one prompt that stand in one micro-batch are computed with one copy of it, without "
+            "padding, in the update and in log-prob passes. The gradient is the same; stays off, with a line in the "
+            "log, where the model has dropout, another attention than `sdpa`, or is compiled."
+        },
+    )
+    old_logps: str = field(
+        default="auto",
+        metadata={
+            "help": "Log-probabilities of the weights that generated, where the loss needs them (`num_iterations` "
+            "above 1, or `steps_per_generation` not aligned with `gradient_accumulation_steps`): `auto` (the first "
+            "pass over a micro-batch says them; the gradient is TRL's), `rollout` (the rollout's: no pass at all, but "
+            "they round otherwise than the update, in bfloat16 visibly), or `forward` (TRL's own forward)."
         },
     )
 
@@ -80,8 +131,16 @@ class FastGRPOConfig(GRPOConfig):
                 "draft_time_share=0 freezes the head"
             )
         check_loss(self.draft_loss)
+        if self.old_logps not in OLD_LOGPS:
+            raise ValueError(f"old_logps must be one of {', '.join(OLD_LOGPS)}, got '{self.old_logps}'")
         if self.max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
+        if self.max_reward_calls < 1:
+            raise ValueError(f"max_reward_calls must be at least 1, got {self.max_reward_calls}")
+        if not self.reward_timeout_s > 0:
+            raise ValueError(f"reward_timeout_s must be above 0 seconds, got {self.reward_timeout_s}")
+        if self.max_cache_bytes is not None and self.max_cache_bytes < 1:
+            raise ValueError(f"max_cache_bytes must be positive, got {self.max_cache_bytes}; None takes what is free")
         if self.speculation == "fixed":
             _ = self.fixed_plan
         check_config(self)

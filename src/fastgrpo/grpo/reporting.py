@@ -5,31 +5,34 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastgrpo.engine import Engine
 from fastgrpo.grpo.trainer import FastGRPOTrainer
 from fastgrpo.report import LiveProgress, RunHistory, plot_run, print_summary, save_run
-from fastgrpo.types import StepRecord
+from fastgrpo.types import StepRecord, Timeline
+
+Kept = TypeVar("Kept")
 
 
 class ReportCallback(TrainerCallback):
-    """Shows a training while it runs, and keeps the engine steps of its first and its last rollout.
+    """Shows a training while it runs, and keeps the first and the last rollout's engine steps and step's timeline.
 
     Args:
-        engine: the trainer's.
+        trainer: whose clock hears of a step's end before this does.
         progress: what shows them.
     """
 
-    def __init__(self, engine: Engine, progress: LiveProgress) -> None:
+    def __init__(self, trainer: FastGRPOTrainer, progress: LiveProgress) -> None:
         self.rollouts: dict[int, list[StepRecord]] = {}
+        self.timelines: dict[int, Timeline] = {}
+        self._trainer = trainer
         self.is_updating = False  # between the two ends of an optimiser step
         self._progress = progress
         self._records: list[StepRecord] = []
-        engine.on_step.append(self._observe)
+        trainer.engine.on_step.append(self._observe)
 
     def _observe(self, record: StepRecord) -> None:
         self._records.append(record)
@@ -53,9 +56,9 @@ class ReportCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.is_updating = False
         if self._records:
-            first = min(self.rollouts, default=state.global_step)
-            kept = self.rollouts.get(first, self._records)
-            self.rollouts = {first: kept, state.global_step: self._records}
+            self.rollouts = _keep_ends(self.rollouts, state.global_step, self._records)
+            if self._trainer.timeline is not None:
+                self.timelines = _keep_ends(self.timelines, state.global_step, self._trainer.timeline)
         self._records = []
 
     def on_log(
@@ -74,9 +77,15 @@ class ReportCallback(TrainerCallback):
         self._progress.stop()
 
 
+def _keep_ends(kept: dict[int, Kept], step: int, new: Kept) -> dict[int, Kept]:
+    """The first and the new one."""
+    first = min(kept, default=step)
+    return {first: kept.get(first, new), step: new}
+
+
 def attach_report(trainer: FastGRPOTrainer, progress: LiveProgress) -> ReportCallback:
     """Show this training with `progress`; transformers' own printing goes. Train with `disable_tqdm`."""
-    callback = ReportCallback(trainer.engine, progress)
+    callback = ReportCallback(trainer, progress)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
     return callback

@@ -1,26 +1,34 @@
 """Log-probabilities and entropies of completions for TRL's loss: what the loss reads is computed, and no more.
 
 Exact: the loss, its gradient and the logged metrics are TRL's, up to the rounding of float32.
-- Only completion tokens meet the output head. Where Triton is missing, TRL's fused head scores the prompt too.
-- Columns that are padding in every row are cut.
-- A row whose advantage is 0 has no gradient, so none is computed (`find_rows_to_train`).
+- Only completion tokens meet the output head, a few at a time (`head`).
+- Rows are packed: no padding is computed, and a prompt once for all its completions (`sharing`).
+- A row whose advantage is 0 has no gradient, so none is computed (`find_rows_to_train`); where the rollout has said
+  what is logged of it, nothing is (`micro_batch`).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import logging
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from fastgrpo.grpo.head import add_token_scores
+from fastgrpo.grpo.sharing import pack_rows, pays
+from fastgrpo.model import SUPPORTED_FAMILIES, base_model_of
+
+logger = logging.getLogger(__name__)
+
 
 def find_obstacle(trainer: Any) -> str | None:
     """Why rows without advantage must be computed all the same; None if they need not."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    own = find_own_loss(trainer)
     obstacles = {
+        f"{own} may read every row": own is not None,
         "beta is not 0: the divergence from the reference model has a gradient of its own": trainer.beta != 0.0,
         "the entropy bonus has a gradient of its own": getattr(trainer, "_entropy_bonus_enabled", False),
         "the router's auxiliary loss has a gradient of its own": getattr(trainer, "aux_loss_enabled", False),
@@ -30,25 +38,75 @@ def find_obstacle(trainer: Any) -> str | None:
         "processes must run the model equally often": trainer.accelerator.num_processes > 1,
         "a compiled model takes no hooks": args.torch_compile,
         "DeepSpeed keeps the gradients itself": getattr(trainer, "is_deepspeed_enabled", False),
-        "the model has dropout, whose draws depend on the rows computed": _has_dropout(model),
+        "the model has dropout, whose draws depend on the rows computed": has_dropout(model),
     }
     return next((reason for reason, is_so in obstacles.items() if is_so), None)
 
 
-def _has_dropout(model: nn.Module) -> bool:
+def find_sharing_obstacle(trainer: Any) -> str | None:
+    """Why completions of one prompt cannot be computed with one copy of it; None if they can."""
+    models = _find_models(trainer)
+    configs = [model.config for model in models]
+    backends = {config._attn_implementation for config in configs} - {"sdpa"}
+    families = {config.model_type for config in configs} - set(SUPPORTED_FAMILIES)
+    kinds = {kind for config in configs for kind in getattr(config, "layer_types", None) or ()} - {"full_attention"}
+    obstacles = {
+        f"attn_implementation={', '.join(backends)} cannot take the mask; 'sdpa' can": backends,
+        f"the family {', '.join(families)} is not one it was tried with": families,
+        f"layers of {', '.join(kinds)} do not see the whole prompt": kinds,
+        "a compiled model is left as it is": trainer.args.torch_compile,
+        "the router's auxiliary loss is over all positions": getattr(trainer, "aux_loss_enabled", False),
+        "the model has dropout, whose draws depend on the tokens computed": any(map(has_dropout, models)),
+    }
+    return next((reason for reason, is_so in obstacles.items() if is_so), None)
+
+
+def _find_models(trainer: Any) -> list[Any]:
+    """Policy and, where it is another model, reference, below wrappers and adapters."""
+    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    return [base_model_of(trainer.accelerator.unwrap_model(model)) for model in models]
+
+
+def add_heads(trainer: Any) -> None:
+    """Teach the models to score tokens, as `score_completions` asks them to."""
+    for model in _find_models(trainer):
+        add_token_scores(model, temperature=trainer.temperature, in_float32=trainer.args.cast_lm_head_to_fp32)
+
+
+def can_share_prompts(trainer: Any) -> bool:
+    """Whether nothing is in the way; what is in the way goes to the log."""
+    obstacle = find_sharing_obstacle(trainer)
+    if obstacle is not None:
+        logger.warning("share_prompts is off: %s", obstacle)
+    return obstacle is None
+
+
+def has_dropout(model: nn.Module) -> bool:
     rates = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
     config = getattr(model, "config", None)
     rates += [getattr(config, key, 0.0) or 0.0 for key in ("attention_dropout", "hidden_dropout", "resid_pdrop")]
     return any(rate > 0 for rate in rates)
 
 
+def find_own_loss(trainer: Any) -> str | None:
+    """The method in which a subclass of somebody else's computes the loss."""
+    names = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
+    owners = ((name, getattr(type(trainer), name).__module__.partition(".")[0]) for name in names)
+    own = next((name for name, owner in owners if owner not in ("fastgrpo", "trl")), None)
+    return None if own is None else f"{type(trainer).__name__}.{own}"
+
+
+def find_counted(inputs: dict[str, Any]) -> Bool[Tensor, "B C"]:
+    """Tokens that loss and metrics count: the policy's own, not cut off."""
+    mask = inputs["completion_mask"]
+    counted: Tensor = (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask) != 0
+    return counted
+
+
 def find_rows_to_train(inputs: dict[str, Any]) -> Bool[Tensor, " B"]:
     """Rows of a micro-batch whose loss has a gradient: an advantage other than 0, and a token that counts."""
-    mask = inputs["completion_mask"]
-    if "tool_mask" in inputs:
-        mask = mask * inputs["tool_mask"]
     advantages = inputs["advantages"]
-    chosen: Tensor = (advantages.reshape(len(advantages), -1) != 0).any(1) & (mask != 0).any(1)
+    chosen: Tensor = (advantages.reshape(len(advantages), -1) != 0).any(1) & find_counted(inputs).any(1)
     return chosen
 
 
@@ -61,52 +119,59 @@ def fill_missing_gradients(model: nn.Module) -> None:
 
 
 def score_completions(
-    model: nn.Module, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"], num_kept: int
+    model: nn.Module,
+    input_ids: Int[Tensor, "B L"],
+    attention_mask: Int[Tensor, "B L"],
+    num_kept: int,
+    *,
+    shares_prompts: bool = False,
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
     """Log-probability and entropy of each of the last `num_kept` tokens; 0 where the attention mask is.
 
     Args:
-        model: TRL's policy or reference, wrapped or not, whose forward takes `fused_lm_head`.
+        model: policy or reference, wrapped or not, below which `add_token_scores` was called.
         input_ids: prompts and completions, padded outward.
+        shares_prompts: pack the rows and compute each prompt once, where that leaves tokens out.
     """
-    used = attention_mask.any(0).nonzero()[:, 0]
-    first, last = int(used[0]), int(used[-1]) + 1
-    num_cut = input_ids.shape[1] - last  # columns of padding behind the longest completion
-    input_ids, attention_mask = input_ids[:, first:last], attention_mask[:, first:last]
-    is_scored = attention_mask[:, num_cut - num_kept :].bool()
-    labels = input_ids[:, num_cut - num_kept :][is_scored]
-    with _only_at(find_backbone(model), is_scored):
-        outputs = model(
-            input_ids=input_ids, attention_mask=attention_mask, shift_labels=labels[None], fused_lm_head=True
-        )
-    logprobs, entropies = (
-        nn.functional.pad(x.new_zeros(is_scored.shape).masked_scatter(is_scored, x[0]), (0, num_cut))
-        for x in (outputs.log_probs, outputs.entropy)
-    )
+    is_used = attention_mask.bool()
+    is_scored = is_used[:, -num_kept:]
+    labels = input_ids[:, -num_kept:][is_scored]
+    packed = pack_rows(input_ids, is_used, num_kept) if shares_prompts and len(labels) else None
+    first, end = _find_span(is_used)
+    if packed is not None and pays(packed, len(input_ids) * (end - first)):
+        inputs = {
+            "input_ids": packed.input_ids,
+            "attention_mask": packed.mask,
+            "position_ids": packed.position_ids,
+            "predicted_at": packed.predicted_at,
+        }
+    else:
+        rows, columns = is_scored.nonzero().T
+        before = columns + input_ids.shape[1] - num_kept - 1 - first
+        inputs = {
+            "input_ids": input_ids[:, first:end],
+            "attention_mask": attention_mask[:, first:end],
+            "predicted_at": rows * (end - first) + before,
+        }
+    scores = model(**inputs, labels=labels)
+    logprobs, entropies = (x.new_zeros(is_scored.shape).masked_scatter(is_scored, x) for x in scores)
     return logprobs, entropies
 
 
-def find_backbone(model: Any) -> nn.Module:
-    """The decoder below wrappers, adapters and output head."""
-    while isinstance(getattr(model, "module", None), nn.Module):  # DDP and the like
-        model = model.module
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    backbone: nn.Module = model.base_model
-    return backbone
+def _find_span(is_used: Bool[Tensor, "B L"]) -> tuple[int, int]:
+    """First and last column but one behind it, outside which every row is padding."""
+    columns = is_used.any(0).nonzero()[:, 0]
+    return int(columns[0]), int(columns[-1]) + 1
 
 
-@contextlib.contextmanager
-def _only_at(backbone: nn.Module, is_scored: Bool[Tensor, "B C"]) -> Iterator[None]:
-    """Inside, `backbone` hands on only the hidden states that predict the marked of its last C tokens, as one row."""
-
-    def select(_: nn.Module, __: Any, output: Any) -> Any:
-        before = output.last_hidden_state[:, -1 - is_scored.shape[1] : -1]
-        output.last_hidden_state = before[is_scored][None]
-        return output
-
-    handle = backbone.register_forward_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+@torch.no_grad()
+def score_rows(
+    model: nn.Module, inputs: dict[str, Any], rows: Bool[Tensor, " B"], *, shares_prompts: bool
+) -> Float[Tensor, "R C"]:
+    """Log-probabilities of some rows of a micro-batch of TRL's, without a gradient."""
+    ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), 1)[rows]
+    mask = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1)[rows]
+    num_kept = inputs["completion_ids"].shape[1]
+    if not len(ids):
+        return torch.zeros(0, num_kept, device=ids.device)
+    return score_completions(model, ids, mask, num_kept, shares_prompts=shares_prompts)[0]

@@ -56,7 +56,10 @@ def run_training(argv: list[str]) -> None:
     trainer.save_model(arguments.training.output_dir)
     if is_main:
         history = RunHistory(
-            log_rows=trainer.state.log_history, rollouts=callback.rollouts, meta=_describe_run(arguments, argv)
+            log_rows=trainer.state.log_history,
+            rollouts=callback.rollouts,
+            timelines=callback.timelines,
+            meta=_describe_run(arguments, argv),
         )
         write_report(history, Path(arguments.training.output_dir), console)
         console.print(f"model: {arguments.training.output_dir}", markup=False, highlight=False, soft_wrap=True)

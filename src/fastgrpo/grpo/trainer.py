@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,15 +17,19 @@ from trl.models import unwrap_model_for_generation
 from fastgrpo.draft_loss import check_loss
 from fastgrpo.drafters import find_trainable
 from fastgrpo.engine import Engine, FinishedRollout
-from fastgrpo.grpo.clock import StepClock
+from fastgrpo.grpo.checks import check_rewards
+from fastgrpo.grpo.clock import StepClock, attach_clock
 from fastgrpo.grpo.config import FastGRPOConfig
-from fastgrpo.grpo.scoring import fill_missing_gradients, find_obstacle, find_rows_to_train, score_completions
+from fastgrpo.grpo.savings import Savings
+from fastgrpo.grpo.scoring import add_heads, fill_missing_gradients, score_completions
 from fastgrpo.grpo.state import load_state, save_state
+from fastgrpo.grpo.streaming import RewardStream
+from fastgrpo.kernels.half import float32_products
 from fastgrpo.learner import Learner
 from fastgrpo.metrics import rollout_metrics, summarise_rollout
 from fastgrpo.planner import AutoPlanner, PaperPlanner
 from fastgrpo.sampling import stream_key
-from fastgrpo.types import SamplingParams
+from fastgrpo.types import SamplingParams, Timeline
 
 _STATE_FOLDER = "fastgrpo"  # inside a checkpoint
 
@@ -66,16 +69,24 @@ class FastGRPOTrainer(GRPOTrainer):
             fixed_plan=args.fixed_plan,
             compute_dtype=_compute_dtype(args),
             tokenizer=self.processing_class,
+            max_cache_bytes=args.max_cache_bytes,
         )
         self.learner = self._build_learner(args)
         self.engine.on_finish.extend([self._teach] if self.learner else [])
+        self.reward_stream = RewardStream(self)
+        self.engine.on_finish.extend([self.reward_stream.observe] if self.reward_stream.is_on else [])
         self._clock = StepClock(lambda key, value: self._metrics["train"][key].append(value))
-        self.add_callback(self._clock)
-        self._is_training_rollout = False
-        self._skips_rows = args.skip_zero_advantages and find_obstacle(self) is None
-        self._rows_to_train: torch.Tensor | None = None
+        attach_clock(self, self._clock)
+        self._is_training_rollout = self._has_learnt = False
+        self.savings = Savings(self)
+        add_heads(self)
         self._saved_s: float | None = None
         self._rollout_place = (-1, 0)  # (global step, generation calls within it)
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """When the last training step did what; None before the first has ended."""
+        return self._clock.timeline
 
     def _build_learner(self, args: FastGRPOConfig) -> Learner | None:
         share = args.draft_time_share
@@ -111,10 +122,18 @@ class FastGRPOTrainer(GRPOTrainer):
             ),
         ):
             completions = self.engine.generate(prompt_ids, self._build_params(len(prompt_ids)))
+        self.savings.hear(prompt_ids, completions)
         rollout_s = time.perf_counter() - started
         self._clock.rollout_s += rollout_s
         self._log_rollout(rollout_s)
         return [completion.token_ids for completion in completions], None
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        self.savings.begin()
+        output = super()._generate(prompts)
+        if self.model.training:
+            self.savings.line_up(*output[:3])
+        return output
 
     def _build_params(self, count: int) -> list[SamplingParams]:
         """Noise of its own for every completion of every process, call and step; the same after a resume."""
@@ -140,28 +159,44 @@ class FastGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         started = time.perf_counter()
-        before = self._clock.rollout_s
-        output = super()._generate_and_score_completions(inputs)
-        self._clock.reward_s += time.perf_counter() - started - (self._clock.rollout_s - before)
-        if self.learner is not None and self.model.training:
-            report = self.learner.learn(self._clock.budget_s(self._learn_share, self._saved_s))
-            self._clock.learn_s += report.learn_s
-            metrics = self._metrics["train"]
-            metrics["draft/loss"].append(report.loss)
-            metrics["draft/learn_s"].append(report.learn_s)
-            metrics["draft/num_tokens"].append(report.num_tokens)
-            metrics["draft/num_skipped"].append(report.num_skipped)
-            metrics["draft/num_updates"].append(report.num_updates)
-            metrics["draft/held_out_loss"].append(report.held_out_loss)
-            metrics["draft/effort"].append(report.effort)
-            metrics["draft/rolled_back"].append(float(report.is_rolled_back))
-            if self._saved_s is not None:
-                metrics["draft/saved_s"].append(self._saved_s)
+        before = self._clock.rollout_s + self._clock.learn_s
+        self._has_learnt = False
+        with self.reward_stream.follow(inputs):
+            output = super()._generate_and_score_completions(inputs)
+        self.savings.attach(output, self.state.global_step)
+        others_s = self._clock.rollout_s + self._clock.learn_s - before
+        self._clock.reward_s += time.perf_counter() - started - others_s
+        if not self._has_learnt:
+            self._learn_drafts()
         return output
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+    def _learn_drafts(self) -> None:
+        """Let the draft head learn from this rollout: once, while streamed rewards are waited for, or behind them."""
+        self._has_learnt = True
+        if self.learner is None or not self.model.training:
+            return
+        report = self.learner.learn(self._clock.budget_s(self._learn_share, self._saved_s))
+        self._clock.learn_s += report.learn_s
+        metrics = self._metrics["train"]
+        metrics["draft/loss"].append(report.loss)
+        metrics["draft/learn_s"].append(report.learn_s)
+        metrics["draft/num_tokens"].append(report.num_tokens)
+        metrics["draft/num_skipped"].append(report.num_skipped)
+        metrics["draft/num_updates"].append(report.num_updates)
+        metrics["draft/held_out_loss"].append(report.held_out_loss)
+        metrics["draft/effort"].append(report.effort)
+        metrics["draft/rolled_back"].append(float(report.is_rolled_back))
+        if self._saved_s is not None:
+            metrics["draft/saved_s"].append(self._saved_s)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+        if self.reward_stream.complete(inputs, prompts, completions, completion_ids_list):
+            self._learn_drafts()
         try:
-            return super()._calculate_rewards(*args, **kwargs)
+            with self.reward_stream.collect(self._clock.note):
+                rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            check_rewards(rewards, self.reward_func_names)
+            return rewards
         except Exception as error:
             names = ", ".join(self.reward_func_names)
             error.add_note(
@@ -173,20 +208,23 @@ class FastGRPOTrainer(GRPOTrainer):
     # -- loss ----------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        if self._skips_rows and self.accelerator.sync_gradients:
+        with float32_products(enabled=self.args.float32_products):
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
+            if self.accelerator.sync_gradients:
+                with self.accelerator.autocast():
+                    self.savings.fill_old_logps(self._buffered_inputs or (), self.model)
+        if self.accelerator.sync_gradients and self.savings.skips_rows:
             fill_missing_gradients(self.model)
         return loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
-        if not (self._skips_rows and torch.is_grad_enabled() and self.model.training):
+        if self.savings.has_own_loss or not (torch.is_grad_enabled() and self.model.training):
             return super()._compute_loss(model, inputs)
-        self._rows_to_train = find_rows_to_train(inputs)
-        self._metrics["train"]["update/skipped_share"].append(1 - float(self._rows_to_train.float().mean()))
-        try:
-            return super()._compute_loss(model, inputs)
-        finally:
-            self._rows_to_train = None
+        batch = self.savings.plan(inputs, self.state.global_step)
+        loss = super()._compute_loss(model, batch.inputs)
+        for key, value in self.savings.finish(batch, self.accelerator.gather).items():
+            self._metrics["train"][key].append(value)
+        return loss
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -199,6 +237,16 @@ class FastGRPOTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        completion_ids = input_ids[:, -logits_to_keep:]
+
+        def score(rows: torch.Tensor) -> torch.Tensor:
+            scored: torch.Tensor = self._get_per_token_logps_and_entropies(
+                model, input_ids[rows], attention_mask[rows], logits_to_keep, batch_size
+            )[0]
+            return scored
+
+        if (old := self.savings.answer_old_logps(score, completion_ids, attention_mask)) is not None:
+            return old, None, None
         # the router's loss is over all positions; a compiled model takes no hooks
         if compute_aux_loss or self.args.torch_compile:
             return super()._get_per_token_logps_and_entropies(
@@ -211,16 +259,22 @@ class FastGRPOTrainer(GRPOTrainer):
                 compute_aux_loss,
                 **kwargs,
             )
-        rows, self._rows_to_train = self._rows_to_train, None
-        shape = (len(input_ids), logits_to_keep)
-        logprobs, entropies = (torch.zeros(shape, device=input_ids.device) for _ in range(2))
-        for part, has_gradient in _split_rows(rows, shape[0], batch_size, input_ids.device):
-            with self.accelerator.autocast(), contextlib.nullcontext() if has_gradient else torch.no_grad():
-                scores = score_completions(model, input_ids[part], attention_mask[part], logits_to_keep)
+        batch = self.savings.take_batch(completion_ids)
+        logprobs, entropies = batch.begin_scores()
+        shares = self.savings.shares_prompts
+        for part, has_gradient in batch.split(batch_size):
+            with (
+                float32_products(enabled=self.args.float32_products),
+                self.accelerator.autocast(),
+                contextlib.nullcontext() if has_gradient else torch.no_grad(),
+            ):
+                ids, mask = input_ids[part], attention_mask[part]
+                scores = score_completions(model, ids, mask, logits_to_keep, shares_prompts=shares)
             logprobs = logprobs.index_put((part,), scores[0])
             entropies = entropies.index_put((part,), scores[1])
         if torch.is_grad_enabled() and not logprobs.requires_grad:
             logprobs.requires_grad_(True)  # nothing to learn here: a loss without a way to the weights
+        batch.logps = logprobs.detach()
         return logprobs, entropies if compute_entropy else None, None
 
     def _log_rollout(self, rollout_s: float) -> None:
@@ -265,17 +319,6 @@ class FastGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / _STATE_FOLDER).is_dir():
             load_state(Path(checkpoint) / _STATE_FOLDER, self.engine, self.learner)
-
-
-def _split_rows(
-    rows: torch.Tensor | None, count: int, batch_size: int | None, device: torch.device
-) -> Iterator[tuple[torch.Tensor, bool]]:
-    """(rows, whether they need a gradient), at most `batch_size` at once."""
-    everything = torch.arange(count, device=device)
-    kinds = [(everything, True)] if rows is None else [(everything[rows], True), (everything[~rows], False)]
-    for chosen, has_gradient in kinds:
-        if len(chosen):
-            yield from ((part, has_gradient) for part in chosen.split(batch_size or count))
 
 
 def _is_zero3(trainer: GRPOTrainer) -> bool:

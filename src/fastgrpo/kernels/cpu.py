@@ -48,14 +48,35 @@ def sample(
     stream_keys: Int[Tensor, " R"],
     positions: Int[Tensor, " R"],
     temperature: Float[Tensor, " R"],
-) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
+) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
     """See `fastgrpo.sampling.sample`, without truncation."""
     num_rows, width = logits.shape
     assert logits.stride(1) == 1, "columns must be adjacent"
-    token_ids, logprobs = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows)
+    out = (torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows), torch.empty(num_rows))
     name = f"sample_{_NAMES[logits.dtype]}"
-    _call(name, logits, logits.stride(0), stream_keys, positions, temperature, num_rows, width, token_ids, logprobs)
-    return token_ids, logprobs
+    _call(name, logits, logits.stride(0), stream_keys, positions, temperature, num_rows, width, *out)
+    return out
+
+
+def rank(
+    logits: Float[Tensor, "B W C"],
+    vocabulary: Int[Tensor, " C"],
+    stream_keys: Int[Tensor, " B"],
+    positions: Int[Tensor, " B"],
+    temperature: Float[Tensor, " B"],
+    width: int,
+    *,
+    with_noise: bool,
+) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
+    """See `fastgrpo.drafters.beams.rank_candidates`; of equal candidates the first."""
+    num_trees, num_nodes, num_columns = logits.shape
+    most = min(width, num_columns)
+    chances = torch.empty(num_trees, num_nodes, most)
+    token_ids = torch.empty(num_trees, num_nodes, most, dtype=torch.int64)
+    sizes = (*logits.shape, most, int(with_noise))
+    rows = (vocabulary, stream_keys, positions, temperature)
+    _call(f"rank_{_NAMES[logits.dtype]}", logits.contiguous(), *rows, *sizes, chances, token_ids)
+    return chances, token_ids
 
 
 def add_norm(
@@ -108,7 +129,7 @@ def attend(
     starts: Int[Tensor, " B"],
     num_nodes: Int[Tensor, " B"],
     lengths: Int[Tensor, " B"],
-    places: Int[Tensor, " B"],
+    blocks: Int[Tensor, "B K"],
     visible: Bool[Tensor, "B N E"],
     head_dim: int,
     scale: float,
@@ -119,12 +140,12 @@ def attend(
         query: tokens may stand apart.
         starts, num_nodes: of each row's tokens in `query`.
         lengths: cached positions that all nodes of a row see.
-        places: where each row's positions begin in the cache.
+        blocks: where each block of a row's positions begins in the cache (`fastgrpo.blocks.BLOCK_SIZE` of them).
         visible: `[b, n, e]`: node n sees position `lengths[b] + e`.
     """
     out = query.new_empty(query.shape)
     sizes = (visible.shape[1], visible.shape[2], query.shape[1] // head_dim, keys.shape[1] // head_dim, head_dim)
-    rows = (len(starts), starts, num_nodes, lengths, places, visible.contiguous())
+    rows = (len(starts), starts, num_nodes, lengths, blocks.contiguous(), blocks.shape[1], visible.contiguous())
     _call(f"attend_{_NAMES[query.dtype]}", query, query.stride(0), keys, values, out, *rows, *sizes, scale)
     return out
 
@@ -136,10 +157,38 @@ def multiply_silu(both: Float[Tensor, "M J"], num_tokens: int) -> Float[Tensor, 
     return out
 
 
+def pack_weights(weights: list[Float[Tensor, "_ I"]]) -> Float[Tensor, "P I W"]:
+    """Weights of linear layers side by side, in the layout of `multiply`."""
+    assert all(weight.is_contiguous() for weight in weights), "weights must be contiguous"
+    num_outputs, num_inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
+    width = _load().fastgrpo_block_width()
+    layout = weights[0].new_zeros(-(-num_outputs // width), num_inputs, width)
+    first = 0
+    for weight in weights:
+        _call(f"pack_{_NAMES[weight.dtype]}", weight, layout, first, *weight.shape)
+        first += len(weight)
+    return layout
+
+
+def multiply(
+    x: Float[Tensor, "M I"], layout: Float[Tensor, "P I W"], bias: Float[Tensor, " O"] | None, num_outputs: int
+) -> Float[Tensor, "M O"]:
+    """x W^T + bias, summed in float32; a row's result does not depend on the rows beside it."""
+    assert x.dtype == layout.dtype and x.shape[1] == layout.shape[1], f"{x.dtype} {x.shape} by {layout.dtype}"
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = x.new_empty(len(x), num_outputs)
+    _call(f"product_{_NAMES[x.dtype]}", x, x.stride(0), layout, bias, out, *x.shape, num_outputs)
+    return out
+
+
 def _call(name: str, *arguments: Tensor | float | int | None) -> None:
+    getattr(_load(), f"fastgrpo_{name}")(*map(_pass, arguments))
+
+
+def _load() -> ctypes.CDLL:
     library = load_library()
     assert library is not None, "call is_available first"
-    getattr(library, f"fastgrpo_{name}")(*map(_pass, arguments))
+    return library
 
 
 def _pass(argument: Tensor | float | int | None) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int64 | None:

@@ -9,7 +9,8 @@
 
 #include "common.h"
 
-#define CHUNK 32 /* cached positions attended to at once */
+#define BLOCK 64 /* cached positions that stand together, as in blocks.py */
+#define CHUNK 32 /* of them are attended to at once: a divisor */
 #define ENOUGH_ROWS 8 /* to attend to whole rows, which reads the cache in order; of fewer, key heads are parted */
 
 /* ---- norms ------------------------------------------------------------------------------------------------ */
@@ -197,15 +198,16 @@ static inline float weigh(float *scores, i64 size, i64 full, float most) {
  *
  * query: [tokens, heads, width], tokens `stride` numbers apart; row b has nodes[b] of them from starts[b] on.
  * out: the same, one after the other.
- * keys, values: [*, kv_heads * width]; position p of row b is number (places[b] + p).
+ * keys, values: [*, kv_heads * width]; position p of row b is number blocks[b][p / BLOCK] + p % BLOCK, where blocks is
+ * [rows, most_blocks]. Rows may share blocks: siblings read the same lines of their prompt.
  * visible: [rows, most_nodes, seen]: entry (b, n, e) says whether node n sees position lengths[b] + e; every node sees
  * all positions below lengths[b].
  */
 #define DEFINE_ATTEND(X)                                                                                              \
     void fastgrpo_attend_##X(const X *query, i64 stride, const X *keys, const X *values, X *out, i64 rows,            \
-                             const i64 *starts, const i64 *nodes, const i64 *lengths, const i64 *places,              \
-                             const uint8_t *visible, i64 most_nodes, i64 seen, i64 heads, i64 kv_heads, i64 width,    \
-                             float scale) {                                                                           \
+                             const i64 *starts, const i64 *nodes, const i64 *lengths, const i64 *blocks,              \
+                             i64 most_blocks, const uint8_t *visible, i64 most_nodes, i64 seen, i64 heads,            \
+                             i64 kv_heads, i64 width, float scale) {                                                  \
         i64 repeats = heads / kv_heads, padded = (width + LANES - 1) / LANES * LANES, cached = kv_heads * width;      \
         i64 parts = rows < ENOUGH_ROWS ? kv_heads : 1, groups = kv_heads / parts; /* a part has these key heads */    \
         i64 num_floats = groups * repeats * most_nodes * (2 * padded + 2) + CHUNK + 2 * CHUNK * padded;               \
@@ -225,11 +227,14 @@ static inline float weigh(float *scores, i64 size, i64 full, float most) {
                     for (i64 j = 0; j < width; j++) q[i * padded + j] = load_##X(from + j) * scale;                   \
                     most[i] = -INFINITY, mass[i] = 0.0f;                                                              \
                 }                                                                                                     \
-                for (i64 first = 0; first < total; first += CHUNK)                                                    \
+                const i64 *own = blocks + row * most_blocks;                                                          \
+                for (i64 first = 0; first < total; first += CHUNK) {                                                  \
+                    i64 start = own[first / BLOCK] + first % BLOCK, left = total - first - CHUNK;                     \
+                    i64 next = left > 0 ? (own[(first + CHUNK) / BLOCK] + (first + CHUNK) % BLOCK) * cached : 0;      \
                     for (i64 group = 0; group < groups; group++) {                                                    \
                         i64 size = total - first < CHUNK ? total - first : CHUNK;                                     \
                         i64 full = (size + LANES - 1) / LANES * LANES;                                                \
-                        i64 place = (places[row] + first) * cached + (head / repeats + group) * width;                \
+                        i64 place = start * cached + (head / repeats + group) * width;                                \
                         for (i64 p = 0; p < size; p++) {                                                              \
                             const X *own_k = keys + place + p * cached, *own_v = values + place + p * cached;         \
                             float *to_k = k + p / LANES * LANES * padded + p % LANES * LANES;                         \
@@ -240,7 +245,6 @@ static inline float weigh(float *scores, i64 size, i64 full, float most) {
                             for (i64 j = 0; j < width; j++) v[p * padded + j] = load_##X(own_v + j);                  \
                         }                                                                                             \
                         for (i64 i = group * repeats * count; i < (group + 1) * repeats * count; i++) {               \
-                            i64 next = (places[row] + first + CHUNK) * cached, left = total - first - CHUNK;          \
                             i64 share = (left < CHUNK ? left : CHUNK) * cached / queries + 1;                         \
                             for (i64 j = i * share; left > 0 && j < (i + 1) * share; j += 64 / (i64)sizeof(X)) {      \
                                 __builtin_prefetch(keys + next + j); /* memory is slow: ask for the next chunk now */ \
@@ -263,6 +267,7 @@ static inline float weigh(float *scores, i64 size, i64 full, float most) {
                             add_values(into, s, v, full, padded);                                                     \
                         }                                                                                             \
                     }                                                                                                 \
+                }                                                                                                     \
                 for (i64 i = 0; i < queries; i++) {                                                                   \
                     X *to = out + ((starts[row] + i % count) * heads + head + i / count) * width;                     \
                     for (i64 j = 0; j < width; j++) store_##X(to + j, sum[i * padded + j] / mass[i]);                 \

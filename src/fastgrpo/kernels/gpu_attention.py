@@ -1,6 +1,6 @@
 """Tree attention on a GPU with split keys, as in flash-decoding: only live positions are read, and no mask is laid out.
 
-A row's positions stand in the cache in blocks of `BLOCK`, found through a table, so that rows may lie anywhere. One
+A row's positions stand in the cache in blocks, found through a table, so that rows may lie anywhere. One
 program takes a stretch of `SPLIT` positions for one key head, with the queries of all its heads and nodes in one tile;
 a second kernel joins the stretches. These begin at fixed positions: a row's result does not depend on its neighbours.
 """
@@ -13,7 +13,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BLOCK = 64  # positions that stand together in the cache
+from fastgrpo.blocks import BLOCK_SIZE
+
 SPLIT = 256  # positions that one program reads
 _LEAST_QUERIES, _MOST_QUERIES = 16, 64  # in one tile; matrix units take 16 at least
 _CHUNK = 8  # stretches joined at once
@@ -168,7 +169,7 @@ def attend(
     Args:
         query: tokens and heads may stand apart, a head's numbers may not.
         keys, values: a layer's, by flat index of a position; head by head.
-        blocks: flat index of the first position of each block of `BLOCK` positions of a row.
+        blocks: flat index of the first position of each block of a row (`fastgrpo.blocks.BLOCK_SIZE` positions).
         starts, num_nodes: of each row's tokens in `query`.
         lengths: cached positions that all nodes of a row see.
         words: bit e of node n's words: it sees position `lengths[b] + e`.
@@ -180,7 +181,7 @@ def attend(
     num_kv_heads = keys.shape[1] // head_dim
     repeats = num_heads // num_kv_heads
     most_queries = most_nodes * repeats
-    num_splits = -(-blocks.shape[1] * BLOCK // SPLIT)
+    num_splits = -(-blocks.shape[1] * BLOCK_SIZE // SPLIT)
     parts = torch.empty(
         num_rows * num_kv_heads * most_queries * num_splits, head_dim + 2, dtype=torch.float32, device=query.device
     ).flatten()
@@ -193,7 +194,7 @@ def attend(
     _attend_splits[(num_rows * num_kv_heads, num_splits, triton.cdiv(most_queries, num_queries))](
         query, query.stride(0), query.stride(1), keys, values, keys.stride(0), blocks, blocks.shape[1],
         *rows, words, num_words, most_nodes, num_before, sums, tops, masses, num_kv_heads, num_splits, scale,
-        QUERIES=num_queries, BLOCK=BLOCK, num_warps=8 if num_queries == 64 else 4, num_stages=2, **shape,
+        QUERIES=num_queries, BLOCK=BLOCK_SIZE, num_warps=8 if num_queries == 64 else 4, num_stages=2, **shape,
     )  # fmt: skip
     _join_splits[(num_rows, most_nodes * num_heads)](
         out, *rows, most_nodes, num_before, sums, tops, masses, num_kv_heads, num_splits,

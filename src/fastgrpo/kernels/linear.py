@@ -1,25 +1,63 @@
-"""Matrix products with weights laid out once for oneDNN, where that pays."""
+"""Products with weights laid out once: oneDNN's where the processor multiplies bfloat16, else our own kernel's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import platform
+from collections.abc import Collection, Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_ROWS = 32  # of inputs that the layout is chosen for; others are as fast within a few percent
+from fastgrpo.kernels import cpu
+
+_ROWS = 32  # of inputs that oneDNN's layout is chosen for; others are as fast within a few percent
 _STEPS = ((16, 8), (128, 16), (512, 32), (4096, 128))  # (up to so many rows, rounded up to a multiple of)
 _MOST_BYTES = 4 * 2**30  # of weights that are laid out anew
+
+
+class _Layout(Protocol):
+    """Weights as somebody's product wants them."""
+
+    def multiply(self, x: Float[Tensor, "M I"]) -> Float[Tensor, "M O"]: ...
+
+
+class _OneDNNLayout:
+    """Compiles a product for each number of rows it meets, which takes milliseconds: give it few (`round_up`)."""
+
+    def __init__(self, weights: list[Tensor], bias: Tensor | None) -> None:
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+        self._bias = bias
+
+    def multiply(self, x: Float[Tensor, "M I"]) -> Float[Tensor, "M O"]:
+        num_rows = len(x)
+        if num_rows != round_up(num_rows):
+            x = F.pad(x, (0, 0, 0, round_up(num_rows) - num_rows))
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return product[:num_rows]
+
+
+class _OwnLayout:
+    """For `kernels/products.c`, where a row's result does not depend on the rows beside it."""
+
+    def __init__(self, weights: list[Tensor], bias: Tensor | None) -> None:
+        self._num_outputs = sum(len(weight) for weight in weights)
+        self._weight, self._bias = cpu.pack_weights(weights), bias
+
+    def multiply(self, x: Float[Tensor, "M I"]) -> Float[Tensor, "M O"]:
+        return cpu.multiply(x, self._weight, self._bias, self._num_outputs)
 
 
 class PackedLinear:
     """Linear layers of one input side by side, in one product.
 
-    In bfloat16 on a CPU the weights are copied into oneDNN's own layout, which saves it from doing so in every product:
-    SmolLM2-135M's products for one token fall from 24 to 12 ms, those for 64 from 29 to 17 ms (dev/LOG.md). In other
-    types, and where `may_pack` is False, the layers' own weights are used.
+    On a CPU the weights are copied into a layout that is read in order, which a plain product makes anew each time
+    or does without (dev/LOG.md has what that saves). In types without such a layout, and where `may_pack` is False, the
+    layers' own weights are used.
 
     Args:
         linears: with as many inputs, and all with a bias or all without.
@@ -27,29 +65,21 @@ class PackedLinear:
 
     def __init__(self, linears: Sequence[nn.Linear], *, may_pack: bool = True) -> None:
         self._linears = linears
-        self._packed: Tensor | None = None
-        self._bias: Tensor | None = None
-        if may_pack and can_pack(linears):
-            weights = [linear.weight.data for linear in linears]
-            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
-            if linears[0].bias is not None:
-                self._bias = torch.cat([linear.bias.data for linear in linears])
+        self._layout: _Layout | None = None
+        kind = find_layout(linears[0].weight.dtype) if may_pack and can_pack(linears) else None
+        if kind is not None:
+            biases = [linear.bias.data for linear in linears if linear.bias is not None]
+            self._layout = kind([linear.weight.data for linear in linears], torch.cat(biases) if biases else None)
 
     def __call__(self, x: Float[Tensor, "*n I"]) -> Float[Tensor, "*n O"]:
-        if self._packed is not None:
-            flat = x.reshape(-1, x.shape[-1])
-            num_rows = len(flat)
-            if num_rows != round_up(num_rows):
-                flat = F.pad(flat, (0, 0, 0, round_up(num_rows) - num_rows))
-            product = torch.ops.mkldnn._linear_pointwise(flat, self._packed, self._bias, "none", [], "")
-            return product[:num_rows].view(*x.shape[:-1], -1)
+        if self._layout is not None:
+            return self._layout.multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         outputs = [F.linear(x, linear.weight, linear.bias) for linear in self._linears]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
 def round_up(num_rows: int) -> int:
-    """Rows that a product is best given: oneDNN compiles one for each number it meets, which takes milliseconds."""
+    """Rows that oneDNN's product is best given, so that it meets few sizes."""
     step = next((step for most, step in _STEPS if num_rows <= most), _STEPS[-1][1])
     return -(-num_rows // step) * step
 
@@ -65,9 +95,15 @@ class _PackedModule(nn.Module):
         return self.packed(x)
 
 
-def pack_modules(module: nn.Module) -> None:
-    """Pack the linear layers inside a module that will not change any more, where that can be done."""
+def pack_modules(module: nn.Module, *, leave: Collection[str] = ()) -> None:
+    """Pack the linear layers inside a module that will not change any more, where that can be done.
+
+    Args:
+        leave: names of children that stay as they are.
+    """
     for name, child in module.named_children():
+        if name in leave:
+            continue
         if type(child) is nn.Linear and can_pack([child]):
             setattr(module, name, _PackedModule(child))
         else:
@@ -75,15 +111,16 @@ def pack_modules(module: nn.Module) -> None:
 
 
 def can_pack(linears: Sequence[nn.Linear]) -> bool:
-    """Whether oneDNN can lay out these weights anew."""
+    """Whether there is a layout for these weights."""
+    dtype, has_bias = linears[0].weight.dtype, linears[0].bias is not None
     return (
         all(
             linear.weight.device.type == "cpu"
-            and linear.weight.dtype == torch.bfloat16
-            and (linear.bias is None) == (linears[0].bias is None)
+            and linear.weight.dtype == dtype
+            and (linear.bias is not None) == has_bias
             for linear in linears
         )
-        and _is_supported()
+        and find_layout(dtype) is not None
     )
 
 
@@ -92,5 +129,28 @@ def may_pack(model: nn.Module) -> bool:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) <= _MOST_BYTES
 
 
-def _is_supported() -> bool:
+@functools.cache
+def find_layout(dtype: torch.dtype) -> type[_OneDNNLayout | _OwnLayout] | None:
+    """Whose product is fastest for weights of this type on this processor; None: that of the weights as they are."""
+    has_onednn = dtype == torch.bfloat16 and _has_onednn()
+    if has_onednn and multiplies_bfloat16():
+        return _OneDNNLayout
+    if dtype in cpu.DTYPES and cpu.is_available() and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+        return _OwnLayout
+    return _OneDNNLayout if has_onednn else None
+
+
+def wants_round_rows(dtype: torch.dtype) -> bool:
+    """Whether products of this type are best given `round_up` rows."""
+    return find_layout(dtype) is _OneDNNLayout
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it: without them oneDNN's products take longer than float32's."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True  # as oneDNN itself says
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

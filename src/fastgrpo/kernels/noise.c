@@ -1,4 +1,5 @@
-/* Sampling by the law of sampling.py: noise from counters, and the best of warped logits plus noise.
+/* Sampling by the law of sampling.py: noise from counters, the best of warped logits plus noise, and beside it the
+ * entropy of the distribution.
  *
  * A value depends on its own key, position and token, to the last bit. Compiled so that products and sums are fused
  * only where it says so: the vector body of a loop and its end would otherwise round differently.
@@ -74,16 +75,24 @@ static inline void find_best(const float *score, i64 width, i64 offset, float *b
         if (score[i] > best[i % LANES]) best[i % LANES] = score[i], token[i % LANES] = (int32_t)(offset + i);
 }
 
+/* One token's share of sum(e^x) and of sum(x e^x), x being its logit below the greatest; nothing where e^x is 0. */
+static inline void add_weight(float below, float *mass, float *moment) {
+    float weight = exp_negative(below);
+    *mass += weight;
+    *moment += weight * (below < -88.0f ? -88.0f : below);
+}
+
 #define DEFINE_SAMPLE(T)                                                                                              \
     void fastgrpo_sample_##T(const T *logits, i64 stride, const i64 *stream_keys, const i64 *positions,               \
-                             const float *temperatures, i64 rows, i64 width, i64 *tokens, float *logprobs) {          \
+                             const float *temperatures, i64 rows, i64 width, i64 *tokens, float *logprobs,            \
+                             float *entropies) {                                                                      \
         _Pragma("omp parallel for schedule(dynamic, 1) if (rows * width > FEW)")                                      \
         for (i64 row = 0; row < rows; row++) {                                                                        \
             const T *own = logits + row * stride;                                                                     \
             uint64_t key = position_key(stream_keys[row], positions[row]);                                            \
             uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);                                               \
-            float temperature = temperatures[row], most = -INFINITY, mass = 0.0f;                                     \
-            float scaled[BLOCK], noisy[BLOCK], best[LANES], sums[LANES];                                              \
+            float temperature = temperatures[row], most = -INFINITY, mass = 0.0f, moment = 0.0f;                      \
+            float scaled[BLOCK], noisy[BLOCK], best[LANES], sums[LANES], moments[LANES];                              \
             int32_t token[LANES];                                                                                     \
             int broken = 0;                                                                                           \
             for (int lane = 0; lane < LANES; lane++) best[lane] = -INFINITY, token[lane] = 0;                         \
@@ -102,16 +111,19 @@ static inline void find_best(const float *score, i64 width, i64 offset, float *b
                 }                                                                                                     \
                 float top = find_max(scaled, count);                                                                  \
                 if (top > most) {                                                                                     \
-                    mass *= exp_negative(most - top);                                                                 \
+                    float shrink = exp_negative(most - top);                                                          \
+                    moment = shrink > 0 ? (moment + mass * (most - top)) * shrink : 0.0f;                             \
+                    mass *= shrink;                                                                                   \
                     most = top;                                                                                       \
                 }                                                                                                     \
                 if (top == -INFINITY) continue;                                                                       \
-                for (int lane = 0; lane < LANES; lane++) sums[lane] = 0;                                              \
+                for (int lane = 0; lane < LANES; lane++) sums[lane] = moments[lane] = 0;                              \
                 i64 i = 0;                                                                                            \
                 for (; i + LANES <= count; i += LANES)                                                                \
-                    for (int lane = 0; lane < LANES; lane++) sums[lane] += exp_negative(scaled[i + lane] - most);     \
-                for (; i < count; i++) sums[0] += exp_negative(scaled[i] - most);                                     \
-                for (int lane = 0; lane < LANES; lane++) mass += sums[lane];                                          \
+                    for (int lane = 0; lane < LANES; lane++)                                                          \
+                        add_weight(scaled[i + lane] - most, sums + lane, moments + lane);                             \
+                for (; i < count; i++) add_weight(scaled[i] - most, sums, moments);                                   \
+                for (int lane = 0; lane < LANES; lane++) mass += sums[lane], moment += moments[lane];                 \
             }                                                                                                         \
             int winner = 0;                                                                                           \
             for (int lane = 1; lane < LANES; lane++)                                                                  \
@@ -121,8 +133,66 @@ static inline void find_best(const float *score, i64 width, i64 offset, float *b
             float chosen = load_##T(own + token[winner]);                                                             \
             if (temperature > 0 && temperature != 1) chosen = chosen / temperature;                                   \
             logprobs[row] = broken ? NAN : chosen - (most + logf(mass));                                              \
+            entropies[row] = broken ? NAN : logf(mass) - moment / mass;                                               \
         }                                                                                                             \
     }
 
 DEFINE_SAMPLE(bf16)
 DEFINE_SAMPLE(float)
+
+/* ---- drafting ---------------------------------------------------------------------------------------------- */
+
+#define STRIP 64 /* candidates that are looked through together for the next best */
+
+/* The `most` best of `width` scores, best first, of equals the first; scores taken become -infinity. */
+static inline void take_best(float *score, i64 width, i64 most, float *values, i64 *places) {
+    i64 strips = (width + STRIP - 1) / STRIP;
+    float tops[strips];
+    for (i64 strip = 0; strip < strips; strip++)
+        tops[strip] = find_max(score + strip * STRIP, width - strip * STRIP < STRIP ? width - strip * STRIP : STRIP);
+    for (i64 n = 0; n < most; n++) {
+        i64 best = 0;
+        for (i64 strip = 1; strip < strips; strip++)
+            if (tops[strip] > tops[best]) best = strip;
+        i64 start = best * STRIP, size = width - start < STRIP ? width - start : STRIP, place = 0;
+        while (place + 1 < size && score[start + place] != tops[best]) place++;
+        values[n] = tops[best], places[n] = start + place;
+        score[start + place] = -INFINITY;
+        tops[best] = find_max(score + start, size);
+    }
+}
+
+/* Candidates below each node of each tree by logits / temperature + noise; nodes of a tree share its row of noise. */
+#define DEFINE_RANK(T)                                                                                                \
+    void fastgrpo_rank_##T(const T *logits, const int32_t *vocabulary, const i64 *stream_keys, const i64 *positions,  \
+                           const float *temperatures, i64 trees, i64 nodes, i64 width, i64 most, i64 is_noisy,        \
+                           float *chances, i64 *tokens) {                                                             \
+        _Pragma("omp parallel for if (trees * nodes * width > FEW)")                                                  \
+        for (i64 tree = 0; tree < trees; tree++) {                                                                    \
+            float noise[width], score[width], temperature = temperatures[tree];                                       \
+            uint64_t key = position_key(stream_keys[tree], positions[tree]);                                          \
+            uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);                                               \
+            for (i64 i = 0; i < width; i++)                                                                           \
+                noise[i] = is_noisy && temperature > 0 ? gumbel((uint32_t)vocabulary[i], low, high) : 0.0f;           \
+            for (i64 node = tree * nodes; node < (tree + 1) * nodes; node++) {                                        \
+                const T *own = logits + node * width;                                                                 \
+                float divisor = temperature > 0 ? temperature : 1.0f, lanes[LANES] = {0}, mass = 0.0f;                \
+                for (i64 i = 0; i < width; i++) score[i] = load_##T(own + i) / divisor + noise[i];                    \
+                float top = find_max(score, width);                                                                   \
+                i64 i = 0;                                                                                            \
+                for (; i + LANES <= width; i += LANES)                                                                \
+                    for (int lane = 0; lane < LANES; lane++) lanes[lane] += exp_negative(score[i + lane] - top);      \
+                for (; i < width; i++) lanes[0] += exp_negative(score[i] - top);                                      \
+                for (int lane = 0; lane < LANES; lane++) mass += lanes[lane];                                         \
+                take_best(score, width, most, chances + node * most, tokens + node * most);                           \
+                float total = top + logf(mass);                                                                       \
+                for (i64 n = 0; n < most; n++) {                                                                      \
+                    chances[node * most + n] -= total;                                                                \
+                    tokens[node * most + n] = vocabulary[tokens[node * most + n]];                                    \
+                }                                                                                                     \
+            }                                                                                                         \
+        }                                                                                                             \
+    }
+
+DEFINE_RANK(bf16)
+DEFINE_RANK(float)

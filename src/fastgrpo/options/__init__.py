@@ -7,7 +7,8 @@ from fastgrpo.options.measuring import AcceptanceOptions, DraftersOptions, Profi
 from fastgrpo.options.planning import BudgetOptions, OrderOptions, PlansOptions
 from fastgrpo.options.shapes import name_plan, parse_plan, parse_speculation
 from fastgrpo.options.simulating import SimulateOptions
-from fastgrpo.options.training import DemoOptions, E2EOptions, LearningOptions, Workload
+from fastgrpo.options.training import DemoOptions, E2EOptions, LearningOptions, RewardsOptions, Workload
+from fastgrpo.options.variants import Variant, parse_variant
 
 __all__ = [
     "AcceptanceOptions",
@@ -23,13 +24,16 @@ __all__ = [
     "OrderOptions",
     "PlansOptions",
     "ProfileOptions",
+    "RewardsOptions",
     "RolloutOptions",
     "SimulateOptions",
+    "Variant",
     "Workload",
     "about",
     "add_options",
     "name_plan",
     "parse_plan",
     "parse_speculation",
+    "parse_variant",
     "read_options",
 ]

@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastgrpo.options.command_line import about, check_positive
-from fastgrpo.options.words import (
-    DTYPES,
-    SPECULATION,
-    TRAINING_VARIANTS,
-)
+from fastgrpo.options.variants import parse_variant
+from fastgrpo.options.words import DTYPES, SPECULATION, TRAINING_VARIANTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +17,9 @@ class Workload:
     model: str = field(default="demo", metadata=about("model: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct"))
     dtype: str = field(default="bfloat16", metadata=about("type of the base weights", choices=DTYPES))
     task: str = field(default="chain_sum", metadata=about("reasoning-gym task that makes prompts and checks answers"))
+    prompt_examples: int = field(
+        default=0, metadata=about("solved problems put before each question, the same for all: longer prompts")
+    )
     prompts_per_step: int = field(default=4, metadata=about("prompts in a training step"))
     num_generations: int = field(default=8, metadata=about("completions for each prompt (the group of GRPO)"))
     max_completion_length: int = field(default=96, metadata=about("longest completion, in tokens"))
@@ -47,8 +47,9 @@ class Workload:
         check_positive(self, "temperature", "learning_rate")
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be at least 2 to compare completions, got {self.num_generations}")
-        if min(self.lora_rank, self.format_weight) < 0:
-            raise ValueError(f"lora_rank and format_weight must be >= 0, got {self.lora_rank}, {self.format_weight}")
+        for name in ("lora_rank", "format_weight", "prompt_examples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +77,38 @@ class E2EOptions(Workload):
         default=("trl", "off", "auto"),
         metadata=about(
             "trainers that step in turn, parted by commas: trl (TRL's GRPOTrainer, transformers generation), or "
-            "FastGRPOTrainer with this speculation",
-            choices=TRAINING_VARIANTS,
+            f"FastGRPOTrainer with this speculation: {', '.join(TRAINING_VARIANTS)}; each may have keys of its config, "
+            "such as auto:skip_zero_advantages=false",
         ),
     )
     output: Path | None = field(
-        default=None, metadata=about("JSON file for the results; without it they are only printed")
+        default=None,
+        metadata=about("JSON file for the results, a picture of a step beside it; without it they are only printed"),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "steps")
+        for word in self.variants:
+            parse_variant(word)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardsOptions(Workload):
+    """`fastgrpo bench rewards`."""
+
+    answer_s: float = field(default=2.0, metadata=about("seconds after which the judge answers"))
+    max_reward_calls: int = field(default=16, metadata=about("completions that the judge is asked about at once"))
+    repeats: int = field(default=3, metadata=about("measured steps of each way, after one that is not measured"))
+    speculation: str = field(default="auto", metadata=about("how drafts are sized", choices=SPECULATION))
+    output: Path | None = field(
+        default=None,
+        metadata=about("JSON file for the results, a picture of a step beside it; without it they are only printed"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "answer_s", "max_reward_calls", "repeats")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""One page about a run: reward, acceptance length, concurrency, and where the time went."""
+"""One page about a run: reward, acceptance length, concurrency, where the time went, and a step as it passed."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgrpo.report.colours import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY
 from fastgrpo.report.history import LogRow, RunHistory, compute_mean, read_number
+from fastgrpo.report.step_picture import draw_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_BARS = 40  # a figure with more bars cannot be read
-# Okabe and Ito (2008): told apart by every common kind of colour vision
-BLUE, ORANGE, GREEN, RED, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"
-PALETTE = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE)
-GREY = "#8C8C8C"
 
 
 def plot_run(history: RunHistory, path_png: str | Path) -> None:
-    """Draw a run on one page: reward, acceptance length, concurrency, and where the time went.
+    """Draw a run on one page: reward, acceptance length, concurrency, where the time went, and a step as it passed.
 
     Needs matplotlib, but no display.
 
@@ -34,12 +32,20 @@ def plot_run(history: RunHistory, path_png: str | Path) -> None:
     rows = history.training_rows
     if not rows:
         raise ValueError("nothing to plot: log_rows has no training step")
-    figure = Figure(figsize=(13, 8.5), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
-    (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
-    _plot_reward(top_left, rows)
-    _plot_acceptance(top_right, rows)
-    _plot_concurrency(bottom_left, history)
-    _plot_time(bottom_right, rows)
+    panels = [["reward", "acceptance"], ["concurrency", "time"]]
+    height, ratios = 8.5, [4.0, 4.0]
+    if history.timelines:
+        height, ratios = 11.0, [4.0, 4.0, 2.0]
+        panels.append(["steps", "steps"])
+    figure = Figure(figsize=(13, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    axes: dict[str, Axes] = figure.subplot_mosaic(panels, height_ratios=ratios)
+    _plot_reward(axes["reward"], rows)
+    _plot_acceptance(axes["acceptance"], rows)
+    _plot_concurrency(axes["concurrency"], history)
+    _plot_time(axes["time"], rows)
+    if history.timelines:
+        axes["steps"].set_title("Training steps as they passed", loc="left", fontsize=11, fontweight="bold")
+        draw_steps(axes["steps"], {f"step {step}": history.timelines[step] for step in sorted(history.timelines)})
     facts = [str(history.meta[key]) for key in ("task", "model") if key in history.meta]
     if "commit" in history.meta:
         facts.append(f"commit {history.meta['commit']}")

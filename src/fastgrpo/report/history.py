@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 
 from fastgrpo.json_files import write_json
 from fastgrpo.metrics import compute_ratio
-from fastgrpo.types import SpeculationPlan, StepRecord
+from fastgrpo.types import Span, SpeculationPlan, StepRecord, Timeline
 
 RUN_FORMAT = "fastgrpo-run"
 RUN_VERSION = 1
@@ -43,12 +43,14 @@ class RunHistory:
     Args:
         log_rows: TRL's `log_history`, one row for each training step; other rows are passed over.
         rollouts: the engine steps of one whole rollout, by training step; the first and the last do.
+        timelines: when a training step did what, by its number; the first and the last do.
         meta: free facts: `task`, `model`, `machine`, `commit`, `command`, and `baseline`, a list of
             `Baseline` entries.
     """
 
     log_rows: Sequence[LogRow]
     rollouts: Mapping[int, Sequence[StepRecord]] = field(default_factory=dict)
+    timelines: Mapping[int, Timeline] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -82,6 +84,7 @@ def save_run(history: RunHistory, directory: str | Path) -> Path:
         "meta": history.meta,
         "log_rows": history.log_rows,
         "rollouts": {step: [asdict(record) for record in kept] for step, kept in history.rollouts.items()},
+        "timelines": {step: asdict(kept) for step, kept in history.timelines.items()},
     }
     write_json(content, path)
     return path
@@ -117,7 +120,27 @@ def load_run(directory: str | Path) -> RunHistory:
             raise ValueError(f"{path}: rollouts are lists named by their training step, got {step!r}")
         where = f"{path}: rollouts[{step}]"
         rollouts[int(step)] = [_read_record(raw, f"{where}[{index}]") for index, raw in enumerate(raw_records)]
-    return RunHistory(log_rows=content["log_rows"], rollouts=rollouts, meta=content["meta"])
+    return RunHistory(
+        log_rows=content["log_rows"],
+        rollouts=rollouts,
+        timelines=_read_timelines(content.get("timelines", {}), path),
+        meta=content["meta"],
+    )
+
+
+def _read_timelines(raw: Any, path: Path) -> dict[int, Timeline]:
+    """Runs saved by earlier versions have none."""
+    if not (isinstance(raw, dict) and all(step.isdigit() for step in raw)):
+        raise ValueError(f"{path}: timelines are named by their training step, got {raw!r:.60}")
+    timelines = {}
+    for step, kept in raw.items():
+        where = f"{path}: timelines[{step}]"
+        spans = _read_fields(kept, Timeline, where)["spans"]
+        if not isinstance(spans, list):
+            raise ValueError(f"{where}.spans must be a list, got {spans!r:.60}")
+        read = [Span(**_read_fields(span, Span, f"{where}.spans[{index}]")) for index, span in enumerate(spans)]
+        timelines[int(step)] = Timeline(step_s=kept["step_s"], spans=tuple(read))
+    return timelines
 
 
 def _read_record(raw: Any, where: str) -> StepRecord:

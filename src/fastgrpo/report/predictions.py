@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.report.figure import GREY, PALETTE
+from fastgrpo.report.colours import GREY, PALETTE
 
 _MOST_SCENARIOS = 24  # a figure with more cannot be read
 

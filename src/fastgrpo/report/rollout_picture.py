@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgrpo.metrics import compute_ratio
-from fastgrpo.report.figure import BLUE, GREEN, GREY, ORANGE, RED, SKY
+from fastgrpo.report.colours import BLUE, GREEN, GREY, ORANGE, RED, SKY
 from fastgrpo.types import SpeculationPlan, StepRecord
 
 if TYPE_CHECKING:

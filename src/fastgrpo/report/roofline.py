@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgrpo.planner import HardwareProfile
-from fastgrpo.report.figure import BLUE, GREEN, GREY, ORANGE, RED
+from fastgrpo.report.colours import BLUE, GREEN, GREY, ORANGE, RED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

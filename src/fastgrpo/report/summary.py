@@ -1,4 +1,4 @@
-"""Two tables about a run: its start beside its end, and each baseline beside this run."""
+"""Tables about a run: its start beside its end, a step by its phases, and each baseline beside this run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastgrpo.metrics import compute_ratio
+from fastgrpo.metrics import compute_phase_times, compute_ratio
 from fastgrpo.report.history import Baseline, LogRow, RunHistory, compute_mean, read_number
 
 NUM_COMPARED_STEPS = 3  # training steps at each end of the summary
@@ -23,7 +23,7 @@ def format_number(value: float) -> str:
 
 
 def print_summary(history: RunHistory, console: Console | None = None) -> None:
-    """Print the start of a run beside its end, and each baseline beside this run.
+    """Print the start of a run beside its end, a step by its phases, and each baseline beside this run.
 
     Raises:
         ValueError: a baseline has no name.
@@ -47,8 +47,25 @@ def print_summary(history: RunHistory, console: Console | None = None) -> None:
         before, after = (compute_mean([read_number(row, key) for row in part]) for part in (first, last))
         table.add_row(label, *(format_number(value) for value in (before, after, compute_ratio(after, before))))
     console.print(table)
+    if history.timelines:
+        console.print(_phase_table(history))
     if history.meta.get("baseline"):
         console.print(_baseline_table(history.meta["baseline"], last))
+
+
+def _phase_table(history: RunHistory) -> Table:
+    """What the first and the last step did, in seconds."""
+    steps = sorted(history.timelines)
+    table = Table(title="A step by its phases, in seconds", title_justify="left")
+    table.add_column("phase")
+    for step in steps:
+        table.add_column(f"step {step}", justify="right")
+    parts = [compute_phase_times(history.timelines[step]) for step in steps]
+    for phase in parts[0]:
+        if any(part[phase] for part in parts):
+            table.add_row(phase, *(f"{part[phase]:.2f}" for part in parts))
+    table.add_row("all", *(f"{history.timelines[step].step_s:.2f}" for step in steps))
+    return table
 
 
 def _baseline_table(baselines: Sequence[Baseline], last: Sequence[LogRow]) -> Table:

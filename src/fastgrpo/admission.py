@@ -1,0 +1,207 @@
+"""Who runs within the bound on cache memory: lets in whom there is room for, and sends the youngest back."""
+
+from __future__ import annotations
+
+import heapq
+import warnings
+from dataclasses import dataclass
+
+from fastgrpo.blocks import BLOCK_SIZE, count_blocks
+from fastgrpo.cache import SlotCache
+from fastgrpo.drafters import Drafter
+from fastgrpo.memory import describe_bytes, find_available_bytes
+from fastgrpo.model import TargetModel
+from fastgrpo.prefill import Prefiller
+from fastgrpo.scheduler import Scheduler
+from fastgrpo.types import Sequence
+
+_SHARE = 0.8  # of the memory that is free at the start, for the cache; the rest is for forwards
+_MOST_NODES = 64  # of a draft behind a full row, for which there is room from the first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """What became of the queue before a step."""
+
+    num_prefilled: int  # tokens computed for those that were let in
+    num_preempted: int
+
+
+class Admission:
+    """Keeps the cache within its bound, looked at in blocks before each step.
+
+    Where the next plain step does not fit, the youngest running sequences, with the fewest tokens emitted, wait again
+    and are computed anew when there is room. Nobody is let in who would soon have to go: there must be a further
+    block for every row. Tokens are the same whoever waited.
+
+    Args:
+        max_bytes: of keys, values and features; None takes most of the memory that is free when a rollout starts, and
+            sets no bound where the system does not say what is free.
+        target: whose cache it is; it may want a block of its own.
+
+    Raises:
+        ValueError: `max_bytes` is not positive.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        cache: SlotCache,
+        prefiller: Prefiller,
+        drafter: Drafter,
+        *,
+        max_bytes: int | None,
+        target: TargetModel,
+    ) -> None:
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError(f"max_cache_bytes must be positive, got {max_bytes}; None takes what is free")
+        self.scheduler, self.cache, self.prefiller, self.drafter = scheduler, cache, prefiller, drafter
+        self.max_bytes, self.target = max_bytes, target
+        self._bound = max_bytes  # of this rollout
+        self._most_running = scheduler.max_num_seqs  # fewer once memory ran out
+        self._has_warned = False
+
+    def begin(self, sequences: list[Sequence]) -> None:
+        """A rollout of these sequences starts.
+
+        Raises:
+            ValueError: one of them does not fit the bound even alone; says what would.
+        """
+        self._most_running = self.scheduler.max_num_seqs
+        self._bound = self.max_bytes
+        if self._bound is None and (available := find_available_bytes(self.target.device)) is not None:
+            self._bound = int(_SHARE * available)
+        limit = None if self._bound is None else self._bound // self.cache.block_bytes
+        for sequence in sequences:
+            num_positions = len(sequence.prompt_ids) + sequence.max_tokens - 1
+            if limit is not None and count_blocks(num_positions) > limit - self._num_scratch:
+                raise ValueError(
+                    f"request {sequence.request_id} may come to {num_positions} tokens (a prompt of "
+                    f"{len(sequence.prompt_ids)} and {sequence.max_tokens} more): {self._describe_needs(num_positions)}"
+                )
+        longest = (count_blocks(len(s.prompt_ids) + s.max_tokens + _MOST_NODES) for s in sequences)
+        expected = sum(heapq.nlargest(self.scheduler.max_num_seqs, longest))
+        self.cache.begin(expected_blocks=expected + self._num_scratch, limit=limit)
+        if self._num_scratch:
+            self.cache.take_scratch()
+
+    def admit(self) -> Admitted:
+        """Make room for the next step of those who run; where nobody had to go, let others in.
+
+        Raises:
+            ValueError: a sequence has outgrown the bound; says what would fit.
+        """
+        num_preempted = self._make_room()
+        if not num_preempted:
+            self._let_in()
+        return Admitted(num_prefilled=self.prefiller.prefill(), num_preempted=num_preempted)
+
+    def fits(self, num_nodes: int) -> bool:
+        """Whether every running row can take so many nodes."""
+        running = self.scheduler.running
+        if self.cache.num_left >= len(running) * (2 + count_blocks(num_nodes)):  # whatever the rows are like
+            return True
+        return self._count_missing(num_nodes) <= self.cache.num_left
+
+    def shrink(self, error: BaseException) -> None:
+        """Memory ran out in spite of the bound: only the older half goes on, and no more run in this rollout.
+
+        Raises:
+            MemoryError: one sequence alone runs; says what does not fit.
+        """
+        running = self.scheduler.running
+        if len(running) < 2:
+            num_positions = max((s.num_cached + 1 for s in running), default=0)
+            raise MemoryError(
+                f"memory ran out with one sequence of {num_positions} tokens running and "
+                f"{describe_bytes(self.cache.used_bytes)} of cache in use ({error}): "
+                "a smaller max_tokens, model or draft, or a machine with more memory, would fit"
+            ) from error
+        self._warn(f"memory ran out with {len(running)} sequences running ({error}): half of them wait")
+        self._most_running = len(running) // 2
+        while len(running) > self._most_running:
+            self._preempt_youngest()
+
+    # -- the bound -----------------------------------------------------------------------------------
+
+    def _make_room(self) -> int:
+        """Preempt until a plain step fits; returns how many had to go."""
+        num_preempted = 0
+        while not self.fits(1):
+            if self.prefiller.drop_kept():
+                continue
+            if len(self.scheduler.running) == 1:
+                num_positions = self.scheduler.running[0].num_cached + 1
+                raise ValueError(f"a sequence has {num_positions} tokens: {self._describe_needs(num_positions)}")
+            self._warn(f"the cache is full with {len(self.scheduler.running)} sequences running: the youngest wait")
+            self._preempt_youngest()
+            num_preempted += 1
+        return num_preempted
+
+    def _count_missing(self, num_nodes: int) -> int:
+        """Blocks that it takes to append so many nodes to every running row."""
+        running = enumerate(self.scheduler.running)
+        return sum(self.cache.count_missing(row, sequence.num_cached + num_nodes) for row, sequence in running)
+
+    def _count_entering(self, sequence: Sequence) -> int:
+        """Blocks that a waiting sequence takes for its next step, and one more."""
+        num_shared = (len(sequence.prompt_ids) - 1) // BLOCK_SIZE if self.prefiller.has_prompt(sequence) else 0
+        return count_blocks(sequence.num_cached + 1) - num_shared + 1
+
+    def _let_in(self) -> None:
+        """Admit while there is room for a step of each, and for a further block of every row."""
+        running = self.scheduler.running
+        if not self.scheduler.waiting:
+            return
+        left = self.cache.num_left - self._count_missing(1) - len(running)
+
+        def may_enter(sequence: Sequence) -> bool:
+            nonlocal left
+            num_blocks = self._count_entering(sequence)
+            if running and (num_blocks > left or len(running) >= self._most_running):
+                return False
+            if num_blocks > left:
+                self.prefiller.drop_kept()  # alone, it fits beside nothing else
+            left -= num_blocks
+            return True
+
+        for sequence in self.scheduler.admit(may_enter):
+            self.drafter.observe(sequence, 0)
+        self.cache.add_rows(len(running) - len(self.cache.lengths))
+
+    def _preempt_youngest(self) -> None:
+        running = self.scheduler.running
+        slot = min(reversed(range(len(running))), key=lambda slot: len(running[slot].token_ids))
+        self.drafter.release(slot, len(running) - 1)
+        self.cache.remove_row(slot)
+        self.scheduler.preempt(slot)
+
+    @property
+    def _num_scratch(self) -> int:
+        """Blocks that are in use and no row's."""
+        return int(self.target.wants_scratch)
+
+    # -- words ---------------------------------------------------------------------------------------
+
+    def _describe_needs(self, num_positions: int) -> str:
+        """What so many positions take, what fits, and what to do about it."""
+        block_bytes = self.cache.block_bytes
+        needed, bound = count_blocks(num_positions) * block_bytes, self._bound or 0
+        num_fitting = (bound // block_bytes - self._num_scratch) * BLOCK_SIZE
+        return (
+            f"they take {describe_bytes(needed)} of cache ({describe_bytes(block_bytes / BLOCK_SIZE)} a token), of "
+            f"which there may be {describe_bytes(bound)}. {max(num_fitting, 0)} tokens would fit: lower "
+            f"max_tokens, shorten the prompt, or raise max_cache_bytes to {needed + self._num_scratch * block_bytes}"
+        )
+
+    def _warn(self, what: str) -> None:
+        """Once."""
+        if not self._has_warned:
+            self._has_warned = True
+            bound = "without a bound" if self._bound is None else f"of {describe_bytes(self._bound)} that there may be"
+            warnings.warn(
+                f"{what}, and go on with the same tokens when there is room ({describe_bytes(self.cache.used_bytes)} "
+                f"of cache in use {bound}); fewer max_num_seqs, or more max_cache_bytes, would save computing "
+                "them twice",
+                stacklevel=2,
+            )

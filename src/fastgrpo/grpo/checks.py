@@ -1,0 +1,41 @@
+"""What must hold of rewards and advantages before anything is learnt from them."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+_MOST_NAMED = 5
+
+
+def check_rewards(rewards: Float[Tensor, "B F"], names: list[str]) -> None:
+    """NaN, as TRL reads None, leaves a completion out of its reward; an infinite reward has no advantage.
+
+    Raises:
+        ValueError: names the reward function, the completions and the value.
+    """
+    for index, name in enumerate(names):
+        rows = rewards[:, index].isinf().nonzero()[:, 0].tolist()
+        if rows:
+            raise ValueError(
+                f"the reward function '{name}' returned {float(rewards[rows[0], index])} for completion "
+                f"{_list(rows)} of the batch; return a finite number, or None to leave a completion out"
+            )
+
+
+def check_advantages(advantages: Float[Tensor, " B *C"], step: int, names: list[str]) -> None:
+    """
+    Raises:
+        FloatingPointError: some are not finite; names the rows, and the rewards that they come from.
+    """
+    rows = (~advantages.reshape(len(advantages), -1).isfinite()).any(1).nonzero()[:, 0].tolist()
+    if rows:
+        raise FloatingPointError(
+            f"the advantages of row {_list(rows)} of a micro-batch of step {step} are not finite, and so would be the "
+            f"weights; nothing was trained on it. They come from the rewards {', '.join(names)}: return finite "
+            "numbers, or None to leave a completion out"
+        )
+
+
+def _list(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:_MOST_NAMED])) + (", ..." if len(rows) > _MOST_NAMED else "")

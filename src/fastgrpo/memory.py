@@ -1,0 +1,48 @@
+"""How much memory there is to be had, and whether an error says that there is no more."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import torch
+
+_MEMINFO, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def find_available_bytes(device: torch.device) -> int | None:
+    """Memory that this process could still take on a device; None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu" or not _MEMINFO.is_file():
+        return None
+    lines = (line.split() for line in _MEMINFO.read_text(encoding="ascii").splitlines())
+    available = next((1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:"), None)
+    of_group = _find_group_bytes()
+    return min((each for each in (available, of_group) if each is not None), default=None)
+
+
+def _find_group_bytes() -> int | None:
+    """What a container's limit (cgroup version 2) leaves; cached files give way and do not count."""
+    try:
+        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        files = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such files, or no limit: `max`
+        return None
+    return max(limit - used + int(files.get("inactive_file", 0)) + int(files.get("active_file", 0)), 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be had; PyTorch's CPU allocator raises no type of its own."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def describe_bytes(num_bytes: float) -> str:
+    """For a person: 3.2 GiB, 410 MiB, 12 KiB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes / 1024:.3g} KiB"

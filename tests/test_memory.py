@@ -1,0 +1,349 @@
+"""Memory: a bound is kept by letting the youngest wait, with the same tokens afterwards, and nothing grows."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import SyntheticClockPlanner, shared_model
+from fastgrpo import admission, memory
+from fastgrpo.blocks import BLOCK_SIZE, count_blocks
+from fastgrpo.drafters import Drafter
+from fastgrpo.engine import Engine, FinishedRollout
+from fastgrpo.lengths import LengthPredictor
+from fastgrpo.memory import describe_bytes, find_available_bytes, is_out_of_memory
+from fastgrpo.planner import FixedPlanner, Planner
+from fastgrpo.sampling import stream_key
+from fastgrpo.types import Completion, SamplingParams, Sequence
+from test_engine_laws import TREE, assert_nothing_is_left, build_test_drafter
+
+GROUP = [(7 * index) % 120 for index in range(70)]
+PROMPTS = [GROUP, [7], GROUP, [8, 8], GROUP, [5, 4, 3, 2, 1], [7]]
+PARAMS = [SamplingParams(seed=3, stream=index, max_tokens=190 - 25 * index) for index in range(len(PROMPTS))]
+SHORT = [replace(params, max_tokens=8) for params in PARAMS]
+NUM_BLOCKS = 7  # the longest sequence comes to five
+PLANNERS: dict[str, Callable[[], Planner]] = {
+    "off": FixedPlanner,
+    "tree": lambda: FixedPlanner(fixed=TREE),
+    "auto": SyntheticClockPlanner,
+}
+
+
+def build_engine(
+    drafter: str | Drafter, plan: str = "tree", num_blocks: int | None = None, dtype: torch.dtype = torch.float32
+) -> Engine:
+    """An engine for long sequences that may hold so many blocks and checks its books after every step."""
+    model = shared_model("llama", dtype, max_position_embeddings=512)
+    if isinstance(drafter, str):
+        drafter = build_test_drafter(drafter, model, list(zip(PROMPTS, PARAMS, strict=True)))
+    engine = Engine(model, drafter=drafter, speculation="off")
+    if num_blocks is not None:
+        bound = (num_blocks + 1) * engine.cache.block_bytes - 1  # rounded down to whole blocks
+        engine = Engine(model, drafter=drafter, speculation="off", max_cache_bytes=bound)
+    engine.planner = PLANNERS[plan]()
+    engine.on_step.append(lambda record: engine.check())
+    return engine
+
+
+@functools.cache
+def generate_freely(dtype: torch.dtype) -> list[Completion]:
+    """Plain decoding with all the memory it wants."""
+    engine = build_engine("none", "off", dtype=dtype)
+    completions = engine.generate(PROMPTS, PARAMS)
+    assert sum(record.num_preempted for record in engine.records) == 0
+    return completions
+
+
+# -- the bound -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.filterwarnings("ignore:the cache is full")
+@pytest.mark.parametrize(
+    ("drafter", "plan", "dtype"),
+    [
+        ("none", "off", torch.float64),
+        ("eagle_untrained", "tree", torch.float64),
+        ("none", "off", torch.float32),
+        *((drafter, plan, torch.float32) for drafter in ("ngram", "eagle_untrained") for plan in ("tree", "auto")),
+        ("lm", "tree", torch.float32),
+    ],
+)
+def test_who_had_to_wait_says_the_same(drafter, plan, dtype):
+    engine = build_engine(drafter, plan, NUM_BLOCKS, dtype)
+    bound = NUM_BLOCKS * engine.cache.block_bytes
+    engine.on_step.append(lambda record: taken.append(engine.cache.used_bytes))
+    taken: list[int] = []
+    completions = engine.generate(PROMPTS, PARAMS)
+    assert [c.token_ids for c in completions] == [c.token_ids for c in generate_freely(dtype)]
+    assert [c.finish_reason for c in completions] == [c.finish_reason for c in generate_freely(dtype)]
+    assert sum(record.num_preempted for record in engine.records) > 0
+    assert max(*taken, *(record.cache_bytes for record in engine.records)) <= engine.cache.peak_bytes <= bound
+    assert_nothing_is_left(engine)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.filterwarnings("ignore:the cache is full")
+def test_listeners_and_lengths_hear_of_every_sequence_once_and_features_are_whole():
+    rollouts: dict[bool, list[FinishedRollout]] = {}
+    for is_bound in (False, True):
+        engine = build_engine("eagle_untrained", "tree", NUM_BLOCKS if is_bound else None)
+        engine.scheduler.lengths = LengthPredictor(shared_decay=1.0)
+        finished = rollouts[is_bound] = []
+        engine.on_finish.append(finished.append)
+        completions = engine.generate(PROMPTS, PARAMS)
+        num_tokens = sum(len(completion.token_ids) for completion in completions)
+        assert engine.scheduler.lengths.state_dict()["all"] == [num_tokens, len(PROMPTS)]
+        assert len(finished) == len(PROMPTS)
+        assert (sum(record.num_preempted for record in engine.records) > 0) == is_bound
+        assert sum(record.num_emitted for record in engine.records) == num_tokens
+    free, bound = (sorted(each, key=lambda r: (r.prompt_ids, r.token_ids)) for each in rollouts.values())
+    for one, other in zip(free, bound, strict=True):
+        assert one.token_ids == other.token_ids
+        assert len(other.features) == len(other.prompt_ids) + len(other.token_ids) - 1
+        torch.testing.assert_close(one.features, other.features, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.filterwarnings("ignore:the cache is full")
+@pytest.mark.parametrize("drafter", ["ngram", "eagle_untrained"])
+def test_late_arrivals_wait_for_memory(drafter):
+    engine = build_engine(drafter, "tree", NUM_BLOCKS)
+    arriving = [
+        Sequence(
+            request_id=index,
+            prompt_ids=prompt,
+            params=params,
+            max_tokens=params.max_tokens,
+            stream_key=stream_key(params.seed, params.stream),
+        )
+        for index, (prompt, params) in enumerate(zip(PROMPTS, PARAMS, strict=True))
+    ]
+    sequences, num_preempted, num_steps = list(arriving), 0, 0
+    with engine.target.rollout_mode():
+        engine.planner.begin()
+        engine.drafter.begin()
+        engine.admission.begin(arriving)
+        while arriving or engine.scheduler.has_work:
+            if arriving and num_steps % 5 == 0:
+                engine.scheduler.add(arriving.pop(0))
+            record = engine.step()
+            num_steps += 1
+            engine.check()
+            num_preempted += record.num_preempted
+    assert num_preempted > 0
+    assert [sequence.token_ids for sequence in sequences] == [c.token_ids for c in generate_freely(torch.float32)]
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_draft_that_does_not_fit_is_left_out():
+    """The bound is that of one sequence to its last token."""
+    params = SamplingParams(max_tokens=2 * BLOCK_SIZE + 1 - len(GROUP))
+    free = build_engine("ngram").generate([GROUP], params)
+    engine = build_engine("ngram", "tree", 2)
+    assert [c.token_ids for c in engine.generate([GROUP], params)] == [c.token_ids for c in free]
+    plans = [record.plan for record in engine.records]
+    assert TREE in plans and plans[-1].is_plain
+    assert engine.cache.peak_bytes == 2 * engine.cache.block_bytes
+
+
+def test_what_can_never_fit_is_refused_at_once():
+    params = SamplingParams(max_tokens=2 * BLOCK_SIZE + 2 - len(GROUP))
+    engine = build_engine("none", "off", 2)
+    engine.on_step.append(lambda record: pytest.fail("something was generated"))
+    block = engine.cache.block_bytes
+    message = (
+        f"request 1 may come to 129 tokens (a prompt of 70 and 60 more): they take {describe_bytes(3 * block)} of "
+        f"cache ({describe_bytes(block / 64)} a token), of which there may be {describe_bytes(3 * block - 1)}. 128 "
+        f"tokens would fit: lower max_tokens, shorten the prompt, or raise max_cache_bytes to {3 * block}"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        engine.generate([[7], GROUP], params)
+    engine.on_step.pop()
+    assert_nothing_is_left(engine)
+    assert len(engine.generate([[7], GROUP[:-1]], params)[1].token_ids) == params.max_tokens
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_without_a_bound_it_is_what_is_free(monkeypatch):
+    engine = build_engine("none", "off")
+    expected = generate_freely(torch.float32)
+    free = int(NUM_BLOCKS * engine.cache.block_bytes / 0.8) + 1
+    monkeypatch.setattr(admission, "find_available_bytes", lambda device: free)
+    with pytest.warns(UserWarning, match=r"the cache is full with \d sequences running: the youngest wait") as caught:
+        completions = engine.generate(PROMPTS, PARAMS)
+    assert len(caught) == 1 and f"of {describe_bytes(NUM_BLOCKS * engine.cache.block_bytes)}" in str(caught[0].message)
+    assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
+    assert engine.cache.peak_bytes <= NUM_BLOCKS * engine.cache.block_bytes
+
+
+# -- memory runs out -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("place", ["forward", "propose"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), MemoryError("no room"), OSError(12, "no room")], ids=lambda e: type(e)
+)
+def test_where_memory_runs_out_fewer_go_on(place, error):
+    """Whatever fails with more than two sequences, every one ends with its tokens."""
+    engine = build_engine("eagle_untrained", "tree")
+    owner = engine.target if place == "forward" else engine.drafter
+    work, sizes = getattr(owner, place), []
+
+    def fail(first: object, second: object) -> object:
+        sizes.append(len(first.lengths if place == "forward" else first.sequences))
+        if sizes[-1] > 2:
+            raise error
+        return work(first, second)
+
+    setattr(owner, place, fail)
+    message = r"memory ran out with 7 sequences running \(.*no room.*\): half of them wait, and go on with the same"
+    with pytest.warns(UserWarning, match=message) as caught:
+        completions = engine.generate(PROMPTS, SHORT)
+    assert len(caught) == 1
+    assert [c.token_ids for c in completions] == [c.token_ids[:8] for c in generate_freely(torch.float32)]
+    assert sum(size > 2 for size in sizes) <= 3, "no more than fitted are tried again"
+    assert_nothing_is_left(engine)
+
+
+def test_one_sequence_goes_on_without_a_draft_before_it_gives_up():
+    engine = build_engine("ngram")
+    propose = engine.drafter.propose
+    engine.drafter.propose = lambda context, plan: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+    completions = engine.generate([GROUP], SHORT[0])
+    assert completions[0].token_ids == generate_freely(torch.float32)[0].token_ids[:8]
+    assert all(record.plan.is_plain for record in engine.records)
+    engine.drafter.propose = propose
+    engine.target.forward = lambda batch, cache: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+    with pytest.raises(MemoryError, match=r"with one sequence of 70 tokens running and .* of cache in use \(no room\)"):
+        engine.generate([GROUP], SHORT[0])
+    del engine.target.forward
+    assert_nothing_is_left(engine)
+    assert engine.generate([GROUP], SHORT[0])[0].token_ids == generate_freely(torch.float32)[0].token_ids[:8]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    engine = build_engine("none", "off")
+    for error in (RuntimeError("shapes differ"), OSError(2, "no such file")):
+        engine.target.forward = lambda batch, cache, error=error: (_ for _ in ()).throw(error)
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            engine.generate([[7]], SHORT[0])
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+
+
+# -- how much is in use --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_rollout_holds_its_live_tokens_and_a_block_a_sequence():
+    """Of the target's cache and of the head's, at every step; siblings share their prompt."""
+    engine = build_engine("eagle_untrained", "tree")
+    shares = []
+
+    def look(record: object) -> None:
+        for cache in (engine.cache, engine.drafter._rows.cache):
+            token_bytes, num_rows = cache.block_bytes // BLOCK_SIZE, len(cache.lengths)
+            assert cache.used_bytes <= 1.05 * sum(cache.lengths) * token_bytes + num_rows * cache.block_bytes
+        if engine.cache.lengths:
+            shares.append(engine.cache.used_bytes / (sum(map(count_blocks, engine.cache.lengths)) * cache.block_bytes))
+
+    engine.on_step.append(look)
+    engine.generate([GROUP] * 8, SamplingParams(max_tokens=60))
+    expected = [count_blocks(len(GROUP) + 1) * 8 - 7]  # the first block of eight prompts is one
+    assert engine.records[0].cache_bytes == expected[0] * engine.cache.block_bytes
+    assert engine.cache.peak_bytes == max(record.cache_bytes for record in engine.records)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_prompt_is_kept_for_those_who_wait_and_no_longer():
+    """One after the other: the prompt is computed once, and the last has the cache for itself."""
+    engine = build_engine("none", "off")
+    engine.scheduler.max_num_seqs = 1
+    beyond = []
+
+    def look(record: object) -> None:
+        own = sum(map(count_blocks, engine.cache.lengths))
+        beyond.append((record.num_waiting, engine.cache.used_bytes // engine.cache.block_bytes - own))
+
+    engine.on_step.append(look)
+    engine.generate([GROUP] * 4, SamplingParams(max_tokens=5))
+    assert sum(record.num_prefilled for record in engine.records) == len(GROUP) - 1
+    assert {blocks for num_waiting, blocks in beyond if not num_waiting} == {0}
+    assert max(blocks for _, blocks in beyond) <= count_blocks(len(GROUP))
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(("num_blocks", "max_tokens"), [(2, 100), (4, 150)], ids=["to_enter", "to_grow"])
+def test_a_prompt_that_is_kept_gives_way_before_a_sequence_does(num_blocks, max_tokens):
+    """It stands aside for the last of three, and is computed again when the second has had the room."""
+    params = [SamplingParams(max_tokens=count, stream=index) for index, count in enumerate((5, max_tokens, 5))]
+    prompts = [GROUP, [7], GROUP]
+    free, engine = build_engine("none", "off"), build_engine("none", "off", num_blocks)
+    engine.scheduler.max_num_seqs = free.scheduler.max_num_seqs = 1
+    expected = [completion.token_ids for completion in free.generate(prompts, params)]
+    assert [completion.token_ids for completion in engine.generate(prompts, params)] == expected
+    assert sum(record.num_prefilled for record in free.records) == len(GROUP) - 1
+    assert sum(record.num_prefilled for record in engine.records) == 2 * (len(GROUP) - 1)
+    assert sum(record.num_preempted for record in engine.records) == 0
+
+
+_MANY_ROLLOUTS = """
+import gc, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+from tiny import save_tiny_model
+from fastgrpo import Engine, SamplingParams, SpeculationPlan
+torch.set_num_threads(1)
+plan = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
+engine = Engine.from_pretrained(save_tiny_model(Path(sys.argv[2])), drafter="eagle-new", speculation=plan)
+prompts = [list(range(2, 72))] * 3 + [[5, 6, 7]] * 2
+sizes, peaks = [], set()
+for rollout in range(60):
+    engine.generate(prompts, SamplingParams(max_tokens=8, seed=0))
+    gc.collect()
+    peaks.add((engine.cache.peak_bytes, engine.cache.num_bytes, engine.drafter._rows.cache.peak_bytes))
+    sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+print(len(peaks), max(sizes[10:]) - max(sizes[:10]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
+def test_memory_does_not_grow_over_fifty_rollouts(tmp_path):
+    command = [sys.executable, "-c", _MANY_ROLLOUTS, str(Path(__file__).parent), str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    num_peaks, growth = map(int, answer.stdout.split())
+    assert num_peaks == 1, "equal rollouts take equal blocks"
+    assert growth < 4e6
+
+
+def test_what_is_free_is_read_from_the_system(tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    if Path("/proc/meminfo").is_file():
+        assert 0 < find_available_bytes(cpu) < 2**50
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    assert find_available_bytes(cpu) is None and find_available_bytes(torch.device("meta")) is None
+    (tmp_path / "meminfo").write_text("MemTotal:       24000 kB\nMemAvailable:   20000 kB\n")
+    assert find_available_bytes(cpu) == 20000 * 1024
+    (tmp_path / "memory.max").write_text("10000000\n")
+    (tmp_path / "memory.current").write_text("7000000\n")
+    (tmp_path / "memory.stat").write_text("anon 5000000\ninactive_file 1000000\nactive_file 500000\n")
+    assert find_available_bytes(cpu) == 4500000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert find_available_bytes(cpu) == 20000 * 1024
+
+
+def test_bytes_in_words():
+    assert [describe_bytes(n) for n in (512, 12 * 2**10, 410 * 2**20, 3.25 * 2**30)] == [
+        "0.5 KiB", "12 KiB", "410 MiB", "3.25 GiB",
+    ]  # fmt: skip
