@@ -233,7 +233,7 @@ def test_attention_is_that_of_a_dense_mask(head_dim, repeats):
     assert torch.allclose(rows.run().double(), rows.compute_reference(), atol=1e-5)
 
 
-@pytest.mark.parametrize("lengths", [[1, 2], [255, 256], [257, 1100]])
+@pytest.mark.parametrize("lengths", [[1, 2], [255, 256], [257, 600]])
 def test_any_number_of_stretches_is_joined(lengths):
     rows = Rows(lengths=lengths, counts=[2, 3], repeats=2, head_dim=64, kv=1)
     assert torch.allclose(rows.run().double(), rows.compute_reference(), atol=1e-5)
