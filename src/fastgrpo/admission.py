@@ -6,12 +6,11 @@ import heapq
 import warnings
 from dataclasses import dataclass
 
-import torch
-
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
 from fastgrpo.cache import SlotCache
 from fastgrpo.drafters import Drafter
 from fastgrpo.memory import describe_bytes, find_available_bytes
+from fastgrpo.model import TargetModel
 from fastgrpo.prefill import Prefiller
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.types import Sequence
@@ -38,7 +37,7 @@ class Admission:
     Args:
         max_bytes: of keys, values and features; None takes most of the memory that is free when a rollout starts, and
             sets no bound where the system does not say what is free.
-        device: of the cache.
+        target: whose cache it is; it may want a block of its own.
 
     Raises:
         ValueError: `max_bytes` is not positive.
@@ -52,12 +51,12 @@ class Admission:
         drafter: Drafter,
         *,
         max_bytes: int | None,
-        device: torch.device,
+        target: TargetModel,
     ) -> None:
         if max_bytes is not None and max_bytes < 1:
             raise ValueError(f"max_cache_bytes must be positive, got {max_bytes}; None takes what is free")
         self.scheduler, self.cache, self.prefiller, self.drafter = scheduler, cache, prefiller, drafter
-        self.max_bytes, self.device = max_bytes, device
+        self.max_bytes, self.target = max_bytes, target
         self._bound = max_bytes  # of this rollout
         self._most_running = scheduler.max_num_seqs  # fewer once memory ran out
         self._has_warned = False
@@ -70,19 +69,21 @@ class Admission:
         """
         self._most_running = self.scheduler.max_num_seqs
         self._bound = self.max_bytes
-        if self._bound is None and (available := find_available_bytes(self.device)) is not None:
+        if self._bound is None and (available := find_available_bytes(self.target.device)) is not None:
             self._bound = int(_SHARE * available)
         limit = None if self._bound is None else self._bound // self.cache.block_bytes
         for sequence in sequences:
             num_positions = len(sequence.prompt_ids) + sequence.max_tokens - 1
-            if limit is not None and count_blocks(num_positions) > limit:
+            if limit is not None and count_blocks(num_positions) > limit - self._num_scratch:
                 raise ValueError(
                     f"request {sequence.request_id} may come to {num_positions} tokens (a prompt of "
                     f"{len(sequence.prompt_ids)} and {sequence.max_tokens} more): {self._describe_needs(num_positions)}"
                 )
         longest = (count_blocks(len(s.prompt_ids) + s.max_tokens + _MOST_NODES) for s in sequences)
         expected = sum(heapq.nlargest(self.scheduler.max_num_seqs, longest))
-        self.cache.begin(expected_blocks=expected, limit=limit)
+        self.cache.begin(expected_blocks=expected + self._num_scratch, limit=limit)
+        if self._num_scratch:
+            self.cache.take_scratch()
 
     def admit(self) -> Admitted:
         """Make room for the next step of those who run; where nobody had to go, let others in.
@@ -175,16 +176,22 @@ class Admission:
         self.cache.remove_row(slot)
         self.scheduler.preempt(slot)
 
+    @property
+    def _num_scratch(self) -> int:
+        """Blocks that are in use and no row's."""
+        return int(self.target.wants_scratch)
+
     # -- words ---------------------------------------------------------------------------------------
 
     def _describe_needs(self, num_positions: int) -> str:
         """What so many positions take, what fits, and what to do about it."""
         block_bytes = self.cache.block_bytes
         needed, bound = count_blocks(num_positions) * block_bytes, self._bound or 0
+        num_fitting = (bound // block_bytes - self._num_scratch) * BLOCK_SIZE
         return (
             f"they take {describe_bytes(needed)} of cache ({describe_bytes(block_bytes / BLOCK_SIZE)} a token), of "
-            f"which there may be {describe_bytes(bound)}. {bound // block_bytes * BLOCK_SIZE} tokens would fit: lower "
-            f"max_tokens, shorten the prompt, or raise max_cache_bytes to {needed}"
+            f"which there may be {describe_bytes(bound)}. {max(num_fitting, 0)} tokens would fit: lower "
+            f"max_tokens, shorten the prompt, or raise max_cache_bytes to {needed + self._num_scratch * block_bytes}"
         )
 
     def _warn(self, what: str) -> None:

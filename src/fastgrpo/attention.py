@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,11 @@ from transformers import AttentionInterface
 
 from fastgrpo.block_store import BlockStore
 from fastgrpo.cache import locate
-from fastgrpo.kernels import cpu
+from fastgrpo.kernels import cpu, gpu
+from fastgrpo.transfer import is_host, upload
 
 ATTENTION_NAME = "fastgrpo_tree"
-_MOST_NODES = 64  # of one row that our kernel takes
+_MOST_NODES = 64  # of one row that our kernels take
 READ_BLOCK = 16
 """Rows are read up to a multiple of this. A partly filled last block is summed in another order, so
 without it a row's half-precision result would depend on the length of its neighbours (PyTorch's CPU
@@ -49,6 +51,7 @@ class ForwardBatch:
         lengths: Int[Tensor, " B"],
         dtype: torch.dtype,
         num_repeats: int,
+        counts: Sequence[int] | None = None,
     ) -> ForwardBatch:
         """Lay out the nodes of each row behind its `lengths` cached positions.
 
@@ -60,22 +63,29 @@ class ForwardBatch:
             blocks: where the rows stand in the cache, as `SlotCache.blocks` says; there is room for the nodes.
             lengths: positions of those rows that every node sees.
             dtype, num_repeats: of the attention: its type, and query heads for each key head.
+            counts: `num_nodes` where the host knows it. A device that would have to be asked computes the padding
+                too, behind its row's own nodes, and so there is room for N of each; nobody looks at what comes of it.
         """
         width, num_visible = visible.shape[1:]
         index = torch.arange(width, device=token_ids.device)
-        used = index < num_nodes[:, None]
-        write_index = locate(blocks, (lengths + (num_visible - width))[:, None] + index)
+        if counts is None and not is_host(num_nodes):
+            num_nodes = torch.full_like(num_nodes, width)
+            counts = (width,) * len(num_nodes)
+        pad_index = _find_used(num_nodes, width, counts)
+        flat = locate(blocks, (lengths + (num_visible - width))[:, None] + index)
         positions = lengths[:, None] + visible.sum(-1) - 1
+        packed = (
+            values.flatten() if pad_index is None else values.flatten()[pad_index]
+            for values in (token_ids, positions, flat)
+        )
         return ForwardBatch(
-            token_ids=token_ids[used],
-            positions=positions[used],
-            write_index=write_index[used],
+            **dict(zip(("token_ids", "positions", "write_index"), packed, strict=True)),
             row_starts=num_nodes.cumsum(0) - num_nodes,
             num_nodes=num_nodes,
             blocks=blocks,
             lengths=lengths,
             visible=visible,
-            pad_index=None if bool(used.all()) else used.view(-1).nonzero()[:, 0],
+            pad_index=pad_index,
             dtype=dtype,
             num_repeats=num_repeats,
         )
@@ -85,11 +95,23 @@ class ForwardBatch:
         """N, nodes of the largest row."""
         return self.visible.shape[1]
 
+    @property
+    def num_before(self) -> int:
+        """Positions behind `lengths` that stand in the cache already."""
+        return self.visible.shape[2] - self.most_nodes
+
+    @functools.cached_property
+    def words(self) -> Int[Tensor, "B N W"]:
+        """`visible` as bits of 64-bit words, the first in the lowest bit."""
+        num_words = -(-self.visible.shape[2] // 64)
+        padded = nn.functional.pad(self.visible, (0, num_words * 64 - self.visible.shape[2]))
+        bits = torch.arange(64, device=padded.device)
+        return (padded.unflatten(2, (num_words, 64)).long() << bits).sum(-1)
+
     @functools.cached_property
     def read_length(self) -> int:
         """Cache positions read where rows are read alike, the new tokens included; a multiple of READ_BLOCK."""
-        num_before = self.visible.shape[2] - self.most_nodes
-        return -(-(int((self.lengths + self.num_nodes).max()) + num_before) // READ_BLOCK) * READ_BLOCK
+        return -(-(int((self.lengths + self.num_nodes).max()) + self.num_before) // READ_BLOCK) * READ_BLOCK
 
     @functools.cached_property
     def read_index(self) -> Int[Tensor, "B S"]:
@@ -108,6 +130,17 @@ class ForwardBatch:
         mask[..., 0] = True  # true of every node; keeps padded nodes finite
         additive = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
         return additive[:, None].repeat(1, 1, self.num_repeats, 1)
+
+
+def _find_used(num_nodes: Int[Tensor, " B"], width: int, counts: Sequence[int] | None) -> Int[Tensor, " T"] | None:
+    """row * width + node of each node in use; None if all are."""
+    if counts is None:
+        used = torch.arange(width) < num_nodes[:, None]
+        return None if bool(used.all()) else used.view(-1).nonzero()[:, 0]
+    if min(counts) == width:
+        return None
+    places = [row * width + node for row, count in enumerate(counts) for node in range(count)]
+    return upload(places, num_nodes.device)
 
 
 def pack_queries(
@@ -140,14 +173,23 @@ def tree_attention(
     query: Float[Tensor, "1 heads T d"],
     key: Float[Tensor, "B kv S d"],
     value: Float[Tensor, "B kv S d"],
-    attention_mask: Float[Tensor, "B 1 repN S"],
+    attention_mask: Float[Tensor, "_ 1 _ _"],
     *,
     tree_batch: ForwardBatch,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "1 T heads d"], None]:
-    """transformers' attention interface over packed nodes and ragged rows."""
+    """transformers' attention interface over packed nodes and ragged rows.
+
+    Args:
+        key, value: of the batch's rows; where the GPU kernel runs, of the whole cache as one row.
+        attention_mask: the batch's; not looked at where the GPU kernel runs.
+    """
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    if has_gpu_kernel(key, tree_batch):
+        heads, keys, values = (states[0].transpose(0, 1) for states in (query.to(key.dtype), key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _attend_to_blocks(heads, keys.flatten(1), values.flatten(1), tree_batch, scale)[None], None
     packed = pack_queries(query.to(key.dtype), num_kv_heads, tree_batch)
     output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
     return unpack_outputs(output, num_heads, tree_batch), None
@@ -167,8 +209,11 @@ def attend_to_rows(
 
     Queries may be padded: what stands behind the batch's T tokens comes out as anything.
 
-    On a CPU, where kernels are compiled, each node reads its own row's positions and no others.
+    Where there are kernels, each node reads its own row's positions and no others.
     """
+    if has_gpu_kernel(query, batch):
+        heads = query.unflatten(-1, (-1, head_dim))
+        return _attend_to_blocks(heads, keys.flat(layer), values.flat(layer), batch, scale).flatten(1)
     if has_kernels(query, batch):
         return cpu.attend(
             query,
@@ -191,6 +236,33 @@ def attend_to_rows(
     packed = pack_queries(tokens.transpose(0, 1)[None], num_kv_heads, batch)
     output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=batch.mask, scale=scale)
     return unpack_outputs(output, query.shape[1] // head_dim, batch)[0].flatten(1)
+
+
+def _attend_to_blocks(
+    query: Float[Tensor, "M h d"],
+    keys: Float[Tensor, "P kvd"],
+    values: Float[Tensor, "P kvd"],
+    batch: ForwardBatch,
+    scale: float,
+) -> Float[Tensor, "M h d"]:
+    from fastgrpo.kernels import gpu_attention  # in Triton, which is imported only where it runs
+
+    return gpu_attention.attend(
+        query,
+        keys,
+        values,
+        blocks=batch.blocks,
+        starts=batch.row_starts,
+        num_nodes=batch.num_nodes,
+        lengths=batch.lengths,
+        words=batch.words,
+        num_before=batch.num_before,
+        scale=scale,
+    )
+
+
+def has_gpu_kernel(values: Tensor, batch: ForwardBatch) -> bool:
+    return batch.most_nodes <= _MOST_NODES and values.dtype in gpu.DTYPES and gpu.runs_on(values)
 
 
 def has_kernels(query: Tensor, batch: ForwardBatch) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastgrpo.block_store import BlockStore
 from fastgrpo.blocks import BLOCK_SIZE, BlockPool, count_blocks
 from fastgrpo.memory import is_out_of_memory
+from fastgrpo.transfer import is_host, upload
 
 _LEAST_BLOCKS = 16  # that room is made for
 _IDLE_BYTES = 64 * 2**20  # less memory that nobody uses is not worth giving back
@@ -66,6 +67,7 @@ class SlotCache:
         self._tables: list[list[int]] = []  # blocks of each row
         self._prefixes: list[RowPrefix] = []  # that are held
         self._blocks: Tensor | None = None  # of all tables, while they stay as they are
+        self._scratch: int | None = None  # a block without a row
         self._expected = 0
 
     # -- memory --------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ class SlotCache:
 
     @property
     def used_bytes(self) -> int:
-        """Of the blocks that rows and held prefixes own."""
+        """Of the blocks that rows and held prefixes own, and of the scratch block."""
         return self._pool.num_taken * self.block_bytes
 
     @property
@@ -143,11 +145,14 @@ class SlotCache:
 
     @property
     def blocks(self) -> Int[Tensor, "B K"]:
-        """Index of the first position of each block of each row; filled up with block 0."""
+        """Index of the first position of each block of each row; filled up with the row's last block.
+
+        Not with one of another: what stands there may be read behind a row's end, and must be finite.
+        """
         if self._blocks is None:
             width = max(map(len, self._tables), default=0) or 1
-            padded = [table + [0] * (width - len(table)) for table in self._tables]
-            self._blocks = BLOCK_SIZE * torch.tensor(padded, dtype=torch.int64, device=self.keys.data.device)
+            padded = [table + (table[-1:] or [0]) * (width - len(table)) for table in self._tables]
+            self._blocks = BLOCK_SIZE * upload(padded, self.keys.data.device)
         return self._blocks
 
     def locate(self, rows: Int[Tensor, " T"], positions: Int[Tensor, " T"]) -> Int[Tensor, " T"]:
@@ -191,6 +196,18 @@ class SlotCache:
             self._make_room()
         return self._pool.take()
 
+    def take_scratch(self) -> int:
+        """Index of the first position of a block that no row reads, for padding to be written to.
+
+        Taken when first asked for, under the limit as any other, and kept until `clear`.
+
+        Raises:
+            MemoryError, OSError, torch.OutOfMemoryError: the limit is reached, or there is no more memory.
+        """
+        if self._scratch is None:
+            self._scratch = self._take()
+        return BLOCK_SIZE * self._scratch
+
     def truncate(self, row: int, length: int) -> None:
         """Forget a row's positions from `length` on, and give back their blocks."""
         assert length <= self.lengths[row], f"row {row} holds {self.lengths[row]} positions, not {length}"
@@ -226,13 +243,12 @@ class SlotCache:
     def commit(self, path: Int[Tensor, "B D"], num_tokens: list[int]) -> None:
         """Keep the walked path of each row: node `path[b, j]` becomes position length + j.
 
-        Chains need no move. `num_tokens[b]` tokens (root included) are added to row b.
+        Chains need no move; a device is not asked for them, and copies theirs onto themselves. `num_tokens[b]` tokens
+        (root included) are added to row b.
         """
-        step = torch.arange(path.shape[1], device=path.device)
-        moves = path > step
-        if bool(moves.any()):
-            rows, depth = moves.nonzero(as_tuple=True)
-            start = torch.tensor(self.lengths, device=path.device)[rows]
+        rows, depth = _find_moves(path) if is_host(path) else upload(list_walked(num_tokens, first=1), path.device)
+        if len(rows):
+            start = upload(self.lengths, path.device)[rows]
             source, target = self.locate(rows, start + path[rows, depth]), self.locate(rows, start + depth)
             self.keys.move_positions(source, target)
             self.values.move_positions(source, target)
@@ -282,7 +298,7 @@ class SlotCache:
 
     def clear(self) -> None:
         """Drop every row and prefix and give the memory back."""
-        self.lengths, self._tables, self._prefixes, self._blocks = [], [], [], None
+        self.lengths, self._tables, self._prefixes, self._blocks, self._scratch = [], [], [], None, None
         self._pool.clear()
         for store in self.stores:
             store.clear()
@@ -292,9 +308,22 @@ class SlotCache:
         assert self.lengths == expected_lengths, f"cache holds {self.lengths}, sequences say {expected_lengths}"
         for row, (length, table) in enumerate(zip(self.lengths, self._tables, strict=True)):
             assert len(table) == count_blocks(length), f"row {row}: {len(table)} blocks for {length} positions"
-        self._pool.check((*self._tables, *(prefix.blocks for prefix in self._prefixes)))
+        scratch = [] if self._scratch is None else [self._scratch]
+        self._pool.check((*self._tables, *(prefix.blocks for prefix in self._prefixes), scratch))
         for store in self.stores:
             assert store.num_blocks >= self._pool.size, f"{store.num_blocks} blocks stored of {self._pool.size}"
+
+
+def list_walked(num_tokens: list[int], first: int = 0) -> list[list[int]]:
+    """Rows, and depths from `first` on, of the nodes of paths of so many tokens."""
+    places = [(row, depth) for row, count in enumerate(num_tokens) for depth in range(first, count)]
+    return [[row for row, _ in places], [depth for _, depth in places]]
+
+
+def _find_moves(path: Int[Tensor, "B D"]) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
+    """Rows and depths of the nodes that do not stand where they belong."""
+    rows, depth = (path > torch.arange(path.shape[1])).nonzero(as_tuple=True)
+    return rows, depth
 
 
 def locate(blocks: Int[Tensor, "B K"], positions: Int[Tensor, "B X"]) -> Int[Tensor, "B X"]:

@@ -1,7 +1,8 @@
 """A model's decoder layers without the modules in between: its matrix products, and our kernels around them.
 
-transformers' layers are chains of small operators, some forty for each layer; on a CPU dispatching them takes longer
-than a small batch's products. Here the same weights meet nine kernels a layer, rounded where transformers rounds.
+transformers' layers are chains of small operators, some forty for each layer; dispatching them on a CPU, and running
+them on a GPU, takes longer than a small batch's products. Here the same weights meet nine kernels a layer, rounded
+where transformers rounds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from fastgrpo.attention import ForwardBatch, attend_to_rows
 from fastgrpo.cache import SlotCache
-from fastgrpo.kernels import cpu
+from fastgrpo.kernels import cpu, gpu
 from fastgrpo.kernels.linear import PackedLinear, may_pack, round_up, wants_round_rows
 
 NO_KERNELS = "the kernels are not compiled"
@@ -61,7 +62,7 @@ class _Layer:
 
 
 class FusedDecoder:
-    """Runs the layers of a Llama, Qwen2, Qwen3 or Mistral model on a CPU; built anew for each rollout.
+    """Runs the layers of a Llama, Qwen2, Qwen3 or Mistral model; built anew for each rollout.
 
     Args:
         decoder: transformers' model without its head, adapters merged.
@@ -70,7 +71,9 @@ class FusedDecoder:
 
     def __init__(self, decoder: Any, dtype: torch.dtype) -> None:
         self._decoder, self._dtype = decoder, dtype
-        packs = may_pack(decoder)
+        self._kernels = _find_kernels(decoder.embed_tokens.weight)
+        assert self._kernels is not None, "ask find_obstacle first"
+        packs = self._kernels is cpu and may_pack(decoder)
         self._rounds_rows = packs and wants_round_rows(dtype)
         self._layers = [_Layer(layer, packs) for layer in decoder.layers]
         self._norm = _Norm.read(decoder.norm)
@@ -83,7 +86,8 @@ class FusedDecoder:
         cos, sin = (part[0].contiguous() for part in self._decoder.rotary_emb(residual, batch.positions[None]))
         num_tokens, delta = len(residual), None
         inputs: dict[int, Tensor] = {}
-        with torch.autocast("cpu", enabled=False):
+        kernels = self._kernels
+        with torch.autocast(residual.device.type, enabled=False):
             for number, layer in enumerate(self._layers):
                 x = self._add_norm(residual, delta, layer.before_attention)
                 if number in kept:
@@ -92,20 +96,20 @@ class FusedDecoder:
                 query, key, _ = states.split((layer.num_queries, layer.num_keys, layer.num_keys), dim=1)
                 for own, norm in ((query, layer.query_norm), (key, layer.key_norm)):
                     if norm is not None:
-                        cpu.norm_heads_(own[:num_tokens], norm.weight, norm.eps)
+                        kernels.norm_heads_(own[:num_tokens], norm.weight, norm.eps)
                 keys, values = cache.keys.flat(number), cache.values.flat(number)
-                cpu.rotate_and_cache_(states, cos, sin, batch.write_index, keys, values)
+                kernels.rotate_and_cache_(states, cos, sin, batch.write_index, keys, values)
                 attended = attend_to_rows(
                     query, cache.keys, cache.values, number, batch, head_dim=cache.head_dim, scale=layer.scale
                 )
                 x = self._add_norm(residual, layer.output(attended), layer.before_mlp)
-                delta = layer.down(cpu.multiply_silu(layer.gate_and_up(x), num_tokens))
+                delta = layer.down(kernels.multiply_silu(layer.gate_and_up(x), num_tokens))
             hidden = self._add_norm(residual, delta, self._norm)
         return hidden[:num_tokens], inputs
 
     def _add_norm(self, residual: Tensor, delta: Tensor | None, norm: _Norm) -> Tensor:
         padded = round_up(len(residual)) if self._rounds_rows else None
-        return cpu.add_norm(residual, delta, norm.weight, norm.eps, self._dtype, padded=padded)
+        return self._kernels.add_norm(residual, delta, norm.weight, norm.eps, self._dtype, padded=padded)
 
 
 def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
@@ -133,7 +137,16 @@ def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
         return f"its norms are of type {', '.join(sorted(norms))}"
     if any(_is_touched(module) for module in decoder.modules()):
         return "its modules have hooks or a forward of their own"
-    return None if cpu.is_available() else NO_KERNELS
+    return NO_KERNELS if _find_kernels(weight) is None else None
+
+
+def _find_kernels(weight: Tensor) -> Any:
+    """The module of kernels for where a weight is; None without one."""
+    if gpu.runs_on(weight):
+        from fastgrpo.kernels import gpu_decoder  # in Triton, which is imported only where it runs
+
+        return gpu_decoder
+    return cpu if weight.device.type == "cpu" and cpu.is_available() else None
 
 
 def _is_touched(module: nn.Module) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from fastgrpo.admission import Admission
 from fastgrpo.attention import ForwardBatch
+from fastgrpo.cache import list_walked
 from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.none import NoDrafter
@@ -34,9 +37,10 @@ from fastgrpo.profile_files import find_profile, take_profile
 from fastgrpo.sampling import SamplingBatch, stream_key
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.timing import Stopwatch
+from fastgrpo.transfer import download, upload
 from fastgrpo.tree import Draft, compute_ancestors
 from fastgrpo.types import PLAIN, Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
-from fastgrpo.verify import Verdict, count_hits, verify
+from fastgrpo.verify import Outcome, Verdict, read_outcome, verify
 
 DEFAULT_FIXED_PLAN = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
 
@@ -69,6 +73,7 @@ class _Attempt:
     batch: ForwardBatch
     output: ForwardOutput
     verdict: Verdict
+    outcome: Outcome
     prefilled: float  # times at which a part ended
     drafted: float
     forwarded: float
@@ -126,7 +131,7 @@ class Engine:
             self.prefiller,
             self.drafter,
             max_bytes=max_cache_bytes,
-            device=self.target.device,
+            target=self.target,
         )
         self.planner: Planner | None = None
         self._fixed_plan = fixed_plan
@@ -212,14 +217,13 @@ class Engine:
         """Advance every running sequence by at least one token; call inside `target.rollout_mode`."""
         started = time.perf_counter()
         attempt = self._attempt_until_it_fits()
-        plan, verdict = attempt.plan, attempt.verdict
+        plan, outcome = attempt.plan, attempt.outcome
         num_seqs, cache_bytes = len(self.scheduler.running), self.cache.used_bytes
-        num_emitted = self._commit(verdict, attempt.output, attempt.batch)
+        num_emitted = self._commit(attempt)
         if self._judge is not None and not plan.is_plain:
-            self._judge(attempt.draft, verdict)
+            self._judge(attempt.draft, attempt.verdict)
         self._retire()
         finished = time.perf_counter()
-        offered, hits = count_hits(verdict, attempt.pool)
         record = StepRecord(
             num_seqs=num_seqs,
             num_waiting=len(self.scheduler.waiting),
@@ -228,15 +232,15 @@ class Engine:
             num_emitted=num_emitted,
             num_read=attempt.inputs.num_read,
             num_prefilled=attempt.num_prefilled,
-            offered=offered,
-            hits=hits,
+            offered=outcome.offered,
+            hits=outcome.hits,
             prefill_s=attempt.prefilled - started,
             draft_s=attempt.drafted - attempt.prefilled,
             target_s=attempt.forwarded - attempt.drafted,
             verify_s=finished - attempt.forwarded,
             step_s=finished - started,
             num_unread=attempt.inputs.num_unread,
-            num_promised=attempt.draft.num_promised,
+            num_promised=outcome.num_promised,
             num_preempted=attempt.num_preempted,
             cache_bytes=cache_bytes,
             plan_s=self._planning.take_s(),
@@ -278,10 +282,10 @@ class Engine:
         pool = Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
         draft = self._spend_budget(pool, plan, inputs)
         drafted = time.perf_counter()
-        batch = self._layout(draft)
-        output = self.target.forward(batch, self.cache)
-        logits = self.target.compute_logits(output.last_hidden)
+        batch = self._layout(draft, plan.depth)
+        output, logits = self.target.decode(batch, self.cache)
         forwarded = time.perf_counter()
+        verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary, plan.depth)
         return _Attempt(
             num_prefilled=admitted.num_prefilled,
             num_preempted=admitted.num_preempted,
@@ -291,7 +295,8 @@ class Engine:
             draft=draft,
             batch=batch,
             output=output,
-            verdict=verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary),
+            verdict=verdict,
+            outcome=read_outcome(verdict, draft, pool),
             prefilled=prefilled,
             drafted=drafted,
             forwarded=forwarded,
@@ -310,7 +315,7 @@ class Engine:
         return DraftContext(
             sequences=running,
             sampling=SamplingBatch.build(running, device),
-            pending_token_ids=torch.tensor([s.pending_token_id for s in running], device=device),
+            pending_token_ids=upload([s.pending_token_id for s in running], device),
             cache=self.cache,
         )
 
@@ -327,57 +332,59 @@ class Engine:
         if plan.most_draft_tokens is None or pool.scores is None:
             return pool
         chances = pool.scores[:, 1:].exp()
-        ranked = chances.flatten().sort(descending=True)
-        drafted = ranked.values[: pool.num_tokens - len(chances)].cpu().numpy()
+        values, places, num_nodes = download(*chances.flatten().sort(descending=True), pool.num_nodes)
         planner = self._ensure_planner()
         with self._planning:
-            budget = planner.choose_budget(plan, inputs, drafted)
-        rows = ranked.indices[:budget] // max(chances.shape[1], 1)
-        return pool.keep(1 + torch.bincount(rows, minlength=len(chances)))
+            budget = planner.choose_budget(plan, inputs, values[: int(num_nodes.sum()) - len(num_nodes)])
+        rows = places[:budget] // max(chances.shape[1], 1)
+        return pool.keep((1 + np.bincount(rows, minlength=len(num_nodes))).tolist())
 
-    def _layout(self, draft: Draft) -> ForwardBatch:
-        """Room for the draft's nodes behind every running row."""
+    def _layout(self, draft: Draft, depth: int) -> ForwardBatch:
+        """Room for the draft's nodes, of `depth` levels at most, behind every running row."""
         for row, length in enumerate(self.cache.lengths):
             self.cache.reserve(row, length + draft.token_ids.shape[1])
         return ForwardBatch.build(
             token_ids=draft.token_ids,
             num_nodes=draft.num_nodes,
-            visible=compute_ancestors(draft.parents),
+            visible=compute_ancestors(draft.parents, depth),
             blocks=self.cache.blocks,
-            lengths=torch.tensor(self.cache.lengths, device=self.target.device),
+            lengths=upload(self.cache.lengths, self.target.device),
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
+            counts=draft.counts,
         )
 
-    def _commit(self, verdict: Verdict, output: ForwardOutput, batch: ForwardBatch) -> int:
+    def _commit(self, attempt: _Attempt) -> int:
         """Keep the walked paths: cache, features, tokens. Returns the number of tokens emitted."""
-        running = self.scheduler.running
-        self._check_finite(verdict)
-        counts = (verdict.num_accepted + 1).tolist()
-        if output.features is not None:
-            self._write_features(verdict, output.features, batch)
-        self.cache.commit(verdict.path, counts)
-        found = [values.tolist() for values in (verdict.token_ids, verdict.logprobs, verdict.entropies)]
+        running, outcome, features = self.scheduler.running, attempt.outcome, attempt.output.features
+        counts = [count + 1 for count in outcome.num_accepted]
+        self._check_finite(outcome.logprobs)
+        if features is not None:
+            self._write_features(attempt.verdict, counts, features, attempt.batch)
+        self.cache.commit(attempt.verdict.path, counts)
         num_emitted = 0
         for slot, (sequence, count) in enumerate(zip(running, counts, strict=True)):
-            kept = sequence.append(*(values[slot][:count] for values in found))
+            logprobs, entropies = outcome.logprobs[slot][:count], outcome.entropies[slot][:count]
+            kept = sequence.append(outcome.token_ids[slot][:count], logprobs, entropies)
             self.cache.truncate(slot, sequence.num_cached)
             self.drafter.observe(sequence, kept)
             num_emitted += kept
         return num_emitted
 
-    def _write_features(self, verdict: Verdict, features: Float[Tensor, "T W"], batch: ForwardBatch) -> None:
+    def _write_features(
+        self, verdict: Verdict, counts: list[int], features: Float[Tensor, "T W"], batch: ForwardBatch
+    ) -> None:
         store = self.cache.features
         assert store is not None
-        rows, depth = (verdict.path >= 0).nonzero(as_tuple=True)
-        lengths = torch.tensor(self.cache.lengths, device=features.device)
-        index = self.cache.locate(rows, lengths[rows] + depth)
+        rows, depth = upload(list_walked(counts), features.device)
+        index = self.cache.locate(rows, upload(self.cache.lengths, features.device)[rows] + depth)
         store.write(0, index, features[batch.row_starts[rows] + verdict.path[rows, depth]])
 
-    def _check_finite(self, verdict: Verdict) -> None:
-        if not bool(torch.isnan(verdict.logprobs).any()):
+    def _check_finite(self, logprobs: list[list[float]]) -> None:
+        bad = ((row, depth) for row, each in enumerate(logprobs) for depth, value in enumerate(each) if isnan(value))
+        row, depth = next(bad, (None, 0))
+        if row is None:
             return
-        row, depth = torch.isnan(verdict.logprobs).nonzero()[0].tolist()
         sequence = self.scheduler.running[row]
         raise FloatingPointError(
             f"the model's logits are not finite at request {sequence.request_id}, completion position "

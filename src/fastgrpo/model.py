@@ -14,10 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from fastgrpo.attention import ATTENTION_NAME, ForwardBatch
+from fastgrpo.attention import ATTENTION_NAME, ForwardBatch, has_gpu_kernel
 from fastgrpo.block_store import BlockStore
 from fastgrpo.cache import SlotCache
 from fastgrpo.decoder import NO_KERNELS, FusedDecoder, find_obstacle
+from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder
+from fastgrpo.kernels import gpu
 from fastgrpo.kernels.linear import PackedLinear, can_pack
 from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.weights import merged_weights
@@ -52,6 +54,8 @@ class _CacheView(Cache):
     def _write(self, store: BlockStore, states: Float[Tensor, "1 kv T d"], layer: int) -> Float[Tensor, "B kv S d"]:
         batch, cache = self._batch, self._cache
         store.write(layer, batch.write_index, states[0].transpose(0, 1).flatten(1).to(store.data.dtype))
+        if has_gpu_kernel(store.data, batch):  # finds the positions of each row by itself
+            return store.flat(layer).unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(0, 1)[None]
         rows = store.read(layer, batch.read_index)
         return rows.unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(1, 2)
 
@@ -74,6 +78,8 @@ class TargetModel:
         self.model = model
         self._tokenizer = tokenizer
         self._fused: FusedDecoder | None = None
+        self._recorder: Recorder | None = None  # while a rollout lasts, where forwards are recorded
+        self._runner: tuple[SlotCache, GraphRunner] | None = None
         self._output: PackedLinear | None = None
         self.base = base_model_of(model)
         self.config: Any = self.base.config
@@ -149,7 +155,7 @@ class TargetModel:
         training = [module for module in self.model.modules() if module.training]
         attention = self.config._attn_implementation
         autocast = (
-            torch.autocast(self.device.type, dtype=self.compute_dtype)
+            torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=self.device.type != "cuda")
             if self.compute_dtype
             else contextlib.nullcontext()
         )
@@ -157,10 +163,10 @@ class TargetModel:
             self.model.eval()
             self.config._attn_implementation = ATTENTION_NAME
             with torch.no_grad(), merged_weights(self.model, self.compute_dtype), autocast:
-                self._fused = self._fuse()
+                self._fused, self._recorder = self._fuse(), self._build_recorder()
                 yield
         finally:
-            self._fused = self._output = None
+            self._fused = self._output = self._recorder = self._runner = None
             self.config._attn_implementation = attention
             for module in training:
                 module.training = True
@@ -177,9 +183,37 @@ class TargetModel:
         parts = [inputs[layer] for layer in kept] + [hidden]
         return ForwardOutput(last_hidden=hidden, features=torch.cat(parts, -1).to(cache.features.data.dtype))
 
-    def _fuse(self) -> FusedDecoder | None:
-        if self.device.type != "cpu":
+    def decode(self, batch: ForwardBatch, cache: SlotCache) -> tuple[ForwardOutput, Float[Tensor, "T V"]]:
+        """`forward` and the logits of all tokens; on a GPU recorded and replayed, and valid until the next call."""
+        if self._recorder is None:
+            hidden, logits, *features = self._decode(batch, cache)
+        else:
+            if self._runner is None or self._runner[0] is not cache:
+                runner = GraphRunner(lambda batch: self._decode(batch, cache), cache, self._recorder)
+                self._runner = (cache, runner)
+            hidden, logits, *features = self._runner[1](batch)
+        return ForwardOutput(last_hidden=hidden, features=features[0] if features else None), logits
+
+    def _decode(self, batch: ForwardBatch, cache: SlotCache) -> tuple[Tensor, ...]:
+        output = self.forward(batch, cache)
+        features = () if output.features is None else (output.features,)
+        return (output.last_hidden, self.compute_logits(output.last_hidden), *features)
+
+    @property
+    def wants_scratch(self) -> bool:
+        """Whether `decode` takes a block of the cache for padding."""
+        return self._recorder is not None
+
+    def _build_recorder(self) -> Recorder | None:
+        if self.device.type != "cuda":
             return None
+        obstacle = find_graph_obstacle(self.dtype)
+        if obstacle is None:
+            return CudaRecorder()
+        _warn_of(obstacle)
+        return None
+
+    def _fuse(self) -> FusedDecoder | None:
         obstacle = find_obstacle(self.decoder, self.dtype)
         if obstacle is None:
             if type(self.lm_head) is nn.Linear and can_pack([self.lm_head]):
@@ -204,7 +238,7 @@ class TargetModel:
             output = self.decoder(
                 input_ids=batch.token_ids[None],
                 position_ids=batch.positions[None],
-                attention_mask=batch.mask,
+                attention_mask=self._build_mask(batch, cache),
                 past_key_values=_CacheView(cache, batch),
                 use_cache=True,
                 tree_batch=batch,
@@ -213,6 +247,12 @@ class TargetModel:
             for hook in hooks:
                 hook.remove()
         return output.last_hidden_state[0], captured
+
+    @staticmethod
+    def _build_mask(batch: ForwardBatch, cache: SlotCache) -> Float[Tensor, "_ 1 _ _"]:
+        """What transformers hands to `tree_attention`: where that needs no mask, one number so that none is built."""
+        data = cache.keys.data
+        return data.new_zeros(1, 1, 1, 1) if has_gpu_kernel(data, batch) else batch.mask
 
     def compute_logits(self, hidden: Float[Tensor, "T H"]) -> Float[Tensor, "T V"]:
         if self._output is not None:
@@ -225,6 +265,11 @@ def _warn_of(obstacle: str) -> None:
     """Once for each reason."""
     if obstacle != NO_KERNELS:  # of which a warning has been given
         warnings.warn(f"decoding goes through transformers' modules, which takes longer: {obstacle}", stacklevel=2)
+
+
+def find_graph_obstacle(dtype: torch.dtype) -> str | None:
+    """Why a GPU must launch each forward anew; None where it need not."""
+    return gpu.find_obstacle() or (None if dtype in gpu.DTYPES else f"there are no GPU kernels for {dtype}")
 
 
 def base_model_of(model: Any) -> Any:

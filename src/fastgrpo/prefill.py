@@ -123,6 +123,7 @@ class Prefiller:
             lengths=torch.tensor([lengths[slot] for slot in slots], device=device),
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
+            counts=[len(chunk) for chunk in chunks],
         )
         output = self.target.forward(batch, self.cache)
         if self.cache.features is not None and output.features is not None:

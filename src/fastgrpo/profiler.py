@@ -185,7 +185,7 @@ def _measure_forward(target: TargetModel, rows: int, width: int, *, context: int
         dtype=target.dtype,
         num_repeats=target.num_repeats,
     )
-    timing = measure_on(lambda: target.compute_logits(target.forward(batch, cache).last_hidden), device)
+    timing = measure_on(lambda: target.decode(batch, cache), device)
     return TimedForward(num_tokens=rows * width, num_seqs=rows, context_len=context, timing=timing)
 
 

@@ -13,13 +13,15 @@ tokens, is resolved to 2^-31, and neither end is infinite.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastgrpo.kernels import cpu
+from fastgrpo.kernels import cpu, gpu
+from fastgrpo.transfer import is_host, upload
 from fastgrpo.types import SamplingParams, Sequence
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -28,6 +30,7 @@ _MASK64 = 2**64 - 1
 _FINALISER = ((0x7FEB352D, 15), (0x846CA68B, 16), (0x9E3779B1, 15))  # (multiplier, shift)
 _UNIFORM_SCALE = 2.0**-31 - 2.0**-55  # a float32 below 2^-31: rounding up to 2^31 still gives less than 1
 _LEAST_LOGPROB = -1000.0  # its probability is 0 in any floating type, and 0 * -inf would be NaN
+_NOT_ASKED = (-1, 0, 0)  # token, log-prob and entropy where no row is sampled
 _NOISE_CHUNK_ELEMENTS = 4 * 49152  # keeps the integer passes inside a core's L2 cache
 
 
@@ -96,6 +99,8 @@ def gumbel_noise(
     """
     if has_kernels(stream_keys):
         return cpu.gumbel_noise(stream_keys, positions, token_ids)
+    if gpu.runs_on(stream_keys):
+        return _gpu_sampling().gumbel_noise(stream_keys, positions, token_ids)
     keys = _position_keys(stream_keys, positions)
     low, high = _split_key(keys)
     out = torch.empty(len(keys), len(token_ids), dtype=torch.float32, device=keys.device)
@@ -112,12 +117,21 @@ def gumbel_noise_of(
     """The values of `gumbel_noise` for a few tokens of each row's own, bit for bit; arguments as there."""
     if has_kernels(stream_keys):
         return cpu.gumbel_noise(stream_keys, positions, token_ids)
+    if gpu.runs_on(stream_keys):
+        return _gpu_sampling().gumbel_noise(stream_keys, positions, token_ids)
     low, high = _split_key(_position_keys(stream_keys, positions))
     return _gumbel(_hash(token_ids, low, high))
 
 
 def has_kernels(values: Tensor) -> bool:
     return values.device.type == "cpu" and cpu.is_available()
+
+
+def _gpu_sampling() -> Any:
+    """The kernels in Triton, which is imported only where they run."""
+    from fastgrpo.kernels import gpu_sampling
+
+    return gpu_sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,19 +146,21 @@ class SamplingBatch:
     is_warped: bool  # some temperature is not 1
     is_truncated: bool  # some top_k or top_p is active
     is_noisy: bool  # some temperature is not 0
+    is_greedy: bool  # some temperature is 0
 
     @staticmethod
     def build(sequences: list[Sequence], device: torch.device) -> SamplingBatch:
         params = [sequence.params for sequence in sequences]
         return SamplingBatch(
-            stream_keys=torch.tensor([s.stream_key for s in sequences], dtype=torch.int64, device=device),
-            positions=torch.tensor([len(s.token_ids) for s in sequences], dtype=torch.int64, device=device),
-            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-            top_k=torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
-            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+            stream_keys=upload([s.stream_key for s in sequences], device),
+            positions=upload([len(s.token_ids) for s in sequences], device),
+            temperature=upload([p.temperature for p in params], device, torch.float32),
+            top_k=upload([p.top_k for p in params], device),
+            top_p=upload([p.top_p for p in params], device, torch.float32),
             is_warped=any(p.temperature != 1 for p in params),
             is_truncated=any(p.top_k > 0 or p.top_p < 1 for p in params),
             is_noisy=any(p.temperature > 0 for p in params),
+            is_greedy=any(p.temperature == 0 for p in params),
         )
 
     @staticmethod
@@ -167,7 +183,12 @@ class SamplingBatch:
             is_warped=self.is_warped,
             is_truncated=self.is_truncated,
             is_noisy=self.is_noisy,
+            is_greedy=self.is_greedy,
         )
+
+    def ahead(self, advance: int) -> SamplingBatch:
+        """All rows, `advance` tokens further along."""
+        return replace(self, positions=self.positions + advance) if advance else self
 
 
 def scale_logits(logits: Float[Tensor, "R *n V"], batch: SamplingBatch) -> Float[Tensor, "R *n V"]:
@@ -201,7 +222,7 @@ def add_noise(scores: Float[Tensor, "R V"], batch: SamplingBatch, token_ids: Int
     if not batch.is_noisy:
         return scores
     noise = gumbel_noise(batch.stream_keys, batch.positions, token_ids).to(scores.dtype)
-    if bool((batch.temperature == 0).any()):
+    if batch.is_greedy:
         noise *= (batch.temperature > 0)[:, None]
     return noise.add_(scores)
 
@@ -222,9 +243,45 @@ def sample(
     """
     if has_kernels(logits) and logits.dtype in cpu.DTYPES and not batch.is_truncated:
         return cpu.sample(logits, batch.stream_keys, batch.positions, batch.temperature)
+    if _samples_on_gpu(logits, batch):
+        rows = torch.arange(len(logits), device=logits.device)
+        return _gpu_sampling().sample(logits, rows, batch.stream_keys, batch.positions, batch.temperature)
     scaled = scale_logits(logits, batch)
     token_ids = add_noise(truncate_logits(scaled, batch), batch, vocabulary).argmax(-1)
     logprobs = scaled.log_softmax(-1)
     chosen = logprobs.gather(-1, token_ids[:, None])[:, 0]
     share = logprobs.exp().mul_(logprobs.clamp_(min=_LEAST_LOGPROB))
     return token_ids, chosen, -share.sum(-1)
+
+
+def sample_rows(
+    logits: Float[Tensor, "T V"], rows: Int[Tensor, " R"], batch: SamplingBatch, vocabulary: Int[Tensor, " V"]
+) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """`sample` of some rows of the logits, without asking the device which.
+
+    Args:
+        rows: of `logits`, one for each row of `batch`; one of -1 is not sampled and gives token -1, log-prob and
+            entropy 0.
+    """
+    if _samples_on_gpu(logits, batch):
+        return _gpu_sampling().sample(logits, rows, batch.stream_keys, batch.positions, batch.temperature)
+    is_asked = rows >= 0
+    if not is_host(rows):
+        found = sample(logits[rows.clamp(min=0)], batch, vocabulary)
+        token_ids, logprobs, entropies = (
+            value.masked_fill(~is_asked, empty) for value, empty in zip(found, _NOT_ASKED, strict=True)
+        )
+        return token_ids, logprobs, entropies
+    asked = is_asked.nonzero()[:, 0]
+    if len(asked) == len(rows):
+        return sample(logits[rows], batch, vocabulary)
+    found = sample(logits[rows[asked]], batch.rows(asked), vocabulary)
+    token_ids, logprobs, entropies = (
+        value.new_full((len(rows),), empty).scatter_(0, asked, value)
+        for value, empty in zip(found, _NOT_ASKED, strict=True)
+    )
+    return token_ids, logprobs, entropies
+
+
+def _samples_on_gpu(logits: Tensor, batch: SamplingBatch) -> bool:
+    return gpu.runs_on(logits) and logits.dtype in gpu.DTYPES and not batch.is_truncated

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fastgrpo.transfer import is_host, upload
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
@@ -24,6 +26,7 @@ class Draft:
     num_nodes: Int[Tensor, " B"]  # root included, at least 1
     log_chances: Float[Tensor, "B N"] | None = None  # of each node, given its parent, as the drafter sees it
     scores: Float[Tensor, "B N"] | None = None  # calibrated log chance of the path to each node; -inf where unused
+    counts: tuple[int, ...] | None = None  # `num_nodes` where the host knows it without asking a device
 
     @staticmethod
     def roots(pending_token_ids: Int[Tensor, " B"]) -> Draft:
@@ -33,11 +36,13 @@ class Draft:
             token_ids=pending_token_ids[:, None],
             parents=parents,
             num_nodes=torch.ones_like(pending_token_ids),
+            counts=(1,) * len(pending_token_ids),
         )
 
-    def keep(self, num_nodes: Int[Tensor, " B"]) -> Draft:
-        """The first `num_nodes` nodes of each row, root included."""
-        width = int(num_nodes.max())
+    def keep(self, counts: list[int]) -> Draft:
+        """The first `counts` nodes of each row, root included."""
+        width = max(counts)
+        num_nodes = upload(counts, self.num_nodes.device, self.num_nodes.dtype)
         used = torch.arange(width, device=num_nodes.device) < num_nodes[:, None]
         return Draft(
             token_ids=self.token_ids[:, :width],
@@ -45,12 +50,13 @@ class Draft:
             num_nodes=num_nodes,
             log_chances=None if self.log_chances is None else self.log_chances[:, :width],
             scores=None if self.scores is None else self.scores[:, :width].masked_fill(~used, -torch.inf),
+            counts=tuple(counts),
         )
 
     @property
-    def num_promised(self) -> float:
-        """Draft tokens that are accepted if the scores are right; 0 where there are none."""
-        return 0.0 if self.scores is None else float(self.scores[:, 1:].exp().sum())
+    def num_promised(self) -> Float[Tensor, ""] | None:
+        """Draft tokens that are accepted if the scores are right; None where there are none."""
+        return None if self.scores is None else self.scores[:, 1:].exp().sum()
 
     @property
     def num_tokens(self) -> int:
@@ -63,14 +69,18 @@ class Draft:
         return index < self.num_nodes[:, None]
 
 
-def compute_ancestors(parents: Int[Tensor, "B N"]) -> Bool[Tensor, "B N N"]:
-    """`[b, i, j]` is True iff node j is node i or an ancestor of it."""
+def compute_ancestors(parents: Int[Tensor, "B N"], depth: int | None = None) -> Bool[Tensor, "B N N"]:
+    """`[b, i, j]` is True iff node j is node i or an ancestor of it.
+
+    Args:
+        depth: levels that a tree has at most; a device follows so many links, the host until there are no more.
+    """
     num_nodes = parents.shape[1]
     index = torch.arange(num_nodes, device=parents.device)
     ancestors = (index[:, None] == index)[None].repeat(parents.shape[0], 1, 1)
     hop = parents
-    for _ in range(num_nodes - 1):
-        if not bool((hop >= 0).any()):
+    for _ in range(num_nodes - 1 if depth is None else min(depth, num_nodes - 1)):
+        if is_host(hop) and not bool((hop >= 0).any()):
             break
         ancestors |= hop[:, :, None] == index
         hop = torch.where(hop >= 0, parents.gather(1, hop.clamp(min=0)), -1)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastgrpo.sampling import SamplingBatch, sample
+from fastgrpo.sampling import SamplingBatch, sample_rows
+from fastgrpo.transfer import download, is_host
 from fastgrpo.tree import Draft
+
+Counts = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,7 @@ def verify(
     row_starts: Int[Tensor, " B"],
     batch: SamplingBatch,
     vocabulary: Int[Tensor, " V"],
+    depth: int | None = None,
 ) -> Verdict:
     """Emit the target's tokens along the drafted paths.
 
@@ -45,23 +50,23 @@ def verify(
         row_starts: first packed row of each sequence.
         batch: the sampling state at the roots.
         vocabulary: int32 arange over V.
+        depth: levels that a tree has at most; a device walks so many, the host ends when every walk has.
     """
-    num_seqs, device = len(row_starts), logits.device
-    alive = torch.arange(num_seqs, device=device)
-    node = torch.zeros_like(alive)
+    most = draft.token_ids.shape[1] - 1
+    node = torch.zeros_like(row_starts)
+    is_alive = torch.ones_like(node, dtype=torch.bool)
     columns: list[tuple[Tensor, ...]] = []
-    num_accepted = torch.zeros_like(alive)
-    while len(alive):
-        rows = batch.rows(alive, len(columns))
-        chosen, logprobs, entropies = sample(logits[row_starts[alive] + node], rows, vocabulary)
-        is_child = draft.parents[alive] == node[:, None]
-        is_match = is_child & (draft.token_ids[alive] == chosen[:, None])
-        is_hit = is_match.any(-1)
-        child = is_match.int().argmax(-1)
-        found = ((node, -1), (chosen, -1), (logprobs, 0), (entropies, 0))
-        columns.append(tuple(value.new_full((num_seqs,), empty).scatter_(0, alive, value) for value, empty in found))
-        num_accepted[alive] += is_hit
-        alive, node = alive[is_hit], child[is_hit]
+    num_accepted = torch.zeros_like(node)
+    for level in range(1 + (most if depth is None else min(depth, most))):
+        rows = torch.where(is_alive, row_starts + node, -1)
+        chosen, logprobs, entropies = sample_rows(logits, rows, batch.ahead(level), vocabulary)
+        columns.append((node.masked_fill(~is_alive, -1), chosen, logprobs, entropies))
+        is_child = (draft.parents == node[:, None]) & is_alive[:, None]
+        is_match = is_child & (draft.token_ids == chosen[:, None])
+        is_alive, node = is_match.any(-1), is_match.int().argmax(-1)
+        num_accepted = num_accepted + is_alive
+        if is_host(is_alive) and not bool(is_alive.any()):
+            break
     path, token_ids, logprobs, entropies = (torch.stack(c, dim=1) for c in zip(*columns, strict=True))
     return Verdict(path=path, token_ids=token_ids, logprobs=logprobs, entropies=entropies, num_accepted=num_accepted)
 
@@ -79,12 +84,55 @@ def find_ranks(verdict: Verdict, draft: Draft) -> tuple[Int[Tensor, "B D"], Int[
     return is_child.sum(-1), place.masked_fill(~is_hit.any(-1), -1)
 
 
-def count_hits(verdict: Verdict, draft: Draft) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+def count_hits(verdict: Verdict, draft: Draft) -> tuple[Counts, Counts]:
     """(offered, hits) by depth and sibling rank, as `StepRecord` keeps them."""
+    return _tally(*download(*find_ranks(verdict, draft)))
+
+
+def _tally(children: np.ndarray, ranks: np.ndarray) -> tuple[Counts, Counts]:
+    """The same of what `find_ranks` found."""
     offered, hits = [], []
-    for children, ranks in zip(*(found.T for found in find_ranks(verdict, draft)), strict=True):
-        width = int(children.max())
+    for below, chosen in zip(children.T, ranks.T, strict=True):
+        width = int(below.max())
         if width:
-            offered.append(tuple(int((children > rank).sum()) for rank in range(width)))
-            hits.append(tuple(int((ranks == rank).sum()) for rank in range(width)))
+            offered.append(tuple(int((below > rank).sum()) for rank in range(width)))
+            hits.append(tuple(int((chosen == rank).sum()) for rank in range(width)))
     return tuple(offered), tuple(hits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the host learns of a step; lists have one entry for each sequence."""
+
+    num_accepted: list[int]
+    token_ids: list[list[int]]  # as in `Verdict`, the columns behind the accepted ones included
+    logprobs: list[list[float]]
+    entropies: list[list[float]]
+    num_promised: float  # draft tokens that the drafter's chances had accepted
+    offered: Counts  # by depth and sibling rank, as `StepRecord` keeps them
+    hits: Counts
+
+
+def read_outcome(verdict: Verdict, draft: Draft, pool: Draft) -> Outcome:
+    """The one read that a step makes of a device.
+
+    Args:
+        draft: what was verified.
+        pool: what it was the first nodes of.
+    """
+    found = [verdict.num_accepted, verdict.token_ids, verdict.logprobs, verdict.entropies]
+    if pool.token_ids.shape[1] > 1:
+        found += find_ranks(verdict, pool)
+    if (num_promised := draft.num_promised) is not None:
+        found.append(num_promised)
+    num_accepted, token_ids, logprobs, entropies, *drafted = download(*found)
+    offered, hits = _tally(*drafted[:2]) if len(drafted) > 1 else ((), ())
+    return Outcome(
+        num_accepted=num_accepted.tolist(),
+        token_ids=token_ids.tolist(),
+        logprobs=logprobs.tolist(),
+        entropies=entropies.tolist(),
+        num_promised=0.0 if num_promised is None else float(drafted[-1]),
+        offered=offered,
+        hits=hits,
+    )

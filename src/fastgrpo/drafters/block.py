@@ -23,6 +23,7 @@ from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
+from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan
 
@@ -72,9 +73,10 @@ class BlockDrafter(HeadDrafter[BlockHead]):
         store = context.cache.features
         assert store is not None
         device = self.target.device
-        read, lengths = torch.tensor([self._rows.num_read, context.cache.lengths], device=device)
+        read, lengths = upload([self._rows.num_read, context.cache.lengths], device)
         counts = lengths - read
-        rows = torch.arange(len(counts), device=device).repeat_interleave(counts)
+        num_unread = sum(context.cache.lengths) - sum(self._rows.num_read)
+        rows = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=num_unread)
         first = (read - counts.cumsum(0) + counts)[rows]
         positions = first + torch.arange(len(rows), device=device)
         hidden = self._fuse(store.flat(0)[context.cache.locate(rows, positions)])
@@ -106,7 +108,7 @@ class BlockDrafter(HeadDrafter[BlockHead]):
             num_nodes=torch.full_like(pending_token_ids, depth),
             visible=torch.ones(depth, depth, dtype=torch.bool, device=target.device).tril().expand(num_rows, -1, -1),
             blocks=self._rows.cache.blocks,
-            lengths=torch.tensor(lengths, device=target.device),
+            lengths=upload(lengths, target.device),
             dtype=target.dtype,
             num_repeats=target.num_repeats,
         )

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastgrpo.transfer import is_host
 from fastgrpo.tree import Draft
 from fastgrpo.verify import Verdict
 
@@ -38,6 +39,8 @@ class Calibration:
     def __init__(self) -> None:
         self.offered = np.zeros((_LEVELS, _BINS))
         self.hits = np.zeros((_LEVELS, _BINS))
+        self._unfolded: Tensor | None = None  # [2, levels, bins], counted on a device since they were last asked for
+        self._unfolded_steps = 0
         self.slope, self.offset = np.ones(_LEVELS), np.zeros(_LEVELS)
 
     def __call__(self, log_chances: Float[Tensor, "*n"], depth: int) -> Float[Tensor, "*n"]:
@@ -58,23 +61,30 @@ class Calibration:
         log_chances = draft.log_chances if log_chances is None else log_chances
         if log_chances is None:
             return
-        chances, levels, is_hit = _find_judged(draft, verdict, log_chances)
-        position = (_compute_log_odds(chances) + _MOST_ODDS) * ((_BINS - 1) / (2 * _MOST_ODDS))
-        index = (levels.clamp(max=_LEVELS) - 1) * _BINS + position.round().long()
-        offered = torch.bincount(index, minlength=_LEVELS * _BINS)
-        hits = torch.bincount(index[is_hit], minlength=_LEVELS * _BINS)
-        for table, new in ((self.offered, offered), (self.hits, hits)):
-            table *= _DECAY
-            table += new.cpu().numpy().reshape(_LEVELS, _BINS)
+        new = _count_judged(draft, verdict, log_chances)
+        self._unfolded = new if self._unfolded is None else self._unfolded * _DECAY + new
+        self._unfolded_steps += 1
+        if is_host(new):
+            self._fold()
+
+    def _fold(self) -> None:
+        """Take over what was counted on a device."""
+        if self._unfolded is not None:
+            for table, new in zip((self.offered, self.hits), self._unfolded.cpu().numpy(), strict=True):
+                table *= _DECAY**self._unfolded_steps
+                table += new
+        self._unfolded, self._unfolded_steps = None, 0
 
     def fit(self) -> None:
         """Logistic regression of hits on log-odds, level by level, drawn to the level above where trials are few."""
+        self._fold()
         prior = (1.0, 0.0)
         for level in range(_LEVELS):
             prior = _fit_line(self.offered[level], self.hits[level], prior)
             self.slope[level], self.offset[level] = prior
 
     def save(self, folder: Path) -> None:
+        self._fold()
         record = {"offered": self.offered.tolist(), "hits": self.hits.tolist()}
         (folder / _FILE).write_text(json.dumps(record) + "\n")
 
@@ -91,6 +101,7 @@ class Calibration:
             self.offered[:], self.hits[:] = record["offered"], record["hits"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / _FILE} is damaged ({error}); remove it to start afresh") from error
+        self._unfolded, self._unfolded_steps = None, 0
         self.fit()
 
 
@@ -99,15 +110,23 @@ def _compute_log_odds(log_chances: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     return (log_chances - miss.log()).clamp(-_MOST_ODDS, _MOST_ODDS)
 
 
-def _find_judged(draft: Draft, verdict: Verdict, log_chances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(log chance, level from 1, whether the target chose it) of each child of a walked node."""
-    depth_of = torch.full_like(draft.parents, -1)  # depth of walked nodes; -1: the target did not walk here
-    rows, depths = (verdict.path >= 0).nonzero(as_tuple=True)
-    depth_of[rows, verdict.path[rows, depths]] = depths
-    has_parent = draft.parents >= 0
-    above = depth_of.gather(1, draft.parents.clamp(min=0)).masked_fill(~has_parent, -1)
+def _count_judged(draft: Draft, verdict: Verdict, log_chances: Tensor) -> Float[Tensor, "2 levels bins"]:
+    """Children of walked nodes by level and chance, and those of them that the target chose."""
+    num_rows, width = draft.parents.shape
+    depths = torch.arange(verdict.path.shape[1], device=draft.parents.device).expand_as(verdict.path)
+    depth_of = draft.parents.new_full((num_rows, width + 1), -1)  # of walked nodes; -1: the target did not walk here
+    depth_of.scatter_(1, torch.where(verdict.path >= 0, verdict.path, width), depths)
+    depth_of = depth_of[:, :width]
+    above = depth_of.gather(1, draft.parents.clamp(min=0)).masked_fill(draft.parents < 0, -1)
     is_judged = (above >= 0) & (log_chances > -torch.inf)
-    return log_chances[is_judged], above[is_judged] + 1, depth_of[is_judged] >= 0
+    odds = _compute_log_odds(log_chances.masked_fill(~is_judged, 0.0))
+    place = (
+        above.clamp(0, _LEVELS - 1) * _BINS + ((odds + _MOST_ODDS) * ((_BINS - 1) / (2 * _MOST_ODDS))).round().long()
+    )
+    tables = torch.zeros(2, _LEVELS * _BINS, dtype=torch.float64, device=place.device)
+    for table, is_counted in zip(tables, (is_judged, is_judged & (depth_of >= 0)), strict=True):
+        table.index_add_(0, place.flatten(), is_counted.flatten().double())
+    return tables.unflatten(1, (_LEVELS, _BINS))
 
 
 def _fit_line(offered: np.ndarray, hits: np.ndarray, prior: tuple[float, float]) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
+from fastgrpo.transfer import upload
 from fastgrpo.types import SpeculationPlan
 
 
@@ -60,19 +61,20 @@ class EagleDrafter(HeadDrafter[EagleHead]):
             (s.all_token_ids[-count:] if count else []) + [0] * (width - count)
             for s, count in zip(context.sequences, counts, strict=True)
         ]
-        num_nodes = torch.tensor(counts, device=device)
+        num_nodes = upload(counts, device)
         batch = ForwardBatch.build(
-            token_ids=torch.tensor(tokens, device=device),
+            token_ids=upload(tokens, device),
             num_nodes=num_nodes,
             visible=torch.ones(len(lengths), width, width, dtype=torch.bool, device=device).tril(),
             blocks=self._rows.cache.blocks,
-            lengths=torch.tensor(self._rows.num_read, device=device),
+            lengths=upload(self._rows.num_read, device),
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
+            counts=counts,
         )
         store = context.cache.features
         assert store is not None
-        rows = torch.arange(len(lengths), device=device).repeat_interleave(num_nodes)
+        rows = torch.arange(len(lengths), device=device).repeat_interleave(num_nodes, output_size=sum(counts))
         features = store.flat(0)[context.cache.locate(rows, batch.positions), : 3 * self.target.hidden_size]
         hidden = self.fast_head.fc(features.to(self.target.dtype))
         return self.forward(batch, hidden)[batch.row_starts + num_nodes - 1]
@@ -99,7 +101,7 @@ class _EagleLevels:
 
     def __init__(self, drafter: EagleDrafter, context: DraftContext, output: Float[Tensor, "B H"]) -> None:
         self.drafter = drafter
-        self.lengths = torch.tensor(context.cache.lengths, device=output.device)
+        self.lengths = upload(context.cache.lengths, output.device)
         self.hidden = output[:, None]  # outputs of the nodes expanded last
 
     def rank(self, noise_rows: SamplingBatch, width: int) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:

@@ -163,6 +163,7 @@ class LmDrafter:
             num_nodes=num_nodes,
             visible=visible,
             slots=torch.tensor(slots, device=device),
+            counts=[len(chunk) for chunk in chunks],
         )
         hidden = self.lm.forward(batch, self.cache).last_hidden
         for slot, chunk in zip(slots, chunks, strict=True):
@@ -178,8 +179,13 @@ class LmDrafter:
         num_nodes: Int[Tensor, " B"],
         visible: Bool[Tensor, "B N E"],
         slots: slice | Int[Tensor, " B"],
+        counts: list[int] | None = None,
     ) -> ForwardBatch:
-        """Nodes behind what the rows at `slots` have read; ids that the LM lacks stand as its last one."""
+        """Nodes behind what the rows at `slots` have read; ids that the LM lacks stand as its last one.
+
+        Args:
+            counts: as for `ForwardBatch.build`.
+        """
         return ForwardBatch.build(
             token_ids=token_ids.clamp(max=self.lm.vocab_size - 1),
             num_nodes=num_nodes,
@@ -188,6 +194,7 @@ class LmDrafter:
             lengths=torch.tensor(self.cache.lengths, device=self.lm.device)[slots],
             dtype=self.lm.dtype,
             num_repeats=self.lm.num_repeats,
+            counts=counts,
         )
 
     def rank_level(

@@ -81,7 +81,7 @@ def rank(
 
 def add_norm(
     residual: Float[Tensor, "T H"],
-    delta: Float[Tensor, "M H"] | None,
+    delta: Float[Tensor, "_ H"] | None,
     weight: Float[Tensor, " H"],
     eps: float,
     dtype: torch.dtype,

@@ -1,0 +1,203 @@
+"""Tree attention on a GPU with split keys, as in flash-decoding: only live positions are read, and no mask is laid out.
+
+A row's positions stand in the cache in blocks, found through a table, so that rows may lie anywhere. One
+program takes a stretch of `SPLIT` positions for one key head, with the queries of all its heads and nodes in one tile;
+a second kernel joins the stretches. These begin at fixed positions: a row's result does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastgrpo.blocks import BLOCK_SIZE
+
+SPLIT = 256  # positions that one program reads
+_LEAST_QUERIES, _MOST_QUERIES = 16, 64  # in one tile; matrix units take 16 at least
+_CHUNK = 8  # stretches joined at once
+_CHANGING = ["num_blocks", "num_words", "most_nodes", "num_before", "num_splits"]  # no reason to compile anew
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def _attend_splits(
+    query: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    position_stride: tl.tensor,
+    blocks: tl.tensor,
+    num_blocks: tl.tensor,
+    starts: tl.tensor,
+    num_nodes: tl.tensor,
+    lengths: tl.tensor,
+    words: tl.tensor,
+    num_words: tl.tensor,
+    most_nodes: tl.tensor,
+    num_before: tl.tensor,
+    sums: tl.tensor,
+    tops: tl.tensor,
+    masses: tl.tensor,
+    num_kv_heads: tl.tensor,
+    num_splits: tl.tensor,
+    scale: tl.tensor,
+    REPEATS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+) -> None:
+    """Of one row, key head, stretch of positions and tile of queries: weighted values, largest score, mass."""
+    row, group = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
+    split, tile = tl.program_id(1), tl.program_id(2)
+    count, length = tl.load(num_nodes + row), tl.load(lengths + row)
+    first = split * SPLIT
+    last = tl.minimum(first + SPLIT, length + num_before + count)
+    if (first >= last) | (tile * QUERIES >= count * REPEATS):
+        return
+    queries = tile * QUERIES + tl.arange(0, QUERIES)
+    node, head = queries // REPEATS, group * REPEATS + queries % REPEATS
+    is_query = node < count
+    token = tl.load(starts + row) + node
+    numbers = tl.arange(0, WIDTH)
+    is_number = numbers < HEAD_DIM
+    own = token.to(tl.int64) * token_stride + head * head_stride
+    q = tl.load(query + own[:, None] + numbers[None, :], mask=is_query[:, None] & is_number[None, :], other=0.0)
+    top = tl.full([QUERIES], float("-inf"), tl.float32)
+    mass = tl.zeros([QUERIES], tl.float32)
+    total = tl.zeros([QUERIES, WIDTH], tl.float32)
+    for offset in range(0, SPLIT, BLOCK):
+        start = first + offset
+        position = start + tl.arange(0, BLOCK)
+        is_live = position < last
+        block = tl.load(blocks + row * num_blocks + start // BLOCK, mask=start < last, other=0)
+        place = block.to(tl.int64) + tl.arange(0, BLOCK)
+        column = place * position_stride + group * HEAD_DIM
+        k = tl.load(keys + column[None, :] + numbers[:, None], mask=is_live[None, :] & is_number[:, None], other=0.0)
+        beyond = position - length  # the node that stands there
+        is_node = is_live & (beyond >= 0)
+        word = words + ((row * most_nodes + node) * num_words)[:, None] + (beyond // 64)[None, :]
+        bits = tl.load(word, mask=is_query[:, None] & is_node[None, :], other=0)
+        is_seen = is_live[None, :] & ((beyond < 0)[None, :] | (((bits >> (beyond & 63)[None, :]) & 1) != 0))
+        score = tl.where(is_seen, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
+        highest = tl.maximum(top, tl.max(score, 1))
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        weight = tl.exp(score - shift[:, None])
+        fade = tl.exp(top - shift)
+        v = tl.load(values + column[:, None] + numbers[None, :], mask=is_live[:, None] & is_number[None, :], other=0.0)
+        mass = mass * fade + tl.sum(weight, 1)
+        total = total * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        top = highest
+    index = (tl.program_id(0) * most_nodes * REPEATS + queries).to(tl.int64) * num_splits + split
+    tl.store(tops + index, top, mask=is_query)
+    tl.store(masses + index, mass, mask=is_query)
+    out = sums + index[:, None] * HEAD_DIM + numbers[None, :]
+    tl.store(out, total, mask=is_query[:, None] & is_number[None, :])
+
+
+@triton.jit(do_not_specialize=[name for name in _CHANGING if name not in ("num_blocks", "num_words")])
+def _join_splits(
+    out: tl.tensor,
+    starts: tl.tensor,
+    num_nodes: tl.tensor,
+    lengths: tl.tensor,
+    most_nodes: tl.tensor,
+    num_before: tl.tensor,
+    sums: tl.tensor,
+    tops: tl.tensor,
+    masses: tl.tensor,
+    num_kv_heads: tl.tensor,
+    num_splits: tl.tensor,
+    REPEATS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
+) -> None:
+    """One head of one node from the stretches of its row."""
+    row, num_heads = tl.program_id(0), num_kv_heads * REPEATS
+    node, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
+    count = tl.load(num_nodes + row)
+    if node >= count:
+        return
+    num_live = tl.cdiv(tl.load(lengths + row) + num_before + count, SPLIT)
+    numbers = tl.arange(0, WIDTH)
+    is_number = numbers < HEAD_DIM
+    queries = (row * num_kv_heads + head // REPEATS) * most_nodes * REPEATS + node * REPEATS + head % REPEATS
+    top = tl.full([], float("-inf"), tl.float32)
+    mass = tl.zeros([], tl.float32)
+    total = tl.zeros([WIDTH], tl.float32)
+    start = 0
+    while start < num_live:
+        split = start + tl.arange(0, CHUNK)
+        is_live = split < num_live
+        index = queries.to(tl.int64) * num_splits + split
+        each = tl.load(tops + index, mask=is_live, other=float("-inf"))
+        highest = tl.maximum(top, tl.max(each, 0))
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        share, fade = tl.exp(each - shift), tl.exp(top - shift)
+        part = sums + index[:, None] * HEAD_DIM + numbers[None, :]
+        part = tl.load(part, mask=is_live[:, None] & is_number[None, :], other=0.0)
+        mass = mass * fade + tl.sum(share * tl.load(masses + index, mask=is_live, other=0.0), 0)
+        total = total * fade + tl.sum(share[:, None] * part, 0)
+        top = highest
+        start += CHUNK
+    token = tl.load(starts + row) + node
+    target = out + (token.to(tl.int64) * num_heads + head) * HEAD_DIM + numbers
+    tl.store(target, (total / mass).to(out.dtype.element_ty), mask=is_number)
+
+
+def attend(
+    query: Float[Tensor, "M h d"],
+    keys: Float[Tensor, "P kvd"],
+    values: Float[Tensor, "P kvd"],
+    *,
+    blocks: Int[Tensor, "B K"],
+    starts: Int[Tensor, " B"],
+    num_nodes: Int[Tensor, " B"],
+    lengths: Int[Tensor, " B"],
+    words: Int[Tensor, "B N W"],
+    num_before: int,
+    scale: float,
+) -> Float[Tensor, "M h d"]:
+    """Attention of packed nodes to their row's own cached positions, and to no others.
+
+    Args:
+        query: tokens and heads may stand apart, a head's numbers may not.
+        keys, values: a layer's, by flat index of a position; head by head.
+        blocks: flat index of the first position of each block of a row (`fastgrpo.blocks.BLOCK_SIZE` positions).
+        starts, num_nodes: of each row's tokens in `query`.
+        lengths: cached positions that all nodes of a row see.
+        words: bit e of node n's words: it sees position `lengths[b] + e`.
+        num_before: positions of each row behind `lengths` that its nodes do not write themselves.
+    """
+    assert query.stride(2) == 1 and keys.stride(1) == values.stride(1) == 1, "numbers of a head must be adjacent"
+    num_tokens, num_heads, head_dim = query.shape
+    num_rows, most_nodes, num_words = words.shape
+    num_kv_heads = keys.shape[1] // head_dim
+    repeats = num_heads // num_kv_heads
+    most_queries = most_nodes * repeats
+    num_splits = -(-blocks.shape[1] * BLOCK_SIZE // SPLIT)
+    parts = torch.empty(
+        num_rows * num_kv_heads * most_queries * num_splits, head_dim + 2, dtype=torch.float32, device=query.device
+    ).flatten()
+    sums, tops, masses = parts.split([parts.numel() // (head_dim + 2) * size for size in (head_dim, 1, 1)])
+    out = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
+    shape = {"REPEATS": repeats, "HEAD_DIM": head_dim, "WIDTH": triton.next_power_of_2(head_dim), "SPLIT": SPLIT}
+    most = _LEAST_QUERIES if query.dtype == torch.float32 else _MOST_QUERIES  # float32 tiles take twice the registers
+    num_queries = min(max(triton.next_power_of_2(most_queries), _LEAST_QUERIES), most)
+    rows = (starts, num_nodes, lengths)
+    _attend_splits[(num_rows * num_kv_heads, num_splits, triton.cdiv(most_queries, num_queries))](
+        query, query.stride(0), query.stride(1), keys, values, keys.stride(0), blocks, blocks.shape[1],
+        *rows, words, num_words, most_nodes, num_before, sums, tops, masses, num_kv_heads, num_splits, scale,
+        QUERIES=num_queries, BLOCK=BLOCK_SIZE, num_warps=8 if num_queries == 64 else 4, num_stages=2, **shape,
+    )  # fmt: skip
+    _join_splits[(num_rows, most_nodes * num_heads)](
+        out, *rows, most_nodes, num_before, sums, tops, masses, num_kv_heads, num_splits,
+        CHUNK=_CHUNK, num_warps=1, **shape,
+    )  # fmt: skip
+    return out

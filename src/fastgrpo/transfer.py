@@ -1,0 +1,38 @@
+"""Numbers on their way between the host and a device, without a wait that is not needed.
+
+A device works on while the host prepares what comes next; it waits only where the host reads. A step of the engine
+reads once, in `download`, whatever it needs to know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A tensor of numbers the host has, which waits for nothing that the device still does."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def download(*values: Tensor) -> list[np.ndarray]:
+    """Integers as int64 and numbers as float64, all from one device in one read."""
+    if is_host(values[0]):
+        return [value.numpy() for value in values]
+    words = [value.double().view(torch.int64) if value.is_floating_point() else value.long() for value in values]
+    packed = torch.cat([word.flatten() for word in words]).cpu()
+    parts = packed.split([value.numel() for value in values])
+    return [
+        (part.view(torch.float64) if value.is_floating_point() else part).view(value.shape).numpy()
+        for part, value in zip(parts, values, strict=True)
+    ]
+
+
+def is_host(values: Tensor) -> bool:
+    """Whether reading these costs no wait."""
+    return values.device.type == "cpu"

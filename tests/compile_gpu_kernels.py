@@ -1,0 +1,82 @@
+"""Compiles every Triton kernel for a Hopper GPU, which needs none; prints what each takes of registers.
+
+Run by test_gpu_kernels.py in a process of its own, where Triton is not in its interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+HOPPER = GPUTarget("cuda", 90, 32)
+INTS = (
+    *("stride", "width", "num_blocks", "token_stride", "head_stride", "position_stride", "num_words", "most_nodes"),
+    *("num_before", "num_kv_heads", "num_splits", "num_heads"),
+)
+LONGS = ("rows", "stream_keys", "positions", "token_ids", "blocks", "starts", "num_nodes", "lengths", "words", "places")
+TYPES = {"tokens": "*i32", "scale": "fp32", "eps": "fp32"} | dict.fromkeys(INTS, "i32") | dict.fromkeys(LONGS, "*i64")
+
+
+def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], int]]:
+    """(module, kernel, types that differ from TYPES, constants, warps)."""
+    for dtype in ("*bf16", "*fp16", "*fp32"):
+        yield "gpu_sampling", "_sample_blocks", {"logits": dtype}, {"BLOCK": 2048}, 8
+        yield "gpu_sampling", "_join_blocks", {"logits": dtype}, {"BLOCKS": 64}, 1
+    yield "gpu_sampling", "_noise_blocks", {"token_ids": "*i32"}, {"BLOCK": 1024}, 4
+    for dtype in ("*bf16", "*fp32"):
+        layer = dict.fromkeys(
+            ("residual", "delta", "weight", "out", "states", "cos", "sin", "keys", "values", "both"), dtype
+        )
+        yield "gpu_decoder", "_add_norm", layer, {"HAS_DELTA": True, "WIDTH": 4096}, 8
+        yield "gpu_decoder", "_norm_heads", layer, {"WIDTH": 128}, 1
+        yield "gpu_decoder", "_rotate_and_cache", layer, {"HALF": 64}, 1
+        yield "gpu_decoder", "_multiply_silu", layer, {"BLOCK": 1024}, 4
+        for head_dim, width in ((64, 64), (80, 128), (128, 128)):
+            shape = {"REPEATS": 4, "HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": 256}
+            types = dict.fromkeys(("query", "keys", "values", "out"), dtype)
+            for queries, warps in ((16, 4), (64, 8)) if dtype == "*bf16" else ((16, 4),):
+                yield "gpu_attention", "_attend_splits", types, shape | {"QUERIES": queries, "BLOCK": 64}, warps
+            yield "gpu_attention", "_join_splits", types, shape | {"CHUNK": 8}, 1
+
+
+def compile_kernel(module: str, name: str, types: dict[str, str], constants: dict[str, Any], warps: int) -> str:
+    kernel = getattr(importlib.import_module(f"fastgrpo.kernels.{module}"), name)
+    signature = {
+        argument: "constexpr" if argument in constants
+        else types.get(argument) or TYPES.get(argument, "*fp32")
+        for argument in kernel.arg_names
+    }  # fmt: skip
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (argument, type_) in enumerate(signature.items())
+        if type_.startswith("*") or argument.endswith("_stride")
+    }  # as the launcher finds them
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": module != "gpu_sampling"}
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    return f"{count_registers(compiled.asm['cubin'])} DYNAMIC:{compiled.metadata.shared}"
+
+
+def count_registers(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        return "compiled"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return " ".join(re.findall(r"(?:REG|STACK|SHARED):\d+", text))
+
+
+if __name__ == "__main__":
+    for kernel in list_kernels():
+        print(kernel[1], kernel[2], kernel[3], compile_kernel(*kernel))

@@ -1,0 +1,56 @@
+"""The benches that wait for a GPU, rehearsed whole on the CPU with a tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny import save_tiny_model
+
+FOLDER = Path(__file__).parent.parent / "bench" / "gpu"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def run(name, monkeypatch, path, *arguments):
+    """What the bench writes."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    command = [f"{name}.py", "--device", "cpu", "--tiny", "--output", str(path), *map(str, arguments)]
+    monkeypatch.setattr(sys, "argv", command)
+    importlib.import_module(name).main()
+    written = json.loads(path.read_text())
+    assert written["machine"]["torch"] and written["commit"] and name in written["command"]
+    assert {"cuda", "driver", "triton"} <= set(written)
+    return written
+
+
+def test_limits(monkeypatch, tmp_path):
+    limits = run("limits", monkeypatch, tmp_path / "out.json")["limits"]
+    assert set(limits) == {"copy_bytes_per_s", "read_bytes_per_s", "bf16_flops_per_s"}
+    assert all(value > 0 for value in limits.values())
+
+
+def test_laws(monkeypatch, tmp_path, model_dir):
+    written = run("laws", monkeypatch, tmp_path / "out.json", "--model", model_dir, "--drafter", "eagle-new")
+    exact = written["types"]["float32"]
+    assert exact["num_equal"] == exact["num_completions"] == 8 and exact["gaps"] == []
+    assert len(written["types"]["bfloat16"]["gaps"]) == 8 - written["types"]["bfloat16"]["num_equal"]
+
+
+def test_steps(monkeypatch, tmp_path, model_dir):
+    written = run("steps", monkeypatch, tmp_path / "out.json", "--model", model_dir, "--context", 32)
+    assert [(point["rows"], point["nodes"]) for point in written["points"]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all(0 < point["share"] == point["floor_s"] / point["forward_s"] for point in written["points"])
+    assert set(written["plain_step_s"]) == {"1", "2"}
+
+
+def test_syncs(monkeypatch, tmp_path, model_dir):
+    plans = run("syncs", monkeypatch, tmp_path / "out.json", "--model", model_dir, "--drafter", "eagle-new")["plans"]
+    assert all(plan["steps"] and set(plan["waits_by_step"]) == {"0"} for plan in plans.values())

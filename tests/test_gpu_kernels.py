@@ -1,0 +1,369 @@
+"""The GPU kernels against PyTorch's operators: in Triton's interpreter, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import build_model
+from fastgrpo import attention
+from fastgrpo.engine import Engine
+from fastgrpo.kernels import cpu, gpu
+from fastgrpo.model import TargetModel
+from fastgrpo.sampling import SamplingBatch, gumbel_noise, gumbel_noise_of, sample, stream_key
+from fastgrpo.types import SamplingParams, SpeculationPlan
+
+pytest.importorskip("triton")
+from fastgrpo.kernels import gpu_attention, gpu_decoder, gpu_sampling
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BF16, F32 = torch.bfloat16, torch.float32
+HALF = BF16 if DEVICE.type == "cuda" else torch.float16  # the interpreter multiplies no matrices in bfloat16
+
+
+@pytest.fixture
+def gpu_path(monkeypatch):
+    """What asks whether there are GPU kernels hears yes, and the CPU's are not there."""
+    monkeypatch.setattr(gpu, "runs_on", lambda _: True)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
+
+
+@pytest.fixture
+def operators(monkeypatch):
+    """PyTorch's operators alone."""
+    monkeypatch.setattr(gpu, "runs_on", lambda _: False)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
+
+
+def build_rows(num_rows, temperature=1.0, seed=3):
+    blank = SamplingBatch.build_blank(num_rows, DEVICE)
+    return replace(
+        blank,
+        stream_keys=torch.tensor([stream_key(seed, row) for row in range(num_rows)], device=DEVICE),
+        positions=torch.arange(num_rows, device=DEVICE) * 977,
+        temperature=torch.full((num_rows,), temperature, device=DEVICE),
+        is_warped=temperature != 1,
+        is_noisy=temperature > 0,
+    )
+
+
+def build_logits(num_rows, width, dtype=F32, seed=1):
+    return (torch.randn(num_rows, width, generator=torch.Generator().manual_seed(seed)) * 4).to(DEVICE, dtype)
+
+
+def build_vocabulary(width):
+    return torch.arange(width, dtype=torch.int32, device=DEVICE)
+
+
+# -- noise ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 50, 1024, 3000])
+def test_noise_is_that_of_the_operators(width, operators):
+    """The integers are the same; the logarithms may differ in the last place, which moves a token only where two
+    scores are as near as that."""
+    rows, ids = build_rows(5), torch.randperm(50000)[:width].int().to(DEVICE)
+    ours = gpu_sampling.gumbel_noise(rows.stream_keys, rows.positions, ids)
+    assert torch.allclose(ours, gumbel_noise(rows.stream_keys, rows.positions, ids), rtol=3e-7, atol=3e-7)
+    assert torch.equal(ours, gpu_sampling.gumbel_noise(rows.stream_keys, rows.positions, ids.expand(5, -1)))
+    assert torch.equal(ours[:, -1:], gpu_sampling.gumbel_noise(rows.stream_keys, rows.positions, ids[-1:]))
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")
+def test_noise_is_that_of_the_cpu_kernels():
+    """To the last bit on a GPU; the interpreter has no fused product and sum."""
+    rows, ids = build_rows(4), build_vocabulary(5000)
+    ours = gpu_sampling.gumbel_noise(rows.stream_keys, rows.positions, ids).cpu()
+    theirs = cpu.gumbel_noise(rows.stream_keys.cpu(), rows.positions.cpu(), ids.cpu())
+    assert torch.equal(ours, theirs) if DEVICE.type == "cuda" else torch.allclose(ours, theirs, rtol=2e-7, atol=2e-7)
+
+
+def test_the_law_takes_its_noise_from_the_kernel(gpu_path):
+    rows, ids = build_rows(3), build_vocabulary(100)
+    expected = gpu_sampling.gumbel_noise(rows.stream_keys, rows.positions, ids)
+    assert torch.equal(gumbel_noise(rows.stream_keys, rows.positions, ids), expected)
+    assert torch.equal(gumbel_noise_of(rows.stream_keys, rows.positions, ids.expand(3, -1)), expected)
+
+
+# -- sampling ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 1.3])
+@pytest.mark.parametrize("width", [5, 2048, 5003])
+def test_sampled_tokens_are_those_of_the_operators(dtype, temperature, width, operators):
+    rows, logits = build_rows(7, temperature), build_logits(7, width, dtype)
+    logits[2, 1:] = -math.inf
+    every = torch.arange(7, device=DEVICE)
+    tokens, logprobs, entropies = run(logits, every, rows)
+    expected, expected_logprobs, expected_entropies = sample(logits, rows, build_vocabulary(width))
+    assert torch.equal(tokens, expected)
+    assert torch.allclose(logprobs, expected_logprobs, atol=1e-5)
+    assert torch.allclose(entropies, expected_entropies, atol=1e-4)
+    divisor = temperature or 1.0
+    reference = torch.distributions.Categorical(logits=logits.float() / divisor).entropy()
+    assert torch.allclose(entropies, reference, atol=1e-4)
+
+
+def run(logits, index, rows):
+    return gpu_sampling.sample(logits, index, rows.stream_keys, rows.positions, rows.temperature)
+
+
+def test_many_seeds_give_the_tokens_of_the_operators(operators):
+    logits = build_logits(6, 700)
+    for seed in range(12):
+        rows = build_rows(6, 0.9, seed)
+        tokens = run(logits, torch.arange(6, device=DEVICE), rows)[0]
+        assert torch.equal(tokens, sample(logits, rows, build_vocabulary(700))[0])
+
+
+def test_only_rows_that_are_asked_for_are_read():
+    logits, rows = build_logits(9, 3000), build_rows(5)
+    index = torch.tensor([4, -1, 0, 8, -1], device=DEVICE)
+    tokens, logprobs, entropies = run(logits, index, rows)
+    poisoned = logits.clone()
+    poisoned[[1, 2, 3, 5, 6, 7]] = math.nan
+    for ours, theirs in zip((tokens, logprobs, entropies), run(poisoned, index, rows), strict=True):
+        assert torch.equal(ours, theirs)
+    assert tokens[[1, 4]].tolist() == [-1, -1] and logprobs[[1, 4]].tolist() == [0, 0]
+    alone = run(logits, index[3:4], rows.rows(torch.tensor([3], device=DEVICE)))
+    assert torch.equal(tokens[3:4], alone[0]) and torch.equal(logprobs[3:4], alone[1]), "whatever stands beside it"
+    assert run(logits, index[:0], rows.rows(index[:0]))[0].shape == (0,)
+
+
+def test_equal_scores_give_the_first_token(gpu_path):
+    logits = torch.zeros(1, 9000, device=DEVICE)
+    logits[0, [4040, 4041, 5999, 8999]] = 1.0
+    assert sample(logits, build_rows(1, 0.0), build_vocabulary(9000))[0].tolist() == [4040]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_give_no_logprob(bad, gpu_path):
+    logits = torch.zeros(3, 5000, device=DEVICE)
+    logits[1, 2500] = bad
+    logits[2, 7] = -math.inf
+    tokens, logprobs, entropies = sample(logits, build_rows(3), build_vocabulary(5000))
+    assert logprobs.isnan().tolist() == entropies.isnan().tolist() == [False, True, False]
+    assert bool(((tokens >= 0) & (tokens < 5000)).all())
+
+
+def test_truncated_rows_are_left_to_the_operators(gpu_path):
+    rows = replace(build_rows(4), is_truncated=True, top_k=torch.full((4,), 1, device=DEVICE))
+    logits = build_logits(4, 300)
+    assert torch.equal(sample(logits, rows, build_vocabulary(300))[0], logits.argmax(-1))
+
+
+# -- attention -----------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Rows of unequal lengths with a random tree behind each, in a cache whose blocks are shuffled."""
+
+    def __init__(self, *, lengths, counts, repeats, head_dim, num_before=0, dtype=F32, kv=2, capacity=None, seed=0):
+        draw = torch.Generator().manual_seed(seed)
+        self.num_before, self.head_dim, self.kv = num_before, head_dim, kv
+        self.lengths, self.counts, self.most = lengths, counts, max(counts)
+        num_visible = num_before + self.most
+        capacity = capacity or -(-(max(lengths) + num_visible) // 64) * 64
+        self.visible = torch.rand(len(counts), self.most, num_visible, generator=draw) < 0.4
+        node = torch.arange(self.most)
+        self.visible[:, node, num_before + node] = True
+        self.visible[:, :, num_before:] &= torch.ones(self.most, self.most).tril().bool()
+        order = torch.randperm(len(counts) * capacity // 64 + 3, generator=draw)[: len(counts) * capacity // 64]
+        self.blocks = (order * 64).view(len(counts), -1)
+        size = (len(order) + 3) * 64, kv * head_dim
+        self.keys, self.values = (torch.randn(size, generator=draw).to(dtype) for _ in range(2))
+        self.query = torch.randn(sum(counts), kv * repeats, head_dim, generator=draw).to(dtype)
+
+    def run(self, blocks=None, keys=None, values=None, rows=None):
+        rows = range(len(self.counts)) if rows is None else rows
+        starts = [sum(self.counts[:row]) for row in rows]
+        given = {
+            "blocks": (self.blocks if blocks is None else blocks)[list(rows)],
+            "starts": torch.tensor(starts),
+            "num_nodes": torch.tensor([self.counts[row] for row in rows]),
+            "lengths": torch.tensor([self.lengths[row] for row in rows]),
+            "words": pack(self.visible[list(rows)]),
+        }
+        states = (self.query, self.keys if keys is None else keys, self.values if values is None else values)
+        return gpu_attention.attend(
+            *(each.to(DEVICE) for each in states),
+            **{name: value.to(DEVICE) for name, value in given.items()},
+            num_before=self.num_before,
+            scale=self.head_dim**-0.5,
+        ).cpu()
+
+    def compute_reference(self):
+        """One node and head at a time, in float64, over a dense mask."""
+        outputs = []
+        for row, count in enumerate(self.counts):
+            length, last = self.lengths[row], self.lengths[row] + self.num_before + count
+            place = (self.blocks[row][:, None] + torch.arange(64)).flatten()[:last]
+            keys, values = (x[place].view(last, self.kv, -1).double() for x in (self.keys, self.values))
+            start = sum(self.counts[:row])
+            mask = torch.ones(count, last, dtype=torch.bool)
+            mask[:, length:] = self.visible[row, :count, : last - length]
+            query = self.query[start : start + count].double().unflatten(1, (self.kv, -1))
+            scores = torch.einsum("ngrd,sgd->ngrs", query, keys) * self.head_dim**-0.5
+            weights = scores.masked_fill(~mask[:, None, None], -math.inf).softmax(-1)
+            outputs.append(torch.einsum("ngrs,sgd->ngrd", weights, values).flatten(1, 2))
+        return torch.cat(outputs)
+
+
+def pack(visible):
+    """Bit e of word e // 64, in plain Python."""
+    num_words = -(-visible.shape[2] // 64)
+    words = torch.zeros(*visible.shape[:2], num_words, dtype=torch.int64)
+    for row, node, e in visible.nonzero().tolist():
+        bit = 1 << (e % 64)
+        words[row, node, e // 64] += bit - (1 << 64) if e % 64 == 63 else bit
+    return words
+
+
+@pytest.mark.parametrize(("head_dim", "repeats"), [(64, 3), (80, 1), (128, 4)])
+def test_attention_is_that_of_a_dense_mask(head_dim, repeats):
+    rows = Rows(lengths=[0, 63, 300], counts=[1, 4, 6], repeats=repeats, head_dim=head_dim)
+    assert torch.allclose(rows.run().double(), rows.compute_reference(), atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[1, 2], [255, 256], [257, 600]])
+def test_any_number_of_stretches_is_joined(lengths):
+    rows = Rows(lengths=lengths, counts=[2, 3], repeats=2, head_dim=64, kv=1)
+    assert torch.allclose(rows.run().double(), rows.compute_reference(), atol=1e-5)
+
+
+def test_trees_of_more_nodes_than_a_word_has_bits():
+    rows = Rows(lengths=[70, 5], counts=[3, 40], repeats=1, head_dim=64, num_before=30, kv=1)
+    assert torch.allclose(rows.run().double(), rows.compute_reference(), atol=1e-5)
+
+
+def test_attention_in_half_precision():
+    rows = Rows(lengths=[10, 300], counts=[5, 2], repeats=2, head_dim=64, dtype=HALF)
+    assert torch.allclose(rows.run().double(), rows.compute_reference(), atol=2e-2)
+
+
+def test_where_blocks_lie_does_not_matter():
+    rows = Rows(lengths=[130, 300], counts=[2, 5], repeats=2, head_dim=64)
+    order = torch.randperm(len(rows.keys) // 64)
+    moved = torch.empty_like(order)
+    moved[order] = torch.arange(len(order))
+    keys, values = (x.view(-1, 64, x.shape[1])[order].flatten(0, 1) for x in (rows.keys, rows.values))
+    assert torch.equal(rows.run(), rows.run(blocks=moved[rows.blocks // 64] * 64, keys=keys, values=values))
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_on_room_behind_it():
+    rows = Rows(lengths=[20, 700], counts=[3, 3], repeats=2, head_dim=64)
+    alone = rows.run(blocks=rows.blocks[:, :2], rows=[0])
+    assert torch.equal(rows.run()[:3], alone[:3])
+
+
+def test_only_live_positions_are_read():
+    rows = Rows(lengths=[20, 150], counts=[3, 1], repeats=2, head_dim=64)
+    before = rows.run()
+    for row, count in enumerate(rows.counts):
+        place = (rows.blocks[row][:, None] + torch.arange(64)).flatten()[rows.lengths[row] + count :]
+        rows.keys[place] = rows.values[place] = math.nan
+    assert torch.equal(before, rows.run())
+
+
+# -- between the products of a decoder layer -----------------------------------------------------------------
+
+
+@pytest.fixture(params=[F32, BF16])
+def dtype(request):
+    return request.param
+
+
+def assert_near(ours, theirs):
+    """To a place or two; the interpreter cuts numbers off where it makes them bfloat16."""
+    tolerance = 2e-2 if ours.dtype == BF16 else 2e-6
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    assert torch.allclose(ours.cpu().float(), theirs.float(), rtol=tolerance, atol=tolerance)
+
+
+needs_compiler = pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_norms_are_the_cpus(dtype, with_delta):
+    residual, weight = torch.randn(5, 100).to(dtype), torch.randn(100).to(dtype)
+    delta = torch.randn(5, 100).to(dtype) if with_delta else None
+    ours = residual.to(DEVICE, copy=True)
+    moved = delta if delta is None else delta.to(DEVICE)
+    found = gpu_decoder.add_norm(ours, moved, weight.to(DEVICE), 1e-5, dtype)
+    expected = cpu.add_norm(residual, delta, weight, 1e-5, dtype)
+    assert_near(found, expected)
+    assert_near(ours, residual)
+
+
+@needs_compiler
+def test_heads_are_normed_as_on_the_cpu(dtype):
+    states, weight = torch.randn(4, 100).to(dtype), torch.randn(20).to(dtype)
+    ours = states.to(DEVICE, copy=True)
+    gpu_decoder.norm_heads_(ours[:, :60], weight.to(DEVICE), 1e-6)
+    cpu.norm_heads_(states[:, :60], weight, 1e-6)
+    assert_near(ours, states)
+
+
+@needs_compiler
+def test_rotation_and_cache_are_the_cpus(dtype):
+    tokens, heads, kv_heads, width = 5, 4, 2, 12
+    states = torch.randn(tokens, (heads + 2 * kv_heads) * width).to(dtype)
+    cos, sin = (torch.randn(tokens, width).to(dtype) for _ in range(2))
+    places = torch.tensor([3, 4, 19, 0, 7])
+    theirs = states.clone(), *(torch.zeros(20, kv_heads * width, dtype=dtype) for _ in range(2))
+    ours = tuple(each.to(DEVICE, copy=True) for each in theirs)
+    gpu_decoder.rotate_and_cache_(ours[0], *(x.to(DEVICE) for x in (cos, sin, places)), *ours[1:])
+    cpu.rotate_and_cache_(theirs[0], cos, sin, places, *theirs[1:])
+    num_queries = heads * width
+    assert_near(ours[0][:, :num_queries], theirs[0][:, :num_queries])
+    for found, expected in zip(ours[1:], theirs[1:], strict=True):
+        assert_near(found, expected)
+
+
+@needs_compiler
+def test_activation_is_the_cpus(dtype):
+    both = (torch.randn(3, 2 * 1030) * 8).to(dtype)
+    assert_near(gpu_decoder.multiply_silu(both.to(DEVICE), 3), cpu.multiply_silu(both, 3))
+
+
+# -- the engine on them --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", ["ours", "transformers"])
+def test_a_rollout_says_the_same_with_the_kernels(layers, gpu_path, monkeypatch):
+    """Prompts through PyTorch's attention, decoding through ours, sampling too; in float32."""
+    if layers == "transformers":
+        monkeypatch.setattr(TargetModel, "_fuse", lambda _: None)
+    prompts, plan = [[5, 6, 7, 8], list(range(9, 30))], SpeculationPlan(depth=2, width=2, num_draft_tokens=4)
+    params = SamplingParams(max_tokens=3, temperature=0.8)
+    runs = []
+    for has_kernels in (True, False):
+        monkeypatch.setattr(gpu, "runs_on", lambda _, has=has_kernels: has)
+        monkeypatch.setattr(attention, "_MOST_NODES", 8)
+        model = build_model("llama", F32, head_dim=16, num_hidden_layers=2)
+        engine = Engine(model.to(DEVICE), drafter="eagle-new", speculation=plan)
+        runs.append([completion.token_ids for completion in engine.generate(prompts, params)])
+    assert runs[0] == runs[1]
+
+
+# -- all of them ---------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_compiles_for_a_hopper_gpu():
+    """The interpreter forgives what the compiler does not."""
+    script = Path(__file__).with_name("compile_gpu_kernels.py")
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if "bf16" in line and "STACK" in line]
+    assert all(" STACK:0 " in line for line in lines), f"registers are spilled: {lines}"

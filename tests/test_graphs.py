@@ -1,0 +1,287 @@
+"""Recorded forwards: which size takes a batch, what padding leaves alone, and when recordings go."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from conftest import build_model
+from fastgrpo import graphs
+from fastgrpo.attention import ForwardBatch
+from fastgrpo.blocks import BLOCK_SIZE, count_blocks
+from fastgrpo.engine import Engine
+from fastgrpo.graphs import Bucket, GraphRunner
+from fastgrpo.kernels import cpu, gpu
+from fastgrpo.model import TargetModel, find_graph_obstacle
+from fastgrpo.tree import compute_ancestors
+from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan
+
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")
+
+
+class EagerRecorder:
+    """Runs the call again and writes its outputs where the first ones stand, as a device's recording does."""
+
+    def __init__(self, free_bytes=2**40):
+        self.free_bytes, self.num_recorded, self.num_replayed = free_bytes, 0, 0
+
+    def record(self, run):
+        self.num_recorded += 1
+        outputs = tuple(output.clone() for output in run())
+
+        def replay():
+            self.num_replayed += 1
+            for output, new in zip(outputs, run(), strict=True):
+                output.copy_(new)
+
+        return replay, outputs
+
+    def count_free_bytes(self):
+        return self.free_bytes
+
+
+def build_batch(target, cache, parents, lengths, seed=0):
+    """Trees of some shapes behind rows of some lengths; where the cache has fewer rows, they stand in the same."""
+    width = max(map(len, parents))
+    links = torch.tensor([row + [-1] * (width - len(row)) for row in parents])
+    draw = torch.Generator().manual_seed(seed)
+    return ForwardBatch.build(
+        token_ids=torch.randint(0, target.vocab_size, links.shape, generator=draw),
+        num_nodes=torch.tensor([len(row) for row in parents]),
+        visible=compute_ancestors(links),
+        blocks=cache.blocks[torch.arange(len(parents)) % len(cache.blocks)],
+        lengths=torch.tensor(lengths),
+        dtype=target.dtype,
+        num_repeats=target.num_repeats,
+    )
+
+
+@pytest.fixture
+def target():
+    target = TargetModel(build_model("llama", torch.float32))
+    with target.rollout_mode():
+        yield target
+
+
+def build_cache(target, num_rows, length=64, seed=1):
+    """Rows of noise whose blocks stand one in turn, behind the scratch block."""
+    cache = target.build_cache(with_features=True)
+    cache.take_scratch()
+    cache.add_rows(num_rows)
+    for end in range(BLOCK_SIZE, length + BLOCK_SIZE, BLOCK_SIZE):
+        for row in reversed(range(num_rows)):
+            cache.reserve(row, end)
+    draw = torch.Generator().manual_seed(seed)
+    for store in cache.stores:
+        store.data.copy_(torch.randn(store.data.shape, generator=draw))
+    return cache
+
+
+TREES = [[[-1, 0, 0]], [[-1], [-1, 0, 1, 0, 2], [-1, 0]], [[-1], [-1], [-1], [-1], [-1]], [[-1, 0, 1, 2]] * 3]
+
+
+@pytest.mark.parametrize("parents", TREES)
+@pytest.mark.parametrize("length", [64, 320])
+def test_a_replay_says_what_the_forward_says_and_writes_what_it_writes(target, parents, length):
+    ours, theirs = (build_cache(target, len(parents), length) for _ in range(2))
+    scratch = ours.take_scratch()
+    is_scratch = (torch.arange(ours.keys.data.shape[1]) - scratch).abs() < BLOCK_SIZE
+    assert scratch == 0 and is_scratch.sum() == BLOCK_SIZE
+    runner = GraphRunner(lambda batch: target._decode(batch, ours), ours, EagerRecorder())
+    for seed in range(5):
+        lengths = [length - 61 + 7 * row + seed for row in range(len(parents))]
+        found = runner(build_batch(target, ours, parents, lengths, seed))
+        expected = target._decode(build_batch(target, theirs, parents, lengths, seed), theirs)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+        for mine, its in zip(ours.stores, theirs.stores, strict=True):
+            live, expected_live = mine.data[:, ~is_scratch], its.data[:, ~is_scratch]
+            assert torch.allclose(live, expected_live, atol=1e-5), "padding wrote into a live row"
+    assert runner.num_graphs == 1
+
+
+def test_a_smaller_batch_of_the_same_size_sees_nothing_of_the_one_before(target):
+    cache = build_cache(target, 4)
+    recorder = EagerRecorder()
+    runner = GraphRunner(lambda batch: target._decode(batch, cache), cache, recorder)
+    many, few = [[-1, 0, 0]] * 4, [[-1], [-1, 0, 1], [-1, 0, 0], [-1, 0, 1]]
+    for _ in range(4):
+        runner(build_batch(target, cache, many, [9] * 4))
+    batch = build_batch(target, cache, few, [9, 30, 2, 11])
+    assert Bucket.find(batch) == Bucket(rows=4, nodes=3, tokens=12, blocks=4)
+    replayed = recorder.num_replayed
+    hidden = runner(batch)[0]
+    assert recorder.num_replayed == replayed + 1
+    assert torch.allclose(hidden, target._decode(batch, cache)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parents", "length", "bucket"),
+    [
+        ([[-1]] * 5, 64, Bucket(rows=6, nodes=1, tokens=6, blocks=4)),
+        ([[-1, 0, 0, 1, 2]] * 9, 256, Bucket(rows=12, nodes=6, tokens=48, blocks=4)),
+        ([[-1]] * 5, 257, Bucket(rows=6, nodes=1, tokens=6, blocks=8)),
+        ([[-1, *range(64)]], 64, None),
+        ([[-1]] * 1025, 64, None),
+    ],
+)
+def test_the_smallest_size_that_holds_a_batch(target, parents, length, bucket):
+    assert Bucket.find(build_batch(target, build_cache(target, 1, length), parents, [0] * len(parents))) == bucket
+
+
+def test_a_size_is_recorded_once_it_is_used_often_and_the_least_used_goes(target, monkeypatch):
+    monkeypatch.setattr(graphs, "_MOST_GRAPHS", 2)
+    cache, recorder = build_cache(target, 4), EagerRecorder()
+    runner = GraphRunner(lambda batch: target._decode(batch, cache), cache, recorder)
+
+    def use(num_rows, times):
+        for _ in range(times):
+            runner(build_batch(target, cache, [[-1]] * num_rows, [5] * num_rows))
+
+    use(1, 2)
+    assert recorder.num_recorded == 0
+    use(1, 3)
+    use(2, 3)
+    assert (recorder.num_recorded, runner.num_graphs) == (2, 2)
+    use(1, 1)
+    use(3, 3)  # the place of 2 is taken
+    use(1, 1)
+    assert (recorder.num_recorded, runner.num_graphs) == (3, 2)
+    use(2, 1)
+    assert recorder.num_recorded == 4
+
+
+def test_recordings_go_when_the_cache_moves(target):
+    cache, recorder = build_cache(target, 2), EagerRecorder()
+    runner = GraphRunner(lambda batch: target._decode(batch, cache), cache, recorder)
+    for _ in range(4):
+        runner(build_batch(target, cache, [[-1]] * 2, [5, 6]))
+    cache.lengths, size = [5, 6], cache.keys.num_blocks
+    cache.reserve(0, 40 * BLOCK_SIZE)
+    cache.trim()
+    assert cache.keys.num_blocks > size
+    batch = build_batch(target, cache, [[-1]] * 2, [5, 6])
+    assert torch.allclose(runner(batch)[0], target._decode(batch, cache)[0], atol=1e-5)
+    assert recorder.num_recorded == 2
+
+
+def test_recordings_outlive_a_row_whose_blocks_change(target):
+    """Blocks go back to the pool and others are taken: the table is an input, and the scratch block nobody's."""
+    cache, recorder = build_cache(target, 3), EagerRecorder()
+    runner = GraphRunner(lambda batch: target._decode(batch, cache), cache, recorder)
+    for _ in range(3):
+        runner(build_batch(target, cache, [[-1, 0]] * 3, [5, 6, 7]))
+    cache.lengths = [5, 6, 7]
+    cache.remove_row(0)
+    cache.reserve(1, 2 * BLOCK_SIZE)
+    cache.reserve(0, 2 * BLOCK_SIZE)
+    cache.add_rows(1)
+    cache.reserve(2, BLOCK_SIZE)
+    cache.lengths = [100, 90, 4]
+    batch = build_batch(target, cache, [[-1, 0]] * 3, [100, 90, 4])
+    expected = target._decode(batch, cache)
+    for ours, theirs in zip(runner(batch), expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    assert (recorder.num_recorded, recorder.num_replayed) == (1, 2)
+    assert cache.take_scratch() == 0 and not (cache.blocks == 0).any()
+    cache.trim()
+    cache.check([100, 90, 4])
+
+
+class BrokenRecorder(EagerRecorder):
+    def record(self, run):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+
+@pytest.mark.parametrize(
+    ("recorder", "reason"),
+    [(BrokenRecorder(), "not permitted when stream is capturing"), (EagerRecorder(free_bytes=2**29), "0.5 GiB")],
+)
+def test_where_nothing_can_be_recorded_it_is_said_once(target, recorder, reason):
+    cache = build_cache(target, 2)
+    runner = GraphRunner(lambda batch: target._decode(batch, cache), cache, recorder)
+    batch = build_batch(target, cache, [[-1]] * 2, [5, 6])
+    with pytest.warns(UserWarning, match=reason) as warned:
+        outputs = [runner(batch)[0] for _ in range(6)]
+    assert len(warned) == 1 and runner.num_graphs == 0 and reason in runner.obstacle
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+@pytest.mark.parametrize("plan", [PLAIN, SpeculationPlan(depth=3, width=2, num_draft_tokens=5)])
+def test_a_rollout_says_the_same_with_recordings(plan, monkeypatch):
+    """Sequences that end, a cache that grows, several sizes."""
+    prompts = [[5, 6, 7], [8, 9], [3, 4, 5, 6]]
+    params = [SamplingParams(max_tokens=length, stream=row) for row, length in enumerate((30, 12, 22))]
+    told, recorder = [], EagerRecorder()
+    for build in (lambda _: None, lambda _: recorder):
+        monkeypatch.setattr(TargetModel, "_build_recorder", build)
+        engine = Engine(build_model("llama", torch.float32), drafter="eagle-new", speculation=plan)
+        told.append([dataclasses.astuple(completion)[0] for completion in engine.generate(prompts, params)])
+    assert told[0] == told[1]
+    assert recorder.num_recorded >= 3 and recorder.num_replayed > recorder.num_recorded
+
+
+GROUP = [(7 * index) % 120 for index in range(70)]
+
+
+def spoil_scratch(cache):
+    place = cache.take_scratch()
+    for store in cache.stores:
+        store.data[:, place : place + BLOCK_SIZE] = torch.nan
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.filterwarnings("ignore:the cache is full")
+@pytest.mark.parametrize("num_blocks", [None, 7])
+def test_the_bound_counts_the_scratch_block(num_blocks, monkeypatch):
+    """Rows of several blocks, siblings and rows that had to wait say the same, whatever stands in the scratch block."""
+    prompts, told = [GROUP, [7], GROUP, [8, 8]], []
+    params = [SamplingParams(max_tokens=200 - 40 * row, stream=row) for row in range(len(prompts))]
+    plan, recorder = SpeculationPlan(depth=2, width=2, num_draft_tokens=3), EagerRecorder()
+    for build in (lambda _: None, lambda _: recorder):
+        monkeypatch.setattr(TargetModel, "_build_recorder", build)
+        model = build_model("llama", torch.float32, max_position_embeddings=512)
+        engine = Engine(model, drafter="eagle-new", speculation=plan)
+        if build(None) is not None:
+            engine.admission.max_bytes = num_blocks and num_blocks * engine.cache.block_bytes
+            engine.on_step.append(lambda _, cache=engine.cache: spoil_scratch(cache))
+        engine.on_step.append(lambda _, engine=engine: engine.check())
+        told.append([completion.token_ids for completion in engine.generate(prompts, params)])
+    assert told[0] == told[1] and recorder.num_replayed > recorder.num_recorded
+    assert (sum(record.num_preempted for record in engine.records) > 0) == (num_blocks is not None)
+    assert num_blocks is None or engine.cache.peak_bytes <= num_blocks * engine.cache.block_bytes
+
+
+def test_what_fits_only_without_the_scratch_block_is_refused(monkeypatch):
+    model = build_model("llama", torch.float32, max_position_embeddings=512)
+    bound = 2 * Engine(model, drafter="none", speculation="off").cache.block_bytes
+    engine = Engine(model, drafter="none", speculation="off", max_cache_bytes=bound)
+    params = SamplingParams(max_tokens=2 * BLOCK_SIZE + 1 - len(GROUP))
+    assert count_blocks(len(GROUP) + params.max_tokens - 1) == 2
+    told = engine.generate([GROUP], params)[0].token_ids
+    monkeypatch.setattr(TargetModel, "_build_recorder", lambda _: EagerRecorder())
+    with pytest.raises(ValueError, match=rf" 64 tokens would fit: .* raise max_cache_bytes to {bound * 3 // 2}$"):
+        engine.generate([GROUP], params)
+    engine.admission.max_bytes = bound * 3 // 2
+    assert engine.generate([GROUP], params)[0].token_ids == told
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_available", "dtype", "reason"),
+    [
+        ((7, 5), True, torch.bfloat16, "no bfloat16"),
+        ((9, 0), False, torch.bfloat16, "Triton"),
+        ((9, 0), True, torch.float64, "float64"),
+        ((9, 0), True, torch.bfloat16, None),
+    ],
+)
+def test_why_a_gpu_decodes_without_recordings(capability, is_available, dtype, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(gpu, "is_available", lambda: is_available)
+    gpu.find_obstacle.cache_clear()
+    found = find_graph_obstacle(dtype)
+    gpu.find_obstacle.cache_clear()
+    assert found is None if reason is None else reason in found
