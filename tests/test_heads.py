@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -617,7 +618,7 @@ def test_what_its_chances_are_worth_is_read_back_with_a_head(kind, tmp_path):
     restored.restore(tmp_path)
     for each in (loaded, build_drafter(tmp_path, TargetModel(model)), restored):
         for name, value in vars(known).items():
-            assert (vars(each.calibration)[name] == value).all(), name
+            assert np.all(vars(each.calibration)[name] == value), name
     (tmp_path / "calibration.json").unlink()
     assert kind.drafter.load(tmp_path, TargetModel(model)).calibration.offered.sum() == 0, "it may be missing"
     (tmp_path / "calibration.json").write_text("{}")

@@ -89,8 +89,8 @@ def _describe_plan(options: DemoOptions) -> str:
         f"A language model ({options.model}) will learn {options.task} by GRPO in {options.steps} steps: each step it "
         f"answers {options.prompts_per_step} prompts {options.num_generations} times, and what earns more than the "
         f"others becomes more likely. Its {count} answers of at most {options.max_completion_length} tokens are drawn "
-        "by speculative decoding, which changes how fast they come and nothing else. On 2 CPU cores this takes less "
-        "than 10 minutes; Ctrl-C stops it."
+        "by speculative decoding, which changes how fast they come and nothing else. On 2 CPU cores this takes 6 to 11 "
+        "minutes; Ctrl-C stops it."
     )
 
 
