@@ -45,6 +45,7 @@ class StockTrainer(FastGRPOTrainer):
     """Our rollouts, and everything behind them as TRL has it."""
 
     _generate_and_score_completions = GRPOTrainer._generate_and_score_completions
+    _prepare_inputs = GRPOTrainer._prepare_inputs
     _compute_loss = GRPOTrainer._compute_loss
     _get_per_token_logps_and_entropies = GRPOTrainer._get_per_token_logps_and_entropies
     training_step = GRPOTrainer.training_step

@@ -220,8 +220,8 @@ def test_whole_training_is_trls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         keys = {"beta": 0.04, "num_iterations": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
         with monkeypatch.context() as patch:
             if is_stock:
-                stock = GRPOTrainer._get_per_token_logps_and_entropies
-                patch.setattr(FastGRPOTrainer, "_get_per_token_logps_and_entropies", stock)
+                for name in ("_prepare_inputs", "_get_per_token_logps_and_entropies"):
+                    patch.setattr(FastGRPOTrainer, name, getattr(GRPOTrainer, name))
             trainer = build_family_trainer(tmp_path / str(is_stock), "llama", max_steps=2, learning_rate=1e-3, **keys)
             trainer.train()
         ends.append(weights_of(trainer))

@@ -109,6 +109,15 @@ class FastGRPOConfig(GRPOConfig):
             "log, where the model has dropout, another attention than `sdpa`, or is compiled."
         },
     )
+    group_siblings: bool = field(
+        default=True,
+        metadata={
+            "help": "Put completions of one prompt into the same micro-batch of an optimiser step, so that "
+            "`share_prompts` finds them. The gradient and what is logged are the same; stays off, with a line in the "
+            "log, where the loss is not a sum over rows (`bnpo`, entropy bonus, top_entropy_quantile), or where a "
+            "step ends amid a generation."
+        },
+    )
     old_logps: str = field(
         default="auto",
         metadata={

@@ -32,6 +32,7 @@ class MicroBatch:
     rollout: tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]] | None  # log-probs and entropies of the same weights
     old_logps: Float[Tensor, "B C"] | None  # to be filled in with this pass's log-probs, for later passes
     logps: Float[Tensor, "B C"] | None = None  # this pass's
+    entropies: Float[Tensor, "B C"] | None = None
 
     @staticmethod
     def plan(inputs: dict[str, Any], *, step: int, skips_rows: bool, awaits_old_logps: bool) -> MicroBatch:
@@ -73,6 +74,20 @@ class MicroBatch:
         rows = is_counted.new_ones(len(is_counted))
         return MicroBatch(
             inputs={}, is_counted=is_counted, rows_to_train=rows, rows_known=~rows, rollout=None, old_logps=None
+        )
+
+    @staticmethod
+    def of_known(inputs: dict[str, Any], logps: Float[Tensor, "B C"], entropies: Float[Tensor, "B C"]) -> MicroBatch:
+        """Nothing is computed: these are the scores."""
+        everything = torch.ones_like(logps, dtype=torch.bool)
+        rows = everything.new_ones(len(everything))
+        return MicroBatch(
+            inputs=inputs,
+            is_counted=everything,
+            rows_to_train=~rows,
+            rows_known=rows,
+            rollout=(logps, entropies),
+            old_logps=None,
         )
 
     def begin_scores(self) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:

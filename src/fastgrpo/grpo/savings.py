@@ -122,6 +122,10 @@ class Savings:
                 old_logps.zero_()  # rows without a gradient make no use of them
                 old_logps[rows] = score_rows(model, inputs, rows, shares_prompts=self.shares_prompts)
 
+    def expect(self, batch: MicroBatch) -> None:
+        """Of TRL's loss that comes next."""
+        self._batch = batch
+
     def take_batch(self, completion_ids: Int[Tensor, "B C"]) -> MicroBatch:
         """What to score now: the planned micro-batch, once, or every row of what TRL asks outside its loss."""
         batch, self._batch = self._batch or MicroBatch.of_all(completion_ids), None

@@ -22,6 +22,7 @@ from fastgrpo.grpo.clock import StepClock, attach_clock
 from fastgrpo.grpo.config import FastGRPOConfig
 from fastgrpo.grpo.savings import Savings
 from fastgrpo.grpo.scoring import add_heads, fill_missing_gradients, score_completions
+from fastgrpo.grpo.siblings import Siblings, is_regrouped, unlogged
 from fastgrpo.grpo.state import load_state, save_state
 from fastgrpo.grpo.streaming import RewardStream
 from fastgrpo.kernels.half import float32_products
@@ -46,6 +47,7 @@ class FastGRPOTrainer(GRPOTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "fastgrpo"]
+    _buffered_inputs: list[dict[str, Any]] | None  # TRL's: the micro-batches of a generation
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: FastGRPOConfig | None = None, **kwargs: Any) -> None:
         if args is not None and not isinstance(args, FastGRPOConfig):
@@ -79,6 +81,7 @@ class FastGRPOTrainer(GRPOTrainer):
         attach_clock(self, self._clock)
         self._is_training_rollout = self._has_learnt = False
         self.savings = Savings(self)
+        self.siblings = Siblings(self, is_on=args.group_siblings and self.savings.shares_prompts)
         add_heads(self)
         self._saved_s: float | None = None
         self._rollout_place = (-1, 0)  # (global step, generation calls within it)
@@ -207,6 +210,13 @@ class FastGRPOTrainer(GRPOTrainer):
 
     # -- loss ----------------------------------------------------------------------------------------
 
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or not self.siblings.is_on:
+            return inputs
+        batches = self._buffered_inputs = self.siblings.regroup(self._buffered_inputs or [])
+        return batches[self._step % self.args.steps_per_generation]
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with float32_products(enabled=self.args.float32_products):
             loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -221,9 +231,14 @@ class FastGRPOTrainer(GRPOTrainer):
         if self.savings.has_own_loss or not (torch.is_grad_enabled() and self.model.training):
             return super()._compute_loss(model, inputs)
         batch = self.savings.plan(inputs, self.state.global_step)
-        loss = super()._compute_loss(model, batch.inputs)
+        with unlogged(self._metrics) if is_regrouped(inputs) else contextlib.nullcontext():
+            loss = super()._compute_loss(model, batch.inputs)
         for key, value in self.savings.finish(batch, self.accelerator.gather).items():
             self._metrics["train"][key].append(value)
+        for known in self.siblings.keep(batch):
+            self.savings.expect(known)
+            with torch.no_grad():
+                super()._compute_loss(model, known.inputs)  # for its log
         return loss
 
     def _get_per_token_logps_and_entropies(
@@ -274,7 +289,7 @@ class FastGRPOTrainer(GRPOTrainer):
             entropies = entropies.index_put((part,), scores[1])
         if torch.is_grad_enabled() and not logprobs.requires_grad:
             logprobs.requires_grad_(True)  # nothing to learn here: a loss without a way to the weights
-        batch.logps = logprobs.detach()
+        batch.logps, batch.entropies = logprobs.detach(), entropies.detach()
         return logprobs, entropies if compute_entropy else None, None
 
     def _log_rollout(self, rollout_s: float) -> None:
