@@ -130,14 +130,6 @@ def test_rows_without_a_token_that_counts_teach_nothing() -> None:
     assert find_rows_to_train(inputs).sum() == 0
 
 
-def test_several_processes_compute_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each forward of a distributed model meets the others: all must run it as often."""
-    trainer = build_trainer(tmp_path, speculation="off")
-    assert find_obstacle(trainer) is None
-    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
-    assert "equally often" in str(find_obstacle(trainer))
-
-
 def test_dropout_keeps_every_row(tmp_path: Path) -> None:
     trainer = build_trainer(tmp_path, speculation="off")
     trainer.model.config.attention_dropout = 0.1

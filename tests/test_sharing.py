@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -393,7 +391,7 @@ def test_no_tensor_has_tokens_by_vocabulary() -> None:
     assert stock.num_elements >= 4 * 256 * 32768  # the measure sees such tensors
 
 
-# -- several processes ---------------------------------------------------------------------------------------
+# -- for tests of several processes --------------------------------------------------------------------------
 
 
 def compute_gradient(model: Any, rows: slice, num_rows: int) -> None:
@@ -410,25 +408,3 @@ def build_scoring_model() -> PreTrainedModel:
     model = build_model("llama", torch.float32)
     add_token_scores(model, temperature=1.0)
     return model.train()
-
-
-def run_process(rank: int, folder: Path) -> None:
-    """One of two: siblings stand in both."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        model = nn.parallel.DistributedDataParallel(build_scoring_model(), find_unused_parameters=True)
-        compute_gradient(model, slice(rank, None, 2), len(ROWS) // 2)
-        torch.save({name: p.grad for name, p in model.module.named_parameters()}, folder / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    model = build_scoring_model()
-    compute_gradient(model, slice(None), len(ROWS))
-    mp.spawn(run_process, (tmp_path,), nprocs=2)
-    for rank in (0, 1):
-        gradients = torch.load(tmp_path / f"{rank}.pt")
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-5, atol=1e-6, msg=name)

@@ -35,7 +35,9 @@ class MicroBatch:
     entropies: Float[Tensor, "B C"] | None = None
 
     @staticmethod
-    def plan(inputs: dict[str, Any], *, step: int, skips_rows: bool, awaits_old_logps: bool) -> MicroBatch:
+    def plan(
+        inputs: dict[str, Any], *, step: int, skips_rows: bool, awaits_old_logps: bool, keeps_step: bool = False
+    ) -> MicroBatch:
         """Decide what to compute.
 
         Args:
@@ -43,6 +45,7 @@ class MicroBatch:
             step: optimiser steps so far.
             skips_rows: rows without advantage need no gradient.
             awaits_old_logps: the first pass over a batch, whose weights are the rollout's, fills them in.
+            keeps_step: other processes wait for this one in every pass, so there is one pass, never none.
 
         Raises:
             RuntimeError: no first pass has filled them in.
@@ -58,11 +61,15 @@ class MicroBatch:
         rows = find_rows_to_train(inputs) if skips_rows else torch.ones_like(is_counted[:, 0])
         rollout = (inputs[LOGPS], inputs[ENTROPIES]) if is_fresh and LOGPS in inputs else None
         is_missing = is_counted if rollout is None else is_counted & rollout[0].isnan()
+        rows_known = ~rows & ~is_missing.any(1)
+        if keeps_step:
+            rows_known[0] &= not bool(rows_known.all())
+            rows = ~rows_known
         return MicroBatch(
             inputs=inputs,
             is_counted=is_counted,
             rows_to_train=rows,
-            rows_known=~rows & ~is_missing.any(1),
+            rows_known=rows_known,
             rollout=rollout,
             old_logps=old_logps,
         )

@@ -46,6 +46,7 @@ class Savings:
         self._facts_for_old: RolloutFacts | None = None  # while TRL's next question is for the old log-probs
         self._batch: MicroBatch | None = None
         self._reward_names = trainer.reward_func_names
+        self._keeps_step = trainer.accelerator.num_processes > 1
         if own is not None:
             logger.warning("the update computes every row as TRL does: %s is not ours and may read them all", own)
         elif args.skip_zero_advantages and obstacle is not None:
@@ -106,7 +107,13 @@ class Savings:
         """
         check_advantages(inputs["advantages"], step, self._reward_names)
         awaits_old_logps = self.old_logps_from == "update"
-        self._batch = MicroBatch.plan(inputs, step=step, skips_rows=self.skips_rows, awaits_old_logps=awaits_old_logps)
+        self._batch = MicroBatch.plan(
+            inputs,
+            step=step,
+            skips_rows=self.skips_rows,
+            awaits_old_logps=awaits_old_logps,
+            keeps_step=self._keeps_step,
+        )
         return self._batch
 
     def fill_old_logps(self, batches: Sequence[dict[str, Any]], model: nn.Module) -> None:

@@ -35,7 +35,6 @@ def find_obstacle(trainer: Any) -> str | None:
         "top_entropy_quantile ranks the tokens of all rows": trainer.top_entropy_quantile < 1.0,
         "vespo logs a mean over all rows": trainer.loss_type == "vespo",
         "use_liger_kernel computes the loss elsewhere": getattr(args, "use_liger_kernel", False),
-        "processes must run the model equally often": trainer.accelerator.num_processes > 1,
         "a compiled model takes no hooks": args.torch_compile,
         "DeepSpeed keeps the gradients itself": getattr(trainer, "is_deepspeed_enabled", False),
         "the model has dropout, whose draws depend on the rows computed": has_dropout(model),
