@@ -13,15 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastgrpo.bench import drafters, rollout
+from fastgrpo.bench.given_rows import give_rows
 from fastgrpo.bench.measure import RolloutResult, break_down, compute_equal_share, match_rates
-from fastgrpo.bench.training import build_trainer
+from fastgrpo.bench.training import build_trainer, find_trainer_class
 from fastgrpo.bench.worker import read_peak_rss_bytes, run_worker
 from fastgrpo.cli import main
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_files import save_head
 from fastgrpo.drafters.eagle_head import build_head
 from fastgrpo.model import TargetModel
-from fastgrpo.options import E2EOptions, RolloutOptions
+from fastgrpo.options import E2EOptions, RolloutOptions, UpdateOptions
 from fastgrpo.report import load_run
 from fastgrpo.types import PLAIN, StepRecord
 from tiny import save_tiny_model
@@ -164,6 +165,42 @@ def test_e2e_trains_all_variants_in_turn(model_dir: Path, tmp_path: Path, capsys
     text = capsys.readouterr().out
     places = [text.index(f"step {step}/2 {name}: ") for step in (1, 2) for name in ("trl", "fixed", other)]
     assert places == sorted(places)
+
+
+def test_updates_of_the_same_rows_are_compared(model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "update.json"
+    argv = ["bench", "update", "--model", str(model_dir), "--dtype", "float32", "--prompts-per-step", "2"]
+    argv += ["--num-generations", "4", "--prompt-length", "40", "--max-completion-length", "9", "--equal-groups", "1"]
+    argv += ["--min-completion-length", "3", "--steps", "2", "--variants", "trl,off,off:share_prompts=false"]
+    assert main([*argv, "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["workload"] == {
+        "num_rows": 8, "prompt_length": 40, "mean_completion_length": 6, "max_completion_length": 9, "equal_groups": 1,
+    }  # fmt: skip
+    for own in result["variants"].values():
+        assert own["update_s"] == own["each_update_s"][1] > 0 and own["peak_bytes"] > 2**26
+        assert own["phases"]["rollout"] == 0 < own["phases"]["backward"]
+    pairs = [(entry["variant"], entry["baseline"]) for entry in result["ratios"]]
+    assert pairs == [("off", "trl"), ("off:share_prompts=false", "trl"), ("off:share_prompts=false", "off")]
+    with pytest.raises(ValueError, match="min_completion_length=9"):
+        UpdateOptions(min_completion_length=9, max_completion_length=8)
+    with pytest.raises(ValueError, match="equal_groups"):
+        UpdateOptions(equal_groups=5, prompts_per_step=4)
+
+
+def test_given_rows_train_all_variants_alike(model_dir: Path, tmp_path: Path) -> None:
+    """What is timed is the same work: the same gradient length, step by step."""
+    options = UpdateOptions(model=str(model_dir), dtype="float32", steps=2, equal_groups=1, max_completion_length=20)
+    norms = []
+    for variant in ("trl", "off", "off:share_prompts=false"):
+        lengths: list[int] = []
+        trainer_class = give_rows(find_trainer_class(variant), options, lengths)
+        trainer = build_trainer(options, variant=variant, steps=2, output_dir=tmp_path, trainer_class=trainer_class)
+        trainer.train()
+        norms.append([row["grad_norm"] for row in trainer.state.log_history if "loss" in row])
+        assert len(lengths) == 64 and min(lengths) == 16 and max(lengths) == 20
+    for own in norms[1:]:
+        assert own == pytest.approx(norms[0], rel=1e-4)
 
 
 def test_a_slow_reward_costs_less_while_others_decode(

@@ -31,6 +31,7 @@ from fastgrpo.options import (
     RewardsOptions,
     RolloutOptions,
     SimulateOptions,
+    UpdateOptions,
 )
 from fastgrpo.report import load_run
 from tiny import save_tiny_model
@@ -48,6 +49,7 @@ COMMANDS = {
     ("bench", "simulate"): SimulateOptions,
     ("bench", "rewards"): RewardsOptions,
     ("bench", "e2e"): E2EOptions,
+    ("bench", "update"): UpdateOptions,
     ("draft", "train"): DraftTrainOptions,
     ("draft", "export"): DraftExportOptions,
     ("draft", "import"): DraftImportOptions,

@@ -30,6 +30,7 @@ from fastgrpo.options import (
     RewardsOptions,
     RolloutOptions,
     SimulateOptions,
+    UpdateOptions,
     add_options,
     read_options,
 )
@@ -118,6 +119,12 @@ _BENCHMARKS = (
         "bench.rewards:run_rewards_bench",
     ),
     Command("e2e", "training steps of TRL's trainer and of ours, in turn", E2EOptions, "bench.e2e:run_e2e_bench"),
+    Command(
+        "update",
+        "the update alone, of TRL's trainer and of ours, on the same rows",
+        UpdateOptions,
+        "bench.update:run_update_bench",
+    ),
 )
 
 

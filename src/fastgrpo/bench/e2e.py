@@ -32,9 +32,9 @@ def run_e2e_bench(options: E2EOptions, command: str, console: Console | None = N
         RuntimeError: a variant failed.
     """
     console = console or Console()
-    rows, timelines, memory = _train_in_turn(options, console)
+    rows, timelines, memory = train_in_turn(options, console)
     medians = {name: _compute_medians(own) for name, own in rows.items()}
-    phases = {name: _compute_phases(own) for name, own in rows.items()}
+    phases = {name: compute_phases(own) for name, own in rows.items()}
     shown = {name: timelines[name][_find_median_step(own)] for name, own in rows.items()}
     result = describe_run(command, dataclasses.asdict(options)) | {
         "medians": medians,
@@ -63,7 +63,7 @@ def _name_workload(options: E2EOptions) -> str:
     )
 
 
-def _train_in_turn(
+def train_in_turn(
     options: E2EOptions, console: Console
 ) -> tuple[dict[str, list[Row]], dict[str, list[Timeline]], Memory]:
     """The steps of each variant, A B C A B C, one process at work at a time; when each did what, and its memory."""
@@ -94,7 +94,7 @@ def _compute_medians(rows: list[Row]) -> Row:
     return {key: compute_median(row[key] for row in settled) for key in (*_MEDIANS, "acceptance_length")}
 
 
-def _compute_phases(rows: list[Row]) -> dict[str, float]:
+def compute_phases(rows: list[Row]) -> dict[str, float]:
     """Mean seconds of each phase over the same steps: unlike medians, they add up to the step."""
     settled = rows[1:] or rows
     return {name: statistics.fmean(row["phases"][name] for row in settled) for name in settled[0]["phases"]}

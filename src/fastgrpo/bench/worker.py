@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastgrpo.bench.given_rows import give_rows
 from fastgrpo.bench.training import build_trainer, find_trainer_class
 from fastgrpo.grpo.clock import StepClock, attach_clock
 from fastgrpo.loading import quiet_libraries
 from fastgrpo.metrics import compute_phase_times, compute_ratio
-from fastgrpo.options import E2EOptions
+from fastgrpo.options import E2EOptions, UpdateOptions
 from fastgrpo.types import ROLLOUT, Timeline
 
 Row = dict[str, Any]
@@ -114,13 +115,19 @@ def _build_timed(name: str, options: E2EOptions, folder: Path, connection: Conne
         variant=name,
         steps=options.steps,
         output_dir=folder,
-        trainer_class=_note_rollouts(find_trainer_class(name), rollouts),
+        trainer_class=_choose_class(name, options, rollouts),
     )
     clock = StepClock(is_exact=True)
     attach_clock(trainer, clock)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_TurnCallback(trainer, clock, rollouts, connection))
     return trainer
+
+
+def _choose_class(name: str, options: E2EOptions, rollouts: _Rollouts) -> type[Any]:
+    own = find_trainer_class(name)
+    noted = give_rows(own, options, rollouts.lengths) if isinstance(options, UpdateOptions) else own
+    return _note_rollouts(noted, rollouts)
 
 
 def _note_rollouts(trainer_class: type[Any], rollouts: _Rollouts) -> type[Any]:
@@ -164,7 +171,8 @@ class _TurnCallback(TrainerCallback):
         timeline = self._clock.timeline
         assert timeline is not None
         row = _build_row(self._trainer, timeline, self._rollouts, step_s)
-        self._rollouts.score_s, self._rollouts.lengths = 0.0, []
+        self._rollouts.score_s = 0.0
+        self._rollouts.lengths.clear()
         self._connection.send((None, (row, timeline)))
         if state.global_step < state.max_steps:
             self._connection.recv()
@@ -189,7 +197,7 @@ def _build_row(trainer: Any, timeline: Timeline, rollouts: _Rollouts, step_s: fl
         "update_s": step_s - rollouts.score_s,
         "phases": phases | {"other": phases["other"] + step_s - timeline.step_s},
         "num_tokens": num_tokens,
-        "tokens_per_s": num_tokens / generation_s,
+        "tokens_per_s": compute_ratio(num_tokens, generation_s),  # 0 where there was no rollout
         "s_per_token": generation_s / num_tokens,
         "mean_length": num_tokens / len(rollouts.lengths),
         "max_length": max(rollouts.lengths),

@@ -7,7 +7,7 @@ from fastgrpo.options.measuring import AcceptanceOptions, DraftersOptions, Profi
 from fastgrpo.options.planning import BudgetOptions, OrderOptions, PlansOptions
 from fastgrpo.options.shapes import name_plan, parse_plan, parse_speculation
 from fastgrpo.options.simulating import SimulateOptions
-from fastgrpo.options.training import DemoOptions, E2EOptions, LearningOptions, RewardsOptions, Workload
+from fastgrpo.options.training import DemoOptions, E2EOptions, LearningOptions, RewardsOptions, UpdateOptions, Workload
 from fastgrpo.options.variants import Variant, parse_variant
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "RewardsOptions",
     "RolloutOptions",
     "SimulateOptions",
+    "UpdateOptions",
     "Variant",
     "Workload",
     "about",

@@ -94,6 +94,40 @@ class E2EOptions(Workload):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UpdateOptions(E2EOptions):
+    """`fastgrpo bench update`."""
+
+    variants: tuple[str, ...] = field(
+        default=("trl", "off"),
+        metadata=about(
+            "trainers that update in turn, parted by commas: trl, and ours: off; each may have keys of its config, "
+            "such as off:share_prompts=false",
+        ),
+    )
+    prompt_length: int = field(default=100, metadata=about("tokens of each prompt, drawn at random"))
+    min_completion_length: int = field(
+        default=16, metadata=about("shortest completion; lengths are spread evenly up to --max-completion-length")
+    )
+    equal_groups: int = field(default=0, metadata=about("groups of equal rewards: their rows have no advantage"))
+    output: Path | None = field(
+        default=None, metadata=about("JSON file for the results; without it they are only printed")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "prompt_length", "min_completion_length")
+        if self.min_completion_length > self.max_completion_length:
+            raise ValueError(
+                f"min_completion_length={self.min_completion_length} is above "
+                f"max_completion_length={self.max_completion_length}"
+            )
+        if not 0 <= self.equal_groups <= self.prompts_per_step:
+            raise ValueError(
+                f"equal_groups must be 0 to prompts_per_step={self.prompts_per_step}, got {self.equal_groups}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardsOptions(Workload):
     """`fastgrpo bench rewards`."""
 
