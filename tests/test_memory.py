@@ -15,7 +15,9 @@ import torch
 
 from conftest import SyntheticClockPlanner, shared_model
 from fastgrpo import admission, memory
+from fastgrpo.attention import ForwardBatch
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
+from fastgrpo.cache import SlotCache
 from fastgrpo.drafters import Drafter
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.lengths import LengthPredictor
@@ -213,6 +215,38 @@ def test_where_memory_runs_out_fewer_go_on(place, error):
     assert [c.token_ids for c in completions] == [c.token_ids[:8] for c in generate_freely(torch.float32)]
     assert sum(size > 2 for size in sizes) <= 3, "no more than fitted are tried again"
     assert_nothing_is_left(engine)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.filterwarnings("ignore:the cache is full", "ignore:memory ran out")
+@pytest.mark.parametrize("due", ["preempted", "prefilled"])
+def test_what_a_failed_attempt_did_is_counted(due):
+    """Who had to go before memory ran out, and the tokens that had been computed by then."""
+    engine = build_engine("none", "off", NUM_BLOCKS)
+    counts = {"preempted": 0, "prefilled": 0, "failed": 0}
+    preempt, decode, fill_chunks = engine.scheduler.preempt, engine.target.decode, engine.prefiller._fill_chunks
+
+    def count_preempted(slot: int) -> Sequence:
+        counts["preempted"] += 1
+        return preempt(slot)
+
+    def count_prefilled(slots: list[int], chunks: list[list[int]]) -> None:
+        fill_chunks(slots, chunks)
+        counts["prefilled"] += sum(map(len, chunks))
+
+    def fail_once(batch: ForwardBatch, cache: SlotCache) -> object:
+        if counts[due] and not counts["failed"]:
+            counts["failed"] += 1
+            raise MemoryError("no room")
+        return decode(batch, cache)
+
+    engine.scheduler.preempt, engine.prefiller._fill_chunks = count_preempted, count_prefilled
+    engine.target.decode = fail_once
+    completions = engine.generate(PROMPTS, PARAMS)
+    assert [c.token_ids for c in completions] == [c.token_ids for c in generate_freely(torch.float32)]
+    assert counts["failed"]
+    assert sum(record.num_preempted for record in engine.records) == counts["preempted"]
+    assert sum(record.num_prefilled for record in engine.records) == counts["prefilled"]
 
 
 def test_one_sequence_goes_on_without_a_draft_before_it_gives_up():

@@ -21,7 +21,7 @@ _MOST_NODES = 64  # of a draft behind a full row, for which there is room from t
 
 @dataclass(frozen=True, kw_only=True)
 class Admitted:
-    """What became of the queue before a step."""
+    """What became of the queue before a step, in attempts that failed as well."""
 
     num_prefilled: int  # tokens computed for those that were let in
     num_preempted: int
@@ -59,6 +59,7 @@ class Admission:
         self.max_bytes, self.target = max_bytes, target
         self._bound = max_bytes  # of this rollout
         self._most_running = scheduler.max_num_seqs  # fewer once memory ran out
+        self._num_preempted = 0  # since that was last taken
         self._has_warned = False
 
     def begin(self, sequences: list[Sequence]) -> None:
@@ -67,7 +68,7 @@ class Admission:
         Raises:
             ValueError: one of them does not fit the bound even alone; says what would.
         """
-        self._most_running = self.scheduler.max_num_seqs
+        self._most_running, self._num_preempted = self.scheduler.max_num_seqs, 0
         self._bound = self.max_bytes
         if self._bound is None and (available := find_available_bytes(self.target.device)) is not None:
             self._bound = int(_SHARE * available)
@@ -85,16 +86,20 @@ class Admission:
         if self._num_scratch:
             self.cache.take_scratch()
 
-    def admit(self) -> Admitted:
+    def admit(self) -> None:
         """Make room for the next step of those who run; where nobody had to go, let others in.
 
         Raises:
             ValueError: a sequence has outgrown the bound; says what would fit.
         """
-        num_preempted = self._make_room()
-        if not num_preempted:
+        if self._make_room():
             self._let_in()
-        return Admitted(num_prefilled=self.prefiller.prefill(), num_preempted=num_preempted)
+        self.prefiller.prefill()
+
+    def take_admitted(self) -> Admitted:
+        """All since this was last asked."""
+        num_preempted, self._num_preempted = self._num_preempted, 0
+        return Admitted(num_prefilled=self.prefiller.take_num_filled(), num_preempted=num_preempted)
 
     def fits(self, num_nodes: int) -> bool:
         """Whether every running row can take so many nodes."""
@@ -124,9 +129,9 @@ class Admission:
 
     # -- the bound -----------------------------------------------------------------------------------
 
-    def _make_room(self) -> int:
-        """Preempt until a plain step fits; returns how many had to go."""
-        num_preempted = 0
+    def _make_room(self) -> bool:
+        """Preempt until a plain step fits; returns whether nobody had to go."""
+        had_room = True
         while not self.fits(1):
             if self.prefiller.drop_kept():
                 continue
@@ -135,8 +140,8 @@ class Admission:
                 raise ValueError(f"a sequence has {num_positions} tokens: {self._describe_needs(num_positions)}")
             self._warn(f"the cache is full with {len(self.scheduler.running)} sequences running: the youngest wait")
             self._preempt_youngest()
-            num_preempted += 1
-        return num_preempted
+            had_room = False
+        return had_room
 
     def _count_missing(self, num_nodes: int) -> int:
         """Blocks that it takes to append so many nodes to every running row."""
@@ -175,6 +180,7 @@ class Admission:
         self.drafter.release(slot, len(running) - 1)
         self.cache.remove_row(slot)
         self.scheduler.preempt(slot)
+        self._num_preempted += 1
 
     @property
     def _num_scratch(self) -> int:

@@ -64,8 +64,6 @@ class FinishedRollout:
 class _Attempt:
     """What a step has computed before anything is kept of it: if memory runs out on the way, it is made again."""
 
-    num_prefilled: int
-    num_preempted: int
     inputs: PlanInputs
     plan: SpeculationPlan
     pool: Draft  # all that was drafted
@@ -217,6 +215,7 @@ class Engine:
         """Advance every running sequence by at least one token; call inside `target.rollout_mode`."""
         started = time.perf_counter()
         attempt = self._attempt_until_it_fits()
+        admitted = self.admission.take_admitted()
         plan, outcome = attempt.plan, attempt.outcome
         num_seqs, cache_bytes = len(self.scheduler.running), self.cache.used_bytes
         num_emitted = self._commit(attempt)
@@ -231,7 +230,7 @@ class Engine:
             num_tokens=len(attempt.batch.token_ids),
             num_emitted=num_emitted,
             num_read=attempt.inputs.num_read,
-            num_prefilled=attempt.num_prefilled,
+            num_prefilled=admitted.num_prefilled,
             offered=outcome.offered,
             hits=outcome.hits,
             prefill_s=attempt.prefilled - started,
@@ -241,7 +240,7 @@ class Engine:
             step_s=finished - started,
             num_unread=attempt.inputs.num_unread,
             num_promised=outcome.num_promised,
-            num_preempted=attempt.num_preempted,
+            num_preempted=admitted.num_preempted,
             cache_bytes=cache_bytes,
             plan_s=self._planning.take_s(),
         )
@@ -258,23 +257,20 @@ class Engine:
 
     def _attempt_until_it_fits(self) -> _Attempt:
         """Where memory runs out, once more without a draft, and with ever fewer sequences."""
-        num_preempted, is_plain = 0, False
+        is_plain = False
         while True:
             try:
-                attempt = self._attempt(is_plain)
-                return replace(attempt, num_preempted=attempt.num_preempted + num_preempted)
+                return self._attempt(is_plain)
             except (MemoryError, OSError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                num_running = len(self.scheduler.running)
-                if num_running > 1 or is_plain:
+                if len(self.scheduler.running) > 1 or is_plain:
                     self.admission.shrink(error)
-                num_preempted += num_running - len(self.scheduler.running)
                 is_plain = True
 
     def _attempt(self, is_plain: bool) -> _Attempt:
         """Schedule, plan, propose, forward, verify."""
-        admitted = self.admission.admit()
+        self.admission.admit()
         prefilled = time.perf_counter()
         context = self._build_context()
         inputs = self._build_plan_inputs(sum(self.cache.lengths))
@@ -287,8 +283,6 @@ class Engine:
         forwarded = time.perf_counter()
         verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary, plan.depth)
         return _Attempt(
-            num_prefilled=admitted.num_prefilled,
-            num_preempted=admitted.num_preempted,
             inputs=inputs,
             plan=plan,
             pool=pool,
