@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import heapq
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
 from fastgrpo.cache import SlotCache
 from fastgrpo.drafters import Drafter
-from fastgrpo.memory import describe_bytes, find_available_bytes
+from fastgrpo.memory import describe_bytes, find_available_bytes, is_out_of_memory
 from fastgrpo.model import TargetModel
 from fastgrpo.prefill import Prefiller
 from fastgrpo.scheduler import Scheduler
@@ -17,6 +19,8 @@ from fastgrpo.types import Sequence
 
 _SHARE = 0.8  # of the memory that is free at the start, for the cache; the rest is for forwards
 _MOST_NODES = 64  # of a draft behind a full row, for which there is room from the first
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +112,30 @@ class Admission:
             return True
         return self._count_missing(num_nodes) <= self.cache.num_left
 
-    def shrink(self, error: BaseException) -> None:
-        """Memory ran out in spite of the bound: only the older half goes on, and no more run in this rollout.
+    def retry_until_it_fits(self, attempt: Callable[[bool], Result]) -> Result:
+        """Where memory runs out in spite of the bound, once more without a draft, and with ever fewer sequences.
+
+        Args:
+            attempt: is told whether to decode plainly; nothing that it emits is kept where it fails.
 
         Raises:
             MemoryError: one sequence alone runs; says what does not fit.
         """
+        is_plain = False
+        while True:
+            try:
+                return attempt(is_plain)
+            except (MemoryError, OSError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(self.scheduler.running) > 1 or is_plain:
+                    self._shrink(error)
+                is_plain = True
+
+    # -- memory ran out ------------------------------------------------------------------------------
+
+    def _shrink(self, error: BaseException) -> None:
+        """Only the older half goes on, and no more run in this rollout."""
         running = self.scheduler.running
         if len(running) < 2:
             num_positions = max((s.num_cached + 1 for s in running), default=0)
