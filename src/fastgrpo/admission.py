@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from fastgrpo.memory import describe_bytes, find_available_bytes, is_out_of_memo
 from fastgrpo.model import TargetModel
 from fastgrpo.prefill import Prefiller
 from fastgrpo.scheduler import Scheduler
-from fastgrpo.types import Sequence
+from fastgrpo.types import PLAIN, Sequence, SpeculationPlan
 
 _SHARE = 0.8  # of the memory that is free at the start, for the cache; the rest is for forwards
 _MOST_NODES = 64  # of a draft behind a full row, for which there is room from the first
@@ -32,15 +33,16 @@ class Admitted:
 
 
 class Admission:
-    """Keeps the cache within its bound, looked at in blocks before each step.
+    """Keeps the cache and the drafter's own rows within one bound, looked at in blocks before each step.
 
     Where the next plain step does not fit, the youngest running sequences, with the fewest tokens emitted, wait again
     and are computed anew when there is room. Nobody is let in who would soon have to go: there must be a further
-    block for every row. Tokens are the same whoever waited.
+    block for every row. Tokens are the same whoever waited. A drafter reads late, and shares no prompts that one could
+    count on: it is taken to have read every row in full.
 
     Args:
-        max_bytes: of keys, values and features; None takes most of the memory that is free when a rollout starts, and
-            sets no bound where the system does not say what is free.
+        max_bytes: of keys, values, features and the drafter's rows; None takes most of the memory that is free when a
+            rollout starts, and sets no bound where the system does not say what is free.
         target: whose cache it is; it may want a block of its own.
 
     Raises:
@@ -76,18 +78,18 @@ class Admission:
         self._bound = self.max_bytes
         if self._bound is None and (available := find_available_bytes(self.target.device)) is not None:
             self._bound = int(_SHARE * available)
-        limit = None if self._bound is None else self._bound // self.cache.block_bytes
         for sequence in sequences:
             num_positions = len(sequence.prompt_ids) + sequence.max_tokens - 1
-            if limit is not None and count_blocks(num_positions) > limit - self._num_scratch:
+            if self._bound is not None and self._compute_row_bytes(num_positions) > self._bound - self._scratch_bytes:
                 raise ValueError(
                     f"request {sequence.request_id} may come to {num_positions} tokens (a prompt of "
                     f"{len(sequence.prompt_ids)} and {sequence.max_tokens} more): {self._describe_needs(num_positions)}"
                 )
         longest = (count_blocks(len(s.prompt_ids) + s.max_tokens + _MOST_NODES) for s in sequences)
         expected = sum(heapq.nlargest(self.scheduler.max_num_seqs, longest))
-        self.cache.begin(expected_blocks=expected + self._num_scratch, limit=limit)
-        if self._num_scratch:
+        limit = None if self._bound is None else self._bound // self.cache.block_bytes
+        self.cache.begin(expected_blocks=expected + self.target.wants_scratch, limit=limit)
+        if self.target.wants_scratch:
             self.cache.take_scratch()
 
     def admit(self) -> None:
@@ -105,12 +107,11 @@ class Admission:
         num_preempted, self._num_preempted = self._num_preempted, 0
         return Admitted(num_prefilled=self.prefiller.take_num_filled(), num_preempted=num_preempted)
 
-    def fits(self, num_nodes: int) -> bool:
-        """Whether every running row can take so many nodes."""
-        running = self.scheduler.running
-        if self.cache.num_left >= len(running) * (2 + count_blocks(num_nodes)):  # whatever the rows are like
-            return True
-        return self._count_missing(num_nodes) <= self.cache.num_left
+    def fits(self, plan: SpeculationPlan) -> bool:
+        """Whether every running row can take a step of this plan."""
+        num_nodes, left = 1 + plan.tree_size, self._compute_left(plan) / self.cache.block_bytes
+        most = len(self.scheduler.running) * (2 + count_blocks(num_nodes))  # whatever the rows are like
+        return most <= left or self._count_missing(num_nodes) <= left
 
     def retry_until_it_fits(self, attempt: Callable[[bool], Result]) -> Result:
         """Where memory runs out in spite of the bound, once more without a draft, and with ever fewer sequences.
@@ -154,7 +155,7 @@ class Admission:
     def _make_room(self) -> bool:
         """Preempt until a plain step fits; returns whether nobody had to go."""
         had_room = True
-        while not self.fits(1):
+        while not self.fits(PLAIN):
             if self.prefiller.drop_kept():
                 continue
             if len(self.scheduler.running) == 1:
@@ -165,31 +166,44 @@ class Admission:
             had_room = False
         return had_room
 
+    def _compute_left(self, plan: SpeculationPlan) -> float:
+        """Bytes that the cache may still take, beside what the drafter's rows come to in a step of this plan."""
+        if self._bound is None:
+            return math.inf
+        draft_block, num_drafted = self._draft_block_bytes, 1 + plan.width * plan.depth
+        blocks = sum(count_blocks(s.num_cached + num_drafted) for s in self.scheduler.running) if draft_block else 0
+        return self._bound - self.cache.used_bytes - blocks * draft_block
+
     def _count_missing(self, num_nodes: int) -> int:
         """Blocks that it takes to append so many nodes to every running row."""
         running = enumerate(self.scheduler.running)
         return sum(self.cache.count_missing(row, sequence.num_cached + num_nodes) for row, sequence in running)
 
-    def _count_entering(self, sequence: Sequence) -> int:
-        """Blocks that a waiting sequence takes for its next step, and one more."""
+    def _compute_entering(self, sequence: Sequence) -> int:
+        """Bytes that a waiting sequence takes for its next step, and a block more."""
         num_shared = (len(sequence.prompt_ids) - 1) // BLOCK_SIZE if self.prefiller.has_prompt(sequence) else 0
-        return count_blocks(sequence.num_cached + 1) - num_shared + 1
+        return self._compute_row_bytes(sequence.num_cached + 1 + BLOCK_SIZE) - num_shared * self.cache.block_bytes
+
+    def _compute_row_bytes(self, num_positions: int) -> int:
+        """A row of its own with so many positions, the drafter's beside it."""
+        return count_blocks(num_positions) * (self.cache.block_bytes + self._draft_block_bytes)
 
     def _let_in(self) -> None:
         """Admit while there is room for a step of each, and for a further block of every row."""
         running = self.scheduler.running
         if not self.scheduler.waiting:
             return
-        left = self.cache.num_left - self._count_missing(1) - len(running)
+        left = self._compute_left(PLAIN) - self._count_missing(1) * self.cache.block_bytes
+        left -= len(running) * self._compute_row_bytes(BLOCK_SIZE)
 
         def may_enter(sequence: Sequence) -> bool:
             nonlocal left
-            num_blocks = self._count_entering(sequence)
-            if running and (num_blocks > left or len(running) >= self._most_running):
+            needed = self._compute_entering(sequence)
+            if running and (needed > left or len(running) >= self._most_running):
                 return False
-            if num_blocks > left:
+            if needed > left:
                 self.prefiller.drop_kept()  # alone, it fits beside nothing else
-            left -= num_blocks
+            left -= needed
             return True
 
         for sequence in self.scheduler.admit(may_enter):
@@ -205,21 +219,25 @@ class Admission:
         self._num_preempted += 1
 
     @property
-    def _num_scratch(self) -> int:
-        """Blocks that are in use and no row's."""
-        return int(self.target.wants_scratch)
+    def _scratch_bytes(self) -> int:
+        """Of the block that is in use and no row's."""
+        return self.cache.block_bytes * self.target.wants_scratch
+
+    @property
+    def _draft_block_bytes(self) -> int:
+        return BLOCK_SIZE * self.drafter.position_bytes
 
     # -- words ---------------------------------------------------------------------------------------
 
     def _describe_needs(self, num_positions: int) -> str:
         """What so many positions take, what fits, and what to do about it."""
-        block_bytes = self.cache.block_bytes
-        needed, bound = count_blocks(num_positions) * block_bytes, self._bound or 0
-        num_fitting = (bound // block_bytes - self._num_scratch) * BLOCK_SIZE
+        needed, bound = self._compute_row_bytes(num_positions), self._bound or 0
+        position_bytes = self.cache.position_bytes + self.drafter.position_bytes
+        num_fitting = (bound - self._scratch_bytes) // (BLOCK_SIZE * position_bytes) * BLOCK_SIZE
         return (
-            f"they take {describe_bytes(needed)} of cache ({describe_bytes(block_bytes / BLOCK_SIZE)} a token), of "
+            f"they take {describe_bytes(needed)} of cache ({describe_bytes(position_bytes)} a token), of "
             f"which there may be {describe_bytes(bound)}. {max(num_fitting, 0)} tokens would fit: lower "
-            f"max_tokens, shorten the prompt, or raise max_cache_bytes to {needed + self._num_scratch * block_bytes}"
+            f"max_tokens, shorten the prompt, or raise max_cache_bytes to {needed + self._scratch_bytes}"
         )
 
     def _warn(self, what: str) -> None:

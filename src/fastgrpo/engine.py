@@ -64,9 +64,8 @@ class Engine:
         tokenizer: the model's, compared with that of a drafter from a folder; None looks where the model came from.
         profile: what forwards and drafts cost: measured before, or a file of `fastgrpo profile`; None takes what the
             cache has of this machine, model and drafter (see `profile_files`), or measures at first use.
-        max_cache_bytes: of keys, values and features together; a drafter's own rows are not counted. Where it is
-            reached, the youngest sequences wait and are computed anew. None takes most of what is free when a rollout
-            starts.
+        max_cache_bytes: of keys, values, features and a drafter's own rows together. Where it is reached, the youngest
+            sequences wait and are computed anew. None takes most of what is free when a rollout starts.
 
     Raises:
         ValueError: the model, drafter, speculation, profile or bound cannot be used; the message names the remedy.
@@ -255,7 +254,7 @@ class Engine:
     def _plan(self, inputs: PlanInputs) -> SpeculationPlan:
         """The planner's, or plain decoding where the cache has no room for its nodes."""
         plan = self.planning.plan(inputs)
-        return plan if plan.is_plain or self.admission.fits(1 + plan.tree_size) else PLAIN
+        return plan if plan.is_plain or self.admission.fits(plan) else PLAIN
 
     def _propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         return Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
