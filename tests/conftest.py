@@ -188,6 +188,7 @@ class _KnowingDrafter:
     """Looks the target's choices up; subclasses decide what to make of them."""
 
     wants_features = False
+    position_bytes = 0
 
     def __init__(self, answers: Answers) -> None:
         self.answers = answers

@@ -161,11 +161,11 @@ def test_every_key_draws_the_same_tokens_and_its_planner_goes_on_elsewhere(key):
     model, params = shared_model("qwen2"), SamplingParams(max_tokens=8)
     first, second = (Engine(model, drafter="ngram", speculation=key) for _ in range(2))
     assert [c.token_ids for c in first.generate(PROMPTS, params)] == expected_tokens(model, PROMPTS, params)
-    assert first.plan_name == key
-    second.restore_planner(first.planner.name, first.planner.state_dict())
+    assert first.planning.name == key
+    second.planning.restore(first.planner.name, first.planner.state_dict())
     assert second.planner is not None and second.planner.state_dict() == first.planner.state_dict()
     other = Engine(model, drafter="ngram", speculation="off")
-    other.restore_planner(first.planner.name, first.planner.state_dict())
+    other.planning.restore(first.planner.name, first.planner.state_dict())
     assert other.planner == FixedPlanner()
 
 
@@ -470,13 +470,13 @@ def test_a_shared_budget_goes_to_the_likeliest_nodes_of_all_sequences(drafter, m
     model, params = shared_model("llama"), SamplingParams(max_tokens=24, temperature=0.0)
     engine = build_engine(model, build_drafter(drafter, TargetModel(model)), SHARED, max_num_seqs=4)
     pools: list[tuple[Draft, Draft]] = []
-    spend = engine._spend_budget
+    spend = engine.planning.spend_budget
 
     def watch(pool: Draft, plan: SpeculationPlan, inputs: PlanInputs) -> Draft:
         pools.append((pool, spend(pool, plan, inputs)))
         return pools[-1][1]
 
-    monkeypatch.setattr(engine, "_spend_budget", watch)
+    monkeypatch.setattr(engine.planning, "spend_budget", watch)
     engine.generate([*PROMPTS, *PROMPTS], params)
     is_ragged = False
     for pool, kept in pools:

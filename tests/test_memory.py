@@ -15,11 +15,14 @@ import torch
 
 from conftest import SyntheticClockPlanner, shared_model
 from fastgrpo import admission, memory
+from fastgrpo.attention import ForwardBatch
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
-from fastgrpo.drafters import Drafter
+from fastgrpo.cache import SlotCache
+from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.lengths import LengthPredictor
 from fastgrpo.memory import describe_bytes, find_available_bytes, is_out_of_memory
+from fastgrpo.model import TargetModel
 from fastgrpo.planner import FixedPlanner, Planner
 from fastgrpo.sampling import stream_key
 from fastgrpo.types import Completion, SamplingParams, Sequence
@@ -30,6 +33,7 @@ PROMPTS = [GROUP, [7], GROUP, [8, 8], GROUP, [5, 4, 3, 2, 1], [7]]
 PARAMS = [SamplingParams(seed=3, stream=index, max_tokens=190 - 25 * index) for index in range(len(PROMPTS))]
 SHORT = [replace(params, max_tokens=8) for params in PARAMS]
 NUM_BLOCKS = 7  # the longest sequence comes to five
+FEWER_BLOCKS = 6  # where a row of the drafter is as large as the target's: fewer get in, and fit for longer
 PLANNERS: dict[str, Callable[[], Planner]] = {
     "off": FixedPlanner,
     "tree": lambda: FixedPlanner(fixed=TREE),
@@ -46,11 +50,16 @@ def build_engine(
         drafter = build_test_drafter(drafter, model, list(zip(PROMPTS, PARAMS, strict=True)))
     engine = Engine(model, drafter=drafter, speculation="off")
     if num_blocks is not None:
-        bound = (num_blocks + 1) * engine.cache.block_bytes - 1  # rounded down to whole blocks
+        bound = num_blocks * compute_block_bytes(engine) + engine.cache.block_bytes - 1  # the rest is no whole block
         engine = Engine(model, drafter=drafter, speculation="off", max_cache_bytes=bound)
     engine.planner = PLANNERS[plan]()
     engine.on_step.append(lambda record: engine.check())
     return engine
+
+
+def compute_block_bytes(engine: Engine) -> int:
+    """A block of the target's rows and of the drafter's."""
+    return BLOCK_SIZE * (engine.cache.position_bytes + engine.drafter.position_bytes)
 
 
 @functools.cache
@@ -78,16 +87,76 @@ def generate_freely(dtype: torch.dtype) -> list[Completion]:
     ],
 )
 def test_who_had_to_wait_says_the_same(drafter, plan, dtype):
-    engine = build_engine(drafter, plan, NUM_BLOCKS, dtype)
-    bound = NUM_BLOCKS * engine.cache.block_bytes
+    engine = build_engine(drafter, plan, FEWER_BLOCKS if drafter == "lm" else NUM_BLOCKS, dtype)
     engine.on_step.append(lambda record: taken.append(engine.cache.used_bytes))
     taken: list[int] = []
     completions = engine.generate(PROMPTS, PARAMS)
     assert [c.token_ids for c in completions] == [c.token_ids for c in generate_freely(dtype)]
     assert [c.finish_reason for c in completions] == [c.finish_reason for c in generate_freely(dtype)]
     assert sum(record.num_preempted for record in engine.records) > 0
-    assert max(*taken, *(record.cache_bytes for record in engine.records)) <= engine.cache.peak_bytes <= bound
+    assert max(*taken, *(record.cache_bytes for record in engine.records)) <= engine.cache.peak_bytes
+    assert engine.cache.peak_bytes <= engine.admission.max_bytes
     assert_nothing_is_left(engine)
+
+
+class MemoryMeter:
+    """The most that blocks of several caches came to at once, looked at whenever one is taken."""
+
+    def __init__(self, *caches: SlotCache) -> None:
+        self.caches, self.peak_bytes = caches, 0
+        for cache in caches:
+            cache._pool.take = functools.partial(self._take, cache._pool.take)
+
+    def _take(self, take: Callable[[], int]) -> int:
+        block = take()
+        self.peak_bytes = max(self.peak_bytes, sum(cache.used_bytes for cache in self.caches))
+        return block
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.filterwarnings("ignore:the cache is full", "ignore:memory ran out")
+@pytest.mark.parametrize("num_failures", [0, 1])
+@pytest.mark.parametrize("drafter", ["eagle_untrained", "lm"])
+def test_the_bound_counts_the_rows_of_the_drafter(drafter, num_failures):
+    """Both together at every moment, nodes under way included, also after a draft for which there was no memory."""
+    engine = build_engine(drafter, "tree", FEWER_BLOCKS if drafter == "lm" else NUM_BLOCKS)
+    rows = engine.drafter.cache if drafter == "lm" else engine.drafter._rows.cache
+    failures = [MemoryError("no room")] * num_failures
+    meter, reserve = MemoryMeter(engine.cache, rows), rows.reserve
+
+    def fail_late(row: int, length: int) -> None:
+        reserve(row, length)
+        if row and failures:
+            raise failures.pop()
+
+    rows.reserve = fail_late
+    completions = engine.generate(PROMPTS, PARAMS)
+    assert [c.token_ids for c in completions] == [c.token_ids for c in generate_freely(torch.float32)]
+    assert any(not record.plan.is_plain for record in engine.records) and not failures
+    assert sum(record.num_preempted for record in engine.records) > 0
+    assert rows.block_bytes == BLOCK_SIZE * engine.drafter.position_bytes > 0
+    assert engine.cache.peak_bytes < meter.peak_bytes <= engine.admission.max_bytes
+
+
+def test_the_rows_of_two_drafters_add_up():
+    target = TargetModel(shared_model("llama"))
+    auto, eagle = build_drafter("auto", target), build_drafter("eagle", target)
+    assert auto.position_bytes == eagle.position_bytes == eagle._rows.cache.position_bytes > 0
+    assert build_drafter("block", target).position_bytes > 0
+    assert build_drafter("ngram", target).position_bytes == build_drafter("none", target).position_bytes == 0
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_what_fits_only_without_the_rows_of_the_drafter_is_refused():
+    params = SamplingParams(max_tokens=2 * BLOCK_SIZE + 1 - len(GROUP))
+    engine = build_engine("eagle_untrained", "tree", 2)
+    needed = 2 * compute_block_bytes(engine)
+    engine.admission.max_bytes = needed - 1
+    assert 2 * engine.cache.block_bytes < needed
+    with pytest.raises(ValueError, match=rf" 64 tokens would fit: .* raise max_cache_bytes to {needed}$"):
+        engine.generate([GROUP], params)
+    engine.admission.max_bytes = needed
+    assert len(engine.generate([GROUP], params)[0].token_ids) == params.max_tokens
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
@@ -213,6 +282,38 @@ def test_where_memory_runs_out_fewer_go_on(place, error):
     assert [c.token_ids for c in completions] == [c.token_ids[:8] for c in generate_freely(torch.float32)]
     assert sum(size > 2 for size in sizes) <= 3, "no more than fitted are tried again"
     assert_nothing_is_left(engine)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.filterwarnings("ignore:the cache is full", "ignore:memory ran out")
+@pytest.mark.parametrize("due", ["preempted", "prefilled"])
+def test_what_a_failed_attempt_did_is_counted(due):
+    """Who had to go before memory ran out, and the tokens that had been computed by then."""
+    engine = build_engine("none", "off", NUM_BLOCKS)
+    counts = {"preempted": 0, "prefilled": 0, "failed": 0}
+    preempt, decode, fill_chunks = engine.scheduler.preempt, engine.target.decode, engine.prefiller._fill_chunks
+
+    def count_preempted(slot: int) -> Sequence:
+        counts["preempted"] += 1
+        return preempt(slot)
+
+    def count_prefilled(slots: list[int], chunks: list[list[int]]) -> None:
+        fill_chunks(slots, chunks)
+        counts["prefilled"] += sum(map(len, chunks))
+
+    def fail_once(batch: ForwardBatch, cache: SlotCache) -> object:
+        if counts[due] and not counts["failed"]:
+            counts["failed"] += 1
+            raise MemoryError("no room")
+        return decode(batch, cache)
+
+    engine.scheduler.preempt, engine.prefiller._fill_chunks = count_preempted, count_prefilled
+    engine.target.decode = fail_once
+    completions = engine.generate(PROMPTS, PARAMS)
+    assert [c.token_ids for c in completions] == [c.token_ids for c in generate_freely(torch.float32)]
+    assert counts["failed"]
+    assert sum(record.num_preempted for record in engine.records) == counts["preempted"]
+    assert sum(record.num_prefilled for record in engine.records) == counts["prefilled"]
 
 
 def test_one_sequence_goes_on_without_a_draft_before_it_gives_up():

@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 import heapq
+import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
 from fastgrpo.cache import SlotCache
 from fastgrpo.drafters import Drafter
-from fastgrpo.memory import describe_bytes, find_available_bytes
+from fastgrpo.memory import describe_bytes, find_available_bytes, is_out_of_memory
 from fastgrpo.model import TargetModel
 from fastgrpo.prefill import Prefiller
 from fastgrpo.scheduler import Scheduler
-from fastgrpo.types import Sequence
+from fastgrpo.types import PLAIN, Sequence, SpeculationPlan
 
 _SHARE = 0.8  # of the memory that is free at the start, for the cache; the rest is for forwards
 _MOST_NODES = 64  # of a draft behind a full row, for which there is room from the first
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Admitted:
-    """What became of the queue before a step."""
+    """What became of the queue before a step, in attempts that failed as well."""
 
     num_prefilled: int  # tokens computed for those that were let in
     num_preempted: int
 
 
 class Admission:
-    """Keeps the cache within its bound, looked at in blocks before each step.
+    """Keeps the cache and the drafter's own rows within one bound, looked at in blocks before each step.
 
     Where the next plain step does not fit, the youngest running sequences, with the fewest tokens emitted, wait again
     and are computed anew when there is room. Nobody is let in who would soon have to go: there must be a further
-    block for every row. Tokens are the same whoever waited.
+    block for every row. Tokens are the same whoever waited. A drafter reads late, and shares no prompts that one could
+    count on: it is taken to have read every row in full.
 
     Args:
-        max_bytes: of keys, values and features; None takes most of the memory that is free when a rollout starts, and
-            sets no bound where the system does not say what is free.
+        max_bytes: of keys, values, features and the drafter's rows; None takes most of the memory that is free when a
+            rollout starts, and sets no bound where the system does not say what is free.
         target: whose cache it is; it may want a block of its own.
 
     Raises:
@@ -59,6 +65,7 @@ class Admission:
         self.max_bytes, self.target = max_bytes, target
         self._bound = max_bytes  # of this rollout
         self._most_running = scheduler.max_num_seqs  # fewer once memory ran out
+        self._num_preempted = 0  # since that was last taken
         self._has_warned = False
 
     def begin(self, sequences: list[Sequence]) -> None:
@@ -67,48 +74,69 @@ class Admission:
         Raises:
             ValueError: one of them does not fit the bound even alone; says what would.
         """
-        self._most_running = self.scheduler.max_num_seqs
+        self._most_running, self._num_preempted = self.scheduler.max_num_seqs, 0
         self._bound = self.max_bytes
         if self._bound is None and (available := find_available_bytes(self.target.device)) is not None:
             self._bound = int(_SHARE * available)
-        limit = None if self._bound is None else self._bound // self.cache.block_bytes
         for sequence in sequences:
             num_positions = len(sequence.prompt_ids) + sequence.max_tokens - 1
-            if limit is not None and count_blocks(num_positions) > limit - self._num_scratch:
+            if self._bound is not None and self._compute_row_bytes(num_positions) > self._bound - self._scratch_bytes:
                 raise ValueError(
                     f"request {sequence.request_id} may come to {num_positions} tokens (a prompt of "
                     f"{len(sequence.prompt_ids)} and {sequence.max_tokens} more): {self._describe_needs(num_positions)}"
                 )
         longest = (count_blocks(len(s.prompt_ids) + s.max_tokens + _MOST_NODES) for s in sequences)
         expected = sum(heapq.nlargest(self.scheduler.max_num_seqs, longest))
-        self.cache.begin(expected_blocks=expected + self._num_scratch, limit=limit)
-        if self._num_scratch:
+        limit = None if self._bound is None else self._bound // self.cache.block_bytes
+        self.cache.begin(expected_blocks=expected + self.target.wants_scratch, limit=limit)
+        if self.target.wants_scratch:
             self.cache.take_scratch()
 
-    def admit(self) -> Admitted:
+    def admit(self) -> None:
         """Make room for the next step of those who run; where nobody had to go, let others in.
 
         Raises:
             ValueError: a sequence has outgrown the bound; says what would fit.
         """
-        num_preempted = self._make_room()
-        if not num_preempted:
+        if self._make_room():
             self._let_in()
-        return Admitted(num_prefilled=self.prefiller.prefill(), num_preempted=num_preempted)
+        self.prefiller.prefill()
 
-    def fits(self, num_nodes: int) -> bool:
-        """Whether every running row can take so many nodes."""
-        running = self.scheduler.running
-        if self.cache.num_left >= len(running) * (2 + count_blocks(num_nodes)):  # whatever the rows are like
-            return True
-        return self._count_missing(num_nodes) <= self.cache.num_left
+    def take_admitted(self) -> Admitted:
+        """All since this was last asked."""
+        num_preempted, self._num_preempted = self._num_preempted, 0
+        return Admitted(num_prefilled=self.prefiller.take_num_filled(), num_preempted=num_preempted)
 
-    def shrink(self, error: BaseException) -> None:
-        """Memory ran out in spite of the bound: only the older half goes on, and no more run in this rollout.
+    def fits(self, plan: SpeculationPlan) -> bool:
+        """Whether every running row can take a step of this plan."""
+        num_nodes, left = 1 + plan.tree_size, self._compute_left(plan) / self.cache.block_bytes
+        most = len(self.scheduler.running) * (2 + count_blocks(num_nodes))  # whatever the rows are like
+        return most <= left or self._count_missing(num_nodes) <= left
+
+    def retry_until_it_fits(self, attempt: Callable[[bool], Result]) -> Result:
+        """Where memory runs out in spite of the bound, once more without a draft, and with ever fewer sequences.
+
+        Args:
+            attempt: is told whether to decode plainly; nothing that it emits is kept where it fails.
 
         Raises:
             MemoryError: one sequence alone runs; says what does not fit.
         """
+        is_plain = False
+        while True:
+            try:
+                return attempt(is_plain)
+            except (MemoryError, OSError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(self.scheduler.running) > 1 or is_plain:
+                    self._shrink(error)
+                is_plain = True
+
+    # -- memory ran out ------------------------------------------------------------------------------
+
+    def _shrink(self, error: BaseException) -> None:
+        """Only the older half goes on, and no more run in this rollout."""
         running = self.scheduler.running
         if len(running) < 2:
             num_positions = max((s.num_cached + 1 for s in running), default=0)
@@ -124,10 +152,10 @@ class Admission:
 
     # -- the bound -----------------------------------------------------------------------------------
 
-    def _make_room(self) -> int:
-        """Preempt until a plain step fits; returns how many had to go."""
-        num_preempted = 0
-        while not self.fits(1):
+    def _make_room(self) -> bool:
+        """Preempt until a plain step fits; returns whether nobody had to go."""
+        had_room = True
+        while not self.fits(PLAIN):
             if self.prefiller.drop_kept():
                 continue
             if len(self.scheduler.running) == 1:
@@ -135,34 +163,47 @@ class Admission:
                 raise ValueError(f"a sequence has {num_positions} tokens: {self._describe_needs(num_positions)}")
             self._warn(f"the cache is full with {len(self.scheduler.running)} sequences running: the youngest wait")
             self._preempt_youngest()
-            num_preempted += 1
-        return num_preempted
+            had_room = False
+        return had_room
+
+    def _compute_left(self, plan: SpeculationPlan) -> float:
+        """Bytes that the cache may still take, beside what the drafter's rows come to in a step of this plan."""
+        if self._bound is None:
+            return math.inf
+        draft_block, num_drafted = self._draft_block_bytes, 1 + plan.width * plan.depth
+        blocks = sum(count_blocks(s.num_cached + num_drafted) for s in self.scheduler.running) if draft_block else 0
+        return self._bound - self.cache.used_bytes - blocks * draft_block
 
     def _count_missing(self, num_nodes: int) -> int:
         """Blocks that it takes to append so many nodes to every running row."""
         running = enumerate(self.scheduler.running)
         return sum(self.cache.count_missing(row, sequence.num_cached + num_nodes) for row, sequence in running)
 
-    def _count_entering(self, sequence: Sequence) -> int:
-        """Blocks that a waiting sequence takes for its next step, and one more."""
+    def _compute_entering(self, sequence: Sequence) -> int:
+        """Bytes that a waiting sequence takes for its next step, and a block more."""
         num_shared = (len(sequence.prompt_ids) - 1) // BLOCK_SIZE if self.prefiller.has_prompt(sequence) else 0
-        return count_blocks(sequence.num_cached + 1) - num_shared + 1
+        return self._compute_row_bytes(sequence.num_cached + 1 + BLOCK_SIZE) - num_shared * self.cache.block_bytes
+
+    def _compute_row_bytes(self, num_positions: int) -> int:
+        """A row of its own with so many positions, the drafter's beside it."""
+        return count_blocks(num_positions) * (self.cache.block_bytes + self._draft_block_bytes)
 
     def _let_in(self) -> None:
         """Admit while there is room for a step of each, and for a further block of every row."""
         running = self.scheduler.running
         if not self.scheduler.waiting:
             return
-        left = self.cache.num_left - self._count_missing(1) - len(running)
+        left = self._compute_left(PLAIN) - self._count_missing(1) * self.cache.block_bytes
+        left -= len(running) * self._compute_row_bytes(BLOCK_SIZE)
 
         def may_enter(sequence: Sequence) -> bool:
             nonlocal left
-            num_blocks = self._count_entering(sequence)
-            if running and (num_blocks > left or len(running) >= self._most_running):
+            needed = self._compute_entering(sequence)
+            if running and (needed > left or len(running) >= self._most_running):
                 return False
-            if num_blocks > left:
+            if needed > left:
                 self.prefiller.drop_kept()  # alone, it fits beside nothing else
-            left -= num_blocks
+            left -= needed
             return True
 
         for sequence in self.scheduler.admit(may_enter):
@@ -175,23 +216,28 @@ class Admission:
         self.drafter.release(slot, len(running) - 1)
         self.cache.remove_row(slot)
         self.scheduler.preempt(slot)
+        self._num_preempted += 1
 
     @property
-    def _num_scratch(self) -> int:
-        """Blocks that are in use and no row's."""
-        return int(self.target.wants_scratch)
+    def _scratch_bytes(self) -> int:
+        """Of the block that is in use and no row's."""
+        return self.cache.block_bytes * self.target.wants_scratch
+
+    @property
+    def _draft_block_bytes(self) -> int:
+        return BLOCK_SIZE * self.drafter.position_bytes
 
     # -- words ---------------------------------------------------------------------------------------
 
     def _describe_needs(self, num_positions: int) -> str:
         """What so many positions take, what fits, and what to do about it."""
-        block_bytes = self.cache.block_bytes
-        needed, bound = count_blocks(num_positions) * block_bytes, self._bound or 0
-        num_fitting = (bound // block_bytes - self._num_scratch) * BLOCK_SIZE
+        needed, bound = self._compute_row_bytes(num_positions), self._bound or 0
+        position_bytes = self.cache.position_bytes + self.drafter.position_bytes
+        num_fitting = (bound - self._scratch_bytes) // (BLOCK_SIZE * position_bytes) * BLOCK_SIZE
         return (
-            f"they take {describe_bytes(needed)} of cache ({describe_bytes(block_bytes / BLOCK_SIZE)} a token), of "
+            f"they take {describe_bytes(needed)} of cache ({describe_bytes(position_bytes)} a token), of "
             f"which there may be {describe_bytes(bound)}. {max(num_fitting, 0)} tokens would fit: lower "
-            f"max_tokens, shorten the prompt, or raise max_cache_bytes to {needed + self._num_scratch * block_bytes}"
+            f"max_tokens, shorten the prompt, or raise max_cache_bytes to {needed + self._scratch_bytes}"
         )
 
     def _warn(self, what: str) -> None:

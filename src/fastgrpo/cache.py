@@ -77,9 +77,13 @@ class SlotCache:
         return [store for store in (self.keys, self.values, self.features) if store is not None]
 
     @property
+    def position_bytes(self) -> int:
+        """One position in all layers and stores."""
+        return sum(store.position_bytes for store in self.stores)
+
+    @property
     def block_bytes(self) -> int:
-        """One block in all layers and stores."""
-        return BLOCK_SIZE * sum(store.position_bytes for store in self.stores)
+        return BLOCK_SIZE * self.position_bytes
 
     @property
     def num_bytes(self) -> int:

@@ -47,7 +47,7 @@ def run_generate(options: GenerateOptions, console: Console | None = None) -> No
     started = time.perf_counter()
     params = dataclasses.replace(params, stop_token_ids=opened.stop_token_ids)
     completions = engine.generate(encoded, params)
-    generation_s = time.perf_counter() - started - engine.profile_s
+    generation_s = time.perf_counter() - started - engine.planning.profile_s
     rows = [_build_row(opened.tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
     _print(rows, console)
     console.print(_build_closing_line(engine, rows, generation_s), style="bold", soft_wrap=True)
@@ -84,9 +84,9 @@ def _print(rows: Iterable[dict[str, Any]], console: Console) -> None:
 
 def _build_closing_line(engine: Engine, rows: list[dict[str, Any]], generation_s: float) -> str:
     summary = summarise_rollout(engine.records, rollout_s=generation_s)
-    calibration = f"; calibrated once in {engine.profile_s:.1f} s" if engine.profile_s >= 0.05 else ""
+    calibration = f"; calibrated once in {engine.planning.profile_s:.1f} s" if engine.planning.profile_s >= 0.05 else ""
     return (
         f"{len(rows)} completions, {summary.num_tokens_emitted} tokens in {generation_s:.2f} s: "
         f"{summary.tokens_per_s:.1f} tokens/s, acceptance length {summary.acceptance_length:.2f} tokens per sequence "
-        f"and forward (drafter {engine.drafter.name}, speculation {engine.plan_name}){calibration}"
+        f"and forward (drafter {engine.drafter.name}, speculation {engine.planning.name}){calibration}"
     )

@@ -20,23 +20,29 @@ class Prefiller:
     def __init__(self, target: TargetModel, cache: SlotCache, scheduler: Scheduler) -> None:
         self.target, self.cache, self.scheduler = target, cache, scheduler
         self._kept: dict[tuple[int, ...], RowPrefix] = {}
+        self._num_filled = 0
 
     def clear(self) -> None:
         """Forget all prompts, after the cache has."""
         self._kept.clear()
+        self._num_filled = 0
 
-    def prefill(self) -> int:
-        """Cache what the rows of running sequences lack, and return how many tokens were computed.
+    def take_num_filled(self) -> int:
+        """Tokens computed since this was last asked, also where memory then ran out."""
+        num_filled, self._num_filled = self._num_filled, 0
+        return num_filled
+
+    def prefill(self) -> None:
+        """Cache what the rows of running sequences lack.
 
         Prompts are computed once for all siblings; of a sequence that was preempted, what it has emitted as well.
         All but a sequence's last token is cached; the last is pending and becomes a root.
         """
         running, lengths = self.scheduler.running, self.cache.lengths
         lacking = [slot for slot, sequence in enumerate(running) if lengths[slot] < sequence.num_cached]
-        if not lacking:
-            return 0
-        num_tokens = self._fill_prompts(lacking)
-        return num_tokens + self._fill({slot: running[slot].all_token_ids[lengths[slot] : -1] for slot in lacking})
+        if lacking:
+            self._fill_prompts(lacking)
+            self._fill({slot: running[slot].all_token_ids[lengths[slot] : -1] for slot in lacking})
 
     def has_prompt(self, sequence: Sequence) -> bool:
         """Whether a sibling's row, or one kept aside, will hold the prompt."""
@@ -63,7 +69,7 @@ class Prefiller:
         if prefix is not None:
             self.cache.drop(prefix)
 
-    def _fill_prompts(self, lacking: list[int]) -> int:
+    def _fill_prompts(self, lacking: list[int]) -> None:
         """The first of each group computes its prompt, unless it is there already; the others share it."""
         running, lengths = self.scheduler.running, self.cache.lengths
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -72,7 +78,7 @@ class Prefiller:
                 groups.setdefault(running[slot].group_key, []).append(slot)
         sources = {key: self._find_source(key) for key in groups}
         leaders = [slots[0] for key, slots in groups.items() if sources[key] is None and key not in self._kept]
-        num_tokens = self._fill({slot: running[slot].prompt_ids[lengths[slot] : -1] for slot in leaders})
+        self._fill({slot: running[slot].prompt_ids[lengths[slot] : -1] for slot in leaders})
         for key, slots in groups.items():
             rest = [slot for slot in slots if lengths[slot] < len(key) - 1]
             source = sources[key]
@@ -82,7 +88,6 @@ class Prefiller:
                 self.cache.share(slots[0] if source is None else source, rest, len(key) - 1)
             if not self.scheduler.has_waiting_sibling(running[slots[0]]):
                 self._drop(key)
-        return num_tokens
 
     def _find_source(self, key: tuple[int, ...]) -> int | None:
         """The slot of a running sibling whose row holds the prompt."""
@@ -91,9 +96,8 @@ class Prefiller:
                 return slot
         return None
 
-    def _fill(self, left: dict[int, list[int]]) -> int:
+    def _fill(self, left: dict[int, list[int]]) -> None:
         """Tokens behind some rows, in forwards of bounded size; longest rows together."""
-        total = 0
         while left := {slot: ids for slot, ids in left.items() if ids}:
             chosen: list[int] = []
             width = 0
@@ -106,8 +110,7 @@ class Prefiller:
             self._fill_chunks(chosen, chunks)
             for slot, chunk in zip(chosen, chunks, strict=True):
                 left[slot] = left[slot][len(chunk) :]
-                total += len(chunk)
-        return total
+                self._num_filled += len(chunk)
 
     def _fill_chunks(self, slots: list[int], chunks: list[list[int]]) -> None:
         device, lengths = self.target.device, self.cache.lengths

@@ -36,10 +36,10 @@ class RolloutResult:
 
 def measure_rollout(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> RolloutResult:
     """Generate once; a calibration that happened to fall into it is not counted."""
-    calibrated_s = engine.profile_s
+    calibrated_s = engine.planning.profile_s
     started = time.perf_counter()
     completions = engine.generate(prompts, params)
-    generation_s = time.perf_counter() - started - (engine.profile_s - calibrated_s)
+    generation_s = time.perf_counter() - started - (engine.planning.profile_s - calibrated_s)
     token_ids = [completion.token_ids for completion in completions]
     return RolloutResult(token_ids=token_ids, generation_s=generation_s, records=engine.records)
 

@@ -44,6 +44,10 @@ class RecordingDrafter:
         self.name, self.wants_features = drafter.name, drafter.wants_features
         self.trees: dict[int, list[_Tree]] = {}
 
+    @property
+    def position_bytes(self) -> int:
+        return self.drafter.position_bytes
+
     def begin(self) -> None:
         self.trees.clear()
         self.drafter.begin()

@@ -106,6 +106,10 @@ class AutoDrafter:
         return {way: self._num_drafts[way] / total for way in self._ways} if total else {}
 
     @property
+    def position_bytes(self) -> int:
+        return sum(member.position_bytes for member in self.members)
+
+    @property
     def _ways(self) -> tuple[str, str, str]:
         return self.members[0].name, self.members[1].name, self.JOINED
 

@@ -30,6 +30,9 @@ class Drafter(Protocol):
     """Proposes draft trees. Any proposal is exact; a good one is accepted.
 
     `name` is what users type and logs show; `wants_features` asks the engine to keep target features.
+    `position_bytes` is what a position takes in the rows that the drafter itself keeps of running sequences, 0 without
+    any; a row holds no more than the sequence's cached tokens, its pending one and, while `propose` runs,
+    `plan.width * plan.depth` nodes, in blocks of `fastgrpo.blocks.BLOCK_SIZE`.
     A method is optional: `judge(draft, verdict)` hears what the target chose of the draft proposed last. Two
     attributes too, for the profiler: `can_be_timed` True says that `propose` may be called for sequences that are
     made up, after which `begin` forgets them; of a drafter with `members`, the first is timed in its place.
@@ -37,6 +40,9 @@ class Drafter(Protocol):
 
     name: str
     wants_features: bool
+
+    @property
+    def position_bytes(self) -> int: ...
 
     def begin(self) -> None:
         """A rollout starts: no sequence runs."""

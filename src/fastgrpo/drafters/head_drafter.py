@@ -145,6 +145,10 @@ class HeadDrafter(ABC, Generic[Head]):
 
     # -- drafting ------------------------------------------------------------------------------------
 
+    @property
+    def position_bytes(self) -> int:
+        return self._rows.cache.position_bytes
+
     def begin(self) -> None:
         self._rows.clear()
         self.calibration.fit()
@@ -166,9 +170,12 @@ class HeadDrafter(ABC, Generic[Head]):
         lengths = context.cache.lengths
         if min(lengths) == 0:  # a one-token prompt has no feature yet
             return Draft.roots(context.pending_token_ids)
-        self._rows.reserve(lengths, plan.width * plan.depth)
-        draft = grow_trees(context, plan, self.start_levels(context, plan), self.calibration)
-        self._rows.finish(lengths)
+        try:
+            self._rows.reserve(lengths, plan.width * plan.depth)
+            draft = grow_trees(context, plan, self.start_levels(context, plan), self.calibration)
+            self._rows.finish(lengths)
+        finally:
+            self._rows.trim()  # where memory ran out, too
         return draft
 
     def rank(

@@ -47,8 +47,11 @@ class HeadRows:
             self.cache.reserve(row, length + num_nodes)
 
     def finish(self, lengths: list[int]) -> None:
-        """So many positions of each row were read; what was drafted behind them goes."""
+        """So many positions of each row were read."""
         self.cache.lengths = list(lengths)
+
+    def trim(self) -> None:
+        """What was drafted behind the positions that were read goes."""
         self.cache.trim()
 
     def release(self, slot: int, last_slot: int) -> None:

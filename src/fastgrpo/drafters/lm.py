@@ -67,6 +67,10 @@ class LmDrafter:
         """
         return cls(target, load_lm(folder, target))
 
+    @property
+    def position_bytes(self) -> int:
+        return self.cache.position_bytes
+
     def begin(self) -> None:
         self.cache.clear()
         self.calibration.fit()
@@ -93,10 +97,12 @@ class LmDrafter:
         fits = [last < self.lm.max_position for last in last_positions]
         if not any(fits):
             return Draft.roots(context.pending_token_ids)
-        with self._drafting():
-            last_hidden = self._read(context.sequences, fits, room=plan.width * plan.depth)
-            draft = grow_trees(context, plan, _LmLevels(self, last_hidden), self.calibration)
-        self.cache.trim()
+        try:
+            with self._drafting():
+                last_hidden = self._read(context.sequences, fits, room=plan.width * plan.depth)
+                draft = grow_trees(context, plan, _LmLevels(self, last_hidden), self.calibration)
+        finally:
+            self.cache.trim()  # where memory ran out, too
         return draft if all(fits) else _keep_rows(draft, fits)
 
     @contextlib.contextmanager

@@ -58,6 +58,7 @@ class NgramDrafter:
 
     name = "ngram"
     wants_features = False
+    position_bytes = 0
     can_be_timed = True
 
     def __init__(self, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:

@@ -12,6 +12,7 @@ class NoDrafter:
 
     name = "none"
     wants_features = False
+    position_bytes = 0
 
     def begin(self) -> None:
         pass

@@ -63,8 +63,9 @@ class FastGRPOConfig(GRPOConfig):
     max_cache_bytes: int | None = field(
         default=None,
         metadata={
-            "help": "Memory for keys, values and features of a rollout. Where it is reached, the youngest sequences "
-            "wait and are computed anew, with the same tokens. Default: most of what is free when the rollout starts."
+            "help": "Memory for keys, values and features of a rollout and a drafter's own rows. Where it is reached, "
+            "the youngest sequences wait and are computed anew, with the same tokens. Default: most of what is free "
+            "when the rollout starts."
         },
     )
     skip_zero_advantages: bool = field(

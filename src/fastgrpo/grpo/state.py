@@ -95,7 +95,7 @@ def _load_planner(path: Path, engine: Engine) -> None:
     if reason:
         warnings.warn(f"the planner measures anew, {path} is left out: {reason}", stacklevel=3)
     else:
-        engine.restore_planner(saved["name"], saved["state"])
+        engine.planning.restore(saved["name"], saved["state"])
 
 
 def _read_learner(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,20 @@ _CHUNK = 8  # stretches joined at once
 _CHANGING = ["num_blocks", "num_words", "most_nodes", "num_before", "num_splits"]  # no reason to compile anew
 
 
+@triton.jit
+def _find_seen(words: tl.tensor, beyond: tl.tensor, is_query: tl.tensor, is_live: tl.tensor) -> tl.tensor:
+    """Which positions each query sees: all that are cached, and of the nodes those whose bit is set.
+
+    Args:
+        words: where each query's begin.
+        beyond: the node that stands at each position; negative where the position is cached.
+    """
+    is_node = is_live & (beyond >= 0)
+    place = words[:, None] + (beyond // 64)[None, :]
+    bits = tl.load(place, mask=is_query[:, None] & is_node[None, :], other=0)
+    return is_live[None, :] & ((beyond < 0)[None, :] | (((bits >> (beyond & 63)[None, :]) & 1) != 0))
+
+
 @triton.jit(do_not_specialize=_CHANGING)
 def _attend_splits(
     query: tl.tensor,
@@ -67,6 +81,7 @@ def _attend_splits(
     is_number = numbers < HEAD_DIM
     own = token.to(tl.int64) * token_stride + head * head_stride
     q = tl.load(query + own[:, None] + numbers[None, :], mask=is_query[:, None] & is_number[None, :], other=0.0)
+    own_words = words + (row * most_nodes + node) * num_words
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     mass = tl.zeros([QUERIES], tl.float32)
     total = tl.zeros([QUERIES, WIDTH], tl.float32)
@@ -78,11 +93,7 @@ def _attend_splits(
         place = block.to(tl.int64) + tl.arange(0, BLOCK)
         column = place * position_stride + group * HEAD_DIM
         k = tl.load(keys + column[None, :] + numbers[:, None], mask=is_live[None, :] & is_number[:, None], other=0.0)
-        beyond = position - length  # the node that stands there
-        is_node = is_live & (beyond >= 0)
-        word = words + ((row * most_nodes + node) * num_words)[:, None] + (beyond // 64)[None, :]
-        bits = tl.load(word, mask=is_query[:, None] & is_node[None, :], other=0)
-        is_seen = is_live[None, :] & ((beyond < 0)[None, :] | (((bits >> (beyond & 63)[None, :]) & 1) != 0))
+        is_seen = _find_seen(own_words, position - length, is_query, is_live)
         score = tl.where(is_seen, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
         highest = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(highest == float("-inf"), 0.0, highest)

@@ -1,0 +1,106 @@
+"""One attempt at a step: what was computed, what is kept of it, and what is told of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isnan
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fastgrpo.admission import Admitted
+from fastgrpo.attention import ForwardBatch
+from fastgrpo.cache import SlotCache, list_walked
+from fastgrpo.drafters import Drafter
+from fastgrpo.planner import PlanInputs
+from fastgrpo.transfer import upload
+from fastgrpo.tree import Draft
+from fastgrpo.types import Sequence, SpeculationPlan, StepRecord
+from fastgrpo.verify import Outcome, Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """What a step has computed before anything is kept of it: if memory runs out on the way, it is made again."""
+
+    inputs: PlanInputs
+    plan: SpeculationPlan
+    pool: Draft  # all that was drafted
+    draft: Draft  # what was verified of it
+    batch: ForwardBatch
+    features: Float[Tensor, "T W"] | None  # of the batch's nodes
+    verdict: Verdict
+    outcome: Outcome
+    cache_bytes: int  # in use, drafted nodes included
+    scheduled_at: float  # on the clock of `time.perf_counter`, as the others
+    drafted_at: float
+    forwarded_at: float
+
+    def commit(self, running: list[Sequence], cache: SlotCache, drafter: Drafter) -> int:
+        """Keep the walked paths: features, cache, tokens; the drafter hears. Returns the number of tokens emitted.
+
+        Raises:
+            FloatingPointError: logits are not finite; names request and position.
+        """
+        outcome, counts = self.outcome, [count + 1 for count in self.outcome.num_accepted]
+        _check_finite(outcome.logprobs, running)
+        if self.features is not None:
+            self._write_features(self.features, counts, cache)
+        cache.commit(self.verdict.path, counts)
+        num_emitted = 0
+        for slot, (sequence, count) in enumerate(zip(running, counts, strict=True)):
+            logprobs, entropies = outcome.logprobs[slot][:count], outcome.entropies[slot][:count]
+            kept = sequence.append(outcome.token_ids[slot][:count], logprobs, entropies)
+            cache.truncate(slot, sequence.num_cached)
+            drafter.observe(sequence, kept)
+            num_emitted += kept
+        judge: Callable[[Draft, Verdict], None] | None = getattr(drafter, "judge", None)
+        if judge is not None and not self.plan.is_plain:
+            judge(self.draft, self.verdict)
+        return num_emitted
+
+    def _write_features(self, features: Float[Tensor, "T W"], counts: list[int], cache: SlotCache) -> None:
+        assert cache.features is not None
+        rows, depth = upload(list_walked(counts), features.device)
+        index = cache.locate(rows, upload(cache.lengths, features.device)[rows] + depth)
+        cache.features.write(0, index, features[self.batch.row_starts[rows] + self.verdict.path[rows, depth]])
+
+    def build_record(self, admitted: Admitted, *, num_emitted: int, plan_s: float, started_at: float) -> StepRecord:
+        """The facts of the step, which ends now."""
+        finished_at = time.perf_counter()
+        return StepRecord(
+            num_seqs=self.inputs.num_seqs,
+            num_waiting=self.inputs.num_waiting,
+            plan=self.plan,
+            num_tokens=len(self.batch.token_ids),
+            num_emitted=num_emitted,
+            num_read=self.inputs.num_read,
+            num_prefilled=admitted.num_prefilled,
+            offered=self.outcome.offered,
+            hits=self.outcome.hits,
+            prefill_s=self.scheduled_at - started_at,
+            draft_s=self.drafted_at - self.scheduled_at,
+            target_s=self.forwarded_at - self.drafted_at,
+            verify_s=finished_at - self.forwarded_at,
+            step_s=finished_at - started_at,
+            num_unread=self.inputs.num_unread,
+            num_promised=self.outcome.num_promised,
+            num_preempted=admitted.num_preempted,
+            cache_bytes=self.cache_bytes,
+            plan_s=plan_s,
+        )
+
+
+def _check_finite(logprobs: list[list[float]], running: list[Sequence]) -> None:
+    bad = ((row, depth) for row, each in enumerate(logprobs) for depth, value in enumerate(each) if isnan(value))
+    row, depth = next(bad, (None, 0))
+    if row is None:
+        return
+    sequence = running[row]
+    raise FloatingPointError(
+        f"the model's logits are not finite at request {sequence.request_id}, completion position "
+        f"{len(sequence.token_ids) + depth}; the weights have probably diverged: lower the learning rate and "
+        "resume from the last checkpoint"
+    )

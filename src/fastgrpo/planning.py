@@ -1,0 +1,122 @@
+"""An engine's planner: built from a key, its costs measured when they are first needed, its own time taken."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from fastgrpo.drafters import Drafter
+from fastgrpo.model import TargetModel
+from fastgrpo.planner import (
+    MEASURED,
+    FixedPlanner,
+    HardwareProfile,
+    PlanInputs,
+    Planner,
+    build_planner,
+    restore_planner,
+)
+from fastgrpo.profile_files import find_profile, take_profile
+from fastgrpo.timing import Stopwatch
+from fastgrpo.transfer import download
+from fastgrpo.tree import Draft
+from fastgrpo.types import SpeculationPlan, StepRecord
+
+
+class Planning:
+    """Asks the planner of a `speculation` key.
+
+    Args:
+        speculation, fixed, profile: as `Engine` takes them; `fixed` is the plan of "fixed".
+        drafter: what the profile must have been measured of.
+
+    Attributes:
+        planner: None until its costs are known; another one may be put in its place.
+        profile_s: seconds that it took to look the costs up, or to measure them.
+
+    Raises:
+        ValueError: an unknown key, or a profile that cannot be used.
+        FileNotFoundError: there is no such profile.
+    """
+
+    def __init__(
+        self,
+        speculation: str | SpeculationPlan,
+        *,
+        fixed: SpeculationPlan,
+        profile: HardwareProfile | str | Path | None,
+        target: TargetModel,
+        drafter: Drafter,
+    ) -> None:
+        self.speculation, self.fixed = speculation, fixed
+        self.target, self.drafter = target, drafter
+        self.profile = None if profile is None else take_profile(profile, target, drafter)
+        self.planner: Planner | None = None
+        if speculation not in MEASURED:
+            self.planner = build_planner(speculation, fixed=fixed, measure=_refuse_to_measure)
+        self.profile_s = 0.0
+        self._watch = Stopwatch()
+
+    @property
+    def name(self) -> str:
+        return self.planner.name if self.planner else str(self.speculation)
+
+    def turn_off(self) -> None:
+        """Plain decoding whatever the key was: there is nothing to speculate with."""
+        self.speculation, self.planner = "off", FixedPlanner()
+
+    def restore(self, name: str, state: Mapping[str, Any]) -> None:
+        """Go on with a saved planner's measurements; one of another kind is left out."""
+        if name == self.speculation:
+            self.planner = restore_planner(name, state) or self.planner
+
+    def begin(self) -> None:
+        """A rollout starts; call inside `target.rollout_mode`."""
+        self._watch.take_s()
+        self._ensure().begin()
+
+    def plan(self, inputs: PlanInputs) -> SpeculationPlan:
+        planner = self._ensure()
+        with self._watch:
+            return planner.plan(inputs)
+
+    def spend_budget(self, pool: Draft, plan: SpeculationPlan, inputs: PlanInputs) -> Draft:
+        """What is verified: every node of the pool, or the likeliest ones over all sequences."""
+        if plan.most_draft_tokens is None or pool.scores is None:
+            return pool
+        chances = pool.scores[:, 1:].exp()
+        values, places, num_nodes = download(*chances.flatten().sort(descending=True), pool.num_nodes)
+        planner = self._ensure()
+        with self._watch:
+            budget = planner.choose_budget(plan, inputs, values[: int(num_nodes.sum()) - len(num_nodes)])
+        rows = places[:budget] // max(chances.shape[1], 1)
+        return pool.keep((1 + np.bincount(rows, minlength=len(num_nodes))).tolist())
+
+    def observe(self, record: StepRecord) -> None:
+        planner = self._ensure()
+        with self._watch:
+            planner.observe(record)
+
+    def take_s(self) -> float:
+        """Seconds that the planner took since this was last asked."""
+        return self._watch.take_s()
+
+    def _ensure(self) -> Planner:
+        """The planner, its costs looked up or measured at first use."""
+        if self.planner is None:
+            started = time.perf_counter()
+            self.planner = build_planner(
+                self.speculation,
+                fixed=self.fixed,
+                measure=lambda: self.profile or find_profile(self.target, self.drafter),
+            )
+            self.profile_s = time.perf_counter() - started
+        return self.planner
+
+
+def _refuse_to_measure() -> NoReturn:
+    raise AssertionError("this planner needs no measurement")

@@ -1,0 +1,65 @@
+"""Requests: what a caller asks for, checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from fastgrpo.sampling import stream_key
+from fastgrpo.types import SamplingParams, Sequence
+
+
+def build_sequences(
+    prompts: list[list[int]],
+    params: SamplingParams | list[SamplingParams],
+    *,
+    vocab_size: int,
+    max_position: int,
+) -> list[Sequence]:
+    """One sequence for each prompt, to end with the model's context at the latest.
+
+    Args:
+        params: one for all (request i takes the noise stream `stream + i`) or one for each.
+
+    Raises:
+        ValueError: the counts differ, or a prompt is not one; names the request and the remedy.
+    """
+    if isinstance(params, SamplingParams):
+        params = [replace(params, stream=params.stream + i) for i in range(len(prompts))]
+    if any(isinstance(prompt, int) for prompt in prompts):
+        raise ValueError("prompt_token_ids must be a list of prompts, got one prompt; wrap it in a list")
+    if len(params) != len(prompts):
+        raise ValueError(f"got {len(prompts)} prompts but {len(params)} SamplingParams; give one, or one for each")
+    sequences = []
+    for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+        ids = check_prompt(prompt, index, vocab_size, max_position)
+        sequences.append(
+            Sequence(
+                request_id=index,
+                prompt_ids=ids,
+                params=param,
+                max_tokens=min(param.max_tokens, max_position - len(ids)),
+                stream_key=stream_key(param.seed, param.stream),
+            )
+        )
+    return sequences
+
+
+def check_prompt(prompt: Iterable[int], index: int, vocab_size: int, max_position: int) -> list[int]:
+    """The prompt as a list of ints.
+
+    Raises:
+        ValueError: it is empty, leaves no room for a token, or has an id outside the vocabulary.
+    """
+    ids = [int(token_id) for token_id in prompt]
+    if not ids:
+        raise ValueError(f"prompt {index} is empty; give at least one token, e.g. the tokenizer's BOS")
+    if len(ids) >= max_position:
+        raise ValueError(
+            f"prompt {index} has {len(ids)} tokens and the model's context ends at {max_position}: no token can be "
+            "generated; shorten the prompt"
+        )
+    bad = next((i for i, token_id in enumerate(ids) if not 0 <= token_id < vocab_size), None)
+    if bad is not None:
+        raise ValueError(f"prompt {index} has token id {ids[bad]} at position {bad}, outside 0..{vocab_size - 1}")
+    return ids
