@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from fastgrpo.block_store import BlockStore
 from fastgrpo.cache import locate
 from fastgrpo.kernels import cpu, gpu
+from fastgrpo.kernels.layers import CachedRows
 from fastgrpo.transfer import is_host, upload
 
 ATTENTION_NAME = "fastgrpo_tree"
@@ -236,6 +237,24 @@ def attend_to_rows(
     packed = pack_queries(tokens.transpose(0, 1)[None], num_kv_heads, batch)
     output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=batch.mask, scale=scale)
     return unpack_outputs(output, query.shape[1] // head_dim, batch)[0].flatten(1)
+
+
+def describe_rows(
+    batch: ForwardBatch, keys: BlockStore, values: BlockStore, cos: Float[Tensor, "T d"], sin: Float[Tensor, "T d"]
+) -> CachedRows:
+    """The batch for layers that run in one call; for batches that `has_kernels` accepts."""
+    return CachedRows(
+        cos=cos,
+        sin=sin,
+        places=batch.write_index,
+        keys=keys.data,
+        values=values.data,
+        starts=batch.row_starts,
+        num_nodes=batch.num_nodes,
+        lengths=batch.lengths,
+        blocks=batch.blocks,
+        visible=batch.visible,
+    )
 
 
 def _attend_to_blocks(

@@ -6,15 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastgrpo.attention import ForwardBatch, attend_to_rows
+from fastgrpo.attention import ForwardBatch, attend_to_rows, describe_rows, has_kernels
 from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.drafters.head_rows import HeadRows
 from fastgrpo.kernels import cpu
+from fastgrpo.kernels.layers import CompiledLayers, LayerWeights, Norm
 from fastgrpo.kernels.linear import PackedLinear
 
 
 class FusedMidLayer:
-    """Four products, and kernels between them; the weights as they are when it is built.
+    """Four products and kernels between them, in one call where all are ours; the weights as they are when it is built.
 
     Args:
         head: one that `covers` accepts, in the type it drafts in.
@@ -23,11 +24,21 @@ class FusedMidLayer:
     def __init__(self, head: EagleHead) -> None:
         layer, attention = head.midlayer, head.midlayer.self_attn
         self._head = head
-        self._num_queries = int(attention.q_proj.out_features)
-        self._states = PackedLinear((attention.q_proj, attention.k_proj, attention.v_proj))
-        self._output = PackedLinear((attention.o_proj,))
-        self._gate_and_up = PackedLinear((layer.mlp.gate_proj, layer.mlp.up_proj))
-        self._down = PackedLinear((layer.mlp.down_proj,))
+        norm, dtype = layer.post_attention_layernorm, head.fc.weight.dtype
+        self._weights = LayerWeights(
+            before_attention=None,  # two norms side by side, here
+            before_mlp=Norm(norm.weight.data, norm.eps),
+            states=PackedLinear((attention.q_proj, attention.k_proj, attention.v_proj)),
+            output=PackedLinear((attention.o_proj,)),
+            gate_and_up=PackedLinear((layer.mlp.gate_proj, layer.mlp.up_proj)),
+            down=PackedLinear((layer.mlp.down_proj,)),
+            num_heads=head.num_heads,
+            num_kv_heads=head.num_kv_heads,
+            head_dim=head.head_dim,
+            scale=head.head_dim**-0.5,
+        )
+        is_own = CompiledLayers.covers([self._weights])
+        self._compiled = CompiledLayers([self._weights], dtype, dtype) if is_own else None
 
     @staticmethod
     def covers(head: EagleHead) -> bool:
@@ -47,13 +58,17 @@ class FusedMidLayer:
         """The layer's output for packed pairs; keys and values are written behind each row."""
         head, layer = self._head, self._head.midlayer
         normed = layer.hidden_norm(hidden)
-        states = self._states(torch.cat((layer.input_layernorm(embedded), normed), -1))
-        keys, values = rows.cache.keys, rows.cache.values
-        places = (batch.write_index, keys.flat(0), values.flat(0))
-        cpu.rotate_and_cache_(states, cos.contiguous(), sin.contiguous(), *places)
-        query, scale = states[:, : self._num_queries], head.head_dim**-0.5
-        attended = attend_to_rows(query, keys, values, 0, batch, head_dim=head.head_dim, scale=scale)
+        x = torch.cat((layer.input_layernorm(embedded), normed), -1)
         residual = (normed if head.norm_before_residual else hidden).clone()
-        norm = layer.post_attention_layernorm
-        x = cpu.add_norm(residual, self._output(attended), norm.weight, norm.eps, hidden.dtype)
-        return residual.add_(self._down(cpu.multiply_silu(self._gate_and_up(x), len(x))))
+        keys, values = rows.cache.keys, rows.cache.values
+        cos, sin = cos.contiguous(), sin.contiguous()
+        if self._compiled is not None and has_kernels(keys.data, batch):
+            return residual.add_(self._compiled.finish(describe_rows(batch, keys, values, cos, sin), x, residual))
+        weights = self._weights
+        states = weights.states(x)
+        cpu.rotate_and_cache_(states, cos, sin, batch.write_index, keys.flat(0), values.flat(0))
+        query = states[:, : weights.num_heads * weights.head_dim]
+        attended = attend_to_rows(query, keys, values, 0, batch, head_dim=weights.head_dim, scale=weights.scale)
+        norm = weights.before_mlp
+        x = cpu.add_norm(residual, weights.output(attended), norm.weight, norm.eps, hidden.dtype)
+        return residual.add_(weights.down(cpu.multiply_silu(weights.gate_and_up(x), len(x))))
