@@ -99,6 +99,28 @@ def _build_chains(target, lengths, nodes):
     return cache, batch
 
 
+@pytest.mark.parametrize("num_nodes", [(3, 1, 2), (4, 4, 4)], ids=["padded", "full"])
+def test_nodes_are_laid_out_as_by_the_operators(num_nodes, without_kernels):
+    """Trees behind two levels that stand in the cache, and behind blocks of any order."""
+    visible = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+    visible[:, torch.arange(4), 2 + torch.arange(4)] = True
+    found = []
+    for off in (False, True):
+        without_kernels(off)
+        batch = ForwardBatch.build(
+            token_ids=torch.arange(24).view(3, 8)[:, ::2],
+            num_nodes=torch.tensor(num_nodes),
+            visible=visible,
+            blocks=64 * torch.tensor([[2, 9, 5], [7, 1, 1], [0, 3, 4]]),
+            lengths=torch.tensor([60, 0, 127]),
+            dtype=torch.float32,
+            num_repeats=1,
+        )
+        found.append([batch.token_ids, batch.positions, batch.write_index, batch.row_starts])
+        assert (batch.pad_index is None) == (min(num_nodes) == 4)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("dtype", "compute_dtype"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)]

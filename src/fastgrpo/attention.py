@@ -67,21 +67,14 @@ class ForwardBatch:
             counts: `num_nodes` where the host knows it. A device that would have to be asked computes the padding
                 too, behind its row's own nodes, and so there is room for N of each; nobody looks at what comes of it.
         """
-        width, num_visible = visible.shape[1:]
-        index = torch.arange(width, device=token_ids.device)
+        width = visible.shape[1]
         if counts is None and not is_host(num_nodes):
             num_nodes = torch.full_like(num_nodes, width)
             counts = (width,) * len(num_nodes)
         pad_index = _find_used(num_nodes, width, counts)
-        flat = locate(blocks, (lengths + (num_visible - width))[:, None] + index)
-        positions = lengths[:, None] + visible.sum(-1) - 1
-        packed = (
-            values.flatten() if pad_index is None else values.flatten()[pad_index]
-            for values in (token_ids, positions, flat)
-        )
+        packed = _lay_out(token_ids, num_nodes, visible, lengths, blocks, pad_index)
         return ForwardBatch(
-            **dict(zip(("token_ids", "positions", "write_index"), packed, strict=True)),
-            row_starts=num_nodes.cumsum(0) - num_nodes,
+            **dict(zip(("token_ids", "positions", "write_index", "row_starts"), packed, strict=True)),
             num_nodes=num_nodes,
             blocks=blocks,
             lengths=lengths,
@@ -131,6 +124,29 @@ class ForwardBatch:
         mask[..., 0] = True  # true of every node; keeps padded nodes finite
         additive = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
         return additive[:, None].repeat(1, 1, self.num_repeats, 1)
+
+
+def _lay_out(
+    token_ids: Int[Tensor, "B N"],
+    num_nodes: Int[Tensor, " B"],
+    visible: Bool[Tensor, "B N E"],
+    lengths: Int[Tensor, " B"],
+    blocks: Int[Tensor, "B K"],
+    pad_index: Int[Tensor, " T"] | None,
+) -> tuple[Int[Tensor, " T"], Int[Tensor, " T"], Int[Tensor, " T"], Int[Tensor, " B"]]:
+    """Packed token ids, positions and places in the cache, and the first packed token of each row."""
+    if is_host(token_ids) and cpu.is_available():
+        num_tokens = token_ids.numel() if pad_index is None else len(pad_index)
+        return cpu.lay_out(token_ids, num_nodes, visible, lengths, blocks, num_tokens)
+    width, num_visible = visible.shape[1:]
+    index = torch.arange(width, device=token_ids.device)
+    flat = locate(blocks, (lengths + (num_visible - width))[:, None] + index)
+    positions = lengths[:, None] + visible.sum(-1) - 1
+    tokens, positions, flat = (
+        values.flatten() if pad_index is None else values.flatten()[pad_index]
+        for values in (token_ids, positions, flat)
+    )
+    return tokens, positions, flat, num_nodes.cumsum(0) - num_nodes
 
 
 def _find_used(num_nodes: Int[Tensor, " B"], width: int, counts: Sequence[int] | None) -> Int[Tensor, " T"] | None:

@@ -126,6 +126,7 @@ class FusedDecoder:
             )
             x = self._add_norm(residual, layer.output(attended), layer.before_mlp)
             delta = layer.down(kernels.multiply_silu(layer.gate_and_up(x), num_tokens))
+        assert delta is not None, "a decoder has layers"
         return inputs, delta
 
     def _add_norm(self, residual: Tensor, delta: Tensor | None, norm: Norm) -> Tensor:

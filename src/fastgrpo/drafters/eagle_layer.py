@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from fastgrpo.attention import ForwardBatch, attend_to_rows, describe_rows, has_kernels
 from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.drafters.head_rows import HeadRows
 from fastgrpo.kernels import cpu
-from fastgrpo.kernels.layers import CompiledLayers, LayerWeights, Norm
+from fastgrpo.kernels.layers import CompiledLayers, LayerWeights, Norm, PairLayer
 from fastgrpo.kernels.linear import PackedLinear
 
 
@@ -24,10 +26,13 @@ class FusedMidLayer:
     def __init__(self, head: EagleHead) -> None:
         layer, attention = head.midlayer, head.midlayer.self_attn
         self._head = head
-        norm, dtype = layer.post_attention_layernorm, head.fc.weight.dtype
+        embedded, hidden, norm = (
+            Norm(norm.weight.data, norm.eps)
+            for norm in (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm)
+        )
         self._weights = LayerWeights(
             before_attention=None,  # two norms side by side, here
-            before_mlp=Norm(norm.weight.data, norm.eps),
+            before_mlp=norm,
             states=PackedLinear((attention.q_proj, attention.k_proj, attention.v_proj)),
             output=PackedLinear((attention.o_proj,)),
             gate_and_up=PackedLinear((layer.mlp.gate_proj, layer.mlp.up_proj)),
@@ -37,8 +42,9 @@ class FusedMidLayer:
             head_dim=head.head_dim,
             scale=head.head_dim**-0.5,
         )
-        is_own = CompiledLayers.covers([self._weights])
-        self._compiled = CompiledLayers([self._weights], dtype, dtype) if is_own else None
+        self._compiled: PairLayer | None = None
+        if CompiledLayers.covers([self._weights]):
+            self._compiled = PairLayer(self._weights, embedded, hidden, keeps_normed=head.norm_before_residual)
 
     @staticmethod
     def covers(head: EagleHead) -> bool:
@@ -48,27 +54,38 @@ class FusedMidLayer:
 
     def run(
         self,
-        embedded: Float[Tensor, "T H"],
-        hidden: Float[Tensor, "T H"],
+        embed_tokens: nn.Module,
+        hidden: Float[Tensor, "P H"],
+        above: Int[Tensor, " T"] | None,
         cos: Float[Tensor, "T d"],
         sin: Float[Tensor, "T d"],
         batch: ForwardBatch,
         rows: HeadRows,
     ) -> Float[Tensor, "T H"]:
-        """The layer's output for packed pairs; keys and values are written behind each row."""
-        head, layer = self._head, self._head.midlayer
-        normed = layer.hidden_norm(hidden)
-        x = torch.cat((layer.input_layernorm(embedded), normed), -1)
-        residual = (normed if head.norm_before_residual else hidden).clone()
+        """The layer's output for packed pairs; keys and values are written behind each row.
+
+        Args:
+            above: which of the hidden states each pair has; None: its own.
+        """
         keys, values = rows.cache.keys, rows.cache.values
         cos, sin = cos.contiguous(), sin.contiguous()
-        if self._compiled is not None and has_kernels(keys.data, batch):
-            return residual.add_(self._compiled.finish(describe_rows(batch, keys, values, cos, sin), x, residual))
-        weights = self._weights
-        states = weights.states(x)
+        if self._compiled is not None and has_kernels(hidden, batch) and _is_plain(embed_tokens, hidden):
+            place = describe_rows(batch, keys, values, cos, sin)
+            return self._compiled.run(place, embed_tokens.weight, batch.token_ids, hidden.contiguous(), above)
+        head, layer, weights = self._head, self._head.midlayer, self._weights
+        hidden = hidden if above is None else hidden[above]
+        embedded = embed_tokens(batch.token_ids).to(hidden.dtype)
+        normed = layer.hidden_norm(hidden)
+        states = weights.states(torch.cat((layer.input_layernorm(embedded), normed), -1))
         cpu.rotate_and_cache_(states, cos, sin, batch.write_index, keys.flat(0), values.flat(0))
         query = states[:, : weights.num_heads * weights.head_dim]
         attended = attend_to_rows(query, keys, values, 0, batch, head_dim=weights.head_dim, scale=weights.scale)
+        residual = (normed if head.norm_before_residual else hidden).clone()
         norm = weights.before_mlp
         x = cpu.add_norm(residual, weights.output(attended), norm.weight, norm.eps, hidden.dtype)
         return residual.add_(weights.down(cpu.multiply_silu(weights.gate_and_up(x), len(x))))
+
+
+def _is_plain(embed_tokens: nn.Module, hidden: Tensor) -> TypeGuard[nn.Embedding]:
+    """Whether it only looks up rows of a table in the type of the hidden states."""
+    return type(embed_tokens) is nn.Embedding and embed_tokens.weight.dtype == hidden.dtype

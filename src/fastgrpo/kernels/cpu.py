@@ -80,6 +80,22 @@ def rank(
     return chances, token_ids
 
 
+def lay_out(
+    token_ids: Int[Tensor, "B N"],
+    num_nodes: Int[Tensor, " B"],
+    visible: Bool[Tensor, "B N E"],
+    lengths: Int[Tensor, " B"],
+    blocks: Int[Tensor, "B K"],
+    num_tokens: int,
+) -> tuple[Int[Tensor, " T"], Int[Tensor, " T"], Int[Tensor, " T"], Int[Tensor, " B"]]:
+    """Packed token ids, positions and places in the cache, and each row's start; see `attention.ForwardBatch.build`."""
+    tokens, positions, places = (torch.empty(num_tokens, dtype=torch.int64) for _ in range(3))
+    starts = torch.empty_like(lengths)
+    rows = (token_ids.contiguous(), num_nodes, visible.contiguous(), lengths, blocks.contiguous())
+    call("lay_out", *rows, *visible.shape, blocks.shape[1], tokens, positions, places, starts)
+    return tokens, positions, places, starts
+
+
 def add_norm(
     residual: Float[Tensor, "T H"],
     delta: Float[Tensor, "_ H"] | None,

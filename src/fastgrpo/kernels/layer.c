@@ -101,3 +101,31 @@ DECLARE(float)
 DEFINE_LAYER(bf16, bf16)
 DEFINE_LAYER(float, float)
 DEFINE_LAYER(float, bf16)
+
+/* ---- the layer of an EAGLE-3 head --------------------------------------------------------------------------- */
+
+typedef struct {
+    norm embedded, hidden; /* side by side they are the layer's input */
+    i64 keeps_normed;      /* the residual is the normed hidden state */
+} pairing;
+
+/* The layer's output for pairs of a hidden state and a token's embedding. above: which hidden state each has; none: its own. */
+#define DEFINE_PAIRS(X)                                                                                               \
+    void fastgrpo_pairs_##X(const pairing *pair, const layer *own, const batch *b, const X *embeddings,               \
+                            const i64 *tokens, const X *hidden, const i64 *above, X *out) {                           \
+        i64 size = own->output.outputs;                                                                               \
+        X *x = malloc(3 * b->tokens * size * sizeof(X)), *delta = x + 2 * b->tokens * size;                           \
+        for (i64 t = 0; t < b->tokens; t++) {                                                                         \
+            X *left = x + 2 * t * size, *right = left + size;                                                         \
+            X *embedded = (X *)embeddings + tokens[t] * size, *state = (X *)hidden + (above ? above[t] : t) * size;   \
+            fastgrpo_add_norm_##X##_##X(embedded, NULL, pair->embedded.weight, left, 1, size, pair->embedded.eps);    \
+            fastgrpo_add_norm_##X##_##X(state, NULL, pair->hidden.weight, right, 1, size, pair->hidden.eps);          \
+            memcpy(out + t * size, pair->keeps_normed ? right : state, size * sizeof(X));                             \
+        }                                                                                                             \
+        fastgrpo_layer_##X##_##X(own, b, 0, x, out, delta);                                                           \
+        for (i64 i = 0; i < b->tokens * size; i++) store_##X(out + i, load_##X(out + i) + load_##X(delta + i));       \
+        free(x);                                                                                                      \
+    }
+
+DEFINE_PAIRS(bf16)
+DEFINE_PAIRS(float)

@@ -72,6 +72,10 @@ class _BatchRecord(ctypes.Structure):
     )
 
 
+class _PairingRecord(ctypes.Structure):
+    _fields_ = (("embedded", _NormRecord), ("hidden", _NormRecord), ("keeps_normed", _Number))
+
+
 class CachedRows:
     """Packed nodes and where their rows stand in the cache: what `cpu.rotate_and_cache_` and `cpu.attend` are told.
 
@@ -134,12 +138,41 @@ class CompiledLayers:
         cpu.call(f"layers_{self._name}", self._records, number, batch, residual, pointers, delta)
         return delta
 
-    def finish(self, rows: CachedRows, x: Float[Tensor, "T I"], residual: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
-        """What the first layer does behind its first norm, whose output is `x`; as `run` otherwise."""
-        assert x.is_contiguous() and residual.is_contiguous(), "rows must be adjacent"
-        delta = residual.new_empty(residual.shape, dtype=self._dtype)
-        cpu.call(f"layer_{self._name}", self._records, ctypes.byref(rows.record), 0, x, residual, delta)
-        return delta
+
+class PairLayer:
+    """The layer of an EAGLE-3 head in one call, with the bits of the kernels called one by one.
+
+    Args:
+        layer: that `CompiledLayers.covers` accepts; it has no norm before attention, but these two:
+        embedded, hidden: side by side the layer's input.
+        keeps_normed: the residual is the normed hidden state.
+    """
+
+    def __init__(self, layer: LayerWeights, embedded: Norm, hidden: Norm, *, keeps_normed: bool) -> None:
+        self._weights = (layer, embedded, hidden)  # alive for as long as the records
+        self._layer = _record(layer)
+        norms = (_NormRecord(_point(norm.weight), norm.eps) for norm in (embedded, hidden))
+        self._pairing = _PairingRecord(*norms, keeps_normed)
+
+    def run(
+        self,
+        rows: CachedRows,
+        embeddings: Float[Tensor, "V H"],
+        token_ids: Int[Tensor, " T"],
+        hidden: Float[Tensor, "P H"],
+        above: Int[Tensor, " T"] | None,
+    ) -> Float[Tensor, "T H"]:
+        """The layer's output for packed pairs.
+
+        Args:
+            embeddings: of all tokens.
+            above: which of the hidden states each pair has; None: its own.
+        """
+        assert embeddings.dtype == hidden.dtype and embeddings.is_contiguous() and hidden.is_contiguous()
+        out = hidden.new_empty(len(token_ids), hidden.shape[1])
+        records = (ctypes.byref(self._pairing), ctypes.byref(self._layer), ctypes.byref(rows.record))
+        cpu.call(f"pairs_{cpu.NAMES[hidden.dtype]}", *records, embeddings, token_ids, hidden, above, out)
+        return out
 
 
 def _record(layer: LayerWeights) -> _LayerRecord:
