@@ -2,7 +2,7 @@
 
 transformers' layers are chains of small operators, some forty for each layer; dispatching them on a CPU, and running
 them on a GPU, takes longer than a small batch's products. Here the same weights meet nine kernels a layer, rounded
-where transformers rounds.
+where transformers rounds; where the products are our own, all layers are one call (`kernels/layer.c`).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from fastgrpo.drafters.eagle_layer import FusedMidLayer
 from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
+from fastgrpo.rotation import RotationTable
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.transfer import upload
 from fastgrpo.types import SpeculationPlan
@@ -46,6 +47,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         save_head(self.head, folder, self.target, compact=compact, counts=counts)
 
     def prepare(self) -> None:
+        self._rotation = RotationTable(self.target.decoder.rotary_emb)
         self._layer = FusedMidLayer(self.fast_head) if FusedMidLayer.covers(self.fast_head) else None
         pack_modules(self.fast_head, leave=() if self._layer is None else ("midlayer",))
 
@@ -88,12 +90,12 @@ class EagleDrafter(HeadDrafter[EagleHead]):
             above: which of the hidden states each pair has; None: its own.
         """
         head, target = self.fast_head, self.target
-        cos, sin = target.decoder.rotary_emb(hidden, position_ids=batch.positions[None])
+        cos, sin = self._rotation(batch.positions, hidden)
         if self._layer is not None:
-            return self._layer.run(target.embed_tokens, hidden, above, cos[0], sin[0], batch, self._rows)
+            return self._layer.run(target.embed_tokens, hidden, above, cos, sin, batch, self._rows)
         hidden = hidden if above is None else hidden[above]
         embedded = target.embed_tokens(batch.token_ids).to(hidden.dtype)
-        query, key, value = head.attention_inputs(embedded, hidden, cos[0], sin[0])
+        query, key, value = head.attention_inputs(embedded, hidden, cos, sin)
         return head.finish(hidden, self._rows.attend(0, batch, query, key, value))
 
     def rank_level(

@@ -68,7 +68,6 @@ class FusedMidLayer:
             above: which of the hidden states each pair has; None: its own.
         """
         keys, values = rows.cache.keys, rows.cache.values
-        cos, sin = cos.contiguous(), sin.contiguous()
         if self._compiled is not None and has_kernels(hidden, batch) and _is_plain(embed_tokens, hidden):
             place = describe_rows(batch, keys, values, cos, sin)
             return self._compiled.run(place, embed_tokens.weight, batch.token_ids, hidden.contiguous(), above)
