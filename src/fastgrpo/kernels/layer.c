@@ -109,7 +109,7 @@ typedef struct {
     i64 keeps_normed;      /* the residual is the normed hidden state */
 } pairing;
 
-/* The layer's output for pairs of a hidden state and a token's embedding. above: which hidden state each has; none: its own. */
+/* The output for pairs of a hidden state and a token. above: which hidden state each has; none: its own. */
 #define DEFINE_PAIRS(X)                                                                                               \
     void fastgrpo_pairs_##X(const pairing *pair, const layer *own, const batch *b, const X *embeddings,               \
                             const i64 *tokens, const X *hidden, const i64 *above, X *out) {                           \
