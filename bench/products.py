@@ -28,7 +28,7 @@ Multiply = Callable[[Tensor], Tensor]
 
 def build_ways(weight: Tensor) -> dict[str, Multiply]:
     half, wide = weight.to(torch.bfloat16), weight
-    ours, ours_wide = (linear._OwnLayout([each], None) for each in (half, wide))
+    ours, ours_wide = (linear.OwnLayout([each], None) for each in (half, wide))
     ways: dict[str, Multiply] = {
         "ours, bfloat16": ours.multiply,
         "PyTorch, bfloat16": lambda x: F.linear(x, half),

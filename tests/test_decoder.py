@@ -12,8 +12,9 @@ from torch import nn
 from conftest import build_model, expected_tokens, shared_model
 from fastgrpo import Engine, SamplingParams, SpeculationPlan
 from fastgrpo import model as model_module
+from fastgrpo.attention import ForwardBatch
 from fastgrpo.decoder import NO_KERNELS, find_obstacle
-from fastgrpo.kernels import cpu
+from fastgrpo.kernels import cpu, linear
 from fastgrpo.model import TargetModel
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -75,6 +76,69 @@ def test_half_precision_is_as_near_to_float32_as_the_modules(family, compute_dty
                 logprobs.append((torch.tensor(completion.logprobs) - expected).abs().mean())
     ours, theirs = torch.stack(logprobs[:3]).mean(), torch.stack(logprobs[3:]).mean()
     assert ours < 0.15 and ours < 2 * theirs + 0.02
+
+
+def _build_chains(target, lengths, nodes):
+    """A cache of rows of so many positions, and a batch of chains behind them."""
+    cache, most = target.build_cache(with_features=True), max(nodes)
+    cache.add_rows(len(lengths))
+    for row, length in enumerate(lengths):
+        cache.reserve(row, length + most)
+    for store in cache.stores:
+        store.data.normal_(generator=torch.Generator().manual_seed(1))
+    batch = ForwardBatch.build(
+        token_ids=torch.arange(len(nodes) * most).view(-1, most),
+        num_nodes=torch.tensor(nodes),
+        visible=torch.ones(len(nodes), most, most, dtype=torch.bool).tril(),
+        blocks=cache.blocks,
+        lengths=torch.tensor(lengths),
+        dtype=target.dtype,
+        num_repeats=target.num_repeats,
+        counts=nodes,
+    )
+    return cache, batch
+
+
+@pytest.mark.parametrize("num_nodes", [(3, 1, 2), (4, 4, 4)], ids=["padded", "full"])
+def test_nodes_are_laid_out_as_by_the_operators(num_nodes, without_kernels):
+    """Trees behind two levels that stand in the cache, and behind blocks of any order."""
+    visible = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+    visible[:, torch.arange(4), 2 + torch.arange(4)] = True
+    found = []
+    for off in (False, True):
+        without_kernels(off)
+        batch = ForwardBatch.build(
+            token_ids=torch.arange(24).view(3, 8)[:, ::2],
+            num_nodes=torch.tensor(num_nodes),
+            visible=visible,
+            blocks=64 * torch.tensor([[2, 9, 5], [7, 1, 1], [0, 3, 4]]),
+            lengths=torch.tensor([60, 0, 127]),
+            dtype=torch.float32,
+            num_repeats=1,
+        )
+        found.append([batch.token_ids, batch.positions, batch.write_index, batch.row_starts])
+        assert (batch.pad_index is None) == (min(num_nodes) == 4)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)]
+)
+def test_layers_in_one_call_have_the_bits_of_kernels_one_by_one(family, dtype, compute_dtype, monkeypatch):
+    """Hidden states, kept inputs, and what was written to the cache; whatever the processor multiplies."""
+    monkeypatch.setattr(linear, "find_layout", lambda _: linear.OwnLayout)
+    target = TargetModel(build_model(family, dtype), compute_dtype=compute_dtype)
+    found = []
+    with target.rollout_mode():
+        for is_compiled in (True, False):
+            cache, batch = _build_chains(target, lengths=[70, 0, 5], nodes=[3, 5, 1])
+            assert target._fused._compiled is not None
+            if not is_compiled:
+                target._fused._compiled = None
+            hidden, inputs = target._fused.run(batch, cache, target.feature_layers)
+            found.append([hidden, *(inputs[n] for n in target.feature_layers), cache.keys.data, cache.values.data])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
 def _with_hook(model):

@@ -17,7 +17,7 @@ from fastgrpo.drafters import DraftContext
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_layer import FusedMidLayer
 from fastgrpo.engine import FinishedRollout
-from fastgrpo.kernels import cpu
+from fastgrpo.kernels import cpu, linear
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
@@ -62,6 +62,55 @@ def draft_chains(drafter: EagleDrafter, rollout: FinishedRollout, num_pairs: int
     with target.rollout_mode():
         drafter.propose(context, SpeculationPlan(depth=depth, width=1, num_draft_tokens=depth))
     return outputs
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm_before_residual", [False, True])
+def test_the_layer_in_one_call_has_the_bits_of_kernels_one_by_one(dtype, norm_before_residual, monkeypatch):
+    """Whole trees of several rows of unlike lengths, and what was written to the cache."""
+    monkeypatch.setattr(linear, "find_layout", lambda _: linear.OwnLayout)
+    drafter = build_drafter_for(build_model("llama", dtype))
+    drafter.head.norm_before_residual = norm_before_residual
+    found = []
+    for is_compiled in (True, False):
+        drafter.begin()
+        assert drafter._layer is not None and drafter._layer._compiled is not None
+        if not is_compiled:
+            drafter._layer._compiled = None
+        with drafter.target.rollout_mode():
+            draft = drafter.propose(
+                build_context(drafter.target, [3, 9, 60]), SpeculationPlan(depth=4, width=3, num_draft_tokens=9)
+            )
+        cache = drafter._rows.cache
+        found.append([draft.token_ids, draft.parents, draft.scores, cache.keys.data, cache.values.data])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+def build_context(target: TargetModel, lengths: list[int]) -> DraftContext:
+    """Sequences with so many cached tokens, whose features are any numbers."""
+    cache = target.build_cache(with_features=True)
+    cache.add_rows(len(lengths))
+    for row, length in enumerate(lengths):
+        cache.reserve(row, length)
+    cache.features.data.normal_(generator=torch.Generator().manual_seed(1))
+    cache.lengths = list(lengths)
+    sequences = [
+        Sequence(
+            request_id=row,
+            prompt_ids=[(7 * i + row) % VOCAB_SIZE for i in range(length + 1)],
+            params=SamplingParams(),
+            max_tokens=99,
+            stream_key=row,
+        )
+        for row, length in enumerate(lengths)
+    ]
+    return DraftContext(
+        sequences=sequences,
+        sampling=SamplingBatch.build(sequences, torch.device("cpu")),
+        pending_token_ids=torch.tensor([sequence.prompt_ids[-1] for sequence in sequences]),
+        cache=cache,
+    )
 
 
 @pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")

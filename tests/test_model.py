@@ -14,6 +14,7 @@ from conftest import VOCAB_SIZE, build_model, expected_tokens, reference_generat
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.model import TargetModel
+from fastgrpo.rotation import RotationTable
 from fastgrpo.types import SamplingParams, SpeculationPlan
 from fastgrpo.weights import merged_weights
 
@@ -285,3 +286,16 @@ def test_a_drafter_may_belong_to_another_adapter_of_the_same_model():
 def test_without_speculation_a_named_drafter_keeps_no_features():
     engine = Engine(build_model("llama", torch.float32), drafter="eagle", speculation="off")
     assert engine.cache.features is None and engine.drafter.name == "none"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_rotations_looked_up_are_those_of_the_module(family, dtype):
+    """Bit for bit, whichever positions were asked for before and in whatever order."""
+    rotary_emb = shared_model(family, torch.float32).model.rotary_emb
+    table, like = RotationTable(rotary_emb), torch.zeros(1, dtype=dtype)
+    for positions in ([0], [3, 3, 1], [40], [7, 200, 81], [100, 5]):
+        expected = rotary_emb(like, position_ids=torch.tensor([positions]))
+        found = table(torch.tensor(positions), like)
+        assert all(torch.equal(ours, theirs[0]) for ours, theirs in zip(found, expected, strict=True))
+        assert found[0].dtype == dtype

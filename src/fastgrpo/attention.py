@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from fastgrpo.block_store import BlockStore
 from fastgrpo.cache import locate
 from fastgrpo.kernels import cpu, gpu
+from fastgrpo.kernels.layers import CachedRows
 from fastgrpo.transfer import is_host, upload
 
 ATTENTION_NAME = "fastgrpo_tree"
@@ -66,21 +67,14 @@ class ForwardBatch:
             counts: `num_nodes` where the host knows it. A device that would have to be asked computes the padding
                 too, behind its row's own nodes, and so there is room for N of each; nobody looks at what comes of it.
         """
-        width, num_visible = visible.shape[1:]
-        index = torch.arange(width, device=token_ids.device)
+        width = visible.shape[1]
         if counts is None and not is_host(num_nodes):
             num_nodes = torch.full_like(num_nodes, width)
             counts = (width,) * len(num_nodes)
         pad_index = _find_used(num_nodes, width, counts)
-        flat = locate(blocks, (lengths + (num_visible - width))[:, None] + index)
-        positions = lengths[:, None] + visible.sum(-1) - 1
-        packed = (
-            values.flatten() if pad_index is None else values.flatten()[pad_index]
-            for values in (token_ids, positions, flat)
-        )
+        packed = _lay_out(token_ids, num_nodes, visible, lengths, blocks, pad_index)
         return ForwardBatch(
-            **dict(zip(("token_ids", "positions", "write_index"), packed, strict=True)),
-            row_starts=num_nodes.cumsum(0) - num_nodes,
+            **dict(zip(("token_ids", "positions", "write_index", "row_starts"), packed, strict=True)),
             num_nodes=num_nodes,
             blocks=blocks,
             lengths=lengths,
@@ -130,6 +124,29 @@ class ForwardBatch:
         mask[..., 0] = True  # true of every node; keeps padded nodes finite
         additive = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
         return additive[:, None].repeat(1, 1, self.num_repeats, 1)
+
+
+def _lay_out(
+    token_ids: Int[Tensor, "B N"],
+    num_nodes: Int[Tensor, " B"],
+    visible: Bool[Tensor, "B N E"],
+    lengths: Int[Tensor, " B"],
+    blocks: Int[Tensor, "B K"],
+    pad_index: Int[Tensor, " T"] | None,
+) -> tuple[Int[Tensor, " T"], Int[Tensor, " T"], Int[Tensor, " T"], Int[Tensor, " B"]]:
+    """Packed token ids, positions and places in the cache, and the first packed token of each row."""
+    if is_host(token_ids) and cpu.is_available():
+        num_tokens = token_ids.numel() if pad_index is None else len(pad_index)
+        return cpu.lay_out(token_ids, num_nodes, visible, lengths, blocks, num_tokens)
+    width, num_visible = visible.shape[1:]
+    index = torch.arange(width, device=token_ids.device)
+    flat = locate(blocks, (lengths + (num_visible - width))[:, None] + index)
+    positions = lengths[:, None] + visible.sum(-1) - 1
+    tokens, positions, flat = (
+        values.flatten() if pad_index is None else values.flatten()[pad_index]
+        for values in (token_ids, positions, flat)
+    )
+    return tokens, positions, flat, num_nodes.cumsum(0) - num_nodes
 
 
 def _find_used(num_nodes: Int[Tensor, " B"], width: int, counts: Sequence[int] | None) -> Int[Tensor, " T"] | None:
@@ -236,6 +253,24 @@ def attend_to_rows(
     packed = pack_queries(tokens.transpose(0, 1)[None], num_kv_heads, batch)
     output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=batch.mask, scale=scale)
     return unpack_outputs(output, query.shape[1] // head_dim, batch)[0].flatten(1)
+
+
+def describe_rows(
+    batch: ForwardBatch, keys: BlockStore, values: BlockStore, cos: Float[Tensor, "T d"], sin: Float[Tensor, "T d"]
+) -> CachedRows:
+    """The batch for layers that run in one call; for batches that `has_kernels` accepts."""
+    return CachedRows(
+        cos=cos,
+        sin=sin,
+        places=batch.write_index,
+        keys=keys.data,
+        values=values.data,
+        starts=batch.row_starts,
+        num_nodes=batch.num_nodes,
+        lengths=batch.lengths,
+        blocks=batch.blocks,
+        visible=batch.visible,
+    )
 
 
 def _attend_to_blocks(

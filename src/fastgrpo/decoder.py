@@ -2,12 +2,11 @@
 
 transformers' layers are chains of small operators, some forty for each layer; dispatching them on a CPU, and running
 them on a GPU, takes longer than a small batch's products. Here the same weights meet nine kernels a layer, rounded
-where transformers rounds.
+where transformers rounds; where the products are our own, all layers are one call (`kernels/layer.c`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgrpo.attention import ForwardBatch, attend_to_rows
+from fastgrpo.attention import ForwardBatch, attend_to_rows, describe_rows, has_kernels
 from fastgrpo.cache import SlotCache
 from fastgrpo.kernels import cpu, gpu
+from fastgrpo.kernels.layers import CompiledLayers, LayerWeights, Norm
 from fastgrpo.kernels.linear import PackedLinear, may_pack, round_up, wants_round_rows
 
 NO_KERNELS = "the kernels are not compiled"
@@ -27,38 +27,39 @@ _LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_at
             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Norm:
-    weight: Tensor
-    eps: float
-
-    @staticmethod
-    def read(module: Any) -> _Norm:
-        return _Norm(module.weight.data, float(module.variance_epsilon))
+def _read_norm(module: Any) -> Norm:
+    return Norm(module.weight.data, float(module.variance_epsilon))
 
 
-class _Layer:
+def _read_layer(layer: Any, may_pack: bool) -> LayerWeights:
     """The weights of one decoder layer, as they are while a rollout lasts."""
-
-    def __init__(self, layer: Any, may_pack: bool) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.before_attention = _Norm.read(layer.input_layernorm)
-        self.before_mlp = _Norm.read(layer.post_attention_layernorm)
-        self.num_queries = int(attention.q_proj.out_features)
-        self.num_keys = int(attention.k_proj.out_features)
-        self.states, self.output, self.gate_and_up, self.down = (
-            PackedLinear(linears, may_pack=may_pack)
-            for linears in (
-                (attention.q_proj, attention.k_proj, attention.v_proj),
-                (attention.o_proj,),
-                (mlp.gate_proj, mlp.up_proj),
-                (mlp.down_proj,),
-            )
+    attention, mlp = layer.self_attn, layer.mlp
+    states, output, gate_and_up, down = (
+        PackedLinear(linears, may_pack=may_pack)
+        for linears in (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
         )
-        self.query_norm, self.key_norm = (
-            _Norm.read(getattr(attention, name)) if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
-        )
-        self.scale = float(attention.scaling)
+    )
+    query_norm, key_norm = (
+        _read_norm(getattr(attention, name)) if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
+    )
+    return LayerWeights(
+        before_attention=_read_norm(layer.input_layernorm),
+        query_norm=query_norm,
+        key_norm=key_norm,
+        before_mlp=_read_norm(layer.post_attention_layernorm),
+        states=states,
+        output=output,
+        gate_and_up=gate_and_up,
+        down=down,
+        num_heads=int(attention.q_proj.out_features) // attention.head_dim,
+        num_kv_heads=int(attention.k_proj.out_features) // attention.head_dim,
+        head_dim=int(attention.head_dim),
+        scale=float(attention.scaling),
+    )
 
 
 class FusedDecoder:
@@ -75,8 +76,10 @@ class FusedDecoder:
         assert self._kernels is not None, "ask find_obstacle first"
         packs = self._kernels is cpu and may_pack(decoder)
         self._rounds_rows = packs and wants_round_rows(dtype)
-        self._layers = [_Layer(layer, packs) for layer in decoder.layers]
-        self._norm = _Norm.read(decoder.norm)
+        self._layers = [_read_layer(layer, packs) for layer in decoder.layers]
+        self._norm = _read_norm(decoder.norm)
+        is_own = self._kernels is cpu and CompiledLayers.covers(self._layers)
+        self._compiled = CompiledLayers(self._layers, decoder.embed_tokens.weight.dtype, dtype) if is_own else None
 
     def run(
         self, batch: ForwardBatch, cache: SlotCache, kept: tuple[int, ...]
@@ -84,30 +87,49 @@ class FusedDecoder:
         """Normed hidden states, and the inputs of the layers in `kept`; writes keys and values."""
         residual = F.embedding(batch.token_ids, self._decoder.embed_tokens.weight)
         cos, sin = (part[0].contiguous() for part in self._decoder.rotary_emb(residual, batch.positions[None]))
+        with torch.autocast(residual.device.type, enabled=False):
+            if self._compiled is not None and has_kernels(cache.keys.data, batch):
+                inputs = {number: torch.empty_like(residual) for number in kept}
+                rows = describe_rows(batch, cache.keys, cache.values, cos, sin)
+                delta = self._compiled.run(rows, residual, inputs)
+            else:
+                inputs, delta = self._run_layers(batch, cache, residual, (cos, sin), kept)
+            return self._add_norm(residual, delta, self._norm)[: len(residual)], inputs
+
+    def _run_layers(
+        self,
+        batch: ForwardBatch,
+        cache: SlotCache,
+        residual: Float[Tensor, "T H"],
+        rotation: tuple[Float[Tensor, "T d"], Float[Tensor, "T d"]],
+        kept: tuple[int, ...],
+    ) -> tuple[dict[int, Float[Tensor, "T H"]], Float[Tensor, "M H"]]:
+        """Layer by layer, kernel by kernel; returns what is kept, and what is still to be added to the residual."""
         num_tokens, delta = len(residual), None
         inputs: dict[int, Tensor] = {}
         kernels = self._kernels
-        with torch.autocast(residual.device.type, enabled=False):
-            for number, layer in enumerate(self._layers):
-                x = self._add_norm(residual, delta, layer.before_attention)
-                if number in kept:
-                    inputs[number] = residual.clone()
-                states = layer.states(x)
-                query, key, _ = states.split((layer.num_queries, layer.num_keys, layer.num_keys), dim=1)
-                for own, norm in ((query, layer.query_norm), (key, layer.key_norm)):
-                    if norm is not None:
-                        kernels.norm_heads_(own[:num_tokens], norm.weight, norm.eps)
-                keys, values = cache.keys.flat(number), cache.values.flat(number)
-                kernels.rotate_and_cache_(states, cos, sin, batch.write_index, keys, values)
-                attended = attend_to_rows(
-                    query, cache.keys, cache.values, number, batch, head_dim=cache.head_dim, scale=layer.scale
-                )
-                x = self._add_norm(residual, layer.output(attended), layer.before_mlp)
-                delta = layer.down(kernels.multiply_silu(layer.gate_and_up(x), num_tokens))
-            hidden = self._add_norm(residual, delta, self._norm)
-        return hidden[:num_tokens], inputs
+        for number, layer in enumerate(self._layers):
+            assert layer.before_attention is not None
+            x = self._add_norm(residual, delta, layer.before_attention)
+            if number in kept:
+                inputs[number] = residual.clone()
+            states = layer.states(x)
+            widths = (layer.num_heads * layer.head_dim, *[layer.num_kv_heads * layer.head_dim] * 2)
+            query, key, _ = states.split(widths, dim=1)
+            for own, norm in ((query, layer.query_norm), (key, layer.key_norm)):
+                if norm is not None:
+                    kernels.norm_heads_(own[:num_tokens], norm.weight, norm.eps)
+            keys, values = cache.keys.flat(number), cache.values.flat(number)
+            kernels.rotate_and_cache_(states, *rotation, batch.write_index, keys, values)
+            attended = attend_to_rows(
+                query, cache.keys, cache.values, number, batch, head_dim=cache.head_dim, scale=layer.scale
+            )
+            x = self._add_norm(residual, layer.output(attended), layer.before_mlp)
+            delta = layer.down(kernels.multiply_silu(layer.gate_and_up(x), num_tokens))
+        assert delta is not None, "a decoder has layers"
+        return inputs, delta
 
-    def _add_norm(self, residual: Tensor, delta: Tensor | None, norm: _Norm) -> Tensor:
+    def _add_norm(self, residual: Tensor, delta: Tensor | None, norm: Norm) -> Tensor:
         padded = round_up(len(residual)) if self._rounds_rows else None
         return self._kernels.add_norm(residual, delta, norm.weight, norm.eps, self._dtype, padded=padded)
 

@@ -116,7 +116,7 @@ class _Pool:
     def add(self, levels: Levels, *, above: Tensor | None, scores: Tensor | None) -> None:
         """Candidates below the nodes expanded last, which stand at `above` in the level before."""
         depth = len(self.tokens) + 1
-        noise_rows = self.context.sampling.rows(self.rows, depth - 1)
+        noise_rows = self.context.sampling.ahead(depth - 1)
         chances, tokens = levels.rank(noise_rows, self.plan.width)
         if above is None or scores is None:
             parents, scores = self.rows.new_zeros(len(self.rows), 1), chances.new_zeros(len(self.rows), 1)

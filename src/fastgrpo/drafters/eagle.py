@@ -21,6 +21,7 @@ from fastgrpo.drafters.eagle_layer import FusedMidLayer
 from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
+from fastgrpo.rotation import RotationTable
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.transfer import upload
 from fastgrpo.types import SpeculationPlan
@@ -46,6 +47,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         save_head(self.head, folder, self.target, compact=compact, counts=counts)
 
     def prepare(self) -> None:
+        self._rotation = RotationTable(self.target.decoder.rotary_emb)
         self._layer = FusedMidLayer(self.fast_head) if FusedMidLayer.covers(self.fast_head) else None
         pack_modules(self.fast_head, leave=() if self._layer is None else ("midlayer",))
 
@@ -79,14 +81,21 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         hidden = self.fast_head.fc(features.to(self.target.dtype))
         return self.forward(batch, hidden)[batch.row_starts + num_nodes - 1]
 
-    def forward(self, batch: ForwardBatch, hidden: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
-        """One pass of the head over packed pairs, keys and values written behind each row."""
+    def forward(
+        self, batch: ForwardBatch, hidden: Float[Tensor, "P H"], above: Int[Tensor, " T"] | None = None
+    ) -> Float[Tensor, "T H"]:
+        """One pass of the head over packed pairs, keys and values written behind each row.
+
+        Args:
+            above: which of the hidden states each pair has; None: its own.
+        """
         head, target = self.fast_head, self.target
-        embedded = target.embed_tokens(batch.token_ids).to(hidden.dtype)
-        cos, sin = target.decoder.rotary_emb(hidden, position_ids=batch.positions[None])
+        cos, sin = self._rotation(batch.positions, hidden)
         if self._layer is not None:
-            return self._layer.run(embedded, hidden, cos[0], sin[0], batch, self._rows)
-        query, key, value = head.attention_inputs(embedded, hidden, cos[0], sin[0])
+            return self._layer.run(target.embed_tokens, hidden, above, cos, sin, batch, self._rows)
+        hidden = hidden if above is None else hidden[above]
+        embedded = target.embed_tokens(batch.token_ids).to(hidden.dtype)
+        query, key, value = head.attention_inputs(embedded, hidden, cos, sin)
         return head.finish(hidden, self._rows.attend(0, batch, query, key, value))
 
     def rank_level(
@@ -117,6 +126,9 @@ class _EagleLevels:
             lengths=self.lengths,
             dtype=drafter.target.dtype,
             num_repeats=drafter.target.num_repeats,
+            counts=(token_ids.shape[1],) * len(token_ids),
         )
-        hidden = self.hidden.gather(1, above[..., None].expand(-1, -1, self.hidden.shape[2]))
-        self.hidden = drafter.forward(batch, hidden.flatten(0, 1)).view(hidden.shape)
+        num_rows, num_above = self.hidden.shape[:2]
+        places = (torch.arange(num_rows, device=above.device) * num_above)[:, None] + above
+        output = drafter.forward(batch, self.hidden.flatten(0, 1), places.flatten())
+        self.hidden = output.unflatten(0, token_ids.shape)

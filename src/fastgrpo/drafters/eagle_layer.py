@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TypeGuard
 
-from fastgrpo.attention import ForwardBatch, attend_to_rows
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fastgrpo.attention import ForwardBatch, attend_to_rows, describe_rows, has_kernels
 from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.drafters.head_rows import HeadRows
 from fastgrpo.kernels import cpu
+from fastgrpo.kernels.layers import CompiledLayers, LayerWeights, Norm, PairLayer
 from fastgrpo.kernels.linear import PackedLinear
 
 
 class FusedMidLayer:
-    """Four products, and kernels between them; the weights as they are when it is built.
+    """Four products and kernels between them, in one call where all are ours; the weights as they are when it is built.
 
     Args:
         head: one that `covers` accepts, in the type it drafts in.
@@ -23,11 +26,25 @@ class FusedMidLayer:
     def __init__(self, head: EagleHead) -> None:
         layer, attention = head.midlayer, head.midlayer.self_attn
         self._head = head
-        self._num_queries = int(attention.q_proj.out_features)
-        self._states = PackedLinear((attention.q_proj, attention.k_proj, attention.v_proj))
-        self._output = PackedLinear((attention.o_proj,))
-        self._gate_and_up = PackedLinear((layer.mlp.gate_proj, layer.mlp.up_proj))
-        self._down = PackedLinear((layer.mlp.down_proj,))
+        embedded, hidden, norm = (
+            Norm(norm.weight.data, norm.eps)
+            for norm in (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm)
+        )
+        self._weights = LayerWeights(
+            before_attention=None,  # two norms side by side, here
+            before_mlp=norm,
+            states=PackedLinear((attention.q_proj, attention.k_proj, attention.v_proj)),
+            output=PackedLinear((attention.o_proj,)),
+            gate_and_up=PackedLinear((layer.mlp.gate_proj, layer.mlp.up_proj)),
+            down=PackedLinear((layer.mlp.down_proj,)),
+            num_heads=head.num_heads,
+            num_kv_heads=head.num_kv_heads,
+            head_dim=head.head_dim,
+            scale=head.head_dim**-0.5,
+        )
+        self._compiled: PairLayer | None = None
+        if CompiledLayers.covers([self._weights]):
+            self._compiled = PairLayer(self._weights, embedded, hidden, keeps_normed=head.norm_before_residual)
 
     @staticmethod
     def covers(head: EagleHead) -> bool:
@@ -37,23 +54,37 @@ class FusedMidLayer:
 
     def run(
         self,
-        embedded: Float[Tensor, "T H"],
-        hidden: Float[Tensor, "T H"],
+        embed_tokens: nn.Module,
+        hidden: Float[Tensor, "P H"],
+        above: Int[Tensor, " T"] | None,
         cos: Float[Tensor, "T d"],
         sin: Float[Tensor, "T d"],
         batch: ForwardBatch,
         rows: HeadRows,
     ) -> Float[Tensor, "T H"]:
-        """The layer's output for packed pairs; keys and values are written behind each row."""
-        head, layer = self._head, self._head.midlayer
-        normed = layer.hidden_norm(hidden)
-        states = self._states(torch.cat((layer.input_layernorm(embedded), normed), -1))
+        """The layer's output for packed pairs; keys and values are written behind each row.
+
+        Args:
+            above: which of the hidden states each pair has; None: its own.
+        """
         keys, values = rows.cache.keys, rows.cache.values
-        places = (batch.write_index, keys.flat(0), values.flat(0))
-        cpu.rotate_and_cache_(states, cos.contiguous(), sin.contiguous(), *places)
-        query, scale = states[:, : self._num_queries], head.head_dim**-0.5
-        attended = attend_to_rows(query, keys, values, 0, batch, head_dim=head.head_dim, scale=scale)
+        if self._compiled is not None and has_kernels(hidden, batch) and _is_plain(embed_tokens, hidden):
+            place = describe_rows(batch, keys, values, cos, sin)
+            return self._compiled.run(place, embed_tokens.weight, batch.token_ids, hidden.contiguous(), above)
+        head, layer, weights = self._head, self._head.midlayer, self._weights
+        hidden = hidden if above is None else hidden[above]
+        embedded = embed_tokens(batch.token_ids).to(hidden.dtype)
+        normed = layer.hidden_norm(hidden)
+        states = weights.states(torch.cat((layer.input_layernorm(embedded), normed), -1))
+        cpu.rotate_and_cache_(states, cos, sin, batch.write_index, keys.flat(0), values.flat(0))
+        query = states[:, : weights.num_heads * weights.head_dim]
+        attended = attend_to_rows(query, keys, values, 0, batch, head_dim=weights.head_dim, scale=weights.scale)
         residual = (normed if head.norm_before_residual else hidden).clone()
-        norm = layer.post_attention_layernorm
-        x = cpu.add_norm(residual, self._output(attended), norm.weight, norm.eps, hidden.dtype)
-        return residual.add_(self._down(cpu.multiply_silu(self._gate_and_up(x), len(x))))
+        norm = weights.before_mlp
+        x = cpu.add_norm(residual, weights.output(attended), norm.weight, norm.eps, hidden.dtype)
+        return residual.add_(weights.down(cpu.multiply_silu(weights.gate_and_up(x), len(x))))
+
+
+def _is_plain(embed_tokens: nn.Module, hidden: Tensor) -> TypeGuard[nn.Embedding]:
+    """Whether it only looks up rows of a table in the type of the hidden states."""
+    return type(embed_tokens) is nn.Embedding and embed_tokens.weight.dtype == hidden.dtype

@@ -8,6 +8,7 @@ are padded (M), so that products meet few sizes, what stands behind the T real o
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from fastgrpo.kernels.build import load_library
 
-_NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
-DTYPES = tuple(_NAMES)
+NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
+DTYPES = tuple(NAMES)
 _RESIDUALS = {  # (type of residual and norms, type of the products)
     (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)
 }  # fmt: skip
@@ -39,7 +40,7 @@ def gumbel_noise(
     num_rows, width = len(stream_keys), token_ids.shape[-1]
     out = torch.empty(num_rows, width)
     stride = width if token_ids.dim() > 1 else 0
-    _call("gumbel", stream_keys, positions, token_ids.contiguous(), num_rows, width, stride, out)
+    call("gumbel", stream_keys, positions, token_ids.contiguous(), num_rows, width, stride, out)
     return out
 
 
@@ -53,8 +54,8 @@ def sample(
     num_rows, width = logits.shape
     assert logits.stride(1) == 1, "columns must be adjacent"
     out = (torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows), torch.empty(num_rows))
-    name = f"sample_{_NAMES[logits.dtype]}"
-    _call(name, logits, logits.stride(0), stream_keys, positions, temperature, num_rows, width, *out)
+    name = f"sample_{NAMES[logits.dtype]}"
+    call(name, logits, logits.stride(0), stream_keys, positions, temperature, num_rows, width, *out)
     return out
 
 
@@ -75,8 +76,24 @@ def rank(
     token_ids = torch.empty(num_trees, num_nodes, most, dtype=torch.int64)
     sizes = (*logits.shape, most, int(with_noise))
     rows = (vocabulary, stream_keys, positions, temperature)
-    _call(f"rank_{_NAMES[logits.dtype]}", logits.contiguous(), *rows, *sizes, chances, token_ids)
+    call(f"rank_{NAMES[logits.dtype]}", logits.contiguous(), *rows, *sizes, chances, token_ids)
     return chances, token_ids
+
+
+def lay_out(
+    token_ids: Int[Tensor, "B N"],
+    num_nodes: Int[Tensor, " B"],
+    visible: Bool[Tensor, "B N E"],
+    lengths: Int[Tensor, " B"],
+    blocks: Int[Tensor, "B K"],
+    num_tokens: int,
+) -> tuple[Int[Tensor, " T"], Int[Tensor, " T"], Int[Tensor, " T"], Int[Tensor, " B"]]:
+    """Packed token ids, positions and places in the cache, and each row's start; see `attention.ForwardBatch.build`."""
+    tokens, positions, places = (torch.empty(num_tokens, dtype=torch.int64) for _ in range(3))
+    starts = torch.empty_like(lengths)
+    rows = (token_ids.contiguous(), num_nodes, visible.contiguous(), lengths, blocks.contiguous())
+    call("lay_out", *rows, *visible.shape, blocks.shape[1], tokens, positions, places, starts)
+    return tokens, positions, places, starts
 
 
 def add_norm(
@@ -90,16 +107,16 @@ def add_norm(
 ) -> Float[Tensor, "M H"]:
     """Add `delta` to the residual in place; the RMS norm of the sum, in `dtype`, with `padded` rows."""
     out = torch.empty(padded or len(residual), residual.shape[1], dtype=dtype)
-    name = f"add_norm_{_NAMES[residual.dtype]}_{_NAMES[dtype]}"
-    _call(name, residual, delta, weight, out, *residual.shape, eps)
+    name = f"add_norm_{NAMES[residual.dtype]}_{NAMES[dtype]}"
+    call(name, residual, delta, weight, out, *residual.shape, eps)
     return out
 
 
 def norm_heads_(states: Float[Tensor, "T hd"], weight: Float[Tensor, " d"], eps: float) -> None:
     """The RMS norm of each head, in place; tokens may stand apart."""
     width = len(weight)
-    name = f"head_norm_{_NAMES[weight.dtype]}_{_NAMES[states.dtype]}"
-    _call(name, states, states.stride(0), weight, len(states), states.shape[1] // width, width, eps)
+    name = f"head_norm_{NAMES[weight.dtype]}_{NAMES[states.dtype]}"
+    call(name, states, states.stride(0), weight, len(states), states.shape[1] // width, width, eps)
 
 
 def rotate_and_cache_(
@@ -117,8 +134,8 @@ def rotate_and_cache_(
     """
     width, num_cached = cos.shape[1], keys.shape[1]
     num_heads = (states.shape[1] - 2 * num_cached) // width
-    name = f"rotate_{_NAMES[cos.dtype]}_{_NAMES[states.dtype]}"
-    _call(name, states, cos, sin, len(cos), num_heads, num_cached // width, width, places, keys, values)
+    name = f"rotate_{NAMES[cos.dtype]}_{NAMES[states.dtype]}"
+    call(name, states, cos, sin, len(cos), num_heads, num_cached // width, width, places, keys, values)
 
 
 def attend(
@@ -146,14 +163,14 @@ def attend(
     out = query.new_empty(query.shape)
     sizes = (visible.shape[1], visible.shape[2], query.shape[1] // head_dim, keys.shape[1] // head_dim, head_dim)
     rows = (len(starts), starts, num_nodes, lengths, blocks.contiguous(), blocks.shape[1], visible.contiguous())
-    _call(f"attend_{_NAMES[query.dtype]}", query, query.stride(0), keys, values, out, *rows, *sizes, scale)
+    call(f"attend_{NAMES[query.dtype]}", query, query.stride(0), keys, values, out, *rows, *sizes, scale)
     return out
 
 
 def multiply_silu(both: Float[Tensor, "M J"], num_tokens: int) -> Float[Tensor, "M I"]:
     """silu(gate) * up, of gate and up side by side."""
     out = both.new_empty(len(both), both.shape[1] // 2)
-    _call(f"silu_{_NAMES[both.dtype]}", both, out, num_tokens, out.shape[1])
+    call(f"silu_{NAMES[both.dtype]}", both, out, num_tokens, out.shape[1])
     return out
 
 
@@ -165,7 +182,7 @@ def pack_weights(weights: list[Float[Tensor, "_ I"]]) -> Float[Tensor, "P I W"]:
     layout = weights[0].new_zeros(-(-num_outputs // width), num_inputs, width)
     first = 0
     for weight in weights:
-        _call(f"pack_{_NAMES[weight.dtype]}", weight, layout, first, *weight.shape)
+        call(f"pack_{NAMES[weight.dtype]}", weight, layout, first, *weight.shape)
         first += len(weight)
     return layout
 
@@ -177,11 +194,12 @@ def multiply(
     assert x.dtype == layout.dtype and x.shape[1] == layout.shape[1], f"{x.dtype} {x.shape} by {layout.dtype}"
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(len(x), num_outputs)
-    _call(f"product_{_NAMES[x.dtype]}", x, x.stride(0), layout, bias, out, *x.shape, num_outputs)
+    call(f"product_{NAMES[x.dtype]}", x, x.stride(0), layout, bias, out, *x.shape, num_outputs)
     return out
 
 
-def _call(name: str, *arguments: Tensor | float | int | None) -> None:
+def call(name: str, *arguments: Any) -> None:
+    """Call a kernel with tensors (their first number), numbers, and what ctypes passes by itself."""
     getattr(_load(), f"fastgrpo_{name}")(*map(_pass, arguments))
 
 
@@ -191,9 +209,9 @@ def _load() -> ctypes.CDLL:
     return library
 
 
-def _pass(argument: Tensor | float | int | None) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int64 | None:
+def _pass(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, float):
         return ctypes.c_float(argument)
-    return None if argument is None else ctypes.c_int64(argument)
+    return ctypes.c_int64(argument) if isinstance(argument, int) else argument

@@ -1,4 +1,4 @@
-/* What a decoder layer does between its matrix products: norms, rotation and cache write, attention over ragged rows,
+/* What a decoder layer does between its matrix products: places, norms, rotation and cache write, attention over ragged rows,
  * activation. Half precision is rounded where transformers rounds.
  *
  * A row's result depends on nothing but the row: the order of its sums is fixed by its own length, never by its
@@ -12,6 +12,26 @@
 #define BLOCK 64 /* cached positions that stand together, as in blocks.py */
 #define CHUNK 32 /* of them are attended to at once: a divisor */
 #define ENOUGH_ROWS 8 /* to attend to whole rows, which reads the cache in order; of fewer, key heads are parted */
+
+/* ---- places ------------------------------------------------------------------------------------------------ */
+
+/* Packs the nodes in use of each row: token, position, place in the cache; and where each row's first one is. A node sees
+ * `lengths` positions and the ancestors among `seen` more, of which the last are the new nodes. */
+void fastgrpo_lay_out(const i64 *nodes, const i64 *counts, const uint8_t *visible, const i64 *lengths,
+                      const i64 *blocks, i64 rows, i64 most_nodes, i64 seen, i64 most_blocks, i64 *tokens,
+                      i64 *positions, i64 *places, i64 *starts) {
+    for (i64 row = 0, t = 0; row < rows; row++) {
+        starts[row] = t;
+        for (i64 node = 0; node < counts[row]; node++, t++) {
+            const uint8_t *sees = visible + (row * most_nodes + node) * seen;
+            i64 slot = lengths[row] + seen - most_nodes + node, block = slot / BLOCK, depth = 0;
+            for (i64 e = 0; e < seen; e++) depth += sees[e];
+            tokens[t] = nodes[row * most_nodes + node];
+            positions[t] = lengths[row] + depth - 1;
+            places[t] = blocks[row * most_blocks + (block < most_blocks ? block : most_blocks - 1)] + slot % BLOCK;
+        }
+    }
+}
 
 /* ---- norms ------------------------------------------------------------------------------------------------ */
 

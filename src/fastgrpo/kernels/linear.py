@@ -41,15 +41,15 @@ class _OneDNNLayout:
         return product[:num_rows]
 
 
-class _OwnLayout:
+class OwnLayout:
     """For `kernels/products.c`, where a row's result does not depend on the rows beside it."""
 
     def __init__(self, weights: list[Tensor], bias: Tensor | None) -> None:
-        self._num_outputs = sum(len(weight) for weight in weights)
-        self._weight, self._bias = cpu.pack_weights(weights), bias
+        self.num_outputs = sum(len(weight) for weight in weights)
+        self.weight, self.bias = cpu.pack_weights(weights), bias
 
     def multiply(self, x: Float[Tensor, "M I"]) -> Float[Tensor, "M O"]:
-        return cpu.multiply(x, self._weight, self._bias, self._num_outputs)
+        return cpu.multiply(x, self.weight, self.bias, self.num_outputs)
 
 
 class PackedLinear:
@@ -70,6 +70,11 @@ class PackedLinear:
         if kind is not None:
             biases = [linear.bias.data for linear in linears if linear.bias is not None]
             self._layout = kind([linear.weight.data for linear in linears], torch.cat(biases) if biases else None)
+
+    @property
+    def own(self) -> OwnLayout | None:
+        """The weights as `kernels/products.c` has them, where that is whose product this is."""
+        return self._layout if isinstance(self._layout, OwnLayout) else None
 
     def __call__(self, x: Float[Tensor, "*n I"]) -> Float[Tensor, "*n O"]:
         if self._layout is not None:
@@ -130,13 +135,13 @@ def may_pack(model: nn.Module) -> bool:
 
 
 @functools.cache
-def find_layout(dtype: torch.dtype) -> type[_OneDNNLayout | _OwnLayout] | None:
+def find_layout(dtype: torch.dtype) -> type[_OneDNNLayout | OwnLayout] | None:
     """Whose product is fastest for weights of this type on this processor; None: that of the weights as they are."""
     has_onednn = dtype == torch.bfloat16 and _has_onednn()
     if has_onednn and multiplies_bfloat16():
         return _OneDNNLayout
     if dtype in cpu.DTYPES and cpu.is_available() and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
-        return _OwnLayout
+        return OwnLayout
     return _OneDNNLayout if has_onednn else None
 
 

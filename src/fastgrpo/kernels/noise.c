@@ -172,8 +172,10 @@ static inline void take_best(float *score, i64 width, i64 most, float *values, i
             float noise[width], score[width], temperature = temperatures[tree];                                       \
             uint64_t key = position_key(stream_keys[tree], positions[tree]);                                          \
             uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);                                               \
-            for (i64 i = 0; i < width; i++)                                                                           \
-                noise[i] = is_noisy && temperature > 0 ? gumbel((uint32_t)vocabulary[i], low, high) : 0.0f;           \
+            if (is_noisy && temperature > 0) /* asked once: a condition inside would keep the loop from vectors */        \
+                for (i64 i = 0; i < width; i++) noise[i] = gumbel((uint32_t)vocabulary[i], low, high);                \
+            else                                                                                                      \
+                memset(noise, 0, width * sizeof(float));                                                              \
             for (i64 node = tree * nodes; node < (tree + 1) * nodes; node++) {                                        \
                 const T *own = logits + node * width;                                                                 \
                 float divisor = temperature > 0 ? temperature : 1.0f, lanes[LANES] = {0}, mass = 0.0f;                \
