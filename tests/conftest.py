@@ -1,6 +1,7 @@
 """What the laws are tested with: tiny random models, a plain Hugging Face loop, drafters that know the answer.
 
-Shapes in the signatures of tensor functions are checked while the tests run (jaxtyping and beartype).
+Shapes in the signatures of tensor functions are checked while the tests run (jaxtyping and beartype), at the first
+calls of each function in each test.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ CHECKED_MODULES = (
     *("drafters.ngram_table", "drafters.block", "drafters.block_head", "drafters.head_rows", "drafters.head_parts"),
     *("drafters.beams", "drafters.calibration", "drafters.join", "head_training", "block_training"),
 )
-jaxtyping.install_import_hook([f"fastgrpo.{name}" for name in CHECKED_MODULES], "beartype.beartype")
+jaxtyping.install_import_hook([f"fastgrpo.{name}" for name in CHECKED_MODULES], "shape_checks.check_first_calls")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -44,6 +45,7 @@ from torch import nn  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 
+import shape_checks  # noqa: E402
 from fastgrpo.drafters import DraftContext  # noqa: E402
 from fastgrpo.planner import AutoPlanner, HardwareProfile  # noqa: E402
 from fastgrpo.sampling import SamplingBatch, sample, stream_key  # noqa: E402
@@ -67,9 +69,14 @@ def no_profile_cache() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def first_calls_are_checked() -> None:
+    shape_checks.begin_test()
+
+
 @pytest.fixture
 def unchecked_shapes() -> Iterator[None]:
-    """Twice as fast, for tests of many rollouts of a kind that others run with the check."""
+    """Faster still, for tests of many rollouts of a kind that others run with the check."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
