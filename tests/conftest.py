@@ -7,6 +7,7 @@ calls of each function in each test.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -59,6 +60,16 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, MAX_POSITION = 120, 32, 3, 128
+
+
+def pytest_collection_finish() -> None:
+    """What the imports left is never garbage: trainers collect often, and would look through all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else libraries complain of leaks as the process ends
 
 
 @pytest.fixture(scope="session", autouse=True)
