@@ -1,11 +1,13 @@
 """What the laws are tested with: tiny random models, a plain Hugging Face loop, drafters that know the answer.
 
-Shapes in the signatures of tensor functions are checked while the tests run (jaxtyping and beartype).
+Shapes in the signatures of tensor functions are checked while the tests run (jaxtyping and beartype), at the first
+calls of each function in each test.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -33,7 +35,7 @@ CHECKED_MODULES = (
     *("drafters.ngram_table", "drafters.block", "drafters.block_head", "drafters.head_rows", "drafters.head_parts"),
     *("drafters.beams", "drafters.calibration", "drafters.join", "head_training", "block_training"),
 )
-jaxtyping.install_import_hook([f"fastgrpo.{name}" for name in CHECKED_MODULES], "beartype.beartype")
+jaxtyping.install_import_hook([f"fastgrpo.{name}" for name in CHECKED_MODULES], "shape_checks.check_first_calls")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -44,6 +46,7 @@ from torch import nn  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 
+import shape_checks  # noqa: E402
 from fastgrpo.drafters import DraftContext  # noqa: E402
 from fastgrpo.planner import AutoPlanner, HardwareProfile  # noqa: E402
 from fastgrpo.sampling import SamplingBatch, sample, stream_key  # noqa: E402
@@ -59,6 +62,16 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS, MAX_POSITION = 120, 32, 3, 128
 
 
+def pytest_collection_finish() -> None:
+    """What the imports left is never garbage: trainers collect often, and would look through all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else libraries complain of leaks as the process ends
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_profile_cache() -> Iterator[None]:
     """No test reads or writes the user's own cache, nor does a process that it starts."""
@@ -67,9 +80,14 @@ def no_profile_cache() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def first_calls_are_checked() -> None:
+    shape_checks.begin_test()
+
+
 @pytest.fixture
 def unchecked_shapes() -> Iterator[None]:
-    """Twice as fast, for tests of many rollouts of a kind that others run with the check."""
+    """Faster still, for tests of many rollouts of a kind that others run with the check."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
