@@ -131,6 +131,7 @@ def test_logits_that_are_not_finite_give_no_logprob(bad):
 def test_norm_rounds_as_transformers_does(residual_type, dtype, with_delta):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+    torch.manual_seed(0)
     norm = LlamaRMSNorm(100, eps=1e-5).to(residual_type)
     norm.weight.data.normal_()
     residual, delta = torch.randn(33, 100).to(residual_type), torch.randn(33, 100).to(dtype)
@@ -138,7 +139,7 @@ def test_norm_rounds_as_transformers_does(residual_type, dtype, with_delta):
     out = cpu.add_norm(residual, delta if with_delta else None, norm.weight.data, 1e-5, dtype)
     assert out.dtype == dtype and torch.equal(residual, expected)
     theirs = norm(expected).to(dtype).float()
-    tolerance = 2e-6 if dtype == F32 else 2**-8
+    tolerance = 2e-6 if dtype == F32 else 2**-7  # the last bit of a bfloat16
     assert torch.allclose(out.float(), theirs, rtol=tolerance, atol=1e-6)
     assert (out.float() == theirs).float().mean() > 0.9 or dtype == F32
 

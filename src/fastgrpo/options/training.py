@@ -106,7 +106,7 @@ class UpdateOptions(E2EOptions):
     )
     prompt_length: int = field(default=100, metadata=about("tokens of each prompt, drawn at random"))
     min_completion_length: int = field(
-        default=16, metadata=about("shortest completion; lengths are spread evenly up to --max-completion-length")
+        default=16, metadata=about("shortest completion; lengths are spread evenly from here to the longest")
     )
     equal_groups: int = field(default=0, metadata=about("groups of equal rewards: their rows have no advantage"))
     output: Path | None = field(
