@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -300,8 +301,25 @@ def test_a_switch_must_promise_more_than_the_margin():
         num_seqs = 6 + step % 2
         plans.append(planner.plan(PlanInputs(num_seqs=num_seqs)))
         planner.observe(play_step(plans[-1], num_seqs, 0.6, rng))
-    switches = sum(a != b for a, b in itertools.pairwise(plans[100:]))
-    assert switches <= 12
+    lasting = [plan for plan, after in itertools.pairwise(plans[100:]) if plan == after]  # a trial is one step
+    assert sum(a != b for a, b in itertools.pairwise(lasting)) <= 12
+
+
+def test_trees_that_look_too_dear_are_tried_and_found_cheap():
+    """The steps of the plan in use say nothing of what larger forwards take: a wrong price of them must heal."""
+    prices = {"num_tokens": (1, 2, 4, 8, 64), "draft_s": (0.001,) * 5}
+    truth = HardwareProfile(target_s=(0.020, 0.0201, 0.0203, 0.0206, 0.05), **prices)
+    planner = AutoPlanner(HardwareProfile(target_s=(0.020, 0.0201, 0.030, 0.050, 0.10), **prices))
+    rng = random.Random(0)
+    plans: list[SpeculationPlan] = []
+    for _ in range(300):
+        plans.append(planner.plan(PlanInputs(num_seqs=1, num_read=100)))
+        record = play_step(plans[-1], 1, 0.6, rng)
+        target_s = float(np.interp(record.num_tokens, truth.num_tokens, truth.target_s))
+        draft_s = 0.001 * plans[-1].depth
+        planner.observe(replace(record, target_s=target_s, draft_s=draft_s, step_s=target_s + draft_s))
+    assert all(plan.depth < 2 for plan in plans[:8]), "so it looked"
+    assert sum(plan.depth > 1 for plan in plans[-200:]) > 180
 
 
 def test_a_drafter_that_became_good_is_noticed():

@@ -88,12 +88,13 @@ class Planning:
         """What is verified: every node of the pool, or the likeliest ones over all sequences."""
         if plan.most_draft_tokens is None or pool.scores is None:
             return pool
-        chances = pool.scores[:, 1:].exp()
-        values, places, num_nodes = download(*chances.flatten().sort(descending=True), pool.num_nodes)
+        scores, num_nodes = download(pool.scores, pool.num_nodes)
+        places = (-scores[:, 1:]).argsort(axis=None, kind="stable")
+        chances = np.exp(scores[:, 1:].flat[places[: int(num_nodes.sum()) - len(num_nodes)]])
         planner = self._ensure()
         with self._watch:
-            budget = planner.choose_budget(plan, inputs, values[: int(num_nodes.sum()) - len(num_nodes)])
-        rows = places[:budget] // max(chances.shape[1], 1)
+            budget = planner.choose_budget(plan, inputs, chances)
+        rows = places[:budget] // max(scores.shape[1] - 1, 1)
         return pool.keep((1 + np.bincount(rows, minlength=len(num_nodes))).tolist())
 
     def observe(self, record: StepRecord) -> None:

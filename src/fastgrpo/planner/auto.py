@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ _DEPTHS, _WIDTHS, _NODES = shape_arrays(GRID)
 _STEPS_DECIDED = 7  # that a plan is kept for without asking again
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter
+_PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
 _TRIAL_READING = 0.25  # of what a trial reads, the share that no later draft would have read
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
 _TRIAL_WAIT = 8  # steps from one trial to the next at least
@@ -43,8 +45,8 @@ class AutoPlanner(Planner):
 
     A plan does not flap: from plain decoding to drafts, and from one tree to another, the new one must promise
     `margin` more; the price of switching on, reading what the drafter has not read, is part of it. Once in a while
-    a step tries the other side, drafts where plain decoding is chosen and plain decoding where drafts are: this may
-    cost `trial_share` of the time, and is all that a bad drafter can take.
+    a step tries something else, drafts where plain decoding is chosen, plain decoding and other trees where drafts
+    are: this may cost `trial_share` of the time, and is all that a bad drafter can take.
 
     Args:
         profile: what forwards and drafts cost, to begin with.
@@ -72,6 +74,8 @@ class AutoPlanner(Planner):
         self._unheard: list[StepRecord] = []  # steps to learn from before the next decision
         self._credit_s = 0.0  # that trials may lose
         self._trial_age = 0  # steps since the last one
+        self._num_steps = 0
+        self._last_tried: dict[SpeculationPlan, int] = {}  # the number of the step, by plan
         self._current = PLAIN
         self._decided_for, self._steps_left = (0, 0), 0  # sequences and context of the current plan; for how long
         self._prices: dict[tuple[SpeculationPlan, int], Vector] = {}  # tokens that so many drafts cost, until then
@@ -127,7 +131,6 @@ class AutoPlanner(Planner):
             self._steps_left -= 1
             return self._current
         self._learn()
-        self._decided_for, self._steps_left = decided_for, 0 if self.expectation.is_new else _STEPS_DECIDED
         rates = dict(zip(GRID, self._predict_rates(inputs).tolist(), strict=True))
         rates[PLAIN] = plain_rate = self.predict_rate(PLAIN, inputs)
         best = max(GRID, key=rates.__getitem__)
@@ -135,8 +138,20 @@ class AutoPlanner(Planner):
             self._current = PLAIN
         elif self._current.is_plain or rates[best] > self.margin * rates[self._current]:
             self._current = best
-        other = best if self._current.is_plain else PLAIN
+        # with the first drafts all that is known changes; plain steps teach nothing of them
+        is_learning = self.expectation.is_new and not self._current.is_plain
+        self._decided_for, self._steps_left = decided_for, 0 if is_learning else _STEPS_DECIDED
+        other = best if self._current.is_plain else self._choose_rival(rates)
         return other if self._can_afford(other, rates, inputs) else self._current
+
+    def _choose_rival(self, rates: dict[SpeculationPlan, float]) -> SpeculationPlan:
+        """What drafts of the current plan are tried against: the best plan not tried for long, else plain decoding.
+
+        A tree's own steps say little of what others take, or of what further children would have had accepted.
+        """
+        least, before = _PROMISING * rates[self._current], self._num_steps - _RIVAL_WAIT
+        rivals = [plan for plan in rates if rates[plan] > least and self._last_tried.get(plan, before) <= before]
+        return max(rivals, key=rates.__getitem__, default=PLAIN)
 
     def _can_afford(self, other: SpeculationPlan, rates: dict[SpeculationPlan, float], inputs: PlanInputs) -> bool:
         """Whether a step with this plan in place of the current one is paid for; then it is charged for.
@@ -153,7 +168,7 @@ class AutoPlanner(Planner):
             loss_s += _TRIAL_READING * self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
         if loss_s > self._credit_s:
             return False
-        self._credit_s, self._trial_age = self._credit_s - loss_s, 0
+        self._credit_s, self._trial_age = self._credit_s - max(loss_s, 0.0), 0
         return True
 
     def choose_budget(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Chances) -> int:
@@ -186,6 +201,8 @@ class AutoPlanner(Planner):
         """Learnt from before the next decision: several steps at once take a fraction of the time."""
         self._credit_s += self.trial_share * (record.step_s - record.prefill_s)
         self._trial_age += 1
+        self._num_steps += 1
+        self._last_tried[record.plan] = self._num_steps
         self._unheard.append(record)
 
     def _learn(self) -> None:
@@ -225,6 +242,8 @@ class AutoPlanner(Planner):
             "accepted": self._accepted,
             "credit_s": self._credit_s,
             "trial_age": self._trial_age,
+            "num_steps": self._num_steps,
+            "last_tried": [[asdict(plan), step] for plan, step in self._last_tried.items()],
         }
 
     @classmethod
@@ -236,6 +255,8 @@ class AutoPlanner(Planner):
         planner._expectation = Expectation.from_state(state["expectation"])
         planner._promised, planner._accepted = float(state["promised"]), float(state["accepted"])
         planner._credit_s, planner._trial_age = float(state["credit_s"]), int(state["trial_age"])
+        planner._num_steps = int(state.get("num_steps", 0))  # older states have none
+        planner._last_tried = {SpeculationPlan(**plan): int(step) for plan, step in state.get("last_tried", ())}
         return planner
 
 
