@@ -29,7 +29,6 @@ _STEPS_DECIDED = 7  # that a plan is kept for without asking again
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter
 _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
-_TRIAL_READING = 0.25  # of what a trial reads, the share that no later draft would have read
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
 _TRIAL_WAIT = 8  # steps from one trial to the next at least
 _PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step
@@ -165,7 +164,7 @@ class AutoPlanner(Planner):
         emitted = inputs.num_seqs * self.expectation.predict_length(other, inputs.num_seqs)
         loss_s = emitted * (1 / rates[other] - 1 / rate)
         if not other.is_plain:
-            loss_s += _TRIAL_READING * self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
+            loss_s += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
         if loss_s > self._credit_s:
             return False
         self._credit_s, self._trial_age = self._credit_s - max(loss_s, 0.0), 0
