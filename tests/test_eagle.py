@@ -13,7 +13,7 @@ from conftest import HIDDEN_SIZE, VOCAB_SIZE, build_model, shared_model
 from fastgrpo import draft_loss, unroll
 from fastgrpo.cache import locate
 from fastgrpo.draft_loss import LOSSES, DraftLoss
-from fastgrpo.drafters import DraftContext
+from fastgrpo.drafters import DraftContext, eagle
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_layer import FusedMidLayer
 from fastgrpo.engine import FinishedRollout
@@ -111,6 +111,32 @@ def build_context(target: TargetModel, lengths: list[int]) -> DraftContext:
         pending_token_ids=torch.tensor([sequence.prompt_ids[-1] for sequence in sequences]),
         cache=cache,
     )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_a_long_text_is_read_by_its_keys_and_values_alone(dtype, tolerance, monkeypatch):
+    """What no draft begins from has no output; the trees, and what is kept of the text, are the same."""
+    drafter = build_drafter_for(build_model("llama", dtype))
+    context, plan = build_context(drafter.target, [3, 1, 60, 9]), SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
+    found = []
+    for most, num_passes in ((10**9, 0), (0, 1)):
+        monkeypatch.setattr(eagle, "_MANY_PAIRS", most)
+        passes = []
+        monkeypatch.setattr(
+            drafter, "_store_pairs", lambda c, p=passes: p.append(1) or EagleDrafter._store_pairs(drafter, c)
+        )
+        drafter.begin()
+        with drafter.target.rollout_mode():
+            draft = drafter.propose(context, plan)
+            cache = drafter._rows.cache
+            rows = torch.tensor([0, *[2] * 60])
+            places = cache.locate(rows, torch.tensor([2, *range(60)]))
+            found.append((draft, cache.keys.flat(0)[places], cache.values.flat(0)[places]))
+        assert len(passes) == num_passes
+    (draft, *states), (expected, *expected_states) = found
+    assert torch.equal(draft.token_ids, expected.token_ids) and torch.equal(draft.parents, expected.parents)
+    for ours, theirs in zip((draft.scores, *states), (expected.scores, *expected_states), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=tolerance * float(theirs.abs().nan_to_num(0, 0, 0).max()))
 
 
 @pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")

@@ -26,6 +26,8 @@ from fastgrpo.sampling import SamplingBatch
 from fastgrpo.transfer import upload
 from fastgrpo.types import SpeculationPlan
 
+_MANY_PAIRS = 8  # new ones a row, from which on keys and values of all but the last are computed apart
+
 
 class EagleDrafter(HeadDrafter[EagleHead]):
     """Drafts with an `EagleHead`, one level at a time."""
@@ -56,8 +58,11 @@ class EagleDrafter(HeadDrafter[EagleHead]):
 
     def _read_pairs(self, context: DraftContext) -> Float[Tensor, "B H"]:
         """Run the pairs whose true features are new; returns each row's last output."""
-        lengths, device = context.cache.lengths, self.target.device
-        counts = [length - read for length, read in zip(lengths, self._rows.num_read, strict=True)]
+        lengths, num_read, device = context.cache.lengths, self._rows.num_read, self.target.device
+        if sum(lengths) - sum(num_read) > _MANY_PAIRS * len(lengths):
+            self._store_pairs(context)
+            num_read = [length - 1 for length in lengths]
+        counts = [length - read for length, read in zip(lengths, num_read, strict=True)]
         width = max(counts)
         tokens = [
             (s.all_token_ids[-count:] if count else []) + [0] * (width - count)
@@ -69,17 +74,45 @@ class EagleDrafter(HeadDrafter[EagleHead]):
             num_nodes=num_nodes,
             visible=torch.ones(len(lengths), width, width, dtype=torch.bool, device=device).tril(),
             blocks=self._rows.cache.blocks,
-            lengths=upload(self._rows.num_read, device),
+            lengths=upload(num_read, device),
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
             counts=counts,
         )
+        rows = torch.arange(len(lengths), device=device).repeat_interleave(num_nodes, output_size=sum(counts))
+        hidden = self._read_features(context, rows, batch.positions)
+        return self.forward(batch, hidden)[batch.row_starts + num_nodes - 1]
+
+    def _store_pairs(self, context: DraftContext) -> None:
+        """Keys and values of all new pairs but each row's last, whose output alone is drafted from."""
+        tokens: list[int] = []
+        rows: list[int] = []
+        positions: list[int] = []
+        for row, (sequence, read) in enumerate(zip(context.sequences, self._rows.num_read, strict=True)):
+            last = context.cache.lengths[row] - 1
+            tokens += sequence.all_token_ids[read + 1 : last + 1]
+            positions += range(read, last)
+            rows += [row] * (last - read)
+        token_ids, at_rows, at = (upload(values, self.target.device) for values in (tokens, rows, positions))
+        hidden = self._read_features(context, at_rows, at)
+        cos, sin = self._rotation(at, hidden)
+        places = self._rows.cache.locate(at_rows, at)
+        if self._layer is not None:
+            self._layer.store(self.target.embed_tokens, token_ids, hidden, cos, sin, places, self._rows)
+            return
+        embedded = self.target.embed_tokens(token_ids).to(hidden.dtype)
+        _, key, value = self.fast_head.attention_inputs(embedded, hidden, cos, sin)
+        self._rows.write(0, places, key, value)
+
+    def _read_features(
+        self, context: DraftContext, rows: Int[Tensor, " T"], positions: Int[Tensor, " T"]
+    ) -> Float[Tensor, "T H"]:
+        """The head's hidden state for the target's features at these places."""
         store = context.cache.features
         assert store is not None
-        rows = torch.arange(len(lengths), device=device).repeat_interleave(num_nodes, output_size=sum(counts))
-        features = store.flat(0)[context.cache.locate(rows, batch.positions), : 3 * self.target.hidden_size]
-        hidden = self.fast_head.fc(features.to(self.target.dtype))
-        return self.forward(batch, hidden)[batch.row_starts + num_nodes - 1]
+        features = store.flat(0)[context.cache.locate(rows, positions), : 3 * self.target.hidden_size]
+        hidden: Tensor = self.fast_head.fc(features.to(self.target.dtype))
+        return hidden
 
     def forward(
         self, batch: ForwardBatch, hidden: Float[Tensor, "P H"], above: Int[Tensor, " T"] | None = None

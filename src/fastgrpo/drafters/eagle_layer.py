@@ -42,6 +42,7 @@ class FusedMidLayer:
             head_dim=head.head_dim,
             scale=head.head_dim**-0.5,
         )
+        self._stored = PackedLinear((attention.k_proj, attention.v_proj))
         self._compiled: PairLayer | None = None
         if CompiledLayers.covers([self._weights]):
             self._compiled = PairLayer(self._weights, embedded, hidden, keeps_normed=head.norm_before_residual)
@@ -83,6 +84,26 @@ class FusedMidLayer:
         norm = weights.before_mlp
         x = cpu.add_norm(residual, weights.output(attended), norm.weight, norm.eps, hidden.dtype)
         return residual.add_(weights.down(cpu.multiply_silu(weights.gate_and_up(x), len(x))))
+
+    def store(
+        self,
+        embed_tokens: nn.Module,
+        token_ids: Int[Tensor, " T"],
+        hidden: Float[Tensor, "T H"],
+        cos: Float[Tensor, "T d"],
+        sin: Float[Tensor, "T d"],
+        places: Int[Tensor, " T"],
+        rows: HeadRows,
+    ) -> None:
+        """Write keys and values of pairs whose outputs nobody needs.
+
+        Args:
+            places: of each pair in the cache.
+        """
+        layer, keys, values = self._head.midlayer, rows.cache.keys, rows.cache.values
+        embedded = embed_tokens(token_ids).to(hidden.dtype)
+        x = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), -1)
+        cpu.rotate_and_cache_(self._stored(x), cos, sin, places, keys.flat(0), values.flat(0))
 
 
 def _is_plain(embed_tokens: nn.Module, hidden: Tensor) -> TypeGuard[nn.Embedding]:
