@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastgrpo.bench.budget import choose_best, compare, compute_gain, compute_gain_error
+from fastgrpo.bench.measure import TURN_TOKENS, interleave
 from fastgrpo.bench.plans import describe_concurrency, judge
 from fastgrpo.bench.rollout import compare_variants
 from fastgrpo.bench.steady import Progress, SteadyRollout, SteadyWorkload
@@ -91,27 +93,70 @@ def build_workload(min_tokens: int) -> SteadyWorkload:
     return SteadyWorkload(prompts=[[5, 6, 7], [8, 9]], params=params, tokens_per_seq=4, min_tokens=min_tokens)
 
 
+def roll_out(engine: Engine, num_seqs: int, min_tokens: int) -> SteadyRollout:
+    return build_workload(min_tokens).roll_out({"": engine}, num_seqs, seed=1)[""]
+
+
 def test_only_full_steps_count_and_the_rollout_ends_with_enough(model_dir: Path) -> None:
     engine = Engine(load_model(str(model_dir), dtype="float32", device="cpu"), drafter="ngram", speculation=TREE)
-    rollout = build_workload(min_tokens=40).roll_out(engine, 3, seed=1)
+    rollout = roll_out(engine, 3, min_tokens=40)
     assert {record.num_seqs for record in rollout.records} == {3}
     assert not any(record.num_prefilled for record in rollout.records)
     emitted = [record.num_emitted for record in rollout.records]
-    assert sum(emitted[:-1]) < 40 <= sum(emitted), "it ends with the step that has shown enough"
+    assert 40 <= sum(emitted) < 40 + 3 * (TURN_TOKENS + 3), "it ends with the turn that has shown enough"
     walked = sum(seen.num_forwards for seen in rollout.progress.values())
     assert 0 < walked < 3 * len(emitted), "steps that end a request are left out"
     assert all(seen.num_tokens >= seen.num_forwards for seen in rollout.progress.values())
     assert not engine.on_step and not engine.scheduler.has_work
     engine.check()
-    again = build_workload(min_tokens=40).roll_out(engine, 3, seed=1)
+    again = roll_out(engine, 3, min_tokens=40)
     assert {request: seen.num_tokens for request, seen in again.progress.items()}.keys() == rollout.progress.keys()
-    assert len(build_workload(min_tokens=40).roll_out(engine, 3, seed=1, share=0.2).records) < len(emitted)
+    build_workload(min_tokens=40).warm_up(engine, 3, seed=1, share=0.2)
+    assert 0 < len(engine.records) < len(emitted)
 
 
 def test_a_rollout_of_a_step_each_counts_each_token_once(model_dir: Path) -> None:
     engine = Engine(load_model(str(model_dir), dtype="float32", device="cpu"), drafter="none")
-    rollout = build_workload(min_tokens=10).roll_out(engine, 2, seed=1)
+    rollout = roll_out(engine, 2, min_tokens=10)
     assert all(seen.num_tokens == seen.num_forwards for seen in rollout.progress.values()), "plain: one a forward"
+
+
+def test_engines_that_take_turns_in_a_rollout_do_what_they_do_alone(model_dir: Path) -> None:
+    """They share a model, which each of them puts back as it found it: the first one done must not."""
+    model = load_model(str(model_dir), dtype="float32", device="cpu").train()
+    before = model.config._attn_implementation
+    engines = {
+        "short": Engine(model, drafter="none"),
+        "tree": Engine(model, drafter="ngram", speculation=TREE),
+        "few": Engine(model, drafter="none", max_num_seqs=2),
+    }
+    prompts, params = [[5, 6, 7], [8, 9], [3, 4, 4, 4]], SamplingParams(max_tokens=30, seed=3)
+    alone = {
+        name: interleave({name: engine}, prompts, lambda _: params, 1)[name][0] for name, engine in engines.items()
+    }
+    together = interleave(engines, prompts, lambda _: params, 1, turn_tokens=4)
+    for name, engine in engines.items():
+        assert together[name][0].token_ids == alone[name].token_ids
+        assert sum(record.num_emitted for record in together[name][0].records) == together[name][0].num_tokens
+        assert together[name][0].generation_s >= sum(record.step_s for record in together[name][0].records)
+        assert not engine.scheduler.has_work
+        engine.check()
+    assert model.training and model.config._attn_implementation == before
+    assert torch.is_grad_enabled()
+
+
+def test_engines_that_take_turns_leave_nothing_behind_when_one_fails(model_dir: Path) -> None:
+    model = load_model(str(model_dir), dtype="float32", device="cpu").train()
+    engines = {name: Engine(model, drafter="none") for name in ("first", "second")}
+
+    def fail(record: StepRecord) -> None:
+        raise RuntimeError("stop here")
+
+    engines["second"].on_step.append(fail)
+    with pytest.raises(RuntimeError, match="stop here"):
+        interleave(engines, [[5, 6, 7]], lambda _: SamplingParams(max_tokens=30), 1, turn_tokens=4)
+    assert model.training and torch.is_grad_enabled()
+    assert not any(engine.scheduler.has_work for engine in engines.values())
 
 
 # -- what is read off --------------------------------------------------------------------------------

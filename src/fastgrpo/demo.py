@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastgrpo.bench.measure import (
     RolloutResult,
+    choose_turn_tokens,
     compute_equal_share,
     compute_median,
     describe_run,
@@ -62,7 +63,13 @@ def run_demo(options: DemoOptions, command: str, console: Console | None = None)
 
     def measure(engines: dict[str, Engine]) -> Results:
         stock = [measure_stock_rollout(trainer, prompts)]
-        ours = interleave(engines, prompts, lambda repeat: _build_params(trainer, options, repeat), options.repeats)
+        ours = interleave(
+            engines,
+            prompts,
+            lambda repeat: _build_params(trainer, options, repeat),
+            options.repeats,
+            turn_tokens=choose_turn_tokens(trainer.engine),
+        )
         return {STOCK: stock, **ours}
 
     _say(console, "Before training: the same prompts by TRL's generation and by our engine, for comparison ...")

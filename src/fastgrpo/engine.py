@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.planner import HardwareProfile, PlanInputs, Planner
 from fastgrpo.planning import Planning
 from fastgrpo.prefill import Prefiller
-from fastgrpo.requests import build_sequences
+from fastgrpo.requests import build_completion, build_sequences
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.transfer import upload
@@ -145,15 +145,33 @@ class Engine:
             MemoryError: memory ran out with a single sequence left running; says what would have fitted.
             FloatingPointError: the model's logits are not finite; names request and position.
         """
-        sequences = build_sequences(
+        sequences = self.take_requests(prompt_token_ids, params)
+        for _ in self.roll_out(sequences):
+            pass
+        return [build_completion(sequence) for sequence in sequences]
+
+    def take_requests(
+        self,
+        prompt_token_ids: list[list[int]],
+        params: SamplingParams | list[SamplingParams] | None = None,
+    ) -> list[Sequence]:
+        """What `generate` is asked for, checked, for `roll_out`; arguments and errors as there."""
+        return build_sequences(
             prompt_token_ids,
             SamplingParams() if params is None else params,
             vocab_size=self.target.vocab_size,
             max_position=self.target.max_position,
         )
+
+    def roll_out(self, sequences: list[Sequence]) -> Generator[StepRecord]:
+        """`generate` step by step: fills the sequences and yields each step's facts; errors as there.
+
+        Until it is exhausted or closed the model is in `rollout_mode`; closed early, it leaves nothing behind. Engines
+        of one model may take turns, closed in the reverse order of their first steps.
+        """
         self.records = []
         if not sequences:
-            return []
+            return
         try:
             with self.target.rollout_mode():
                 self.planning.begin()
@@ -166,17 +184,9 @@ class Engine:
                     self.records.append(record)
                     for listener in self.on_step:
                         listener(record)
+                    yield record
         finally:
             self._reset()
-        return [
-            Completion(
-                token_ids=s.token_ids,
-                logprobs=s.logprobs,
-                entropies=s.entropies,
-                finish_reason=s.finish_reason or "length",
-            )
-            for s in sequences
-        ]
 
     @property
     def planner(self) -> Planner | None:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastgrpo.bench.measure import describe_run, interleave, match_rates
+from fastgrpo.bench.measure import choose_turn_tokens, describe_run, interleave, match_rates
 from fastgrpo.data import build_task_dataset, load_prompts
 from fastgrpo.draft_timing import TimedDraft
 from fastgrpo.engine import Engine
@@ -156,7 +156,11 @@ def _check_forecast(
         "planned": Engine(model, drafter=speculating, speculation=expected.plan, max_num_seqs=len(prompts)),
     }
     results = interleave(
-        engines, prompts, lambda repeat: dataclasses.replace(params, seed=params.seed + 1 + repeat), _CHECKS
+        engines,
+        prompts,
+        lambda repeat: dataclasses.replace(params, seed=params.seed + 1 + repeat),
+        _CHECKS,
+        turn_tokens=choose_turn_tokens(engine),
     )
     plain, planned = (
         [record for result in results[name] for record in result.records if record.num_seqs == len(prompts)]

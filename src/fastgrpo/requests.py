@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from fastgrpo.sampling import stream_key
-from fastgrpo.types import SamplingParams, Sequence
+from fastgrpo.types import Completion, SamplingParams, Sequence
 
 
 def build_sequences(
@@ -63,3 +63,12 @@ def check_prompt(prompt: Iterable[int], index: int, vocab_size: int, max_positio
     if bad is not None:
         raise ValueError(f"prompt {index} has token id {ids[bad]} at position {bad}, outside 0..{vocab_size - 1}")
     return ids
+
+
+def build_completion(sequence: Sequence) -> Completion:
+    return Completion(
+        token_ids=sequence.token_ids,
+        logprobs=sequence.logprobs,
+        entropies=sequence.entropies,
+        finish_reason=sequence.finish_reason or "length",
+    )

@@ -76,8 +76,8 @@ def _measure(
 ) -> Row:
     rollouts: dict[str, list[SteadyRollout]] = {way: [] for way in engines}
     for repeat in range(options.repeats):
-        for way, engine in engines.items():
-            rollouts[way].append(workload.roll_out(engine, num_seqs, options.seed + repeat))
+        for way, rollout in workload.roll_out(engines, num_seqs, options.seed + repeat).items():
+            rollouts[way].append(rollout)
     return {"num_seqs": num_seqs, "plan": shape} | compare(rollouts[UNIFORM], rollouts[SHARED])
 
 

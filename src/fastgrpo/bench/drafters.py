@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from fastgrpo.bench.acceptance import summarise_acceptance
 from fastgrpo.bench.measure import (
     RolloutResult,
+    choose_turn_tokens,
     compute_median,
     describe_run,
     interleave,
@@ -119,7 +120,11 @@ def _measure_speed(
     for engine in engines.values():  # calibration and first touches: not measured
         measure_rollout(engine, prompts, dataclasses.replace(params, seed=options.seed + options.epochs))
     results = interleave(
-        engines, prompts, lambda repeat: dataclasses.replace(params, seed=options.seed + repeat), options.epochs
+        engines,
+        prompts,
+        lambda repeat: dataclasses.replace(params, seed=options.seed + repeat),
+        options.epochs,
+        turn_tokens=choose_turn_tokens(engines[OFF]),
     )
     return [_describe_speed(results[name], results[OFF]) for name in options.drafters]
 

@@ -6,7 +6,8 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from fastgrpo.engine import Engine
 from fastgrpo.metrics import compute_ratio
 from fastgrpo.report import describe_commit, describe_machine
 from fastgrpo.types import SamplingParams, StepRecord
+
+TURN_TOKENS = 6  # of each live sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +52,80 @@ def interleave(
     prompts: list[list[int]],
     build_params: Callable[[int], SamplingParams],
     repeats: int,
+    *,
+    turn_tokens: int | None = None,
 ) -> dict[str, list[RolloutResult]]:
     """`repeats` rollouts of each engine, A B C A B C: what else the machine does hits all alike.
 
     Args:
         build_params: from the number of the repeat to what all engines are given in it.
+        turn_tokens: of each live sequence, that a turn lasts; None for whole rollouts. On a machine whose speed changes
+            from second to second short turns are what makes the ratios of engines repeatable.
     """
     results: dict[str, list[RolloutResult]] = {name: [] for name in engines}
     for repeat in range(repeats):
-        for name, engine in engines.items():
-            results[name].append(measure_rollout(engine, prompts, build_params(repeat)))
+        params = build_params(repeat)
+        if turn_tokens is None:
+            each = {name: measure_rollout(engine, prompts, params) for name, engine in engines.items()}
+        else:
+            each = _measure_together(engines, prompts, params, turn_tokens)
+        for name, result in each.items():
+            results[name].append(result)
     return results
+
+
+def choose_turn_tokens(engine: Engine) -> int | None:
+    """Of `interleave`: short turns on a CPU, whose other work is felt at once; whole rollouts elsewhere."""
+    return TURN_TOKENS if engine.target.device.type == "cpu" else None
+
+
+def _measure_together(
+    engines: Mapping[str, Engine], prompts: list[list[int]], params: SamplingParams, turn_tokens: int
+) -> dict[str, RolloutResult]:
+    sequences = {name: engine.take_requests(prompts, params) for name, engine in engines.items()}
+    calibrated_s = {name: engine.planning.profile_s for name, engine in engines.items()}
+    seconds = dict.fromkeys(engines, 0.0)
+    with open_together({name: engine.roll_out(sequences[name]) for name, engine in engines.items()}) as rollouts:
+        live = list(engines)
+        while live:
+            for name in live:
+                started = time.perf_counter()
+                take_turn(engines[name], rollouts[name], turn_tokens)
+                seconds[name] += time.perf_counter() - started
+            live = [name for name in live if engines[name].scheduler.has_work]
+    return {
+        name: RolloutResult(
+            token_ids=[sequence.token_ids for sequence in sequences[name]],
+            generation_s=seconds[name] - (engine.planning.profile_s - calibrated_s[name]),
+            records=engine.records,
+        )
+        for name, engine in engines.items()
+    }
+
+
+def take_turn(engine: Engine, rollout: Iterator[StepRecord], turn_tokens: int) -> list[StepRecord]:
+    """Steps until each live sequence has emitted so many tokens, in the mean, or all are finished."""
+    records: list[StepRecord] = []
+    emitted = 0.0
+    while emitted < turn_tokens and (not records or engine.scheduler.has_work):
+        records.append(next(rollout))
+        emitted += records[-1].acceptance_length
+    return records
+
+
+Rollouts = dict[str, Generator[StepRecord]]
+
+
+@contextmanager
+def open_together(rollouts: Rollouts) -> Iterator[Rollouts]:
+    """Rollouts that share a model and take turns; none may be exhausted inside, all are closed behind it.
+
+    A rollout puts the model back as it found it, so the first one opened has to close last.
+    """
+    with ExitStack() as stack:
+        for rollout in rollouts.values():
+            stack.callback(rollout.close)
+        yield rollouts
 
 
 def compute_median(values: Iterable[float]) -> float:

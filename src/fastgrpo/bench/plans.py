@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from fastgrpo.bench.measure import describe_run
+from fastgrpo.bench.measure import compute_median, describe_run
 from fastgrpo.bench.steady import SteadyWorkload, compute_rate
 from fastgrpo.engine import Engine
 from fastgrpo.loading import open_model, quiet_libraries
@@ -33,8 +33,8 @@ Row = dict[str, Any]
 def run_plans_bench(options: PlansOptions, command: str, console: Console | None = None) -> dict[str, Any]:
     """Measure, print and, where `options.output` says so, write the results and a plot; returns them.
 
-    At each concurrency all plans take turns on the same requests. Steps count in which exactly so many sequences were
-    live and no prompt was computed. `auto` keeps what it learns from one concurrency to the next.
+    At each concurrency all plans take short turns on the same requests. Steps count in which exactly so many sequences
+    were live and no prompt was computed. `auto` keeps what it learns from one concurrency to the next.
 
     Raises:
         ValueError: the model, the drafter or the task cannot be used.
@@ -74,11 +74,11 @@ def _measure(engines: dict[str, Engine], workload: SteadyWorkload, num_seqs: int
     for name, engine in arms.items():  # calibration, first touches, and what auto learns: not measured
         for turn in range(options.warmups if name == AUTO else 1):
             seed = options.seed + options.repeats + turn
-            workload.roll_out(engine, num_seqs, seed, share=1.0 if name == AUTO else _WARM_UP_SHARE)
+            workload.warm_up(engine, num_seqs, seed, share=1.0 if name == AUTO else _WARM_UP_SHARE)
     rollouts: dict[str, list[list[StepRecord]]] = {name: [] for name in arms}
     for repeat in range(options.repeats):
-        for name, engine in arms.items():
-            rollouts[name].append(workload.roll_out(engine, num_seqs, options.seed + repeat).records)
+        for name, rollout in workload.roll_out(arms, num_seqs, options.seed + repeat).items():
+            rollouts[name].append(rollout.records)
     return describe_concurrency(num_seqs, rollouts) | {"skipped": skipped}
 
 
@@ -131,9 +131,10 @@ def _describe_arm(rollouts: list[list[StepRecord]]) -> Row:
     summary = summarise_rollout(records, rollout_s=steps_s)
     plan_s = sum(record.plan_s for record in records)
     shapes = Counter(name_plan(record.plan) for record in records)
+    each = [compute_rate(rollout) for rollout in rollouts]
     return {
-        "tokens_per_s": summary.tokens_per_s,
-        "each_tokens_per_s": [compute_rate(each) for each in rollouts],
+        "tokens_per_s": compute_median(each),  # over the rollouts: a second that stood still is in one of them
+        "each_tokens_per_s": each,
         "acceptance_length": summary.acceptance_length,
         "mean_draft_tokens": summary.mean_draft_tokens,
         "share_speculating": summary.share_speculating,

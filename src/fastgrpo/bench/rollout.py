@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fastgrpo.bench.measure import (
     RolloutResult,
     break_down,
+    choose_turn_tokens,
     compute_equal_share,
     compute_median,
     describe_run,
@@ -60,7 +61,8 @@ def run_rollout_bench(options: RolloutOptions, command: str, console: Console | 
 
     for engine in engines.values():  # calibration, first touches, and auto's own acceptance: not measured
         measure_rollout(engine, prompts, build_params(options.repeats))
-    results = interleave(engines, prompts, build_params, options.repeats)
+    turn_tokens = choose_turn_tokens(next(iter(engines.values())))
+    results = interleave(engines, prompts, build_params, options.repeats, turn_tokens=turn_tokens)
     result = describe_run(command, dataclasses.asdict(options)) | {
         "warmup": learned,
         "workload": _describe_workload(next(iter(results.values())), params.max_tokens),

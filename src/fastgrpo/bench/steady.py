@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from fastgrpo.bench.measure import TURN_TOKENS, Rollouts, open_together, take_turn
 from fastgrpo.data import build_task_dataset
 from fastgrpo.engine import Engine
 from fastgrpo.lengths import LengthPredictor
@@ -15,11 +16,8 @@ from fastgrpo.metrics import compute_ratio
 from fastgrpo.options.planning import SteadyOptions
 from fastgrpo.types import SamplingParams, StepRecord
 
+_MOST_TOKENS = 2  # of what is enough: turns end with whole steps, and not all steps count
 _SHORTEST = 4  # tokens of a completion, in the mean, for which there are requests enough
-
-
-class _EnoughSeen(Exception):
-    """Ends a rollout; the engine leaves nothing behind, as after Ctrl-C."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,40 +66,62 @@ class SteadyWorkload:
         prompts = encode_prompts(opened.tokenizer, chats)
         return cls(prompts=prompts, params=params, tokens_per_seq=tokens_per_seq, min_tokens=min_tokens)
 
-    def roll_out(self, engine: Engine, num_seqs: int, seed: int, *, share: float = 1.0) -> SteadyRollout:
-        """One rollout with `num_seqs` live sequences, ended once it has emitted enough.
+    def roll_out(self, engines: Mapping[str, Engine], num_seqs: int, seed: int) -> dict[str, SteadyRollout]:
+        """One rollout of each engine with `num_seqs` live sequences, a few tokens in turn until all emitted enough.
 
         Every engine is given the same requests in the same order: it forgets the lengths it has seen.
+        """
+        num_tokens = max(self.tokens_per_seq * num_seqs, self.min_tokens)
+        with self._open(engines, num_seqs, num_tokens, seed) as (rollouts, seen):
+            while any(steps.num_emitted < num_tokens for steps in seen.values()):
+                for name, rollout in rollouts.items():
+                    take_turn(engines[name], rollout, TURN_TOKENS)
+        return {name: SteadyRollout(records=steps.records, progress=steps.progress) for name, steps in seen.items()}
+
+    def warm_up(self, engine: Engine, num_seqs: int, seed: int, *, share: float = 1.0) -> None:
+        """A rollout that is not measured.
 
         Args:
-            share: of the tokens of a whole one, to warm up with.
+            share: of the tokens of a measured one.
         """
         num_tokens = int(share * max(self.tokens_per_seq * num_seqs, self.min_tokens))
-        num_requests = num_seqs + num_tokens // _SHORTEST
+        with self._open({"": engine}, num_seqs, num_tokens, seed) as (rollouts, seen):
+            while seen[""].num_emitted < num_tokens:
+                next(rollouts[""])
+
+    @contextmanager
+    def _open(
+        self, engines: Mapping[str, Engine], num_seqs: int, num_tokens: int, seed: int
+    ) -> Iterator[tuple[Rollouts, dict[str, _Steps]]]:
+        """Rollouts of more requests than are needed, and what is seen of their steps."""
+        num_requests = num_seqs + _MOST_TOKENS * num_tokens // _SHORTEST
         prompts = [self.prompts[request % len(self.prompts)] for request in range(num_requests)]
-        engine.scheduler.max_num_seqs = num_seqs
-        engine.scheduler.lengths = LengthPredictor()
-        steps = _Steps(engine, num_seqs, num_tokens)
-        with steps.listening(), suppress(_EnoughSeen):
-            engine.generate(prompts, dataclasses.replace(self.params, seed=seed))
-        return SteadyRollout(records=steps.records, progress=steps.progress)
+        rollouts, seen = {}, {}
+        with ExitStack() as stack:
+            for name, engine in engines.items():
+                engine.scheduler.max_num_seqs = num_seqs
+                engine.scheduler.lengths = LengthPredictor()
+                seen[name] = stack.enter_context(_Steps(engine, num_seqs).listening())
+                sequences = engine.take_requests(prompts, dataclasses.replace(self.params, seed=seed))
+                rollouts[name] = engine.roll_out(sequences)
+            yield stack.enter_context(open_together(rollouts)), seen
 
 
 class _Steps:
-    """Listens to an engine and keeps what counts."""
+    """Listens to an engine and keeps what counts of its steps."""
 
-    def __init__(self, engine: Engine, num_seqs: int, num_tokens: int) -> None:
-        self.engine, self.num_seqs, self.num_tokens = engine, num_seqs, num_tokens
+    def __init__(self, engine: Engine, num_seqs: int) -> None:
+        self.engine, self.num_seqs = engine, num_seqs
         self.records: list[StepRecord] = []
         self.progress: dict[int, Progress] = {}
+        self.num_emitted = 0
         self._lengths: dict[int, int] = {}  # tokens emitted, by live request
-        self._num_emitted = 0
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Iterator[_Steps]:
         self.engine.on_step.append(self.take)
         try:
-            yield
+            yield self
         finally:
             self.engine.on_step.remove(self.take)
 
@@ -109,7 +129,7 @@ class _Steps:
         lengths = {sequence.request_id: len(sequence.token_ids) for sequence in self.engine.scheduler.running}
         if record.num_seqs == self.num_seqs and not record.num_prefilled:
             self.records.append(record)
-            self._num_emitted += record.num_emitted
+            self.num_emitted += record.num_emitted
             for request, length in lengths.items():
                 seen = self.progress.get(request, Progress())
                 self.progress[request] = Progress(
@@ -117,8 +137,6 @@ class _Steps:
                     num_forwards=seen.num_forwards + 1,
                 )
         self._lengths = lengths
-        if self._num_emitted >= self.num_tokens:
-            raise _EnoughSeen
 
 
 def compute_rate(records: Sequence[StepRecord]) -> float:
