@@ -241,7 +241,7 @@ def sample(
         token ids int64, their log-probabilities under softmax(logits / temperature), and that distribution's
         entropy in nats; log-probability and entropy are NaN exactly where a row of logits has a NaN or +inf.
     """
-    if has_kernels(logits) and logits.dtype in cpu.DTYPES and not batch.is_truncated:
+    if samples_on_host(logits, batch):
         return cpu.sample(logits, batch.stream_keys, batch.positions, batch.temperature)
     if _samples_on_gpu(logits, batch):
         rows = torch.arange(len(logits), device=logits.device)
@@ -281,6 +281,11 @@ def sample_rows(
         for value, empty in zip(found, _NOT_ASKED, strict=True)
     )
     return token_ids, logprobs, entropies
+
+
+def samples_on_host(logits: Tensor, batch: SamplingBatch) -> bool:
+    """Whether the compiled kernels sample from these."""
+    return has_kernels(logits) and logits.dtype in cpu.DTYPES and not batch.is_truncated
 
 
 def _samples_on_gpu(logits: Tensor, batch: SamplingBatch) -> bool:

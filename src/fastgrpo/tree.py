@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fastgrpo.kernels import cpu, trees
 from fastgrpo.transfer import is_host, upload
 
 
@@ -75,6 +76,8 @@ def compute_ancestors(parents: Int[Tensor, "B N"], depth: int | None = None) -> 
     Args:
         depth: levels that a tree has at most; a device follows so many links, the host until there are no more.
     """
+    if is_host(parents) and cpu.is_available():
+        return trees.find_ancestors(parents)
     num_nodes = parents.shape[1]
     index = torch.arange(num_nodes, device=parents.device)
     ancestors = (index[:, None] == index)[None].repeat(parents.shape[0], 1, 1)

@@ -9,11 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastgrpo.sampling import SamplingBatch, sample_rows
+from fastgrpo.kernels import cpu, trees
+from fastgrpo.sampling import SamplingBatch, sample_rows, samples_on_host
 from fastgrpo.transfer import download, is_host
 from fastgrpo.tree import Draft
 
 Counts = tuple[tuple[int, ...], ...]
+
+_VERDICT = ("path", "token_ids", "logprobs", "entropies", "num_accepted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +56,16 @@ def verify(
         depth: levels that a tree has at most; a device walks so many, the host ends when every walk has.
     """
     most = draft.token_ids.shape[1] - 1
+    num_levels = 1 + (most if depth is None else min(depth, most))
+    if samples_on_host(logits, batch):
+        noise_rows = (batch.stream_keys, batch.positions, batch.temperature)
+        walked = trees.walk(logits, row_starts, draft.token_ids, draft.parents, *noise_rows, num_levels)
+        return Verdict(**dict(zip(_VERDICT, walked, strict=True)))
     node = torch.zeros_like(row_starts)
     is_alive = torch.ones_like(node, dtype=torch.bool)
     columns: list[tuple[Tensor, ...]] = []
     num_accepted = torch.zeros_like(node)
-    for level in range(1 + (most if depth is None else min(depth, most))):
+    for level in range(num_levels):
         rows = torch.where(is_alive, row_starts + node, -1)
         chosen, logprobs, entropies = sample_rows(logits, rows, batch.ahead(level), vocabulary)
         columns.append((node.masked_fill(~is_alive, -1), chosen, logprobs, entropies))
@@ -77,6 +85,8 @@ def find_ranks(verdict: Verdict, draft: Draft) -> tuple[Int[Tensor, "B D"], Int[
     Args:
         draft: what was verified, or what it was the first nodes of: children that were not verified count too.
     """
+    if is_host(draft.parents) and cpu.is_available():
+        return trees.find_ranks(verdict.path, verdict.token_ids, draft.token_ids, draft.parents)
     walked = (verdict.path >= 0)[..., None]
     is_child = walked & (draft.parents[:, None] == verdict.path[..., None])
     is_hit = is_child & (draft.token_ids[:, None] == verdict.token_ids[..., None])

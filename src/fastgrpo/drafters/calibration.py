@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastgrpo.kernels import cpu, trees
 from fastgrpo.transfer import is_host
 from fastgrpo.tree import Draft
 from fastgrpo.verify import Verdict
@@ -43,10 +44,14 @@ class Calibration:
         self._unfolded_steps = 0
         self.slope, self.offset = np.ones(_LEVELS), np.zeros(_LEVELS)
 
+    def line(self, depth: int) -> tuple[float, float]:
+        """Slope and offset through the log-odds of nodes at `depth`, 1 for the children of the root."""
+        level = min(depth, _LEVELS) - 1
+        return float(self.slope[level]), float(self.offset[level])
+
     def __call__(self, log_chances: Float[Tensor, "*n"], depth: int) -> Float[Tensor, "*n"]:
         """Calibrated log chances of nodes at `depth`, 1 for the children of the root; -inf stays -inf."""
-        level = min(depth, _LEVELS) - 1
-        slope, offset = float(self.slope[level]), float(self.offset[level])
+        slope, offset = self.line(depth)
         if (slope, offset) == (1.0, 0.0):
             return log_chances
         calibrated = torch.nn.functional.logsigmoid(slope * _compute_log_odds(log_chances) + offset)
@@ -112,6 +117,8 @@ def _compute_log_odds(log_chances: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
 
 def _count_judged(draft: Draft, verdict: Verdict, log_chances: Tensor) -> Float[Tensor, "2 levels bins"]:
     """Children of walked nodes by level and chance, and those of them that the target chose."""
+    if is_host(log_chances) and cpu.is_available():
+        return trees.count_judged(verdict.path, draft.parents, log_chances.float(), _LEVELS, _BINS)
     num_rows, width = draft.parents.shape
     depths = torch.arange(verdict.path.shape[1], device=draft.parents.device).expand_as(verdict.path)
     depth_of = draft.parents.new_full((num_rows, width + 1), -1)  # of walked nodes; -1: the target did not walk here

@@ -23,7 +23,7 @@ _FLAGS = (
     "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fPIC",
 )  # fmt: skip
 _OWN_FLAGS = {"noise.c": "-ffp-contract=off", "decoder.c": "-ffp-contract=fast", "products.c": "-ffp-contract=fast",
-              "layer.c": "-ffp-contract=fast"}  # fmt: skip
+              "layer.c": "-ffp-contract=fast", "trees.c": "-ffp-contract=off"}  # fmt: skip
 _LONGEST_S = 120.0
 
 

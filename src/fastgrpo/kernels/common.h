@@ -92,6 +92,26 @@ static inline float find_max(const float *x, i64 width) {
     return rest;
 }
 
+#define STRIP 64 /* candidates that are looked through together for the next best */
+
+/* The `most` best of `width` scores, best first, of equals the first; scores taken become -infinity. */
+static inline void take_best(float *score, i64 width, i64 most, float *values, i64 *places) {
+    i64 strips = (width + STRIP - 1) / STRIP;
+    float tops[strips];
+    for (i64 strip = 0; strip < strips; strip++)
+        tops[strip] = find_max(score + strip * STRIP, width - strip * STRIP < STRIP ? width - strip * STRIP : STRIP);
+    for (i64 n = 0; n < most; n++) {
+        i64 best = 0;
+        for (i64 strip = 1; strip < strips; strip++)
+            if (tops[strip] > tops[best]) best = strip;
+        i64 start = best * STRIP, size = width - start < STRIP ? width - start : STRIP, place = 0;
+        while (place + 1 < size && score[start + place] != tops[best]) place++;
+        values[n] = tops[best], places[n] = start + place;
+        score[start + place] = -INFINITY;
+        tops[best] = find_max(score + start, size);
+    }
+}
+
 #define load_float load_f32
 #define store_float store_f32
 #define as_float as_f32

@@ -83,57 +83,85 @@ static inline void add_weight(float below, float *mass, float *moment) {
 }
 
 #define DEFINE_SAMPLE(T)                                                                                              \
+    static inline void sample_row_##T(const T *own, i64 width, uint64_t key, float temperature, i64 *chosen_token,    \
+                                      float *logprob, float *entropy) {                                               \
+        uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);                                                   \
+        float most = -INFINITY, mass = 0.0f, moment = 0.0f;                                                           \
+        float scaled[BLOCK], noisy[BLOCK], best[LANES], sums[LANES], moments[LANES];                                  \
+        int32_t token[LANES];                                                                                         \
+        int broken = 0;                                                                                               \
+        for (int lane = 0; lane < LANES; lane++) best[lane] = -INFINITY, token[lane] = 0;                             \
+        for (i64 start = 0; start < width; start += BLOCK) {                                                          \
+            i64 count = width - start < BLOCK ? width - start : BLOCK;                                                \
+            for (i64 i = 0; i < count; i++) scaled[i] = load_##T(own + start + i);                                    \
+            for (i64 i = 0; i < count; i++) broken |= !(scaled[i] < INFINITY);                                        \
+            if (temperature > 0) {                                                                                    \
+                if (temperature != 1)                                                                                 \
+                    for (i64 i = 0; i < count; i++) scaled[i] = scaled[i] / temperature;                              \
+                for (i64 i = 0; i < count; i++)                                                                       \
+                    noisy[i] = gumbel((uint32_t)(start + i), low, high) + scaled[i];                                  \
+                find_best(noisy, count, start, best, token);                                                          \
+            } else {                                                                                                  \
+                find_best(scaled, count, start, best, token);                                                         \
+            }                                                                                                         \
+            float top = find_max(scaled, count);                                                                      \
+            if (top > most) {                                                                                         \
+                float shrink = exp_negative(most - top);                                                              \
+                moment = shrink > 0 ? (moment + mass * (most - top)) * shrink : 0.0f;                                 \
+                mass *= shrink;                                                                                       \
+                most = top;                                                                                           \
+            }                                                                                                         \
+            if (top == -INFINITY) continue;                                                                           \
+            for (int lane = 0; lane < LANES; lane++) sums[lane] = moments[lane] = 0;                                  \
+            i64 i = 0;                                                                                                \
+            for (; i + LANES <= count; i += LANES)                                                                    \
+                for (int lane = 0; lane < LANES; lane++)                                                              \
+                    add_weight(scaled[i + lane] - most, sums + lane, moments + lane);                                 \
+            for (; i < count; i++) add_weight(scaled[i] - most, sums, moments);                                       \
+            for (int lane = 0; lane < LANES; lane++) mass += sums[lane], moment += moments[lane];                     \
+        }                                                                                                             \
+        int winner = 0;                                                                                               \
+        for (int lane = 1; lane < LANES; lane++)                                                                      \
+            if (best[lane] > best[winner] || (best[lane] == best[winner] && token[lane] < token[winner]))             \
+                winner = lane;                                                                                        \
+        *chosen_token = token[winner];                                                                                \
+        float chosen = load_##T(own + token[winner]);                                                                 \
+        if (temperature > 0 && temperature != 1) chosen = chosen / temperature;                                       \
+        *logprob = broken ? NAN : chosen - (most + logf(mass));                                                       \
+        *entropy = broken ? NAN : logf(mass) - moment / mass;                                                         \
+    }                                                                                                                 \
+                                                                                                                      \
     void fastgrpo_sample_##T(const T *logits, i64 stride, const i64 *stream_keys, const i64 *positions,               \
                              const float *temperatures, i64 rows, i64 width, i64 *tokens, float *logprobs,            \
                              float *entropies) {                                                                      \
         _Pragma("omp parallel for schedule(dynamic, 1) if (rows * width > FEW)")                                      \
+        for (i64 row = 0; row < rows; row++)                                                                          \
+            sample_row_##T(logits + row * stride, width, position_key(stream_keys[row], positions[row]),              \
+                           temperatures[row], tokens + row, logprobs + row, entropies + row);                         \
+    }                                                                                                                 \
+                                                                                                                      \
+    /* Each row's walk from its root (packed row `starts`) along the tokens that the target chooses. */               \
+    void fastgrpo_walk_##T(const T *logits, i64 stride, i64 width, const i64 *starts, const i64 *tokens,              \
+                           const i64 *parents, i64 rows, i64 nodes, const i64 *stream_keys, const i64 *positions,     \
+                           const float *temperatures, i64 levels, i64 *path, i64 *chosen, float *logprobs,            \
+                           float *entropies, i64 *num_accepted) {                                                     \
+        _Pragma("omp parallel for schedule(dynamic, 1) if (rows * width > FEW)")                                      \
         for (i64 row = 0; row < rows; row++) {                                                                        \
-            const T *own = logits + row * stride;                                                                     \
-            uint64_t key = position_key(stream_keys[row], positions[row]);                                            \
-            uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);                                               \
-            float temperature = temperatures[row], most = -INFINITY, mass = 0.0f, moment = 0.0f;                      \
-            float scaled[BLOCK], noisy[BLOCK], best[LANES], sums[LANES], moments[LANES];                              \
-            int32_t token[LANES];                                                                                     \
-            int broken = 0;                                                                                           \
-            for (int lane = 0; lane < LANES; lane++) best[lane] = -INFINITY, token[lane] = 0;                         \
-            for (i64 start = 0; start < width; start += BLOCK) {                                                      \
-                i64 count = width - start < BLOCK ? width - start : BLOCK;                                            \
-                for (i64 i = 0; i < count; i++) scaled[i] = load_##T(own + start + i);                                \
-                for (i64 i = 0; i < count; i++) broken |= !(scaled[i] < INFINITY);                                    \
-                if (temperature > 0) {                                                                                \
-                    if (temperature != 1)                                                                             \
-                        for (i64 i = 0; i < count; i++) scaled[i] = scaled[i] / temperature;                          \
-                    for (i64 i = 0; i < count; i++)                                                                   \
-                        noisy[i] = gumbel((uint32_t)(start + i), low, high) + scaled[i];                              \
-                    find_best(noisy, count, start, best, token);                                                      \
-                } else {                                                                                              \
-                    find_best(scaled, count, start, best, token);                                                     \
-                }                                                                                                     \
-                float top = find_max(scaled, count);                                                                  \
-                if (top > most) {                                                                                     \
-                    float shrink = exp_negative(most - top);                                                          \
-                    moment = shrink > 0 ? (moment + mass * (most - top)) * shrink : 0.0f;                             \
-                    mass *= shrink;                                                                                   \
-                    most = top;                                                                                       \
-                }                                                                                                     \
-                if (top == -INFINITY) continue;                                                                       \
-                for (int lane = 0; lane < LANES; lane++) sums[lane] = moments[lane] = 0;                              \
-                i64 i = 0;                                                                                            \
-                for (; i + LANES <= count; i += LANES)                                                                \
-                    for (int lane = 0; lane < LANES; lane++)                                                          \
-                        add_weight(scaled[i + lane] - most, sums + lane, moments + lane);                             \
-                for (; i < count; i++) add_weight(scaled[i] - most, sums, moments);                                   \
-                for (int lane = 0; lane < LANES; lane++) mass += sums[lane], moment += moments[lane];                 \
+            i64 node = 0;                                                                                             \
+            num_accepted[row] = -1;                                                                                   \
+            for (i64 level = 0; level < levels; level++) {                                                            \
+                i64 at = row * levels + level, child = node + 1;                                                      \
+                path[at] = node < nodes ? node : -1, chosen[at] = -1, logprobs[at] = 0, entropies[at] = 0;            \
+                if (node == nodes) continue;                                                                          \
+                sample_row_##T(logits + (starts[row] + node) * stride, width,                                         \
+                               position_key(stream_keys[row], positions[row] + level), temperatures[row],             \
+                               chosen + at, logprobs + at, entropies + at);                                           \
+                num_accepted[row]++;                                                                                  \
+                while (child < nodes && (parents[row * nodes + child] != node ||                                      \
+                                         tokens[row * nodes + child] != chosen[at]))                                  \
+                    child++;                                                                                          \
+                node = child;                                                                                         \
             }                                                                                                         \
-            int winner = 0;                                                                                           \
-            for (int lane = 1; lane < LANES; lane++)                                                                  \
-                if (best[lane] > best[winner] || (best[lane] == best[winner] && token[lane] < token[winner]))         \
-                    winner = lane;                                                                                    \
-            tokens[row] = token[winner];                                                                              \
-            float chosen = load_##T(own + token[winner]);                                                             \
-            if (temperature > 0 && temperature != 1) chosen = chosen / temperature;                                   \
-            logprobs[row] = broken ? NAN : chosen - (most + logf(mass));                                              \
-            entropies[row] = broken ? NAN : logf(mass) - moment / mass;                                               \
         }                                                                                                             \
     }
 
@@ -141,26 +169,6 @@ DEFINE_SAMPLE(bf16)
 DEFINE_SAMPLE(float)
 
 /* ---- drafting ---------------------------------------------------------------------------------------------- */
-
-#define STRIP 64 /* candidates that are looked through together for the next best */
-
-/* The `most` best of `width` scores, best first, of equals the first; scores taken become -infinity. */
-static inline void take_best(float *score, i64 width, i64 most, float *values, i64 *places) {
-    i64 strips = (width + STRIP - 1) / STRIP;
-    float tops[strips];
-    for (i64 strip = 0; strip < strips; strip++)
-        tops[strip] = find_max(score + strip * STRIP, width - strip * STRIP < STRIP ? width - strip * STRIP : STRIP);
-    for (i64 n = 0; n < most; n++) {
-        i64 best = 0;
-        for (i64 strip = 1; strip < strips; strip++)
-            if (tops[strip] > tops[best]) best = strip;
-        i64 start = best * STRIP, size = width - start < STRIP ? width - start : STRIP, place = 0;
-        while (place + 1 < size && score[start + place] != tops[best]) place++;
-        values[n] = tops[best], places[n] = start + place;
-        score[start + place] = -INFINITY;
-        tops[best] = find_max(score + start, size);
-    }
-}
 
 /* Candidates below each node of each tree by logits / temperature + noise; nodes of a tree share its row of noise. */
 #define DEFINE_RANK(T)                                                                                                \

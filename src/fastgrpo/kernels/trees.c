@@ -1,0 +1,134 @@
+/* Draft trees on the host: grown level by level, pruned to the best nodes, and what the target's walk says of them.
+ *
+ * The small operations between the passes of a drafter; PyTorch's counterparts are in drafters/pools.py, verify.py,
+ * tree.py and drafters/calibration.py. Rows are trees of their own.
+ */
+
+#include "common.h"
+
+#define LEAST_MISS -1e-6f /* log chances are taken for this at most where log-odds are computed */
+#define MOST_ODDS 8.0f
+
+static inline float log_odds(float chance) {
+    float odds = chance - logf(-expm1f(chance < LEAST_MISS ? chance : LEAST_MISS));
+    return odds < -MOST_ODDS ? -MOST_ODDS : odds > MOST_ODDS ? MOST_ODDS : odds;
+}
+
+/* log(sigmoid(slope * odds + offset)); an absent candidate stays one */
+static inline float calibrate(float chance, float slope, float offset) {
+    if (chance == -INFINITY || (slope == 1.0f && offset == 0.0f)) return chance;
+    float x = slope * log_odds(chance) + offset;
+    return (x < 0 ? x : 0.0f) - log1pf(expf(x < 0 ? x : -x));
+}
+
+/* The candidates of a level join the pool (`capacity` places a row, `filled` of them taken), and the best `most` of
+ * them are chosen to be expanded.
+ *
+ * places, sums: of the nodes expanded last: where they stand in the tree (0 is the root), log chance from there.
+ * visible: their ancestors among the `expanded` nodes so far, themselves included.
+ * above, out_*: of those chosen: place of the parent among the nodes expanded last; the same of themselves.
+ */
+void fastgrpo_grow_level(const float *chances, const i64 *tokens, i64 rows, i64 nodes, i64 children, float slope,
+                         float offset, float penalty, const i64 *places, const float *sums, const uint8_t *visible,
+                         i64 expanded, i64 capacity, i64 filled, float *pool_chances, i64 *pool_tokens,
+                         float *pool_sums, i64 *pool_parents, i64 most, i64 *out_tokens, i64 *above, i64 *out_places,
+                         float *out_sums, uint8_t *out_visible) {
+    i64 width = nodes * children, seen = expanded + most;
+    for (i64 row = 0; row < rows; row++) {
+        i64 first = row * capacity + filled, best[most + 1];
+        float score[width + 1], value[most + 1];
+        for (i64 i = 0; i < width; i++) {
+            i64 node = row * nodes + i / children;
+            pool_chances[first + i] = chances[row * width + i];
+            pool_tokens[first + i] = tokens[row * width + i];
+            pool_parents[first + i] = places[node];
+            score[i] = sums[node] + calibrate(chances[row * width + i], slope, offset) - penalty;
+            pool_sums[first + i] = score[i];
+        }
+        take_best(score, width, most, value, best);
+        for (i64 n = 0; n < most; n++) {
+            i64 own = row * most + n;
+            above[own] = best[n] / children;
+            out_tokens[own] = tokens[row * width + best[n]];
+            out_places[own] = 1 + filled + best[n];
+            out_sums[own] = value[n];
+            uint8_t *mask = out_visible + own * seen;
+            if (expanded) memcpy(mask, visible + (row * nodes + above[own]) * expanded, expanded);
+            memset(mask + expanded, 0, most);
+            mask[expanded + n] = 1;
+        }
+    }
+}
+
+/* The best `most` candidates of each row behind its root, best first, so that parents stand before their children.
+ * Absent ones, whose sum is -infinity, end a row. `sums` are used up.
+ */
+void fastgrpo_prune(const float *chances, const i64 *tokens, float *sums, const i64 *parents, i64 rows, i64 capacity,
+                    i64 filled, i64 most, const i64 *roots, i64 *out_tokens, i64 *out_parents, i64 *num_nodes,
+                    float *out_chances, float *out_sums) {
+    for (i64 row = 0; row < rows; row++) {
+        i64 first = row * capacity, out = row * (most + 1), best[most + 1], place[filled + 1];
+        float value[most + 1];
+        take_best(sums + first, filled, most, value, best);
+        out_tokens[out] = roots[row], out_parents[out] = -1, out_chances[out] = 0, out_sums[out] = 0;
+        num_nodes[row] = 1, place[0] = 0;
+        for (i64 n = 0; n < most; n++)
+            if (value[n] > -INFINITY) place[1 + best[n]] = num_nodes[row]++;
+        for (i64 n = 0; n < most; n++) {
+            int used = value[n] > -INFINITY;
+            out_tokens[out + 1 + n] = used ? tokens[first + best[n]] : 0;
+            out_parents[out + 1 + n] = used ? place[parents[first + best[n]]] : -1;
+            out_chances[out + 1 + n] = used ? chances[first + best[n]] : 0;
+            out_sums[out + 1 + n] = value[n];
+        }
+    }
+}
+
+/* visible[b, i, j]: node j is node i or an ancestor of it */
+void fastgrpo_find_ancestors(const i64 *parents, i64 rows, i64 nodes, uint8_t *visible) {
+    for (i64 i = 0; i < rows * nodes; i++) {
+        uint8_t *own = visible + i * nodes;
+        i64 node = i % nodes;
+        if (parents[i] >= 0)
+            memcpy(own, own + (parents[i] - node) * nodes, nodes);
+        else
+            memset(own, 0, nodes);
+        own[node] = 1;
+    }
+}
+
+/* Children of each walked node, and the place among them of the one that the target chose, or -1. */
+void fastgrpo_find_ranks(const i64 *path, const i64 *chosen, i64 rows, i64 levels, const i64 *tokens,
+                         const i64 *parents, i64 nodes, i64 *num_children, i64 *ranks) {
+    for (i64 at = 0; at < rows * levels; at++) {
+        const i64 *links = parents + at / levels * nodes, *below = tokens + at / levels * nodes;
+        num_children[at] = 0, ranks[at] = -1;
+        if (path[at] < 0) continue;
+        for (i64 n = path[at] + 1; n < nodes; n++)
+            if (links[n] == path[at]) {
+                if (below[n] == chosen[at]) ranks[at] = num_children[at];
+                num_children[at]++;
+            }
+    }
+}
+
+/* Adds the children of walked nodes to tables of [levels, bins] by depth and log-odds, and those walked to. */
+void fastgrpo_count_judged(const i64 *path, i64 rows, i64 steps, const i64 *parents, const float *chances, i64 nodes,
+                           i64 levels, i64 bins, double *offered, double *hits) {
+    float scale = (float)(bins - 1) / (2 * MOST_ODDS);
+    for (i64 row = 0; row < rows; row++) {
+        i64 depth[nodes];
+        for (i64 n = 0; n < nodes; n++) depth[n] = -1;
+        for (i64 step = 0; step < steps; step++)
+            if (path[row * steps + step] >= 0) depth[path[row * steps + step]] = step;
+        for (i64 n = 1; n < nodes; n++) {
+            i64 parent = parents[row * nodes + n];
+            float chance = chances[row * nodes + n];
+            if (parent < 0 || depth[parent] < 0 || chance == -INFINITY) continue;
+            i64 level = depth[parent] < levels ? depth[parent] : levels - 1;
+            i64 cell = level * bins + (i64)rintf((log_odds(chance) + MOST_ODDS) * scale);
+            offered[cell] += 1;
+            hits[cell] += depth[n] >= 0;
+        }
+    }
+}
