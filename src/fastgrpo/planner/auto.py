@@ -25,7 +25,7 @@ GRID = tuple(  # sequences share their budgets; one of them may have three times
 
 
 _DEPTHS, _WIDTHS, _NODES = shape_arrays(GRID)
-_STEPS_DECIDED = 7  # that a plan is kept for without asking again
+_STEPS_DECIDED, _MOST_DECIDED = 7, 31  # that a plan is kept for without asking again: twice as many where it stands
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter
 _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
@@ -77,6 +77,7 @@ class AutoPlanner(Planner):
         self._last_tried: dict[SpeculationPlan, int] = {}  # the number of the step, by plan
         self._current = PLAIN
         self._decided_for, self._steps_left = (0, 0), 0  # sequences and context of the current plan; for how long
+        self._steps_decided = _STEPS_DECIDED
         self._prices: dict[tuple[SpeculationPlan, int], Vector] = {}  # tokens that so many drafts cost, until then
 
     @property
@@ -132,14 +133,16 @@ class AutoPlanner(Planner):
         self._learn()
         rates = dict(zip(GRID, self._predict_rates(inputs).tolist(), strict=True))
         rates[PLAIN] = plain_rate = self.predict_rate(PLAIN, inputs)
-        best = max(GRID, key=rates.__getitem__)
+        best, before = max(GRID, key=rates.__getitem__), self._current
         if rates[best] <= plain_rate * (self.margin if self._current.is_plain else 1.0):
             self._current = PLAIN
         elif self._current.is_plain or rates[best] > self.margin * rates[self._current]:
             self._current = best
         # with the first drafts all that is known changes; plain steps teach nothing of them
         is_learning = self.expectation.is_new and not self._current.is_plain
-        self._decided_for, self._steps_left = decided_for, 0 if is_learning else _STEPS_DECIDED
+        stands = (decided_for, self._current) == (self._decided_for, before)
+        self._steps_decided = min(2 * self._steps_decided + 1, _MOST_DECIDED) if stands else _STEPS_DECIDED
+        self._decided_for, self._steps_left = decided_for, 0 if is_learning else self._steps_decided
         other = best if self._current.is_plain else self._choose_rival(rates)
         return other if self._can_afford(other, rates, inputs) else self._current
 

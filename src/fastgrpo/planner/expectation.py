@@ -15,7 +15,8 @@ from fastgrpo.types import SpeculationPlan, StepRecord
 _WINDOW = 1200.0  # sequences and steps that what was counted is remembered for
 _LOCAL_WEIGHT = 50.0  # trials that the table of the octave below counts for
 _PRIOR_ALL, _PRIOR_PLAN = 60.0, 300.0  # draft tokens that agreement with the tables counts for, of all and of a plan
-_NEW_STEPS, _KEEP_STEPS = 16, 16  # speculating steps that all is new for, and that predictions are kept for
+_NEW_STEPS = 16  # speculating steps that all is new for
+_KEEP_STEPS, _MOST_KEPT = 16, 128  # steps that predictions are kept for; drafts, where fewer than a quarter of all
 
 
 class _Agreement:
@@ -52,6 +53,7 @@ class Expectation:
         self._all = _Agreement(_PRIOR_ALL)
         self._plans: dict[SpeculationPlan, _Agreement] = {}
         self._age = 0
+        self._num_unpredicted = 0  # drafts that predictions do not know of
         self._rates: dict[int, list[list[float]]] = {}  # by octave, until they are computed anew
         self._trees: dict[tuple[int, SpeculationPlan], float] = {}
         self._lengths: dict[tuple[int, SpeculationPlan, int], NDArray[np.float64]] = {}
@@ -94,9 +96,9 @@ class Expectation:
             self._all.observe(accepted, predicted, num_drafts)
         self.table.observe(*records)
         self._find_local(num_seqs.bit_length()).observe(*records)
-        was_kept_for = self._age % _KEEP_STEPS
         self._age += num_steps
-        if self.is_new or was_kept_for + num_steps >= _KEEP_STEPS:
+        self._num_unpredicted += num_drafts
+        if self.is_new or self._num_unpredicted >= max(_KEEP_STEPS * num_seqs, min(self._age // 4, _MOST_KEPT)):
             self._forget_predictions()
 
     def fade(self, keep: float) -> None:
@@ -127,6 +129,7 @@ class Expectation:
         return self._rates[octave]
 
     def _forget_predictions(self) -> None:
+        self._num_unpredicted = 0
         self._rates.clear()
         self._trees.clear()
         self._lengths.clear()

@@ -17,6 +17,7 @@ def fit_corrections(profile: HardwareProfile, rollouts: Iterable[Sequence[StepRe
     steps = StepCosts(profile)
     for record in records:
         steps.observe(record)
+    steps.settle()
     prefilled = [record for record in records if record.num_prefilled]
     predicted_s = sum(profile.compute_target_s(record.num_prefilled) for record in prefilled)
     measured_s = sum(record.prefill_s for record in prefilled)
