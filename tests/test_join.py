@@ -171,8 +171,8 @@ def test_it_drafts_with_what_pays() -> None:
         engine.generate([[3, 1, 4, 1, 5]], params)
     ledger = drafter._find_ledger(1)
     lengths = {way: mean.value for way, mean in ledger.lengths.items()}
-    assert lengths["ngram"] > lengths["eagle"] + 1
-    assert lengths["joined"] > lengths["eagle"] + 1
+    assert lengths["ngram"] >= lengths["eagle"] + 1  # of seven trials, or more: how many depends on the time they take
+    assert lengths["joined"] >= lengths["eagle"] + 1
     assert drafter.choose_way(1) in ("ngram", "joined")
     assert sum(drafter.way_shares.values()) == pytest.approx(1)
     records = [record.acceptance_length for record in engine.records]
