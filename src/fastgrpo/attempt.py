@@ -63,6 +63,9 @@ class Attempt:
 
     def _write_features(self, features: Float[Tensor, "T W"], counts: list[int], cache: SlotCache) -> None:
         assert cache.features is not None
+        if self.plan.is_plain and len(features) == len(counts):  # the nodes are the rows, and stand where they belong
+            cache.features.write(0, self.batch.write_index, features)
+            return
         rows, depth = upload(list_walked(counts), features.device)
         index = cache.locate(rows, upload(cache.lengths, features.device)[rows] + depth)
         cache.features.write(0, index, features[self.batch.row_starts[rows] + self.verdict.path[rows, depth]])

@@ -46,17 +46,19 @@ def run_plans_bench(options: PlansOptions, command: str, console: Console | None
         opened, options, tokens_per_seq=options.tokens_per_seq, min_tokens=options.min_tokens
     )
     engines = _build_engines(opened.model, options)
-    rows = []
+    rows: list[Row] = []
+    result: dict[str, Any] = {}
     for num_seqs in options.concurrency:
         rows.append(_measure(engines, workload, num_seqs, options))
         console.print(_describe(rows[-1]), highlight=False, markup=False, soft_wrap=True)
-    result = describe_run(command, dataclasses.asdict(options)) | {"rows": rows, "verdicts": judge(rows)}
+        result = describe_run(command, dataclasses.asdict(options)) | {"rows": rows, "verdicts": judge(rows)}
+        if options.output is not None:  # what there is, should the rest not come
+            write_json(result, options.output, indent=1)
     console.print(_build_table(rows))
     console.print(_build_grid_table(rows))
     console.print(_build_planning_table(rows))
     console.print("\n".join(result["verdicts"]), highlight=False, markup=False, soft_wrap=True)
     if options.output is not None:
-        write_json(result, options.output, indent=1)
         plot_plans(rows, options.output.with_suffix(".png"))
         console.print(f"written: {options.output} and a plot beside it", markup=False, highlight=False, soft_wrap=True)
     return result

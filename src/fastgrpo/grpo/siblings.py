@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -143,23 +143,27 @@ def _order_by_prompt(prompt_ids: Int[Tensor, "B P"], is_used: Bool[Tensor, "B P"
 
 def _join(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One behind the other; what has no rows is the same in all."""
-    first = batches[0]
-    return {
-        key: torch.cat([batch[key] for batch in batches])
-        if isinstance(value, Tensor) and value.ndim
-        else [each for batch in batches for each in batch[key]]
-        if isinstance(value, list)
-        else value
-        for key, value in first.items()
-    }
+    return _map_rows(
+        batches[0],
+        lambda key, _: torch.cat([batch[key] for batch in batches]),
+        lambda key, _: [each for batch in batches for each in batch[key]],
+    )
 
 
 def _pick(rows: dict[str, Any], chosen: Int[Tensor, " R"]) -> dict[str, Any]:
-    return {
-        key: value[chosen]
-        if isinstance(value, Tensor) and value.ndim
-        else [value[row] for row in chosen.tolist()]
-        if isinstance(value, list)
-        else value
-        for key, value in rows.items()
-    }
+    return _map_rows(rows, lambda _, value: value[chosen], lambda _, value: [value[row] for row in chosen.tolist()])
+
+
+def _map_rows(
+    rows: dict[str, Any],
+    of_tensor: Callable[[str, Tensor], Tensor],
+    of_list: Callable[[str, list[Any]], list[Any]],
+) -> dict[str, Any]:
+    """Columns of rows, made anew; what has no rows stays."""
+    mapped = dict(rows)
+    for key, value in rows.items():
+        if isinstance(value, Tensor) and value.ndim:
+            mapped[key] = of_tensor(key, value)
+        elif isinstance(value, list):
+            mapped[key] = of_list(key, value)
+    return mapped

@@ -1,10 +1,9 @@
 /* Whole decoder layers in one call: the kernels of decoder.c and products.c in the order that `decoder.FusedDecoder`
  * calls them in, so that the bits are the same and only the way from Python is saved, some nine times a layer.
  *
- * The records are those of layers.py, field by field. R: type of residual, norms and rotation, X: of the products.
+ * The records are those of layers.py, field by field, and so is the room for what stands in between (scratch). R: type
+ * of residual, norms and rotation, X: of the products.
  */
-
-#include <stdlib.h>
 
 #include "common.h"
 
@@ -54,11 +53,12 @@ DECLARE(float)
                                                                                                                       \
     /* What follows the first norm, whose output is x. The residual takes the attention's output; that of the MLP is  \
      * left in delta. */                                                                                              \
-    void fastgrpo_layer_##R##_##X(const layer *own, const batch *b, i64 number, const X *x, R *residual, X *delta) {  \
+    void fastgrpo_layer_##R##_##X(const layer *own, const batch *b, i64 number, const X *x, R *residual, X *delta,    \
+                                  X *scratch) {                                                                       \
         i64 tokens = b->tokens, queries = own->heads * own->width, stride = own->states.outputs;                      \
         i64 hidden = own->output.outputs, inner = own->down.inputs;                                                   \
         X *keys = (X *)b->keys + number * b->plane, *values = (X *)b->values + number * b->plane;                     \
-        X *states = malloc(tokens * (stride + queries + hidden + 3 * inner) * sizeof(X));                             \
+        X *states = scratch;                                                                                          \
         X *attended = states + tokens * stride, *normed = attended + tokens * queries;                                \
         X *both = normed + tokens * hidden, *active = both + 2 * tokens * inner;                                      \
         multiply_##X(&own->states, x, tokens, states);                                                                \
@@ -79,23 +79,21 @@ DECLARE(float)
         multiply_##X(&own->gate_and_up, normed, tokens, both);                                                        \
         fastgrpo_silu_##X(both, active, tokens, inner);                                                               \
         multiply_##X(&own->down, active, tokens, delta);                                                              \
-        free(states);                                                                                                 \
     }                                                                                                                 \
                                                                                                                       \
     /* `count` layers, one after the other; delta is still to be added to the residual. kept: where to put the input  \
      * of each layer that is asked for, else none. */                                                                 \
     void fastgrpo_layers_##R##_##X(const layer *layers, i64 count, const batch *b, R *residual, R *const *kept,       \
-                                   X *delta) {                                                                        \
+                                   X *delta, X *scratch) {                                                            \
         i64 size = b->tokens * layers->output.outputs;                                                                \
-        X *x = malloc(size * sizeof(X));                                                                              \
+        X *x = scratch;                                                                                               \
         for (i64 number = 0; number < count; number++) {                                                              \
             const norm *first = &layers[number].before_attention;                                                     \
             fastgrpo_add_norm_##R##_##X(residual, number ? delta : NULL, first->weight, x, b->tokens,                 \
                                         layers->output.outputs, first->eps);                                          \
             if (kept[number]) memcpy(kept[number], residual, size * sizeof(R));                                       \
-            fastgrpo_layer_##R##_##X(layers + number, b, number, x, residual, delta);                                 \
+            fastgrpo_layer_##R##_##X(layers + number, b, number, x, residual, delta, scratch + size);                 \
         }                                                                                                             \
-        free(x);                                                                                                      \
     }
 
 DEFINE_LAYER(bf16, bf16)
@@ -112,9 +110,9 @@ typedef struct {
 /* The output for pairs of a hidden state and a token. above: which hidden state each has; none: its own. */
 #define DEFINE_PAIRS(X)                                                                                               \
     void fastgrpo_pairs_##X(const pairing *pair, const layer *own, const batch *b, const X *embeddings,               \
-                            const i64 *tokens, const X *hidden, const i64 *above, X *out) {                           \
+                            const i64 *tokens, const X *hidden, const i64 *above, X *out, X *scratch) {               \
         i64 size = own->output.outputs;                                                                               \
-        X *x = malloc(3 * b->tokens * size * sizeof(X)), *delta = x + 2 * b->tokens * size;                           \
+        X *x = scratch, *delta = x + 2 * b->tokens * size;                                                            \
         for (i64 t = 0; t < b->tokens; t++) {                                                                         \
             X *left = x + 2 * t * size, *right = left + size;                                                         \
             X *embedded = (X *)embeddings + tokens[t] * size, *state = (X *)hidden + (above ? above[t] : t) * size;   \
@@ -122,9 +120,8 @@ typedef struct {
             fastgrpo_add_norm_##X##_##X(state, NULL, pair->hidden.weight, right, 1, size, pair->hidden.eps);          \
             memcpy(out + t * size, pair->keeps_normed ? right : state, size * sizeof(X));                             \
         }                                                                                                             \
-        fastgrpo_layer_##X##_##X(own, b, 0, x, out, delta);                                                           \
+        fastgrpo_layer_##X##_##X(own, b, 0, x, out, delta, delta + b->tokens * size);                                 \
         for (i64 i = 0; i < b->tokens * size; i++) store_##X(out + i, load_##X(out + i) + load_##X(delta + i));       \
-        free(x);                                                                                                      \
     }
 
 DEFINE_PAIRS(bf16)

@@ -116,6 +116,7 @@ class CompiledLayers:
 
     def __init__(self, layers: Sequence[LayerWeights], residual: torch.dtype, dtype: torch.dtype) -> None:
         self._layers, self._dtype = tuple(layers), dtype  # the weights live as long as the records
+        self._num_between = max(map(_count_between, layers))
         self._records = (_LayerRecord * len(layers))(*map(_record, layers))
         self._name = f"{cpu.NAMES[residual]}_{cpu.NAMES[dtype]}"
 
@@ -135,7 +136,8 @@ class CompiledLayers:
         number = len(self._records)
         pointers = (_Pointer * number)(*(kept[n].data_ptr() if n in kept else None for n in range(number)))
         batch = ctypes.byref(rows.record)
-        cpu.call(f"layers_{self._name}", self._records, number, batch, residual, pointers, delta)
+        scratch = delta.new_empty(len(delta), delta.shape[1] + self._num_between)
+        cpu.call(f"layers_{self._name}", self._records, number, batch, residual, pointers, delta, scratch)
         return delta
 
 
@@ -150,7 +152,7 @@ class PairLayer:
 
     def __init__(self, layer: LayerWeights, embedded: Norm, hidden: Norm, *, keeps_normed: bool) -> None:
         self._weights = (layer, embedded, hidden)  # alive for as long as the records
-        self._layer = _record(layer)
+        self._layer, self._num_between = _record(layer), _count_between(layer)
         norms = (_NormRecord(_point(norm.weight), norm.eps) for norm in (embedded, hidden))
         self._pairing = _PairingRecord(*norms, keeps_normed)
 
@@ -171,8 +173,15 @@ class PairLayer:
         assert embeddings.dtype == hidden.dtype and embeddings.is_contiguous() and hidden.is_contiguous()
         out = hidden.new_empty(len(token_ids), hidden.shape[1])
         records = (ctypes.byref(self._pairing), ctypes.byref(self._layer), ctypes.byref(rows.record))
-        cpu.call(f"pairs_{cpu.NAMES[hidden.dtype]}", *records, embeddings, token_ids, hidden, above, out)
+        scratch = out.new_empty(len(out), 3 * out.shape[1] + self._num_between)
+        cpu.call(f"pairs_{cpu.NAMES[hidden.dtype]}", *records, embeddings, token_ids, hidden, above, out, scratch)
         return out
+
+
+def _count_between(layer: LayerWeights) -> int:
+    """Numbers that one token takes inside a layer: states, attended, normed, gate and up, their product."""
+    states, output, down = (_record_linear(linear) for linear in (layer.states, layer.output, layer.down))
+    return int(states.outputs + layer.num_heads * layer.head_dim + output.outputs + 3 * down.inputs)
 
 
 def _record(layer: LayerWeights) -> _LayerRecord:

@@ -264,7 +264,7 @@ class AutoPlanner(Planner):
 
 def _group_alike(records: Sequence[StepRecord]) -> Iterator[list[StepRecord]]:
     for _, alike in itertools.groupby(records, _find_kind):
-        while group := list(itertools.islice(alike, 1 + _STEPS_DECIDED)):
+        while group := list(itertools.islice(alike, 1 + _MOST_DECIDED)):
             yield group
 
 
