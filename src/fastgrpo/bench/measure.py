@@ -87,13 +87,15 @@ def _measure_together(
     calibrated_s = {name: engine.planning.profile_s for name, engine in engines.items()}
     seconds = dict.fromkeys(engines, 0.0)
     with open_together({name: engine.roll_out(sequences[name]) for name, engine in engines.items()}) as rollouts:
-        live, draws = list(engines), random.Random(0)
-        while live:
-            for name in draws.sample(live, len(live)):  # what the engine before leaves in the caches hits all alike
+        live = set(engines)
+        for order in draw_orders(engines):
+            for name in filter(live.__contains__, order):
                 started = time.perf_counter()
                 take_turn(engines[name], rollouts[name], turn_tokens)
                 seconds[name] += time.perf_counter() - started
-            live = [name for name in live if engines[name].scheduler.has_work]
+            live = {name for name in live if engines[name].scheduler.has_work}
+            if not live:
+                break
     return {
         name: RolloutResult(
             token_ids=[sequence.token_ids for sequence in sequences[name]],
@@ -102,6 +104,17 @@ def _measure_together(
         )
         for name, engine in engines.items()
     }
+
+
+def draw_orders(names: Iterable[str], seed: int = 0) -> Iterator[list[str]]:
+    """Endless orders of turns: as given, in which rollouts are opened, then at random.
+
+    What an engine leaves in the machine's caches is met by the next one; at random it hits all alike.
+    """
+    order, draws = list(names), random.Random(seed)
+    while True:
+        yield order
+        order = draws.sample(order, len(order))
 
 
 def take_turn(engine: Engine, rollout: Iterator[StepRecord], turn_tokens: int) -> list[StepRecord]:
@@ -121,7 +134,8 @@ Rollouts = dict[str, Generator[StepRecord]]
 def open_together(rollouts: Rollouts) -> Iterator[Rollouts]:
     """Rollouts that share a model and take turns; none may be exhausted inside, all are closed behind it.
 
-    A rollout puts the model back as it found it, so the first one opened has to close last.
+    A rollout puts the model back as it found it, so the first one opened has to close last: their first steps must be in
+    this order.
     """
     with ExitStack() as stack:
         for rollout in rollouts.values():

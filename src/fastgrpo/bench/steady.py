@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from fastgrpo.bench.measure import TURN_TOKENS, Rollouts, open_together, take_turn
+from fastgrpo.bench.measure import TURN_TOKENS, Rollouts, draw_orders, open_together, take_turn
 from fastgrpo.data import build_task_dataset
 from fastgrpo.engine import Engine
 from fastgrpo.lengths import LengthPredictor
@@ -73,11 +72,12 @@ class SteadyWorkload:
         Every engine is given the same requests in the same order: it forgets the lengths it has seen.
         """
         num_tokens = max(self.tokens_per_seq * num_seqs, self.min_tokens)
-        draws = random.Random(seed)
         with self._open(engines, num_seqs, num_tokens, seed) as (rollouts, seen):
-            while any(steps.num_emitted < num_tokens for steps in seen.values()):
-                for name in draws.sample(list(rollouts), len(rollouts)):
+            for order in draw_orders(engines, seed):
+                for name in order:
                     take_turn(engines[name], rollouts[name], TURN_TOKENS)
+                if all(steps.num_emitted >= num_tokens for steps in seen.values()):
+                    break
         return {name: SteadyRollout(records=steps.records, progress=steps.progress) for name, steps in seen.items()}
 
     def warm_up(self, engine: Engine, num_seqs: int, seed: int, *, share: float = 1.0) -> None:
