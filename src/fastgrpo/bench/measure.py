@@ -134,8 +134,8 @@ Rollouts = dict[str, Generator[StepRecord]]
 def open_together(rollouts: Rollouts) -> Iterator[Rollouts]:
     """Rollouts that share a model and take turns; none may be exhausted inside, all are closed behind it.
 
-    A rollout puts the model back as it found it, so the first one opened has to close last: their first steps must be in
-    this order.
+    A rollout puts the model back as it found it, so the first one opened has to close last: their first steps must be
+    in this order.
     """
     with ExitStack() as stack:
         for rollout in rollouts.values():

@@ -20,8 +20,8 @@
 #endif
 #define WIDE (2 * SPAN)
 #define STEP 288  /* inputs after which the next tile takes its turn: their weights and rows stay in the nearest cache */
-#define ROWS 240  /* rows at a time, a multiple of the tallest tile's */
-#define GROUP 120 /* rows of one thread's turn; half of ROWS */
+#define ROWS 240  /* rows at a time at most, a multiple of the tallest tile's */
+#define GROUP 120 /* rows of one task at most; half of ROWS */
 #define AHEAD 64  /* inputs whose weights are asked for early: memory is slow */
 
 typedef float span __attribute__((vector_size(4 * SPAN), aligned(4)));
@@ -114,15 +114,22 @@ static inline void run_tile_float(i64 height, const float *rows, const packed_fl
     }
 }
 
+/* Rows of each of as few parts as hold `rows` of them with at most `most` in each: whole tiles, and parts alike. */
+static inline i64 share_rows(i64 rows, i64 most) {
+    i64 parts = (rows + most - 1) / most, share = (rows + parts - 1) / parts;
+    return (share + TALLEST - 1) / TALLEST * TALLEST;
+}
+
 /* `stride` numbers lie between the starts of two rows of x; out is dense. */
 #define DEFINE_PRODUCT(X)                                                                                             \
     void fastgrpo_product_##X(const X *x, i64 stride, const packed_##X *layout, const X *bias, X *out, i64 rows,      \
                               i64 inputs, i64 outputs) {                                                              \
-        i64 most = rows < ROWS ? rows : ROWS, blocks = (outputs + WIDE - 1) / WIDE;                                   \
+        i64 most = share_rows(rows, ROWS), blocks = (outputs + WIDE - 1) / WIDE;                                      \
         float *tiles = malloc(most * inputs * sizeof(float)); /* rows of a tile side by side, input by input */       \
         _Pragma("omp parallel if (rows * inputs * outputs > FEW)")                                                    \
-        for (i64 start = 0; start < rows; start += ROWS) {                                                            \
-            i64 count = rows - start < ROWS ? rows - start : ROWS, groups = (count + GROUP - 1) / GROUP;              \
+        for (i64 start = 0; start < rows; start += most) {                                                            \
+            i64 count = rows - start < most ? rows - start : most, group = share_rows(count, GROUP);                  \
+            i64 groups = (count + group - 1) / group;                                                                 \
             _Pragma("omp for")                                                                                        \
             for (i64 row = 0; row < count; row++) {                                                                   \
                 i64 first = row / TALLEST * TALLEST, height = find_height(count - first);                             \
@@ -132,8 +139,8 @@ static inline void run_tile_float(i64 height, const float *rows, const packed_fl
             }                                                                                                         \
             _Pragma("omp for")                                                                                        \
             for (i64 task = 0; task < groups * blocks; task++) {                                                      \
-                i64 block = task % blocks, from = task / blocks * GROUP;                                              \
-                i64 to = from + GROUP < count ? from + GROUP : count;                                                 \
+                i64 block = task / groups, from = task % groups * group; /* a thread has its own blocks */            \
+                i64 to = from + group < count ? from + group : count;                                                 \
                 const packed_##X *weights = layout + block * inputs * NUMBERS_##X;                                    \
                 float sums[GROUP * WIDE];                                                                             \
                 memset(sums, 0, (to - from) * WIDE * sizeof(float));                                                  \
