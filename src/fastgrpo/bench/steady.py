@@ -69,14 +69,15 @@ class SteadyWorkload:
     def roll_out(self, engines: Mapping[str, Engine], num_seqs: int, seed: int) -> dict[str, SteadyRollout]:
         """One rollout of each engine with `num_seqs` live sequences, a few tokens in turn until all emitted enough.
 
-        Every engine is given the same requests in the same order: it forgets the lengths it has seen.
+        It ends early where completions are so short that one runs out of requests. Every engine is given the same requests in the same order: it forgets the lengths it has seen.
         """
         num_tokens = max(self.tokens_per_seq * num_seqs, self.min_tokens)
         with self._open(engines, num_seqs, num_tokens, seed) as (rollouts, seen):
             for order in draw_orders(engines, seed):
                 for name in order:
                     take_turn(engines[name], rollouts[name], TURN_TOKENS)
-                if all(steps.num_emitted >= num_tokens for steps in seen.values()):
+                is_enough = all(steps.num_emitted >= num_tokens for steps in seen.values())
+                if is_enough or not all(engine.scheduler.has_work for engine in engines.values()):
                     break
         return {name: SteadyRollout(records=steps.records, progress=steps.progress) for name, steps in seen.items()}
 
@@ -88,8 +89,9 @@ class SteadyWorkload:
         """
         num_tokens = int(share * max(self.tokens_per_seq * num_seqs, self.min_tokens))
         with self._open({"": engine}, num_seqs, num_tokens, seed) as (rollouts, seen):
-            while seen[""].num_emitted < num_tokens:
-                next(rollouts[""])
+            for _ in rollouts[""]:
+                if seen[""].num_emitted >= num_tokens:
+                    break
 
     @contextmanager
     def _open(
