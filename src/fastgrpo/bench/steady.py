@@ -69,7 +69,8 @@ class SteadyWorkload:
     def roll_out(self, engines: Mapping[str, Engine], num_seqs: int, seed: int) -> dict[str, SteadyRollout]:
         """One rollout of each engine with `num_seqs` live sequences, a few tokens in turn until all emitted enough.
 
-        It ends early where completions are so short that one runs out of requests. Every engine is given the same requests in the same order: it forgets the lengths it has seen.
+        It ends early where completions are so short that one runs out of requests. Every engine is given the same
+        requests in the same order: it forgets the lengths it has seen.
         """
         num_tokens = max(self.tokens_per_seq * num_seqs, self.min_tokens)
         with self._open(engines, num_seqs, num_tokens, seed) as (rollouts, seen):

@@ -30,7 +30,7 @@ _LASTING_STEPS = 32  # that drafts are expected to last once they are switched o
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter
 _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
-_TRIAL_WAIT = 8  # steps from one trial to the next at least
+_TRIAL_WAIT, _TRIAL_STEPS = 8, 3  # steps for each step of a trial at least; of one of drafts, once they have read
 _PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step
 _KEEP_AT_BEGIN = 0.7  # of all that was counted, at each rollout
 
@@ -44,8 +44,8 @@ class AutoPlanner(Planner):
 
     A plan does not flap: from plain decoding to drafts, and from one tree to another, the new one must promise
     `margin` more; the price of switching on, reading what the drafter has not read, is part of it. Once in a while
-    a step tries something else, drafts where plain decoding is chosen, plain decoding and other trees where drafts
-    are: this may cost `trial_share` of the time, and is all that a bad drafter can take.
+    something else is tried, for a few steps drafts where plain decoding is chosen, for one plain decoding and other
+    trees where drafts are: this may cost `trial_share` of the time, and is all that a bad drafter can take.
 
     Args:
         profile: what forwards and drafts cost, to begin with.
@@ -78,6 +78,7 @@ class AutoPlanner(Planner):
         self._current = PLAIN
         self._decided_for, self._steps_left = (0, 0), 0  # sequences and context of the current plan; for how long
         self._steps_decided = _STEPS_DECIDED
+        self._trial, self._trial_left = PLAIN, 0  # what is tried in place of it, for how many steps more
         self._prices: dict[tuple[SpeculationPlan, int], Vector] = {}  # tokens that so many drafts cost, until then
 
     @property
@@ -129,6 +130,9 @@ class AutoPlanner(Planner):
         decided_for = (inputs.num_seqs, inputs.num_read.bit_length())
         if decided_for == self._decided_for and self._steps_left > 0:
             self._steps_left -= 1
+            if self._trial_left > 0:
+                self._trial_left -= 1
+                return self._trial
             return self._current
         self._learn()
         rates = dict(zip(GRID, self._predict_rates(inputs).tolist(), strict=True))
@@ -144,7 +148,11 @@ class AutoPlanner(Planner):
         self._steps_decided = min(2 * self._steps_decided + 1, _MOST_DECIDED) if stands else _STEPS_DECIDED
         self._decided_for, self._steps_left = decided_for, 0 if is_learning else self._steps_decided
         other = best if self._current.is_plain else self._choose_rival(rates)
-        return other if self._can_afford(other, rates, inputs) else self._current
+        self._trial_left = 0
+        if not self._can_afford(other, rates, inputs):
+            return self._current
+        self._trial, self._trial_left = other, self._count_trial_steps(other) - 1
+        return other
 
     def _choose_rival(self, rates: dict[SpeculationPlan, float]) -> SpeculationPlan:
         """What drafts of the current plan are tried against: the best plan not tried for long, else plain decoding.
@@ -156,22 +164,27 @@ class AutoPlanner(Planner):
         return max(rivals, key=rates.__getitem__, default=PLAIN)
 
     def _can_afford(self, other: SpeculationPlan, rates: dict[SpeculationPlan, float], inputs: PlanInputs) -> bool:
-        """Whether a step with this plan in place of the current one is paid for; then it is charged for.
+        """Whether a trial of this plan in place of the current one is paid for; then it is charged for.
 
         Drafts count as behind until they promise a gain that is worth a change.
         """
         is_clear = other.is_plain and rates[self._current] > _CLEAR_GAIN * rates[other]
-        if self._trial_age < _TRIAL_WAIT or is_clear or not rates[other]:
+        num_steps = self._count_trial_steps(other)
+        if self._trial_age < num_steps * _TRIAL_WAIT or is_clear or not rates[other]:
             return False
         rate = rates[self._current] * (self.margin if self._current.is_plain else 1.0)
         emitted = inputs.num_seqs * self.expectation.predict_length(other, inputs.num_seqs)
-        loss_s = emitted * (1 / rates[other] - 1 / rate)
+        loss_s = num_steps * emitted * (1 / rates[other] - 1 / rate)
         if not other.is_plain:
             loss_s += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
         if loss_s > self._credit_s:
             return False
         self._credit_s, self._trial_age = self._credit_s - max(loss_s, 0.0), 0
         return True
+
+    def _count_trial_steps(self, other: SpeculationPlan) -> int:
+        """Drafts in place of plain decoding are tried for some steps: what is dear is the reading before the first."""
+        return _TRIAL_STEPS if self._current.is_plain and not other.is_plain else 1
 
     def choose_budget(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Chances) -> int:
         """The draft tokens worth their time: what they promise, less what that time brings at the better of two rates.
@@ -232,7 +245,7 @@ class AutoPlanner(Planner):
 
     def begin(self) -> None:
         self._learn()
-        self._current, self._decided_for = PLAIN, (0, 0)
+        self._current, self._decided_for, self._trial_left = PLAIN, (0, 0), 0
         self.expectation.fade(_KEEP_AT_BEGIN)  # a drafter once useless may have learnt
 
     def state_dict(self) -> dict[str, Any]:
