@@ -25,7 +25,7 @@ GRID = tuple(  # sequences share their budgets; one of them may have three times
 
 
 _DEPTHS, _WIDTHS, _NODES = shape_arrays(GRID)
-_STEPS_DECIDED, _MOST_DECIDED = 7, 31  # that a plan is kept for without asking again: twice as many where it stands
+_STEPS_DECIDED, _MOST_DECIDED = 7, 23  # that a plan is kept for without asking again: twice as many where it stands
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter
 _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
