@@ -17,10 +17,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastgrpo.blocks import BLOCK_SIZE
+
 HOPPER = GPUTarget("cuda", 90, 32)
 INTS = (
     *("stride", "width", "num_blocks", "token_stride", "head_stride", "position_stride", "num_words", "most_nodes"),
     *("num_before", "num_kv_heads", "num_splits", "num_heads"),
+    *("first_width", "second_width", "third_width", "out_stride", "num_tokens", "num_inputs"),
 )
 LONGS = ("rows", "stream_keys", "positions", "token_ids", "blocks", "starts", "num_nodes", "lengths", "words", "places")
 TYPES = {"tokens": "*i32", "scale": "fp32", "eps": "fp32"} | dict.fromkeys(INTS, "i32") | dict.fromkeys(LONGS, "*i64")
@@ -40,11 +43,16 @@ def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], i
         yield "gpu_decoder", "_norm_heads", layer, {"WIDTH": 128}, 1
         yield "gpu_decoder", "_rotate_and_cache", layer, {"HALF": 64}, 1
         yield "gpu_decoder", "_multiply_silu", layer, {"BLOCK": 1024}, 4
+        if dtype == "*bf16":
+            names = ("x", "first", "second", "third", "first_bias", "second_bias", "third_bias", "out")
+            sizes = {"HAS_BIAS": False, "IS_EVEN": True, "TOKENS": 16, "OUTPUTS": 64, "INPUTS": 256}
+            yield "gpu_linear", "_multiply", dict.fromkeys(names, dtype), sizes, 4
         for head_dim, width in ((64, 64), (80, 128), (128, 128)):
             shape = {"REPEATS": 4, "HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": 256}
             types = dict.fromkeys(("query", "keys", "values", "out"), dtype)
-            for queries, warps in ((16, 4), (64, 8)) if dtype == "*bf16" else ((16, 4),):
-                yield "gpu_attention", "_attend_splits", types, shape | {"QUERIES": queries, "BLOCK": 64}, warps
+            for queries, tile in ((16, 64), (32, 64), (64, 64)) if dtype == "*bf16" else ((16, 16),):
+                sizes = {"QUERIES": queries, "TILE": tile, "BLOCK": BLOCK_SIZE}
+                yield "gpu_attention", "_attend_splits", types, shape | sizes, 8 if queries == 64 else 4
             yield "gpu_attention", "_join_splits", types, shape | {"CHUNK": 8}, 1
 
 
@@ -58,10 +66,14 @@ def compile_kernel(module: str, name: str, types: dict[str, str], constants: dic
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (argument, type_) in enumerate(signature.items())
-        if type_.startswith("*") or argument.endswith("_stride")
+        if type_.startswith("*") or argument.endswith(("_stride", "_inputs"))
     }  # as the launcher finds them
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": module != "gpu_sampling"}
+    options = {
+        "num_warps": warps,
+        "num_stages": 5 if module == "gpu_linear" else 2,
+        "enable_fp_fusion": module != "gpu_sampling",
+    }
     compiled = triton.compile(source, target=HOPPER, options=options)
     return f"{count_registers(compiled.asm['cubin'])} DYNAMIC:{compiled.metadata.shared}"
 

@@ -21,7 +21,7 @@ from fastgrpo.sampling import SamplingBatch, gumbel_noise, gumbel_noise_of, samp
 from fastgrpo.types import SamplingParams, SpeculationPlan
 
 pytest.importorskip("triton")
-from fastgrpo.kernels import gpu_attention, gpu_decoder, gpu_sampling
+from fastgrpo.kernels import gpu_attention, gpu_decoder, gpu_linear, gpu_sampling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -367,3 +367,40 @@ def test_every_kernel_compiles_for_a_hopper_gpu():
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if "bf16" in line and "STACK" in line]
     assert all(" STACK:0 " in line for line in lines), f"registers are spilled: {lines}"
+
+
+# -- products ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 16, 17])
+@pytest.mark.parametrize("widths", [(96,), (64, 40), (80, 24, 70)])
+@pytest.mark.parametrize("num_inputs", [256, 300])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_side_by_side_are_those_of_the_operators(num_tokens, widths, num_inputs, has_bias):
+    draw = torch.Generator().manual_seed(num_tokens)
+
+    def draw_numbers(*shape):
+        return torch.randn(shape, generator=draw).to(DEVICE, HALF)
+
+    x = draw_numbers(num_tokens, num_inputs)
+    weights = [draw_numbers(width, num_inputs) for width in widths]
+    biases = [draw_numbers(width) if has_bias else None for width in widths]
+    ours = gpu_linear.multiply(x, weights, biases)
+    expected = torch.cat(
+        [
+            torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            for weight, bias in zip(weights, biases, strict=True)
+        ],
+        1,
+    )
+    assert ours.shape == expected.shape and ours.dtype == HALF
+    assert torch.allclose(ours.double(), expected, rtol=1e-2, atol=2e-2 * num_inputs**0.5)
+    assert float((ours.double() - expected).norm() / expected.norm()) < 4e-3
+
+
+def test_a_tokens_product_does_not_depend_on_the_tokens_beside_it():
+    draw = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(shape, generator=draw).to(DEVICE, HALF) for shape in ((16, 512), (128, 512)))
+    together = gpu_linear.multiply(x, [weight], [None])
+    for count in (1, 5):
+        assert torch.equal(gpu_linear.multiply(x[:count].contiguous(), [weight], [None]), together[:count])

@@ -18,6 +18,8 @@ from fastgrpo.model import TargetModel, find_graph_obstacle
 from fastgrpo.tree import compute_ancestors
 from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan
 
+TREE = SpeculationPlan(depth=3, width=2, num_draft_tokens=5)
+
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")
 
 
@@ -252,6 +254,38 @@ def test_the_bound_counts_the_scratch_block(num_blocks, monkeypatch):
     assert told[0] == told[1] and recorder.num_replayed > recorder.num_recorded
     assert (sum(record.num_preempted for record in engine.records) > 0) == (num_blocks is not None)
     assert num_blocks is None or engine.cache.peak_bytes <= num_blocks * engine.cache.block_bytes
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("plan", [SpeculationPlan(depth=3, width=1, num_draft_tokens=3), TREE])
+def test_a_replayed_draft_is_the_one_that_is_launched(plan, monkeypatch):
+    """Rows that come, go and fall behind while others draft; what stands in the scratch blocks is anything."""
+    prompts, drafts = [GROUP, [7], GROUP, [8, 8], [9, 3, 4]], []
+    params = [SamplingParams(max_tokens=90 - 15 * row, stream=row, temperature=0.5) for row in range(len(prompts))]
+    for recorder in (None, EagerRecorder()):
+        monkeypatch.setattr(TargetModel, "_build_recorder", lambda _, recorder=recorder: recorder)
+        engine = Engine(build_model("llama", torch.float32), drafter="eagle-new", speculation=plan, max_num_seqs=3)
+        steps, propose = iter(range(10**6)), engine.drafter.propose
+        # now and then nothing is drafted, so that more is unread than a table has columns for
+        monkeypatch.setattr(engine, "_plan", lambda _, steps=steps: PLAIN if next(steps) % 20 > 13 else plan)
+        told = []
+
+        def listen(*args, told=told, propose=propose):
+            draft = propose(*args)
+            told.append([part.clone() for part in (draft.num_nodes, draft.token_ids, draft.parents, draft.scores)
+                         if part is not None])  # fmt: skip
+            return draft
+
+        monkeypatch.setattr(engine.drafter, "propose", listen)
+        if recorder is not None:
+            engine.on_step.append(lambda _, engine=engine: spoil_scratch(engine.drafter._rows.cache))
+        completions = engine.generate(prompts, params)
+        drafts.append((told, [completion.token_ids for completion in completions]))
+    assert recorder.num_replayed > 2 * recorder.num_recorded
+    (launched, expected), (replayed, tokens) = drafts
+    assert tokens == expected and len(launched) == len(replayed)
+    for ours, theirs in zip(replayed, launched, strict=True):
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(ours, theirs, strict=True))
 
 
 def test_what_fits_only_without_the_scratch_block_is_refused(monkeypatch):

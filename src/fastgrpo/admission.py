@@ -88,8 +88,8 @@ class Admission:
         longest = (count_blocks(len(s.prompt_ids) + s.max_tokens + _MOST_NODES) for s in sequences)
         expected = sum(heapq.nlargest(self.scheduler.max_num_seqs, longest))
         limit = None if self._bound is None else self._bound // self.cache.block_bytes
-        self.cache.begin(expected_blocks=expected + self.target.wants_scratch, limit=limit)
-        if self.target.wants_scratch:
+        self.cache.begin(expected_blocks=expected + self.target.records, limit=limit)
+        if self.target.records:
             self.cache.take_scratch()
 
     def admit(self) -> None:
@@ -220,8 +220,8 @@ class Admission:
 
     @property
     def _scratch_bytes(self) -> int:
-        """Of the block that is in use and no row's."""
-        return self.cache.block_bytes * self.target.wants_scratch
+        """Of the blocks that are in use and no row's."""
+        return (self.cache.block_bytes + self._draft_block_bytes) * self.target.records
 
     @property
     def _draft_block_bytes(self) -> int:

@@ -15,6 +15,7 @@ from fastgrpo.attention import ForwardBatch
 from fastgrpo.cache import SlotCache, list_walked
 from fastgrpo.drafters import Drafter
 from fastgrpo.planner import PlanInputs
+from fastgrpo.timing import Moment, compute_seconds
 from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
 from fastgrpo.types import Sequence, SpeculationPlan, StepRecord
@@ -34,9 +35,10 @@ class Attempt:
     verdict: Verdict
     outcome: Outcome
     cache_bytes: int  # in use, drafted nodes included
-    scheduled_at: float  # on the clock of `time.perf_counter`, as the others
-    drafted_at: float
-    forwarded_at: float
+    scheduled: Moment  # in the device's work, as the others
+    drafted: Moment
+    forwarded: Moment
+    is_steady: bool  # nothing was recorded on the way, or launched though it will be
 
     def commit(self, running: list[Sequence], cache: SlotCache, drafter: Drafter) -> int:
         """Keep the walked paths: features, cache, tokens; the drafter hears. Returns the number of tokens emitted.
@@ -70,9 +72,13 @@ class Attempt:
         index = cache.locate(rows, upload(cache.lengths, features.device)[rows] + depth)
         cache.features.write(0, index, features[self.batch.row_starts[rows] + self.verdict.path[rows, depth]])
 
-    def build_record(self, admitted: Admitted, *, num_emitted: int, plan_s: float, started_at: float) -> StepRecord:
+    def build_record(
+        self, admitted: Admitted, *, num_emitted: int, plan_s: float, started: Moment, started_at: float
+    ) -> StepRecord:
         """The facts of the step, which ends now."""
-        finished_at = time.perf_counter()
+        step_s = time.perf_counter() - started_at
+        moments = (started, self.scheduled, self.drafted, self.forwarded)
+        prefill_s, draft_s, target_s = map(compute_seconds, moments, moments[1:])
         return StepRecord(
             num_seqs=self.inputs.num_seqs,
             num_waiting=self.inputs.num_waiting,
@@ -83,16 +89,17 @@ class Attempt:
             num_prefilled=admitted.num_prefilled,
             offered=self.outcome.offered,
             hits=self.outcome.hits,
-            prefill_s=self.scheduled_at - started_at,
-            draft_s=self.drafted_at - self.scheduled_at,
-            target_s=self.forwarded_at - self.drafted_at,
-            verify_s=finished_at - self.forwarded_at,
-            step_s=finished_at - started_at,
+            prefill_s=prefill_s,
+            draft_s=draft_s,
+            target_s=target_s,
+            verify_s=step_s - prefill_s - draft_s - target_s,
+            step_s=step_s,
             num_unread=self.inputs.num_unread,
             num_promised=self.outcome.num_promised,
             num_preempted=admitted.num_preempted,
             cache_bytes=self.cache_bytes,
             plan_s=plan_s,
+            is_steady=self.is_steady,
         )
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -66,7 +67,8 @@ class SlotCache:
         self._pool = BlockPool()
         self._tables: list[list[int]] = []  # blocks of each row
         self._prefixes: list[RowPrefix] = []  # that are held
-        self._blocks: Tensor | None = None  # of all tables, while they stay as they are
+        self._table: np.ndarray | None = None  # of all rows' blocks, while they stay as they are
+        self._blocks: Tensor | None = None  # the same on the device
         self._scratch: int | None = None  # a block without a row
         self._expected = 0
 
@@ -154,20 +156,31 @@ class SlotCache:
         Not with one of another: what stands there may be read behind a row's end, and must be finite.
         """
         if self._blocks is None:
+            self._blocks = upload(self.table, self.keys.data.device)
+        return self._blocks
+
+    @property
+    def table(self) -> np.ndarray:
+        """`blocks` on the host, [B, K] of int64; not to be written to."""
+        if self._table is None:
             width = max(map(len, self._tables), default=0) or 1
             padded = [table + (table[-1:] or [0]) * (width - len(table)) for table in self._tables]
-            self._blocks = BLOCK_SIZE * upload(padded, self.keys.data.device)
-        return self._blocks
+            self._table = BLOCK_SIZE * np.array(padded, dtype=np.int64).reshape(len(padded), width)
+        return self._table
+
+    def _forget_table(self) -> None:
+        """Rows or their blocks have changed."""
+        self._table = self._blocks = None
 
     def locate(self, rows: Int[Tensor, " T"], positions: Int[Tensor, " T"]) -> Int[Tensor, " T"]:
         """Where positions of rows stand in a store."""
-        return self.blocks[rows, positions // BLOCK_SIZE] + positions % BLOCK_SIZE
+        return locate_each(self.blocks, rows, positions)
 
     def add_rows(self, count: int) -> None:
         """New empty rows behind the running ones."""
         self.lengths.extend([0] * count)
         self._tables.extend([] for _ in range(count))
-        self._blocks = None
+        self._forget_table()
 
     def reserve(self, row: int, length: int) -> None:
         """Make room for `length` positions of a row; those from its own length on may be written then.
@@ -182,10 +195,11 @@ class SlotCache:
             for store in self.stores:
                 store.copy_block(table[place], fresh)
             self._pool.give_back(table[place])
-            table[place], self._blocks = fresh, None
+            table[place] = fresh
+            self._forget_table()
         while len(table) * BLOCK_SIZE < length:
             table.append(self._take())
-            self._blocks = None
+            self._forget_table()
 
     def count_missing(self, row: int, length: int) -> int:
         """Blocks that `reserve` takes."""
@@ -221,7 +235,7 @@ class SlotCache:
             for block in table[num_kept:]:
                 self._pool.give_back(block)
             del table[num_kept:]
-            self._blocks = None
+            self._forget_table()
 
     def trim(self) -> None:
         """Give back the blocks behind every row's own length."""
@@ -234,7 +248,7 @@ class SlotCache:
         self.lengths[row], self._tables[row] = self.lengths[-1], self._tables[-1]
         self.lengths.pop()
         self._tables.pop()
-        self._blocks = None
+        self._forget_table()
         self._return_memory()
 
     def release(self, row: int, last_row: int) -> None:
@@ -284,7 +298,7 @@ class SlotCache:
             for block in prefix.blocks:
                 self._pool.share(block)
             self._tables[row], self.lengths[row] = list(prefix.blocks), prefix.length
-        self._blocks = None
+        self._forget_table()
 
     def drop(self, prefix: RowPrefix) -> None:
         """Hold a prefix no longer."""
@@ -302,7 +316,8 @@ class SlotCache:
 
     def clear(self) -> None:
         """Drop every row and prefix and give the memory back."""
-        self.lengths, self._tables, self._prefixes, self._blocks, self._scratch = [], [], [], None, None
+        self.lengths, self._tables, self._prefixes, self._scratch = [], [], [], None
+        self._forget_table()
         self._pool.clear()
         for store in self.stores:
             store.clear()
@@ -328,6 +343,11 @@ def _find_moves(path: Int[Tensor, "B D"]) -> tuple[Int[Tensor, " M"], Int[Tensor
     """Rows and depths of the nodes that do not stand where they belong."""
     rows, depth = (path > torch.arange(path.shape[1])).nonzero(as_tuple=True)
     return rows, depth
+
+
+def locate_each(blocks: Int[Tensor, "B K"], rows: Int[Tensor, " T"], positions: Int[Tensor, " T"]) -> Int[Tensor, " T"]:
+    """`locate` of single positions."""
+    return blocks[rows, (positions // BLOCK_SIZE).clamp(max=blocks.shape[1] - 1)] + positions % BLOCK_SIZE
 
 
 def locate(blocks: Int[Tensor, "B K"], positions: Int[Tensor, "B X"]) -> Int[Tensor, "B X"]:

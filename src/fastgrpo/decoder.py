@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from fastgrpo.attention import ForwardBatch, attend_to_rows, describe_rows, has_kernels
 from fastgrpo.cache import SlotCache
-from fastgrpo.kernels import cpu, gpu
+from fastgrpo.kernels import cpu
+from fastgrpo.kernels.choose import find_kernels
 from fastgrpo.kernels.layers import CompiledLayers, LayerWeights, Norm
 from fastgrpo.kernels.linear import PackedLinear, may_pack, round_up, wants_round_rows
 
@@ -72,7 +73,7 @@ class FusedDecoder:
 
     def __init__(self, decoder: Any, dtype: torch.dtype) -> None:
         self._decoder, self._dtype = decoder, dtype
-        self._kernels = _find_kernels(decoder.embed_tokens.weight)
+        self._kernels = find_kernels(decoder.embed_tokens.weight)
         assert self._kernels is not None, "ask find_obstacle first"
         packs = self._kernels is cpu and may_pack(decoder)
         self._rounds_rows = packs and wants_round_rows(dtype)
@@ -159,16 +160,7 @@ def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
         return f"its norms are of type {', '.join(sorted(norms))}"
     if any(_is_touched(module) for module in decoder.modules()):
         return "its modules have hooks or a forward of their own"
-    return NO_KERNELS if _find_kernels(weight) is None else None
-
-
-def _find_kernels(weight: Tensor) -> Any:
-    """The module of kernels for where a weight is; None without one."""
-    if gpu.runs_on(weight):
-        from fastgrpo.kernels import gpu_decoder  # in Triton, which is imported only where it runs
-
-        return gpu_decoder
-    return cpu if weight.device.type == "cpu" and cpu.is_available() else None
+    return NO_KERNELS if find_kernels(weight) is None else None
 
 
 def _is_touched(module: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from fastgrpo.prefill import Prefiller
 from fastgrpo.requests import build_completion, build_sequences
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.scheduler import Scheduler
+from fastgrpo.timing import mark
 from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft, compute_ancestors
 from fastgrpo.types import PLAIN, Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
@@ -199,12 +200,14 @@ class Engine:
 
     def step(self) -> StepRecord:
         """Advance every running sequence by at least one token; call inside `target.rollout_mode`."""
-        started_at = time.perf_counter()
+        started, started_at = mark(self.target.device), time.perf_counter()
         attempt = self.admission.retry_until_it_fits(self._attempt)
         num_emitted = attempt.commit(self.scheduler.running, self.cache, self.drafter)
         self._retire()
         admitted, plan_s = self.admission.take_admitted(), self.planning.take_s()
-        record = attempt.build_record(admitted, num_emitted=num_emitted, plan_s=plan_s, started_at=started_at)
+        record = attempt.build_record(
+            admitted, num_emitted=num_emitted, plan_s=plan_s, started=started, started_at=started_at
+        )
         self.planning.observe(record)
         return record
 
@@ -218,15 +221,16 @@ class Engine:
     def _attempt(self, is_plain: bool) -> Attempt:
         """Schedule, plan, propose, forward, verify."""
         self.admission.admit()
-        scheduled_at = time.perf_counter()
+        device = self.target.device
+        scheduled = mark(device)
         context, inputs = self._build_context(), self._build_inputs()
         plan = PLAIN if is_plain else self._plan(inputs)
         pool = self._propose(context, plan)
         draft = self.planning.spend_budget(pool, plan, inputs)
-        drafted_at = time.perf_counter()
+        drafted = mark(device)
         batch = self._lay_out(draft, plan.depth)
         output, logits = self.target.decode(batch, self.cache)
-        forwarded_at = time.perf_counter()
+        forwarded = mark(device)
         verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary, plan.depth)
         return Attempt(
             inputs=inputs,
@@ -238,9 +242,10 @@ class Engine:
             verdict=verdict,
             outcome=read_outcome(verdict, draft, pool),
             cache_bytes=self.cache.used_bytes,
-            scheduled_at=scheduled_at,
-            drafted_at=drafted_at,
-            forwarded_at=forwarded_at,
+            scheduled=scheduled,
+            drafted=drafted,
+            forwarded=forwarded,
+            is_steady=self.target.was_replayed and (plan.is_plain or getattr(self.drafter, "was_replayed", True)),
         )
 
     def _build_context(self) -> DraftContext:

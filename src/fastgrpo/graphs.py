@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,12 +20,13 @@ from fastgrpo.attention import ForwardBatch
 from fastgrpo.cache import SlotCache
 from fastgrpo.memory import find_available_bytes
 
-Outputs = tuple[Tensor, ...]  # each with one row for each packed token
+Outputs = tuple[Tensor, ...]
+Inputs = TypeVar("Inputs")
 _SIZES = sorted({base << shift for shift in range(15) for base in (2, 3)} | {1})  # 1 2 3 4 6 8 12 16 ...
 _MOST_NODES = 64  # of a row, as many as our attention kernel takes
 _MOST_TOKENS = 1024  # more are bound by their arithmetic, not by launches
 _LEAST_BLOCKS = 4  # our attention kernel reads as many at once; from here on their number doubles, as rows grow
-_USES_BEFORE = 2  # forwards of a size before it is recorded
+_USES_BEFORE = 2  # calls of a key before it is recorded
 _MOST_GRAPHS = 32
 _FREE_BYTES = 2 * 2**30  # left to others; nothing is recorded with less
 _PADDING = ("token_ids", "positions", "row_starts", "num_nodes", "lengths")  # zero behind the real entries
@@ -47,11 +48,18 @@ class Bucket:
         if batch.most_nodes > _MOST_NODES or num_tokens > _MOST_TOKENS or batch.num_before:
             return None
         num_rows, num_blocks = batch.blocks.shape
-        rows, nodes, tokens = (
-            next(size for size in _SIZES if size >= n) for n in (num_rows, batch.most_nodes, num_tokens)
-        )
-        blocks = max(_LEAST_BLOCKS, 1 << (num_blocks - 1).bit_length())
-        return Bucket(rows=rows, nodes=nodes, tokens=tokens, blocks=blocks)
+        rows, nodes, tokens = map(round_size, (num_rows, batch.most_nodes, num_tokens))
+        return Bucket(rows=rows, nodes=nodes, tokens=tokens, blocks=round_blocks(num_blocks))
+
+
+def round_size(count: int) -> int:
+    """Rows, nodes or tokens of the smallest bucket that holds so many."""
+    return next(size for size in _SIZES if size >= count)
+
+
+def round_blocks(count: int) -> int:
+    """Blocks a row, likewise."""
+    return max(_LEAST_BLOCKS, 1 << (count - 1).bit_length())
 
 
 @runtime_checkable
@@ -70,10 +78,10 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory."""
+    """CUDA graphs that share one pool of memory: of their outputs, those of the last replay are to be read."""
 
     def __init__(self) -> None:
-        self._pool: Any = None  # a handle whose type PyTorch does not show
+        self._first: Any = None  # holds the pool, which PyTorch gives up for good with the last graph that uses it
 
     def record(self, run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         side = torch.cuda.Stream()
@@ -81,10 +89,18 @@ class CudaRecorder:
         with torch.cuda.stream(side):
             run()  # kernels are compiled and workspaces taken outside the recording
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = run()
-        self._pool = self._pool or graph.pool()
+        try:
+            if self._first is None:
+                self._first = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._first):
+                    torch.zeros(1, device="cuda")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._first.pool()):
+                outputs = run()
+        except RuntimeError:
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())  # else it waits for the end of the recording
+            raise
         return graph.replay, outputs
 
     def count_free_bytes(self) -> int:
@@ -94,14 +110,103 @@ class CudaRecorder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Graph:
-    inputs: ForwardBatch
+class _Graph(Generic[Inputs]):
+    inputs: Inputs
     replay: Callable[[], None]
     outputs: Outputs
 
 
+class Replays(Generic[Inputs]):
+    """Calls that are recorded when they have come often enough, and replayed from then on.
+
+    Outputs hold until the next call.
+
+    Args:
+        run: launches work of the device only, and reads nothing back.
+        list_stores: what it reads and writes besides its inputs; where that moves, recordings are dropped.
+
+    Attributes:
+        obstacle: why nothing is recorded any more.
+        was_replayed: whether the last call took no longer than the next one like it will.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Inputs], Outputs],
+        list_stores: Callable[[], Sequence[Tensor]],
+        recorder: Recorder,
+    ) -> None:
+        self._run, self._list_stores, self._recorder = run, list_stores, recorder
+        self._graphs: OrderedDict[Hashable, _Graph[Inputs]] = OrderedDict()  # the least recently used first
+        self._uses: dict[Hashable, int] = {}
+        self._place: tuple[tuple[int, int], ...] = ()
+        self.obstacle: str | None = None
+        self.was_replayed = True
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def __call__(self, key: Hashable, build: Callable[[], Inputs], fill: Callable[[Inputs], None]) -> Outputs | None:
+        """What the call gives, of padded inputs; None where it must be made as it is.
+
+        Args:
+            key: calls of one key are alike but for the numbers in their inputs.
+            build: makes buffers for a key's inputs.
+            fill: copies the inputs of this call into them.
+        """
+        self.was_replayed = self.obstacle is not None
+        if self.obstacle is not None:
+            return None
+        self._drop_if_moved()
+        graph = self._graphs.get(key)
+        if graph is None:
+            self._uses[key] = self._uses.get(key, 0) + 1
+            if self._uses[key] <= _USES_BEFORE:
+                return None
+            graph = self._record(key, build, fill)
+            if graph is None:
+                return None
+        else:
+            self.was_replayed = True
+            self._graphs.move_to_end(key)
+            fill(graph.inputs)
+        graph.replay()
+        return graph.outputs
+
+    def _drop_if_moved(self) -> None:
+        place = tuple((store.data_ptr(), store.shape[1]) for store in self._list_stores())
+        if place != self._place:
+            self._graphs.clear()
+            self._place = place
+
+    def _record(
+        self, key: Hashable, build: Callable[[], Inputs], fill: Callable[[Inputs], None]
+    ) -> _Graph[Inputs] | None:
+        free = self._recorder.count_free_bytes()
+        if free < _FREE_BYTES:
+            self._stop(f"only {free / 2**30:.1f} GiB of the device's memory are free")
+            return None
+        while len(self._graphs) >= _MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        inputs = build()
+        fill(inputs)
+        try:
+            replay, outputs = self._recorder.record(lambda: self._run(inputs))
+        except RuntimeError as error:  # out of memory is one
+            self._stop(str(error).strip().splitlines()[0] if str(error).strip() else repr(error))
+            return None
+        self._graphs[key] = _Graph(inputs=inputs, replay=replay, outputs=outputs)
+        return self._graphs[key]
+
+    def _stop(self, reason: str) -> None:
+        """Once is enough: where it failed it would fail again."""
+        self.obstacle = reason
+        self._graphs.clear()
+        warnings.warn(f"decoding goes on without CUDA graphs, which takes longer: {reason}", stacklevel=4)
+
+
 class GraphRunner:
-    """Replays forwards of sizes it has met often enough; runs the others as they come.
+    """Forwards in padded batches of a few sizes, replayed; runs as they come those that are too large.
 
     Outputs hold until the next call. Padded tokens are written to the cache's scratch block.
 
@@ -111,66 +216,37 @@ class GraphRunner:
     """
 
     def __init__(self, run: Callable[[ForwardBatch], Outputs], cache: SlotCache, recorder: Recorder) -> None:
-        self._run, self._cache, self._recorder = run, cache, recorder
-        self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()  # the least recently used first
-        self._uses: dict[Bucket, int] = {}
-        self._place: tuple[int, ...] = ()
-        self.obstacle: str | None = None  # why nothing is recorded any more
+        self._run, self._cache = run, cache
+        # a view of its own for each run: what a batch computes lazily must be computed in the recording
+        self._replays = Replays[ForwardBatch](
+            lambda inputs: run(replace(inputs)), lambda: [store.data for store in cache.stores], recorder
+        )
 
     @property
     def num_graphs(self) -> int:
-        return len(self._graphs)
+        return len(self._replays)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why nothing is recorded any more."""
+        return self._replays.obstacle
+
+    @property
+    def was_replayed(self) -> bool:
+        """Whether the last forward took no longer than the next one like it will."""
+        return self._replays.was_replayed
 
     def __call__(self, batch: ForwardBatch) -> Outputs:
-        bucket = None if self.obstacle else Bucket.find(batch)
-        if bucket is None:
+        bucket = Bucket.find(batch)
+        outputs = None
+        if bucket is not None and self.obstacle is None:
+            self._cache.take_scratch()  # which may move the cache, and so comes first
+            outputs = self._replays(
+                bucket, lambda: _build_inputs(bucket, batch), lambda inputs: self._fill(inputs, batch)
+            )
+        if outputs is None:
             return self._run(batch)
-        self._cache.take_scratch()  # which may move the cache, and so comes first
-        self._drop_if_moved()
-        graph = self._graphs.get(bucket)
-        if graph is None:
-            self._uses[bucket] = self._uses.get(bucket, 0) + 1
-            if self._uses[bucket] <= _USES_BEFORE:
-                return self._run(batch)
-            graph = self._record(bucket, batch)
-            if graph is None:
-                return self._run(batch)
-        else:
-            self._graphs.move_to_end(bucket)
-            self._fill(graph.inputs, batch)
-        graph.replay()
-        return tuple(output[: len(batch.token_ids)] for output in graph.outputs)
-
-    def _drop_if_moved(self) -> None:
-        stores = self._cache.stores
-        place = (*(store.data.data_ptr() for store in stores), stores[0].num_blocks)
-        if place != self._place:
-            self._graphs.clear()
-            self._place = place
-
-    def _record(self, bucket: Bucket, batch: ForwardBatch) -> _Graph | None:
-        free = self._recorder.count_free_bytes()
-        if free < _FREE_BYTES:
-            self._stop(f"only {free / 2**30:.1f} GiB of the device's memory are free")
-            return None
-        while len(self._graphs) >= _MOST_GRAPHS:
-            self._graphs.popitem(last=False)
-        inputs = _build_inputs(bucket, batch)
-        self._fill(inputs, batch)
-        try:
-            # a view of its own for each run: what the batch computes lazily must be computed in the recording
-            replay, outputs = self._recorder.record(lambda: self._run(replace(inputs)))
-        except RuntimeError as error:  # out of memory is one
-            self._stop(str(error).strip().splitlines()[0] if str(error).strip() else repr(error))
-            return None
-        self._graphs[bucket] = _Graph(inputs=inputs, replay=replay, outputs=outputs)
-        return self._graphs[bucket]
-
-    def _stop(self, reason: str) -> None:
-        """Once is enough: where it failed it would fail again."""
-        self.obstacle = reason
-        self._graphs.clear()
-        warnings.warn(f"decoding goes on without CUDA graphs, which takes longer: {reason}", stacklevel=3)
+        return tuple(output[: len(batch.token_ids)] for output in outputs)
 
     def _fill(self, inputs: ForwardBatch, batch: ForwardBatch) -> None:
         """Copy a batch into the buffers; what stands behind it there computes nothing that is looked at."""

@@ -20,7 +20,7 @@ from fastgrpo.cache import SlotCache
 from fastgrpo.decoder import NO_KERNELS, FusedDecoder, find_obstacle
 from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder
 from fastgrpo.kernels import gpu
-from fastgrpo.kernels.linear import PackedLinear, can_pack
+from fastgrpo.kernels.linear import PackedLinear, has_own_product
 from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.weights import merged_weights
 
@@ -200,9 +200,18 @@ class TargetModel:
         return (output.last_hidden, self.compute_logits(output.last_hidden), *features)
 
     @property
-    def wants_scratch(self) -> bool:
-        """Whether `decode` takes a block of the cache for padding."""
+    def records(self) -> bool:
+        """Whether forwards are recorded and replayed; padding is written to a block of the cache then."""
         return self._recorder is not None
+
+    @property
+    def was_replayed(self) -> bool:
+        """Whether the last `decode` took no longer than the next one like it will."""
+        return self._runner is None or self._runner[1].was_replayed
+
+    def open_recorder(self) -> Recorder | None:
+        """For calls whose outputs are read while forwards are replayed; None where nothing is recorded."""
+        return self._build_recorder() if self.records else None
 
     def _build_recorder(self) -> Recorder | None:
         if self.device.type != "cuda":
@@ -216,7 +225,7 @@ class TargetModel:
     def _fuse(self) -> FusedDecoder | None:
         obstacle = find_obstacle(self.decoder, self.dtype)
         if obstacle is None:
-            if type(self.lm_head) is nn.Linear and can_pack([self.lm_head]):
+            if type(self.lm_head) is nn.Linear and has_own_product(self.lm_head, self.dtype):
                 self._output = PackedLinear([self.lm_head])
             return FusedDecoder(self.decoder, self.dtype)
         _warn_of(obstacle)

@@ -36,6 +36,26 @@ class Stopwatch:
         return taken_s
 
 
+Moment = float | torch.cuda.Event
+
+
+def mark(device: torch.device) -> Moment:
+    """This moment in the work of a device, which may come to it later than the host does."""
+    if device.type != "cuda":
+        return perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def compute_seconds(begin: Moment, end: Moment) -> float:
+    """Between two moments of one device, both past."""
+    if isinstance(begin, float) or isinstance(end, float):
+        assert isinstance(begin, float) and isinstance(end, float), "moments of one device"
+        return end - begin
+    return float(begin.elapsed_time(end)) / 1e3
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timing:
     """Several runs of one call.

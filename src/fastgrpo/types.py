@@ -111,6 +111,12 @@ class Sequence:
     def all_token_ids(self) -> list[int]:
         return self.prompt_ids + self.token_ids
 
+    def last_token_ids(self, count: int) -> list[int]:
+        """The last so many of prompt and completion."""
+        missing = count - len(self.token_ids)
+        last = self.token_ids[max(-missing, 0) :]
+        return self.prompt_ids[len(self.prompt_ids) - missing :] + last if missing > 0 else last
+
     @functools.cached_property
     def group_key(self) -> tuple[int, ...]:
         """Completions of one prompt are siblings; the prompt itself names the group."""
@@ -194,15 +200,16 @@ class StepRecord:
     num_prefilled: int  # prompt tokens computed before this step's forward
     offered: tuple[tuple[int, ...], ...]
     hits: tuple[tuple[int, ...], ...]
-    prefill_s: float
+    prefill_s: float  # this and the next two: of the device's work
     draft_s: float
     target_s: float  # the target forward, its output head included
-    verify_s: float  # sampling, walking and committing
+    verify_s: float  # sampling, walking and committing: the rest of the step
     step_s: float  # everything, prefill included
     num_unread: int = 0  # cached tokens that the drafter had not read before this step
     num_promised: float = 0.0  # draft tokens that the drafter's calibrated chances had accepted; 0 where it says none
     num_preempted: int = 0  # sequences that had to make room before this step; they wait and go on later
     cache_bytes: int = 0  # of keys, values and features in use during the forward, drafted nodes included
+    is_steady: bool = True  # False where something was recorded for later steps, which take less time
     plan_s: float = 0.0  # the planner: this step's plan and budget (in draft_s), and hearing the step before (in none)
 
     @property

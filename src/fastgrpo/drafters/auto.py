@@ -118,6 +118,11 @@ class AutoDrafter:
         for member in self.members:
             member.begin()
 
+    @property
+    def was_replayed(self) -> bool:
+        """Whether the last draft took no longer than the next one like it will."""
+        return all(getattr(member, "was_replayed", True) for member in self.members)
+
     def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
         for member in self.members:
             member.observe(sequence, num_new_tokens)

@@ -8,12 +8,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastgrpo.drafters.calibration import Calibration
-from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.pools import open_pool
 from fastgrpo.kernels import cpu
 from fastgrpo.sampling import SamplingBatch, add_noise, has_kernels, scale_logits
 from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan
+
+
+@runtime_checkable
+class Roots(Protocol):
+    """What trees grow from: a `DraftContext`, or the inputs of a head."""
+
+    @property
+    def sampling(self) -> SamplingBatch: ...
+
+    @property
+    def pending_token_ids(self) -> Int[Tensor, " B"]: ...
 
 
 @runtime_checkable
@@ -39,15 +49,15 @@ class Levels(Protocol):
         ...
 
 
-def grow_trees(context: DraftContext, plan: SpeculationPlan, levels: Levels, calibration: Calibration) -> Draft:
+def grow_trees(roots: Roots, plan: SpeculationPlan, levels: Levels, calibration: Calibration) -> Draft:
     """One tree for each sequence: the best `width` nodes of a level are expanded, the best of all levels kept."""
-    pool = open_pool(context.pending_token_ids, plan, calibration)
-    beam = pool.add(*levels.rank(context.sampling, plan.width))
+    pool = open_pool(roots.pending_token_ids, plan, calibration)
+    beam = pool.add(*levels.rank(roots.sampling, plan.width))
     for depth in range(1, plan.depth):
         if beam.token_ids.shape[1] == 0:
             break
         levels.expand(beam.token_ids, beam.above, beam.visible)
-        beam = pool.add(*levels.rank(context.sampling.ahead(depth), plan.width))
+        beam = pool.add(*levels.rank(roots.sampling.ahead(depth), plan.width))
     return pool.prune()
 
 

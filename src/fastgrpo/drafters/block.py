@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgrpo.attention import ForwardBatch
+from fastgrpo.drafters.beams import grow_trees
 from fastgrpo.drafters.block_files import load_block_head, save_block_head
 from fastgrpo.drafters.block_head import BlockHead, build_block_head, start_from_target
 from fastgrpo.drafters.drafter import DraftContext
@@ -64,9 +65,10 @@ class BlockDrafter(HeadDrafter[BlockHead]):
     def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         return super().propose(context, replace(plan, depth=min(plan.depth, self.head.block_size)))
 
-    def start_levels(self, context: DraftContext, plan: SpeculationPlan) -> _BlockLevels:
+    def grow(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         last = self._read_features(context)
-        return _BlockLevels(self, context.pending_token_ids, last, context.cache.lengths, plan.depth)
+        levels = _BlockLevels(self, context.pending_token_ids, last, context.cache.lengths, plan.depth)
+        return grow_trees(context, plan, levels, self.calibration)
 
     def _read_features(self, context: DraftContext) -> Float[Tensor, "B H"]:
         """Keys and values of the cached tokens that are new; returns each row's last context."""

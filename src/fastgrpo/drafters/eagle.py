@@ -7,25 +7,33 @@ head's own outputs as features.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastgrpo.attention import ForwardBatch
+from fastgrpo.cache import SlotCache, locate_each
+from fastgrpo.drafters.beams import grow_trees
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.eagle_files import load_head, save_head
 from fastgrpo.drafters.eagle_head import EagleHead, build_head, start_from_target
 from fastgrpo.drafters.eagle_layer import FusedMidLayer
 from fastgrpo.drafters.head_drafter import HeadDrafter
+from fastgrpo.drafters.head_inputs import HeadInputs, TableShape
+from fastgrpo.graphs import Replays
 from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
 from fastgrpo.rotation import RotationTable
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.transfer import upload
+from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan
 
+_PARTS = ("token_ids", "parents", "num_nodes", "log_chances", "scores")  # of a draft, recorded
 _MANY_PAIRS = 8  # new ones a row, from which on keys and values of all but the last are computed apart
 
 
@@ -33,6 +41,8 @@ class EagleDrafter(HeadDrafter[EagleHead]):
     """Drafts with an `EagleHead`, one level at a time."""
 
     name = "eagle"
+    _cache: SlotCache | None = None  # the target's, whose features were read last
+    _replays: Replays[_Recorded] | None = None  # of drafts with the weights as they are
 
     @staticmethod
     def build_head(target: TargetModel, draft_vocab_size: int) -> EagleHead:
@@ -53,35 +63,78 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         self._layer = FusedMidLayer(self.fast_head) if FusedMidLayer.covers(self.fast_head) else None
         pack_modules(self.fast_head, leave=() if self._layer is None else ("midlayer",))
 
-    def start_levels(self, context: DraftContext, plan: SpeculationPlan) -> _EagleLevels:
-        return _EagleLevels(self, context, self._read_pairs(context))
+    def begin(self) -> None:
+        super().begin()
+        self._replays = None  # the weights are new ones
 
-    def _read_pairs(self, context: DraftContext) -> Float[Tensor, "B H"]:
-        """Run the pairs whose true features are new; returns each row's last output."""
-        lengths, num_read, device = context.cache.lengths, self._rows.num_read, self.target.device
-        if sum(lengths) - sum(num_read) > _MANY_PAIRS * len(lengths):
+    @property
+    def was_replayed(self) -> bool:
+        """Whether the last draft took no longer than the next one like it will."""
+        return self._replays is None or self._replays.was_replayed
+
+    def grow(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
+        own, replays = self._rows.cache, self._find_replays(context.cache)
+        num_read, lengths = self._rows.num_read, context.cache.lengths
+        most = max(length - read for length, read in zip(lengths, num_read, strict=True))
+        is_far_behind = sum(lengths) - sum(num_read) > _MANY_PAIRS * len(lengths)
+        if is_far_behind or (replays is not None and most > plan.depth + 1):
             self._store_pairs(context)
             num_read = [length - 1 for length in lengths]
-        counts = [length - read for length, read in zip(lengths, num_read, strict=True)]
-        width = max(counts)
-        tokens = [
-            (s.all_token_ids[-count:] if count else []) + [0] * (width - count)
-            for s, count in zip(context.sequences, counts, strict=True)
-        ]
-        num_nodes = upload(counts, device)
+        if replays is not None:
+            own.take_scratch()
+            shape = TableShape.find(context, plan, own, with_noise=self.ranks_with_noise)
+            found = replays(
+                shape,
+                lambda: _Recorded(shape=shape, table=shape.build(self.target.device)),
+                lambda inputs: shape.fill(inputs.table, context, num_read, own),
+            )
+            if found is not None:
+                parts: dict[str, Any] = {name: part[: len(lengths)] for name, part in zip(_PARTS, found, strict=True)}
+                return Draft(**parts)
+        return self._grow(HeadInputs.gather(context, num_read, own), plan)
+
+    def _grow(self, inputs: HeadInputs, plan: SpeculationPlan) -> Draft:
+        return grow_trees(inputs, plan, _EagleLevels(self, inputs, self._read_pairs(inputs)), self.calibration)
+
+    def _find_replays(self, cache: SlotCache) -> Replays[_Recorded] | None:
+        """Of drafts from the features of this cache; None where nothing is recorded."""
+        if cache is not self._cache:
+            self._replays, self._cache = None, cache
+        if self._replays is None and (recorder := self.target.open_recorder()) is not None:
+            self._replays = Replays(self._run_recorded, self._list_stores, recorder)
+        return self._replays
+
+    def _run_recorded(self, inputs: _Recorded) -> tuple[Tensor, ...]:
+        draft = self._grow(inputs.shape.read(inputs.table), inputs.shape.plan)
+        return tuple(getattr(draft, name) for name in _PARTS)
+
+    def _list_stores(self) -> list[Tensor]:
+        assert self._cache is not None
+        return [store.data for store in (*self._rows.cache.stores, *self._cache.stores)]
+
+    def _read_pairs(self, inputs: HeadInputs) -> Float[Tensor, "B H"]:
+        """Run the pairs whose true features are new; returns each row's last output."""
+        (num_rows, width), device = inputs.unread.shape, inputs.unread.device
+        num_new = inputs.lengths - inputs.num_read
+        every = torch.arange(num_rows, device=device)
+        if inputs.counts is None:
+            counts, num_nodes = (width,) * num_rows, torch.full_like(num_new, width)
+            rows = every[:, None].expand(-1, width).flatten()
+        else:
+            counts, num_nodes = inputs.counts, num_new
+            rows = every.repeat_interleave(num_new, output_size=sum(counts))
         batch = ForwardBatch.build(
-            token_ids=upload(tokens, device),
+            token_ids=inputs.unread,
             num_nodes=num_nodes,
-            visible=torch.ones(len(lengths), width, width, dtype=torch.bool, device=device).tril(),
-            blocks=self._rows.cache.blocks,
-            lengths=upload(num_read, device),
+            visible=torch.ones(num_rows, width, width, dtype=torch.bool, device=device).tril(),
+            blocks=inputs.own_blocks,
+            lengths=inputs.num_read,
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
             counts=counts,
         )
-        rows = torch.arange(len(lengths), device=device).repeat_interleave(num_nodes, output_size=sum(counts))
-        hidden = self._read_features(context, rows, batch.positions)
-        return self.forward(batch, hidden)[batch.row_starts + num_nodes - 1]
+        hidden = self._read_features(locate_each(inputs.blocks, rows, batch.positions))
+        return self.forward(batch, hidden)[batch.row_starts + num_new - 1]
 
     def _store_pairs(self, context: DraftContext) -> None:
         """Keys and values of all new pairs but each row's last, whose output alone is drafted from."""
@@ -94,7 +147,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
             positions += range(read, last)
             rows += [row] * (last - read)
         token_ids, at_rows, at = (upload(values, self.target.device) for values in (tokens, rows, positions))
-        hidden = self._read_features(context, at_rows, at)
+        hidden = self._read_features(context.cache.locate(at_rows, at))
         cos, sin = self._rotation(at, hidden)
         places = self._rows.cache.locate(at_rows, at)
         if self._layer is not None:
@@ -104,13 +157,10 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         _, key, value = self.fast_head.attention_inputs(embedded, hidden, cos, sin)
         self._rows.write(0, places, key, value)
 
-    def _read_features(
-        self, context: DraftContext, rows: Int[Tensor, " T"], positions: Int[Tensor, " T"]
-    ) -> Float[Tensor, "T H"]:
+    def _read_features(self, places: Int[Tensor, " T"]) -> Float[Tensor, "T H"]:
         """The head's hidden state for the target's features at these places."""
-        store = context.cache.features
-        assert store is not None
-        features = store.flat(0)[context.cache.locate(rows, positions), : 3 * self.target.hidden_size]
+        assert self._cache is not None and self._cache.features is not None
+        features = self._cache.features.flat(0)[places, : 3 * self.target.hidden_size]
         hidden: Tensor = self.fast_head.fc(features.to(self.target.dtype))
         return hidden
 
@@ -138,25 +188,32 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         return self.rank(self.fast_head.compute_logits(output), noise_rows, width)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Recorded:
+    """What a recorded draft is fed with."""
+
+    shape: TableShape
+    table: Int[Tensor, "R C"]
+
+
 class _EagleLevels:
     """Nodes of a draft run through the head, on its own outputs."""
 
-    def __init__(self, drafter: EagleDrafter, context: DraftContext, output: Float[Tensor, "B H"]) -> None:
-        self.drafter = drafter
-        self.lengths = upload(context.cache.lengths, output.device)
+    def __init__(self, drafter: EagleDrafter, inputs: HeadInputs, output: Float[Tensor, "B H"]) -> None:
+        self.drafter, self.inputs = drafter, inputs
         self.hidden = output[:, None]  # outputs of the nodes expanded last
 
     def rank(self, noise_rows: SamplingBatch, width: int) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
         return self.drafter.rank_level(self.hidden, noise_rows, width)
 
     def expand(self, token_ids: Int[Tensor, "B W"], above: Int[Tensor, "B W"], visible: Bool[Tensor, "B W E"]) -> None:
-        drafter = self.drafter
+        drafter, inputs = self.drafter, self.inputs
         batch = ForwardBatch.build(
             token_ids=token_ids,
-            num_nodes=torch.full_like(self.lengths, token_ids.shape[1]),
+            num_nodes=torch.full_like(inputs.lengths, token_ids.shape[1]),
             visible=visible,
-            blocks=drafter._rows.cache.blocks,
-            lengths=self.lengths,
+            blocks=inputs.own_blocks,
+            lengths=inputs.lengths,
             dtype=drafter.target.dtype,
             num_repeats=drafter.target.num_repeats,
             counts=(token_ids.shape[1],) * len(token_ids),

@@ -1,4 +1,4 @@
-"""The layer of an EAGLE-3 head on a CPU without the modules in between, as `decoder` runs those of the target."""
+"""The layer of an EAGLE-3 head without the modules in between, as `decoder` runs those of the target."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fastgrpo.attention import ForwardBatch, attend_to_rows, describe_rows, has_
 from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.drafters.head_rows import HeadRows
 from fastgrpo.kernels import cpu
+from fastgrpo.kernels.choose import find_kernels
 from fastgrpo.kernels.layers import CompiledLayers, LayerWeights, Norm, PairLayer
 from fastgrpo.kernels.linear import PackedLinear
 
@@ -26,10 +27,13 @@ class FusedMidLayer:
     def __init__(self, head: EagleHead) -> None:
         layer, attention = head.midlayer, head.midlayer.self_attn
         self._head = head
+        self._kernels = find_kernels(head.fc.weight)
+        assert self._kernels is not None, "ask covers first"
         embedded, hidden, norm = (
             Norm(norm.weight.data, norm.eps)
             for norm in (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm)
         )
+        self._pair_norms = embedded, hidden
         self._weights = LayerWeights(
             before_attention=None,  # two norms side by side, here
             before_mlp=norm,
@@ -44,14 +48,14 @@ class FusedMidLayer:
         )
         self._stored = PackedLinear((attention.k_proj, attention.v_proj))
         self._compiled: PairLayer | None = None
-        if CompiledLayers.covers([self._weights]):
+        if self._kernels is cpu and CompiledLayers.covers([self._weights]):
             self._compiled = PairLayer(self._weights, embedded, hidden, keeps_normed=head.norm_before_residual)
 
     @staticmethod
     def covers(head: EagleHead) -> bool:
         """Whether there are kernels for a head's type and device."""
         weight = head.fc.weight
-        return weight.device.type == "cpu" and cpu.covers(weight.dtype, weight.dtype) and cpu.is_available()
+        return cpu.covers(weight.dtype, weight.dtype) and find_kernels(weight) is not None
 
     def run(
         self,
@@ -72,18 +76,27 @@ class FusedMidLayer:
         if self._compiled is not None and has_kernels(hidden, batch) and _is_plain(embed_tokens, hidden):
             place = describe_rows(batch, keys, values, cos, sin)
             return self._compiled.run(place, embed_tokens.weight, batch.token_ids, hidden.contiguous(), above)
-        head, layer, weights = self._head, self._head.midlayer, self._weights
+        kernels, weights = self._kernels, self._weights
         hidden = hidden if above is None else hidden[above]
-        embedded = embed_tokens(batch.token_ids).to(hidden.dtype)
-        normed = layer.hidden_norm(hidden)
-        states = weights.states(torch.cat((layer.input_layernorm(embedded), normed), -1))
-        cpu.rotate_and_cache_(states, cos, sin, batch.write_index, keys.flat(0), values.flat(0))
+        pairs, normed = self._norm_pairs(embed_tokens(batch.token_ids), hidden)
+        states = weights.states(pairs)
+        kernels.rotate_and_cache_(states, cos, sin, batch.write_index, keys.flat(0), values.flat(0))
         query = states[:, : weights.num_heads * weights.head_dim]
         attended = attend_to_rows(query, keys, values, 0, batch, head_dim=weights.head_dim, scale=weights.scale)
-        residual = (normed if head.norm_before_residual else hidden).clone()
+        residual = (normed if self._head.norm_before_residual else hidden).clone()
         norm = weights.before_mlp
-        x = cpu.add_norm(residual, weights.output(attended), norm.weight, norm.eps, hidden.dtype)
-        return residual.add_(weights.down(cpu.multiply_silu(weights.gate_and_up(x), len(x))))
+        x = kernels.add_norm(residual, weights.output(attended), norm.weight, norm.eps, hidden.dtype)
+        return residual.add_(weights.down(kernels.multiply_silu(weights.gate_and_up(x), len(x))))
+
+    def _norm_pairs(
+        self, embedded: Float[Tensor, "T H"], hidden: Float[Tensor, "T H"]
+    ) -> tuple[Float[Tensor, "T 2H"], Float[Tensor, "T H"]]:
+        """What the attention's products take, and the normed hidden states, its second half."""
+        parts = [
+            self._kernels.add_norm(states.contiguous(), None, norm.weight, norm.eps, hidden.dtype)
+            for states, norm in zip((embedded.to(hidden.dtype), hidden), self._pair_norms, strict=True)
+        ]
+        return torch.cat(parts, -1), parts[1]
 
     def store(
         self,
@@ -100,10 +113,9 @@ class FusedMidLayer:
         Args:
             places: of each pair in the cache.
         """
-        layer, keys, values = self._head.midlayer, rows.cache.keys, rows.cache.values
-        embedded = embed_tokens(token_ids).to(hidden.dtype)
-        x = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), -1)
-        cpu.rotate_and_cache_(self._stored(x), cos, sin, places, keys.flat(0), values.flat(0))
+        keys, values = rows.cache.keys, rows.cache.values
+        pairs, _ = self._norm_pairs(embed_tokens(token_ids), hidden)
+        self._kernels.rotate_and_cache_(self._stored(pairs), cos, sin, places, keys.flat(0), values.flat(0))
 
 
 def _is_plain(embed_tokens: nn.Module, hidden: Tensor) -> TypeGuard[nn.Embedding]:

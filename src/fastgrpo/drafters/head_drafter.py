@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastgrpo.drafters.beams import Levels, grow_trees, rank_candidates
+from fastgrpo.drafters.beams import rank_candidates
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.head_parts import DraftHead, choose_vocab_size
@@ -90,8 +90,8 @@ class HeadDrafter(ABC, Generic[Head]):
         """
 
     @abstractmethod
-    def start_levels(self, context: DraftContext, plan: SpeculationPlan) -> Levels:
-        """Read what the rows have not read yet; the levels of a draft behind them."""
+    def grow(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
+        """Read what the rows have not read yet, and draft behind it; there is room for both."""
 
     # -- learning ------------------------------------------------------------------------------------
 
@@ -172,7 +172,7 @@ class HeadDrafter(ABC, Generic[Head]):
             return Draft.roots(context.pending_token_ids)
         try:
             self._rows.reserve(lengths, plan.width * plan.depth)
-            draft = grow_trees(context, plan, self.start_levels(context, plan), self.calibration)
+            draft = self.grow(context, plan)
             self._rows.finish(lengths)
         finally:
             self._rows.trim()  # where memory ran out, too

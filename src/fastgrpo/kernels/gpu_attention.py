@@ -16,23 +16,67 @@ from torch import Tensor
 from fastgrpo.blocks import BLOCK_SIZE
 
 SPLIT = 256  # positions that one program reads
+_TILE, _SMALL_TILE = 64, 16  # positions read at once: of half precision, of float32
 _LEAST_QUERIES, _MOST_QUERIES = 16, 64  # in one tile; matrix units take 16 at least
 _CHUNK = 8  # stretches joined at once
 _CHANGING = ["num_blocks", "num_words", "most_nodes", "num_before", "num_splits"]  # no reason to compile anew
 
 
 @triton.jit
-def _find_seen(words: tl.tensor, beyond: tl.tensor, is_query: tl.tensor, is_live: tl.tensor) -> tl.tensor:
-    """Which positions each query sees: all that are cached, and of the nodes those whose bit is set.
+def _attend_tile(
+    q: tl.tensor,
+    top: tl.tensor,
+    mass: tl.tensor,
+    total: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    position_stride: tl.tensor,
+    blocks: tl.tensor,
+    words: tl.tensor,
+    is_query: tl.tensor,
+    start: tl.tensor,
+    last: tl.tensor,
+    length: tl.tensor,
+    scale: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_NODES: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Positions `start`.. of a row joined to what was found before: largest score, mass, weighted values.
 
     Args:
-        words: where each query's begin.
-        beyond: the node that stands at each position; negative where the position is cached.
+        keys, values: of one head.
+        words: where each query's begin: bit e of them says whether it sees position `length` + e.
+        HAS_NODES: there may be positions that not every query sees, or none.
     """
-    is_node = is_live & (beyond >= 0)
-    place = words[:, None] + (beyond // 64)[None, :]
-    bits = tl.load(place, mask=is_query[:, None] & is_node[None, :], other=0)
-    return is_live[None, :] & ((beyond < 0)[None, :] | (((bits >> (beyond & 63)[None, :]) & 1) != 0))
+    numbers = tl.arange(0, WIDTH)
+    position = start + tl.arange(0, TILE)
+    is_live = position < last
+    block = tl.load(blocks + start // BLOCK).to(tl.int64)  # tiles do not cross the end of a block
+    column = (block + start % BLOCK + tl.arange(0, TILE)) * position_stride
+    place = column[:, None] + numbers[None, :]
+    is_read = is_live[:, None] & (numbers < HEAD_DIM)[None, :]
+    if not HAS_NODES and WIDTH == HEAD_DIM:
+        k, v = tl.load(keys + place), tl.load(values + place)
+    else:
+        k, v = tl.load(keys + place, mask=is_read, other=0.0), tl.load(values + place, mask=is_read, other=0.0)
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if HAS_NODES:
+        beyond = position - length
+        is_node = is_live & (beyond >= 0)
+        word = words[:, None] + (beyond // 64)[None, :]
+        bits = tl.load(word, mask=is_query[:, None] & is_node[None, :], other=0)
+        is_seen = is_live[None, :] & ((beyond < 0)[None, :] | (((bits >> (beyond & 63)[None, :]) & 1) != 0))
+        score = tl.where(is_seen, score, float("-inf"))
+    highest = tl.maximum(top, tl.max(score, 1))
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    weight = tl.exp(score - shift[:, None])
+    fade = tl.exp(top - shift)
+    mass = mass * fade + tl.sum(weight, 1)
+    total = total * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+    return highest, mass, total
 
 
 @triton.jit(do_not_specialize=_CHANGING)
@@ -62,6 +106,7 @@ def _attend_splits(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     QUERIES: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
 ) -> None:
@@ -82,27 +127,22 @@ def _attend_splits(
     own = token.to(tl.int64) * token_stride + head * head_stride
     q = tl.load(query + own[:, None] + numbers[None, :], mask=is_query[:, None] & is_number[None, :], other=0.0)
     own_words = words + (row * most_nodes + node) * num_words
+    own_blocks = blocks + row * num_blocks
+    own_keys, own_values = keys + group * HEAD_DIM, values + group * HEAD_DIM
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     mass = tl.zeros([QUERIES], tl.float32)
     total = tl.zeros([QUERIES, WIDTH], tl.float32)
-    for offset in range(0, SPLIT, BLOCK):
-        start = first + offset
-        position = start + tl.arange(0, BLOCK)
-        is_live = position < last
-        block = tl.load(blocks + row * num_blocks + start // BLOCK, mask=start < last, other=0)
-        place = block.to(tl.int64) + tl.arange(0, BLOCK)
-        column = place * position_stride + group * HEAD_DIM
-        k = tl.load(keys + column[None, :] + numbers[:, None], mask=is_live[None, :] & is_number[:, None], other=0.0)
-        is_seen = _find_seen(own_words, position - length, is_query, is_live)
-        score = tl.where(is_seen, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
-        highest = tl.maximum(top, tl.max(score, 1))
-        shift = tl.where(highest == float("-inf"), 0.0, highest)
-        weight = tl.exp(score - shift[:, None])
-        fade = tl.exp(top - shift)
-        v = tl.load(values + column[:, None] + numbers[None, :], mask=is_live[:, None] & is_number[None, :], other=0.0)
-        mass = mass * fade + tl.sum(weight, 1)
-        total = total * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-        top = highest
+    cached = first + tl.maximum(tl.minimum(last, length) - first, 0) // TILE * TILE
+    for start in range(first, cached, TILE):  # all queries see all of these
+        top, mass, total = _attend_tile(
+            q, top, mass, total, own_keys, own_values, position_stride, own_blocks, own_words, is_query,
+            start, last, length, scale, HEAD_DIM, WIDTH, TILE, BLOCK, HAS_NODES=False,
+        )  # fmt: skip
+    for start in range(cached, last, TILE):
+        top, mass, total = _attend_tile(
+            q, top, mass, total, own_keys, own_values, position_stride, own_blocks, own_words, is_query,
+            start, last, length, scale, HEAD_DIM, WIDTH, TILE, BLOCK, HAS_NODES=True,
+        )  # fmt: skip
     index = (tl.program_id(0) * most_nodes * REPEATS + queries).to(tl.int64) * num_splits + split
     tl.store(tops + index, top, mask=is_query)
     tl.store(masses + index, mass, mask=is_query)
@@ -201,11 +241,13 @@ def attend(
     shape = {"REPEATS": repeats, "HEAD_DIM": head_dim, "WIDTH": triton.next_power_of_2(head_dim), "SPLIT": SPLIT}
     most = _LEAST_QUERIES if query.dtype == torch.float32 else _MOST_QUERIES  # float32 tiles take twice the registers
     num_queries = min(max(triton.next_power_of_2(most_queries), _LEAST_QUERIES), most)
+    tile = _SMALL_TILE if query.dtype == torch.float32 else _TILE
     rows = (starts, num_nodes, lengths)
     _attend_splits[(num_rows * num_kv_heads, num_splits, triton.cdiv(most_queries, num_queries))](
         query, query.stride(0), query.stride(1), keys, values, keys.stride(0), blocks, blocks.shape[1],
         *rows, words, num_words, most_nodes, num_before, sums, tops, masses, num_kv_heads, num_splits, scale,
-        QUERIES=num_queries, BLOCK=BLOCK_SIZE, num_warps=8 if num_queries == 64 else 4, num_stages=2, **shape,
+        QUERIES=num_queries, TILE=tile, BLOCK=BLOCK_SIZE, **shape,
+        num_warps=8 if num_queries == _MOST_QUERIES else 4, num_stages=2,
     )  # fmt: skip
     _join_splits[(num_rows, most_nodes * num_heads)](
         out, *rows, most_nodes, num_before, sums, tops, masses, num_kv_heads, num_splits,

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgrpo.kernels import cpu
+from fastgrpo.kernels import cpu, gpu
 
 _ROWS = 32  # of inputs that oneDNN's layout is chosen for; others are as fast within a few percent
 _STEPS = ((16, 8), (128, 16), (512, 32), (4096, 128))  # (up to so many rows, rounded up to a multiple of)
@@ -79,8 +79,16 @@ class PackedLinear:
     def __call__(self, x: Float[Tensor, "*n I"]) -> Float[Tensor, "*n O"]:
         if self._layout is not None:
             return self._layout.multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        if gpu.runs_on(x):
+            return self._multiply_on_gpu(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         outputs = [F.linear(x, linear.weight, linear.bias) for linear in self._linears]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    def _multiply_on_gpu(self, x: Float[Tensor, "M I"]) -> Float[Tensor, "M O"]:
+        from fastgrpo.kernels import gpu_linear  # in Triton, which is imported only where it runs
+
+        linears = self._linears
+        return gpu_linear.multiply(x, [each.weight for each in linears], [each.bias for each in linears])
 
 
 def round_up(num_rows: int) -> int:
@@ -127,6 +135,11 @@ def can_pack(linears: Sequence[nn.Linear]) -> bool:
         )
         and find_layout(dtype) is not None
     )
+
+
+def has_own_product(linear: nn.Linear, dtype: torch.dtype) -> bool:
+    """Whether a `PackedLinear` of it multiplies inputs of this type otherwise than the layer itself does."""
+    return can_pack([linear]) or (gpu.runs_on(linear.weight) and linear.weight.dtype == dtype)
 
 
 def may_pack(model: nn.Module) -> bool:

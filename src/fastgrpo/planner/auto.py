@@ -222,7 +222,8 @@ class AutoPlanner(Planner):
 
     def _learn(self) -> None:
         for records in _group_alike(self._unheard):
-            self._costs.observe(*records)
+            if records[0].is_steady:
+                self._costs.observe(*records)
             if records[0].plan.is_plain or not records[0].offered:
                 continue  # nothing was drafted, so no acceptance was seen
             self._expectation.observe(*records)
@@ -281,7 +282,7 @@ def _group_alike(records: Sequence[StepRecord]) -> Iterator[list[StepRecord]]:
             yield group
 
 
-def _find_kind(record: StepRecord) -> tuple[SpeculationPlan, int, bool, bool]:
+def _find_kind(record: StepRecord) -> tuple[SpeculationPlan, int, bool, bool, bool]:
     """Steps in a row of one kind are learnt from at once: one plan, as many sequences, no drafter catching up."""
     is_behind = record.num_unread > (1 + record.plan.depth) * record.num_seqs
-    return record.plan, record.num_seqs, bool(record.offered), is_behind and not record.plan.is_plain
+    return record.plan, record.num_seqs, bool(record.offered), is_behind and not record.plan.is_plain, record.is_steady

@@ -75,7 +75,7 @@ class BanditPlanner(Planner):
 
     def observe(self, record: StepRecord) -> None:
         seconds = record.step_s - record.prefill_s
-        if record.plan in ARMS and record.num_seqs <= MAX_SPECULATING and seconds > 0:
+        if record.is_steady and record.plan in ARMS and record.num_seqs <= MAX_SPECULATING and seconds > 0:
             rewards = self.rewards[find_bucket(record.num_seqs)][ARMS.index(record.plan)]
             rewards.append(record.acceptance_length * record.num_seqs / seconds)
 

@@ -1,0 +1,122 @@
+"""Products of a few tokens with the weights as they are, on a GPU: bound by reading those once.
+
+cuBLAS splits such products, joins the parts in a launch of its own, and takes another for each of the weights that
+meet the same tokens, whose results then have to be put side by side. Here all that is one launch, and what a token
+gives does not depend on the tokens beside it. More tokens are left to cuBLAS, which writes side by side too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+MOST_TOKENS = 16  # from more on cuBLAS is as fast
+MOST_WEIGHTS = 3
+_DTYPES = (torch.bfloat16, torch.float16)
+_OUTPUTS = 64  # of one program; what one instruction takes
+_INPUTS, _MOST_STAGES = 256, 5  # of one step, and steps under way: enough to wait for memory and for nothing else
+_FEW_TOKENS = 16  # matrix units take no fewer
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _multiply(
+    x: tl.tensor,
+    token_stride: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    third: tl.tensor,
+    first_bias: tl.tensor,
+    second_bias: tl.tensor,
+    third_bias: tl.tensor,
+    first_width: tl.tensor,
+    second_width: tl.tensor,
+    third_width: tl.tensor,
+    out: tl.tensor,
+    out_stride: tl.tensor,
+    num_tokens: tl.tensor,
+    num_inputs: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+) -> None:
+    """Some outputs of one of the weights, for all tokens; `IS_EVEN`: `INPUTS` divides the number of inputs."""
+    block = tl.program_id(0)
+    begin = block * 0
+    weight, bias, width = first, first_bias, first_width
+    num_first, num_second = tl.cdiv(first_width, OUTPUTS), tl.cdiv(second_width, OUTPUTS)
+    if block >= num_first + num_second:
+        weight, bias, width = third, third_bias, third_width
+        begin, block = first_width + second_width, block - num_first - num_second
+    elif block >= num_first:
+        weight, bias, width, begin, block = second, second_bias, second_width, first_width, block - num_first
+    token, output, number = tl.arange(0, TOKENS), block * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, INPUTS)
+    is_token, is_output = token < num_tokens, output < width
+    own = weight + tl.minimum(output, width - 1).to(tl.int64)[:, None] * num_inputs
+    given = x + token.to(tl.int64)[None, :] * token_stride
+    total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
+    for start in range(0, num_inputs, INPUTS):
+        place = start + number
+        if IS_EVEN:
+            w = tl.load(own + place[None, :])
+            v = tl.load(given + place[:, None], mask=is_token[None, :], other=0.0)
+        else:
+            is_input = place < num_inputs
+            w = tl.load(own + place[None, :], mask=is_input[None, :], other=0.0)
+            v = tl.load(given + place[:, None], mask=is_token[None, :] & is_input[:, None], other=0.0)
+        total = tl.dot(w, v, total)
+    if HAS_BIAS:
+        total += tl.load(bias + output, mask=is_output, other=0.0).to(tl.float32)[:, None]
+    target = out + token.to(tl.int64)[None, :] * out_stride + begin + output[:, None]
+    tl.store(target, total.to(out.dtype.element_ty), mask=is_token[None, :] & is_output[:, None])
+
+
+@functools.cache
+def _count_stages(device: torch.device) -> int:
+    """As many as a processor's shared memory has room for."""
+    if device.type != "cuda":
+        return _MOST_STAGES
+    held: int = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return max(2, min(_MOST_STAGES, held // ((_OUTPUTS + MOST_TOKENS) * _INPUTS * 2)))
+
+
+def multiply(
+    x: Float[Tensor, "M I"], weights: Sequence[Float[Tensor, "_ I"]], biases: Sequence[Tensor | None]
+) -> Float[Tensor, "M O"]:
+    """Products of the same inputs with a few weights, side by side.
+
+    Args:
+        weights: at most three, of one type and on the device of `x`.
+        biases: one for each, or None for all.
+    """
+    widths = [len(weight) for weight in weights]
+    num_tokens, num_inputs = x.shape
+    is_few = num_tokens <= MOST_TOKENS and x.dtype in _DTYPES and x.stride(1) == 1
+    if not is_few and len(weights) == 1:
+        return torch.nn.functional.linear(x, weights[0], biases[0])
+    out = torch.empty(num_tokens, sum(widths), dtype=x.dtype, device=x.device)
+    if not is_few:
+        for part, weight, bias in zip(out.split(widths, 1), weights, biases, strict=True):
+            if bias is None:
+                torch.mm(x, weight.t(), out=part)
+            else:
+                torch.addmm(bias, x, weight.t(), out=part)
+        return out
+    missing = MOST_WEIGHTS - len(weights)
+    given = (*weights, *[weights[0]] * missing)
+    added = [weights[0] if bias is None else bias for bias in (*biases, *[biases[0]] * missing)]
+    sizes = (*widths, *[0] * missing)
+    _multiply[(sum(triton.cdiv(width, _OUTPUTS) for width in widths),)](
+        x, x.stride(0), *given, *added, *sizes, out, out.stride(0), num_tokens, num_inputs,
+        HAS_BIAS=biases[0] is not None, IS_EVEN=num_inputs % _INPUTS == 0,
+        TOKENS=max(_FEW_TOKENS, triton.next_power_of_2(num_tokens)), OUTPUTS=_OUTPUTS, INPUTS=_INPUTS,
+        num_warps=4, num_stages=_count_stages(x.device),
+    )  # fmt: skip
+    return out
