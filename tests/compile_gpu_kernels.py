@@ -29,6 +29,9 @@ LONGS = ("rows", "stream_keys", "positions", "token_ids", "blocks", "starts", "n
 TYPES = {"tokens": "*i32", "scale": "fp32", "eps": "fp32"} | dict.fromkeys(INTS, "i32") | dict.fromkeys(LONGS, "*i64")
 
 
+_EVEN = {"HAS_BIAS": False, "IS_EVEN": True}
+
+
 def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], int]]:
     """(module, kernel, types that differ from TYPES, constants, warps)."""
     for dtype in ("*bf16", "*fp16", "*fp32"):
@@ -45,14 +48,21 @@ def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], i
         yield "gpu_decoder", "_multiply_silu", layer, {"BLOCK": 1024}, 4
         if dtype == "*bf16":
             names = ("x", "first", "second", "third", "first_bias", "second_bias", "third_bias", "out")
-            sizes = {"HAS_BIAS": False, "IS_EVEN": True, "TOKENS": 16, "OUTPUTS": 64, "INPUTS": 256}
-            yield "gpu_linear", "_multiply", dict.fromkeys(names, dtype), sizes, 4
+            for tokens, outputs, inputs in ((16, 64, 128), (64, 64, 128), (16, 32, 256)):
+                sizes = {"TOKENS": tokens, "OUTPUTS": outputs, "INPUTS": inputs}
+                yield "gpu_linear", "_multiply", dict.fromkeys(names, dtype), sizes | _EVEN, 4
         for head_dim, width in ((64, 64), (80, 128), (128, 128)):
             shape = {"REPEATS": 4, "HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": 256}
             types = dict.fromkeys(("query", "keys", "values", "out"), dtype)
             for queries, tile in ((16, 64), (32, 64), (64, 64)) if dtype == "*bf16" else ((16, 16),):
                 sizes = {"QUERIES": queries, "TILE": tile, "BLOCK": BLOCK_SIZE}
-                yield "gpu_attention", "_attend_splits", types, shape | sizes, 8 if queries == 64 else 4
+                yield (
+                    "gpu_attention",
+                    "_attend_splits",
+                    types,
+                    shape | sizes,
+                    8 if queries == 64 and head_dim < width else 4,
+                )
             yield "gpu_attention", "_join_splits", types, shape | {"CHUNK": 8}, 1
 
 

@@ -372,7 +372,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu():
 # -- products ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 16, 17])
+@pytest.mark.parametrize("num_tokens", [1, 3, 16, 33, 65])
 @pytest.mark.parametrize("widths", [(96,), (64, 40), (80, 24, 70)])
 @pytest.mark.parametrize("num_inputs", [256, 300])
 @pytest.mark.parametrize("has_bias", [False, True])

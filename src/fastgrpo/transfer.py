@@ -17,7 +17,12 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) 
     """A tensor of numbers the host has, which waits for nothing that the device still does."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    return stage(torch.tensor(values, dtype=dtype), device).to(device, non_blocking=True)
+
+
+def stage(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of numbers of the host from where a device takes them without a wait."""
+    return values.pin_memory() if device.type == "cuda" else values
 
 
 def download(*values: Tensor) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from fastgrpo.cache import SlotCache
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.graphs import round_blocks, round_size
 from fastgrpo.sampling import SamplingBatch
-from fastgrpo.transfer import upload
+from fastgrpo.transfer import stage, upload
 from fastgrpo.types import SpeculationPlan
 
 _COLUMNS = 6  # of a table, before a row's unread tokens and its blocks
@@ -118,7 +118,7 @@ class TableShape:
         blocks[:count, : context.cache.table.shape[1]] = context.cache.table
         own_blocks[:count, : own.table.shape[1]] = own.table
         own_blocks[count:] = own.take_scratch()
-        table.copy_(upload(values, table.device), non_blocking=True)
+        table.copy_(stage(torch.from_numpy(values), table.device), non_blocking=True)
 
     def read(self, table: Int[Tensor, "R C"]) -> HeadInputs:
         pending, lengths, num_read, stream_keys, positions, temperature = table[:, :_COLUMNS].T.contiguous()

@@ -16,12 +16,13 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-MOST_TOKENS = 16  # from more on cuBLAS is as fast
 MOST_WEIGHTS = 3
 _DTYPES = (torch.bfloat16, torch.float16)
-_OUTPUTS = 64  # of one program; what one instruction takes
-_INPUTS, _MOST_STAGES = 256, 5  # of one step, and steps under way: enough to wait for memory and for nothing else
 _FEW_TOKENS = 16  # matrix units take no fewer
+_MOST_TOKENS, _MOST_TOKENS_NARROW = 64, 32  # from more on cuBLAS is as fast
+_NARROW = 5000  # outputs, up to which a program takes fewer, so that all processors have some
+_WIDE_TILE, _NARROW_TILE = (64, 128), (32, 256)  # outputs of a program, and inputs of one step
+_MOST_STAGES = 5  # steps under way: enough to wait for memory and for nothing else
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -79,12 +80,18 @@ def _multiply(
 
 
 @functools.cache
-def _count_stages(device: torch.device) -> int:
+def _count_stages(device: torch.device, stage_bytes: int) -> int:
     """As many as a processor's shared memory has room for."""
     if device.type != "cuda":
         return _MOST_STAGES
     held: int = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return max(2, min(_MOST_STAGES, held // ((_OUTPUTS + MOST_TOKENS) * _INPUTS * 2)))
+    return max(2, min(_MOST_STAGES, held // stage_bytes))
+
+
+def takes(num_tokens: int, widths: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether these products are made here, and not by cuBLAS."""
+    is_narrow = len(widths) == 1 and widths[0] <= _NARROW
+    return dtype in _DTYPES and num_tokens <= (_MOST_TOKENS_NARROW if is_narrow else _MOST_TOKENS)
 
 
 def multiply(
@@ -98,7 +105,7 @@ def multiply(
     """
     widths = [len(weight) for weight in weights]
     num_tokens, num_inputs = x.shape
-    is_few = num_tokens <= MOST_TOKENS and x.dtype in _DTYPES and x.stride(1) == 1
+    is_few = takes(num_tokens, widths, x.dtype) and x.stride(1) == 1
     if not is_few and len(weights) == 1:
         return torch.nn.functional.linear(x, weights[0], biases[0])
     out = torch.empty(num_tokens, sum(widths), dtype=x.dtype, device=x.device)
@@ -113,10 +120,12 @@ def multiply(
     given = (*weights, *[weights[0]] * missing)
     added = [weights[0] if bias is None else bias for bias in (*biases, *[biases[0]] * missing)]
     sizes = (*widths, *[0] * missing)
-    _multiply[(sum(triton.cdiv(width, _OUTPUTS) for width in widths),)](
+    outputs, inputs = _NARROW_TILE if sum(widths) <= _NARROW else _WIDE_TILE
+    tokens = max(_FEW_TOKENS, triton.next_power_of_2(num_tokens))
+    _multiply[(sum(triton.cdiv(width, outputs) for width in widths),)](
         x, x.stride(0), *given, *added, *sizes, out, out.stride(0), num_tokens, num_inputs,
-        HAS_BIAS=biases[0] is not None, IS_EVEN=num_inputs % _INPUTS == 0,
-        TOKENS=max(_FEW_TOKENS, triton.next_power_of_2(num_tokens)), OUTPUTS=_OUTPUTS, INPUTS=_INPUTS,
-        num_warps=4, num_stages=_count_stages(x.device),
+        HAS_BIAS=biases[0] is not None, IS_EVEN=num_inputs % inputs == 0,
+        TOKENS=tokens, OUTPUTS=outputs, INPUTS=inputs,
+        num_warps=4, num_stages=_count_stages(x.device, 2 * inputs * (outputs + tokens)),
     )  # fmt: skip
     return out
