@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import isnan
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgrpo.admission import Admitted
 from fastgrpo.attention import ForwardBatch
-from fastgrpo.cache import SlotCache, list_walked
+from fastgrpo.cache import SlotCache, find_walked
 from fastgrpo.drafters import Drafter
 from fastgrpo.planner import PlanInputs
 from fastgrpo.timing import Moment, compute_seconds
-from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
 from fastgrpo.types import Sequence, SpeculationPlan, StepRecord
 from fastgrpo.verify import Outcome, Verdict
@@ -31,7 +29,6 @@ class Attempt:
     pool: Draft  # all that was drafted
     draft: Draft  # what was verified of it
     batch: ForwardBatch
-    features: Float[Tensor, "T W"] | None  # of the batch's nodes
     verdict: Verdict
     outcome: Outcome
     cache_bytes: int  # in use, drafted nodes included
@@ -41,16 +38,14 @@ class Attempt:
     is_steady: bool  # nothing was recorded on the way, or launched though it will be
 
     def commit(self, running: list[Sequence], cache: SlotCache, drafter: Drafter) -> int:
-        """Keep the walked paths: features, cache, tokens; the drafter hears. Returns the number of tokens emitted.
+        """Keep the walked paths: cache and tokens; the drafter hears. Returns the number of tokens emitted.
 
         Raises:
             FloatingPointError: logits are not finite; names request and position.
         """
         outcome, counts = self.outcome, [count + 1 for count in self.outcome.num_accepted]
         _check_finite(outcome.logprobs, running)
-        if self.features is not None:
-            self._write_features(self.features, counts, cache)
-        cache.commit(self.verdict.path, counts)
+        cache.advance(counts)
         num_emitted = 0
         for slot, (sequence, count) in enumerate(zip(running, counts, strict=True)):
             logprobs, entropies = outcome.logprobs[slot][:count], outcome.entropies[slot][:count]
@@ -58,19 +53,7 @@ class Attempt:
             cache.truncate(slot, sequence.num_cached)
             drafter.observe(sequence, kept)
             num_emitted += kept
-        judge: Callable[[Draft, Verdict], None] | None = getattr(drafter, "judge", None)
-        if judge is not None and not self.plan.is_plain:
-            judge(self.draft, self.verdict)
         return num_emitted
-
-    def _write_features(self, features: Float[Tensor, "T W"], counts: list[int], cache: SlotCache) -> None:
-        assert cache.features is not None
-        if self.plan.is_plain and len(features) == len(counts):  # the nodes are the rows, and stand where they belong
-            cache.features.write(0, self.batch.write_index, features)
-            return
-        rows, depth = upload(list_walked(counts), features.device)
-        index = cache.locate(rows, upload(cache.lengths, features.device)[rows] + depth)
-        cache.features.write(0, index, features[self.batch.row_starts[rows] + self.verdict.path[rows, depth]])
 
     def build_record(
         self, admitted: Admitted, *, num_emitted: int, plan_s: float, started: Moment, started_at: float
@@ -101,6 +84,23 @@ class Attempt:
             plan_s=plan_s,
             is_steady=self.is_steady,
         )
+
+
+def gather_path(
+    path: Int[Tensor, "B D"], batch: ForwardBatch, features: Float[Tensor, "T W"] | None, cache: SlotCache
+) -> None:
+    """The state of walked nodes moves to where it stands if they are kept: behind each row, the others after them."""
+    if batch.most_nodes > 1:
+        cache.gather(path, batch.lengths)
+    if features is None:
+        return
+    assert cache.features is not None
+    if batch.most_nodes == 1:  # the nodes are the rows, and stand where they belong
+        cache.features.write(0, batch.write_index, features)
+        return
+    rows, depth = find_walked(path)
+    index = cache.locate(rows, batch.lengths[rows] + depth)
+    cache.features.write(0, index, features[batch.row_starts[rows] + path[rows, depth].clamp(min=0)])
 
 
 def _check_finite(logprobs: list[list[float]], running: list[Sequence]) -> None:

@@ -259,17 +259,25 @@ class SlotCache:
             self.truncate(row, 0)
 
     def commit(self, path: Int[Tensor, "B D"], num_tokens: list[int]) -> None:
-        """Keep the walked path of each row: node `path[b, j]` becomes position length + j.
+        """Keep the walked path of each row, of `num_tokens[b]` tokens (root included): see `gather` and `advance`."""
+        self.gather(path, upload(self.lengths, path.device))
+        self.advance(num_tokens)
 
-        Chains need no move; a device is not asked for them, and copies theirs onto themselves. `num_tokens[b]` tokens
-        (root included) are added to row b.
+    def gather(self, path: Int[Tensor, "B D"], lengths: Int[Tensor, " B"]) -> None:
+        """Node `path[b, j]` of each row moves to position length + j, behind which nothing is kept.
+
+        Nodes that stand where they belong need no move; a device is not asked for them, and copies all.
         """
-        rows, depth = _find_moves(path) if is_host(path) else upload(list_walked(num_tokens, first=1), path.device)
+        rows, depth = _find_moves(path) if is_host(path) else find_walked(path[:, 1:], first=1)
         if len(rows):
-            start = upload(self.lengths, path.device)[rows]
-            source, target = self.locate(rows, start + path[rows, depth]), self.locate(rows, start + depth)
+            start, node = lengths[rows], path[rows, depth]
+            source = self.locate(rows, start + torch.where(node < 0, depth, node))
+            target = self.locate(rows, start + depth)
             self.keys.move_positions(source, target)
             self.values.move_positions(source, target)
+
+    def advance(self, num_tokens: list[int]) -> None:
+        """So many positions behind each row's own are kept."""
         self.lengths = [length + count for length, count in zip(self.lengths, num_tokens, strict=True)]
 
     def read_features(self, row: int) -> Float[Tensor, "T W"] | None:
@@ -333,10 +341,17 @@ class SlotCache:
             assert store.num_blocks >= self._pool.size, f"{store.num_blocks} blocks stored of {self._pool.size}"
 
 
-def list_walked(num_tokens: list[int], first: int = 0) -> list[list[int]]:
-    """Rows, and depths from `first` on, of the nodes of paths of so many tokens."""
-    places = [(row, depth) for row, count in enumerate(num_tokens) for depth in range(first, count)]
-    return [[row for row, _ in places], [depth for _, depth in places]]
+def find_walked(path: Int[Tensor, "B D"], first: int = 0) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
+    """Rows and depths of the nodes on walked paths; a device is not asked for those, and has all there may be.
+
+    Args:
+        first: depth of the first column.
+    """
+    if is_host(path):
+        rows, columns = (path >= 0).nonzero(as_tuple=True)
+        return rows, columns + first
+    rows, columns = (torch.arange(size, device=path.device) for size in path.shape)
+    return rows.repeat_interleave(path.shape[1]), (columns + first).repeat(path.shape[0])
 
 
 def _find_moves(path: Int[Tensor, "B D"]) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:

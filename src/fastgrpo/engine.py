@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from fastgrpo.admission import Admission
-from fastgrpo.attempt import Attempt
+from fastgrpo.attempt import Attempt, gather_path
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.drafters.drafter import DraftContext
@@ -26,12 +26,13 @@ from fastgrpo.prefill import Prefiller
 from fastgrpo.requests import build_completion, build_sequences
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.scheduler import Scheduler
-from fastgrpo.timing import mark
+from fastgrpo.timing import DeviceClock
 from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft, compute_ancestors
 from fastgrpo.types import PLAIN, Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
-from fastgrpo.verify import read_outcome, verify
+from fastgrpo.verify import Verdict, read_outcome, verify
 
+_MOMENTS = 64  # of a step, of which four are asked about; attempts that failed leave three each
 DEFAULT_FIXED_PLAN = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
 
 
@@ -109,6 +110,7 @@ class Engine:
         self.records: list[StepRecord] = []
         self.on_step: list[Callable[[StepRecord], None]] = []
         self.on_finish: list[Callable[[FinishedRollout], None]] = []
+        self._clock = DeviceClock(self.target.device, _MOMENTS)
         self._vocabulary = torch.arange(self.target.vocab_size, dtype=torch.int32, device=self.target.device)
 
     @classmethod
@@ -200,7 +202,7 @@ class Engine:
 
     def step(self) -> StepRecord:
         """Advance every running sequence by at least one token; call inside `target.rollout_mode`."""
-        started, started_at = mark(self.target.device), time.perf_counter()
+        started, started_at = self._clock.mark(), time.perf_counter()
         attempt = self.admission.retry_until_it_fits(self._attempt)
         num_emitted = attempt.commit(self.scheduler.running, self.cache, self.drafter)
         self._retire()
@@ -221,24 +223,24 @@ class Engine:
     def _attempt(self, is_plain: bool) -> Attempt:
         """Schedule, plan, propose, forward, verify."""
         self.admission.admit()
-        device = self.target.device
-        scheduled = mark(device)
+        scheduled = self._clock.mark()
         context, inputs = self._build_context(), self._build_inputs()
         plan = PLAIN if is_plain else self._plan(inputs)
         pool = self._propose(context, plan)
         draft = self.planning.spend_budget(pool, plan, inputs)
-        drafted = mark(device)
+        drafted = self._clock.mark()
         batch = self._lay_out(draft, plan.depth)
         output, logits = self.target.decode(batch, self.cache)
-        forwarded = mark(device)
+        forwarded = self._clock.mark()
         verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary, plan.depth)
+        gather_path(verdict.path, batch, output.features, self.cache)
+        self._tell_drafter(draft, verdict, plan)
         return Attempt(
             inputs=inputs,
             plan=plan,
             pool=pool,
             draft=draft,
             batch=batch,
-            features=output.features,
             verdict=verdict,
             outcome=read_outcome(verdict, draft, pool),
             cache_bytes=self.cache.used_bytes,
@@ -273,6 +275,11 @@ class Engine:
 
     def _propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         return Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
+
+    def _tell_drafter(self, draft: Draft, verdict: Verdict, plan: SpeculationPlan) -> None:
+        judge: Callable[[Draft, Verdict], None] | None = getattr(self.drafter, "judge", None)
+        if judge is not None and not plan.is_plain:
+            judge(draft, verdict)
 
     def _lay_out(self, draft: Draft, depth: int) -> ForwardBatch:
         """Room for the draft's nodes, of `depth` levels at most, behind every running row."""

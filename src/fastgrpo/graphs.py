@@ -253,9 +253,11 @@ class GraphRunner:
         for name, padding in (*((name, 0) for name in _PADDING), ("write_index", self._cache.take_scratch())):
             buffer, values = getattr(inputs, name), getattr(batch, name)
             buffer[: len(values)].copy_(values)
-            buffer[len(values) :].fill_(padding)
+            if len(values) < len(buffer):
+                buffer[len(values) :].fill_(padding)
         for buffer, values in ((inputs.blocks, batch.blocks), (inputs.visible, batch.visible)):
-            buffer.zero_()
+            if values.shape != buffer.shape:
+                buffer.zero_()
             buffer[tuple(map(slice, values.shape))].copy_(values)
 
 

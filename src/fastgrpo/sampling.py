@@ -151,12 +151,17 @@ class SamplingBatch:
     @staticmethod
     def build(sequences: list[Sequence], device: torch.device) -> SamplingBatch:
         params = [sequence.params for sequence in sequences]
+        stream_keys, positions, top_k = upload(
+            [[s.stream_key for s in sequences], [len(s.token_ids) for s in sequences], [p.top_k for p in params]],
+            device,
+        )
+        temperature, top_p = upload([[p.temperature for p in params], [p.top_p for p in params]], device, torch.float32)
         return SamplingBatch(
-            stream_keys=upload([s.stream_key for s in sequences], device),
-            positions=upload([len(s.token_ids) for s in sequences], device),
-            temperature=upload([p.temperature for p in params], device, torch.float32),
-            top_k=upload([p.top_k for p in params], device),
-            top_p=upload([p.top_p for p in params], device, torch.float32),
+            stream_keys=stream_keys,
+            positions=positions,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             is_warped=any(p.temperature != 1 for p in params),
             is_truncated=any(p.top_k > 0 or p.top_p < 1 for p in params),
             is_noisy=any(p.temperature > 0 for p in params),

@@ -39,13 +39,25 @@ class Stopwatch:
 Moment = float | torch.cuda.Event
 
 
-def mark(device: torch.device) -> Moment:
-    """This moment in the work of a device, which may come to it later than the host does."""
-    if device.type != "cuda":
-        return perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+class DeviceClock:
+    """Moments in the work of a device, which may come to them later than the host does.
+
+    Args:
+        num_kept: moments of a GPU that are asked about together; later ones take the place of the first.
+    """
+
+    def __init__(self, device: torch.device, num_kept: int) -> None:
+        is_gpu = device.type == "cuda"
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(num_kept)] if is_gpu else []
+        self._next = 0
+
+    def mark(self) -> Moment:
+        if not self._events:
+            return perf_counter()
+        event = self._events[self._next]
+        self._next = (self._next + 1) % len(self._events)
+        event.record()
+        return event
 
 
 def compute_seconds(begin: Moment, end: Moment) -> float:

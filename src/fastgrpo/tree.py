@@ -79,6 +79,8 @@ def compute_ancestors(parents: Int[Tensor, "B N"], depth: int | None = None) -> 
     if is_host(parents) and cpu.is_available():
         return trees.find_ancestors(parents)
     num_nodes = parents.shape[1]
+    if num_nodes == 1:
+        return torch.ones(len(parents), 1, 1, dtype=torch.bool, device=parents.device)
     index = torch.arange(num_nodes, device=parents.device)
     ancestors = (index[:, None] == index)[None].repeat(parents.shape[0], 1, 1)
     hop = parents

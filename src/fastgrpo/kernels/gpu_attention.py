@@ -33,6 +33,7 @@ def _attend_tile(
     position_stride: tl.tensor,
     blocks: tl.tensor,
     words: tl.tensor,
+    num_words: tl.tensor,
     is_query: tl.tensor,
     start: tl.tensor,
     last: tl.tensor,
@@ -65,11 +66,13 @@ def _attend_tile(
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if HAS_NODES:
         beyond = position - length
-        is_node = is_live & (beyond >= 0)
-        word = words[:, None] + (beyond // 64)[None, :]
-        bits = tl.load(word, mask=is_query[:, None] & is_node[None, :], other=0)
-        is_seen = is_live[None, :] & ((beyond < 0)[None, :] | (((bits >> (beyond & 63)[None, :]) & 1) != 0))
-        score = tl.where(is_seen, score, float("-inf"))
+        word = tl.maximum(start - length, 0) // 64  # the tile's nodes stand in this one and the next
+        at = tl.where(is_query, word, num_words)
+        low = tl.load(words + word, mask=at < num_words, other=0)
+        high = tl.load(words + word + 1, mask=at + 1 < num_words, other=0)
+        bits = tl.where((beyond // 64 == word)[None, :], low[:, None], high[:, None])
+        is_seen = (beyond < 0)[None, :] | (((bits >> (beyond & 63)[None, :]) & 1) != 0)
+        score = tl.where(is_live[None, :] & is_seen, score, float("-inf"))
     highest = tl.maximum(top, tl.max(score, 1))
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     weight = tl.exp(score - shift[:, None])
@@ -135,13 +138,13 @@ def _attend_splits(
     cached = first + tl.maximum(tl.minimum(last, length) - first, 0) // TILE * TILE
     for start in range(first, cached, TILE):  # all queries see all of these
         top, mass, total = _attend_tile(
-            q, top, mass, total, own_keys, own_values, position_stride, own_blocks, own_words, is_query,
-            start, last, length, scale, HEAD_DIM, WIDTH, TILE, BLOCK, HAS_NODES=False,
+            q, top, mass, total, own_keys, own_values, position_stride, own_blocks, own_words, num_words,
+            is_query, start, last, length, scale, HEAD_DIM, WIDTH, TILE, BLOCK, HAS_NODES=False,
         )  # fmt: skip
     for start in range(cached, last, TILE):
         top, mass, total = _attend_tile(
-            q, top, mass, total, own_keys, own_values, position_stride, own_blocks, own_words, is_query,
-            start, last, length, scale, HEAD_DIM, WIDTH, TILE, BLOCK, HAS_NODES=True,
+            q, top, mass, total, own_keys, own_values, position_stride, own_blocks, own_words, num_words,
+            is_query, start, last, length, scale, HEAD_DIM, WIDTH, TILE, BLOCK, HAS_NODES=True,
         )  # fmt: skip
     index = (tl.program_id(0) * most_nodes * REPEATS + queries).to(tl.int64) * num_splits + split
     tl.store(tops + index, top, mask=is_query)
