@@ -19,6 +19,7 @@ from torch import Tensor
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.cache import SlotCache
 from fastgrpo.memory import find_available_bytes
+from fastgrpo.timing import CALLS_BEFORE_REPLAY
 
 Outputs = tuple[Tensor, ...]
 Inputs = TypeVar("Inputs")
@@ -26,7 +27,7 @@ _SIZES = sorted({base << shift for shift in range(15) for base in (2, 3)} | {1})
 _MOST_NODES = 64  # of a row, as many as our attention kernel takes
 _MOST_TOKENS = 1024  # more are bound by their arithmetic, not by launches
 _LEAST_BLOCKS = 4  # our attention kernel reads as many at once; from here on their number doubles, as rows grow
-_USES_BEFORE = 2  # calls of a key before it is recorded
+_USES_BEFORE = CALLS_BEFORE_REPLAY - 1  # calls of a key before it is recorded
 _MOST_GRAPHS = 32
 _FREE_BYTES = 2 * 2**30  # left to others; nothing is recorded with less
 _PADDING = ("token_ids", "positions", "row_starts", "num_nodes", "lengths")  # zero behind the real entries

@@ -48,17 +48,18 @@ def describe_machine() -> dict[str, Any]:
 def describe_commit(path: str | Path) -> str:
     """The short commit checked out at `path`, with `-dirty` where code differs from it: results and documents may.
 
-    Where `path` is in no repository, the repository has no commit, or git is not installed, what `FASTGRPO_COMMIT`
-    says, or "unknown": a copy of the code on a machine without its history is told so where it came from.
+    "unknown" where `path` is in no repository, the repository has no commit, or git is not installed. A copy of the
+    code on a machine without its history is told by `FASTGRPO_COMMIT`, which is believed.
     """
-    unknown = os.environ.get(COMMIT_ENV, "unknown")
+    if told := os.environ.get(COMMIT_ENV):
+        return told
     git = shutil.which("git")
     if git is None:
-        return unknown
+        return "unknown"
     command = [git, "-C", str(path), "rev-parse", "--short", "HEAD"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
-        return unknown
+        return "unknown"
     compare = [git, "-C", str(path), "diff", "--quiet", "HEAD", "--", *(f":/*.{suffix}" for suffix in _CODE)]
     differs = subprocess.run(compare, capture_output=True, check=False).returncode != 0
     return answer.stdout.strip() + ("-dirty" if differs else "")

@@ -26,12 +26,13 @@ from fastgrpo.profiler import Measurement, measure_costs
 if TYPE_CHECKING:
     from fastgrpo.drafters import Drafter
 
-PROFILE_FORMAT, PROFILE_VERSION = "fastgrpo-profile", 2
+PROFILE_FORMAT, PROFILE_VERSION = "fastgrpo-profile", 3
 _SIZES = (
     *("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings"),
 )
 _LISTS = ("num_tokens", "target_s", "draft_s", "draft_start_s")
+_FLAG = "runs_ahead"
 _LIBRARIES = ("torch", "transformers")  # a profile that is given outlives their updates, a cached one does not
 
 Identity = dict[str, Any]
@@ -118,7 +119,8 @@ def _build_profile(raw: Any) -> HardwareProfile:
     for name, value in raw.items():
         is_list = name in _LISTS
         numbers = value if is_list and isinstance(value, list) else [value]
-        if not all(_is_number(each) for each in numbers):
+        is_sound = isinstance(value, bool) if name == _FLAG else all(_is_number(each) for each in numbers)
+        if not is_sound:
             raise ValueError(f"profile: {name} is {value!r:.60}; {MEASURE_AGAIN}")
         values[name] = tuple(numbers) if is_list else value
     return HardwareProfile(**values)

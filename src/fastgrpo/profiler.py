@@ -98,6 +98,7 @@ def measure_costs(
         sample_s=sample_s,
         walk_s=walk_s,
         fixed_s=fixed_s,
+        runs_ahead=target.device.type == "cuda",
     )
     measurement = Measurement(
         profile=profile,

@@ -13,7 +13,8 @@ import torch
 LARGE_SPREAD = 0.5  # a median half again as long as the least run: something else is at work
 _REPEAT_SPREAD = 0.25  # runs that disagree more are repeated
 _RUNS, _MAX_ROUNDS = 3, 4
-MOST_RUNS = 1 + _RUNS * _MAX_ROUNDS  # calls of what is timed, the warm-up included, by a clock that works
+CALLS_BEFORE_REPLAY = 3  # of one kind, of which the last one is recorded (see `graphs`)
+MOST_RUNS = CALLS_BEFORE_REPLAY + 1 + _RUNS * _MAX_ROUNDS  # calls of what is timed, by a clock that works, and before
 _BUDGET_S = 3.0  # runs of one point; slow ones are repeated less
 _MAX_CALLS = 64  # calls timed as one while the clock shows no difference
 
@@ -107,13 +108,16 @@ def measure_timing(run: Callable[[], object]) -> Timing:
 
 
 def measure_on(run: Callable[[], object], device: torch.device) -> Timing:
-    """`measure_timing` of work that an accelerator may still be at when the call returns."""
+    """`measure_timing` of work that an accelerator may still be at when the call returns, and may replay."""
+    if device.type != "cuda":
+        return measure_timing(run)
 
     def finish() -> None:
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)
 
+    for _ in range(CALLS_BEFORE_REPLAY):
+        finish()
     return measure_timing(finish)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ class AutoPlanner(Planner):
     something else is tried, for a few steps drafts where plain decoding is chosen, for one plain decoding and other
     trees where drafts are: this may cost `trial_share` of the time, and is all that a bad drafter can take.
 
+    Where the host would have to wait for what a device drafts, sequences do not share their budgets.
+
     Args:
         profile: what forwards and drafts cost, to begin with.
         margin: rate over the present one that is worth a change, above 1.
@@ -66,6 +68,7 @@ class AutoPlanner(Planner):
         trial_share: float = 0.01,
     ) -> None:
         self._costs = StepCosts(profile)
+        self._grid = tuple(replace(plan, most_draft_tokens=None) for plan in GRID) if profile.runs_ahead else GRID
         self.margin, self.trial_share = margin, trial_share
         self.max_num_tokens = max_num_tokens or profile.num_tokens[-1]
         self._expectation = Expectation()
@@ -118,7 +121,7 @@ class AutoPlanner(Planner):
     def _predict_rates(self, inputs: PlanInputs) -> Vector:
         """`predict_rate` of every plan of the grid; 0 of those that do not fit or go deeper than was explored."""
         room, deepest = self.max_num_tokens // inputs.num_seqs, self.expectation.explored_depth + 1
-        lengths = self.expectation.predict_lengths(GRID, inputs.num_seqs)
+        lengths = self.expectation.predict_lengths(self._grid, inputs.num_seqs)
         seconds = self._predict_steps_s(_DEPTHS, _WIDTHS, _NODES, lengths, inputs)
         seconds += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs) / _LASTING_STEPS
         return np.where((room > _NODES) & (deepest >= _DEPTHS), inputs.num_seqs * lengths / seconds, 0.0)
@@ -135,9 +138,9 @@ class AutoPlanner(Planner):
                 return self._trial
             return self._current
         self._learn()
-        rates = dict(zip(GRID, self._predict_rates(inputs).tolist(), strict=True))
+        rates = dict(zip(self._grid, self._predict_rates(inputs).tolist(), strict=True))
         rates[PLAIN] = plain_rate = self.predict_rate(PLAIN, inputs)
-        best, before = max(GRID, key=rates.__getitem__), self._current
+        best, before = max(self._grid, key=rates.__getitem__), self._current
         if rates[best] <= plain_rate * (self.margin if self._current.is_plain else 1.0):
             self._current = PLAIN
         elif self._current.is_plain or rates[best] > self.margin * rates[self._current]:

@@ -28,6 +28,8 @@ class HardwareProfile:
         sample_s: seconds to sample, walk and commit one emitted token.
         walk_s: seconds for each level that walks may go down, however many sequences walk.
         fixed_s: seconds of a step that depend on nothing.
+        runs_ahead: work is launched ahead of a device that does it, and both would wait where the host has to hear
+            what was drafted before it says what is verified.
 
     Raises:
         ValueError: fewer than two points, an unordered grid, or a time that is not finite and positive.
@@ -42,6 +44,7 @@ class HardwareProfile:
     sample_s: float = 0.0
     walk_s: float = 0.0
     fixed_s: float = 0.0
+    runs_ahead: bool = False
 
     def __post_init__(self) -> None:
         grid = self.num_tokens
