@@ -365,6 +365,47 @@ def test_a_step_without_drafts_says_nothing_about_acceptance():
     assert planner.expectation.table.compute_rates() == before
 
 
+def test_what_was_recorded_on_the_way_teaches_acceptance_and_no_costs():
+    """Else drafts would look as dear as their recording, and stay untried."""
+    planner, plan = AutoPlanner(FLAT), SpeculationPlan(depth=1, width=1, num_draft_tokens=1)
+    costs = planner.profile
+    slow = {"draft_s": 0.3, "target_s": 0.5, "verify_s": 0.2, "step_s": 1.0}
+    for _ in range(200):
+        record = build_record(plan, 10, num_emitted=18, offered=((10,),), hits=((8,),), is_steady=False, **slow)
+        planner.observe(record)
+    assert planner.profile == costs
+    assert planner.expectation.predict_length(plan, 10) == pytest.approx(1.8, abs=0.05)
+    planner.observe(build_record(plan, 10, num_emitted=18, offered=((10,),), hits=((8,),), **slow))
+    assert planner.profile != costs
+
+
+def test_a_trial_pays_for_what_is_recorded_for_it():
+    """As many steps go by before the next one as must bring in, at the share that trials may lose, what it took."""
+    gaps = []
+    for recorded_s in (0.0, 0.1, 0.4):
+        planner, tried = AutoPlanner(FLAT, trial_share=0.01), []
+        for step in range(9000):
+            plan = planner.plan(PlanInputs(num_seqs=8))
+            is_first = step > 1000 and not plan.is_plain and not tried  # by now nothing is accepted, and plain is best
+            is_slow = is_first and recorded_s > 0
+            facts = {"is_steady": False, "draft_s": recorded_s, "step_s": 0.01 + recorded_s} if is_slow else {}
+            planner.observe(build_record(plan, 8, **facts))
+            if step > 1000 and not plan.is_plain:
+                tried.append(step)
+        gaps.append(max(b - a for a, b in itertools.pairwise(tried)))
+    assert gaps[0] < 900 < 0.1 / (0.01 * 0.01) < gaps[1] < 2000 < 0.4 / (0.01 * 0.01) < gaps[2] < 5000
+
+
+def test_sequences_share_no_budget_where_a_device_would_have_to_be_asked():
+    ahead, beside = (
+        {AutoPlanner(replace(FLAT, runs_ahead=runs_ahead)).plan(PlanInputs(num_seqs=n)) for n in range(1, 30)}
+        for runs_ahead in (True, False)
+    )
+    assert all(plan.most_draft_tokens is None for plan in ahead)
+    assert any(plan.most_draft_tokens is not None for plan in beside)
+    assert {replace(plan, most_draft_tokens=None) for plan in beside} == ahead
+
+
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
 def test_the_predicted_step_time_follows_the_measured_one(factor):
     planner, plan = SyntheticClockPlanner(SMALL_CPU, speed=factor), GRID[5]

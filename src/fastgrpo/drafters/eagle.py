@@ -43,6 +43,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
     name = "eagle"
     _cache: SlotCache | None = None  # the target's, whose features were read last
     _replays: Replays[_Recorded] | None = None  # of drafts with the weights as they are
+    _has_caught_up = False  # before the last draft, with what is not recorded
 
     @staticmethod
     def build_head(target: TargetModel, draft_vocab_size: int) -> EagleHead:
@@ -70,14 +71,15 @@ class EagleDrafter(HeadDrafter[EagleHead]):
     @property
     def was_replayed(self) -> bool:
         """Whether the last draft took no longer than the next one like it will."""
-        return self._replays is None or self._replays.was_replayed
+        return self._replays is None or (self._replays.was_replayed and not self._has_caught_up)
 
     def grow(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         own, replays = self._rows.cache, self._find_replays(context.cache)
         num_read, lengths = self._rows.num_read, context.cache.lengths
         most = max(length - read for length, read in zip(lengths, num_read, strict=True))
         is_far_behind = sum(lengths) - sum(num_read) > _MANY_PAIRS * len(lengths)
-        if is_far_behind or (replays is not None and most > plan.depth + 1):
+        self._has_caught_up = is_far_behind or (replays is not None and most > plan.depth + 1)
+        if self._has_caught_up:
             self._store_pairs(context)
             num_read = [length - 1 for length in lengths]
         if replays is not None:

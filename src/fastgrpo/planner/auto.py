@@ -29,6 +29,7 @@ _STEPS_DECIDED, _MOST_DECIDED = 7, 23  # that a plan is kept for without asking 
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter
 _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
+_RECORDED_CHANGE = 1.1  # of another plan over the current one, where each plan is recorded before it is fast
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
 _TRIAL_WAIT, _TRIAL_STEPS = 8, 3  # steps for each step of a trial at least; of one of drafts, once they have read
 _PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step
@@ -45,7 +46,8 @@ class AutoPlanner(Planner):
     A plan does not flap: from plain decoding to drafts, and from one tree to another, the new one must promise
     `margin` more; the price of switching on, reading what the drafter has not read, is part of it. Once in a while
     something else is tried, for a few steps drafts where plain decoding is chosen, for one plain decoding and other
-    trees where drafts are: this may cost `trial_share` of the time, and is all that a bad drafter can take.
+    trees where drafts are: this may cost `trial_share` of the time, and is all that a bad drafter can take. Steps in
+    which a device's work was recorded tell what is accepted, and nothing of costs.
 
     Where the host would have to wait for what a device drafts, sequences do not share their budgets.
 
@@ -70,6 +72,7 @@ class AutoPlanner(Planner):
         self._costs = StepCosts(profile)
         self._grid = tuple(replace(plan, most_draft_tokens=None) for plan in GRID) if profile.runs_ahead else GRID
         self.margin, self.trial_share = margin, trial_share
+        self._change = max(margin, _RECORDED_CHANGE) if profile.runs_ahead else margin
         self.max_num_tokens = max_num_tokens or profile.num_tokens[-1]
         self._expectation = Expectation()
         self._promised, self._accepted = _PRIOR_PROMISED, _PRIOR_PROMISED  # draft tokens, of shared budgets
@@ -143,7 +146,7 @@ class AutoPlanner(Planner):
         best, before = max(self._grid, key=rates.__getitem__), self._current
         if rates[best] <= plain_rate * (self.margin if self._current.is_plain else 1.0):
             self._current = PLAIN
-        elif self._current.is_plain or rates[best] > self.margin * rates[self._current]:
+        elif self._current.is_plain or rates[best] > self._change * rates[self._current]:
             self._current = best
         # with the first drafts all that is known changes; plain steps teach nothing of them
         is_learning = self.expectation.is_new and not self._current.is_plain
@@ -218,6 +221,8 @@ class AutoPlanner(Planner):
     def observe(self, record: StepRecord) -> None:
         """Learnt from before the next decision: several steps at once take a fraction of the time."""
         self._credit_s += self.trial_share * (record.step_s - record.prefill_s)
+        if not record.is_steady and record.plan not in (PLAIN, self._current):
+            self._credit_s -= record.step_s  # a trial pays for what is recorded for it, too
         self._trial_age += 1
         self._num_steps += 1
         self._last_tried[record.plan] = self._num_steps
