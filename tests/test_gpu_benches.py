@@ -51,6 +51,17 @@ def test_steps(monkeypatch, tmp_path, model_dir):
     assert set(written["plain_step_s"]) == {"1", "2"}
 
 
+def test_where(monkeypatch, tmp_path, model_dir):
+    arguments = ("--model", model_dir, "--context", 32, "--tables", tmp_path / "tables")
+    plans = run("where", monkeypatch, tmp_path / "out.json", *arguments)["plans"]
+    assert set(plans) == {f"{plan} of {rows}" for plan in ("plain", "3x1x3", "3x3x8") for rows in (1, 2)}
+    for name, parts in plans.items():
+        assert 0 < parts["target_s"] < parts["step_s"]
+        assert parts["acceptance_length"] == 1 if name.startswith("plain") else parts["acceptance_length"] >= 1
+    tables = [path.read_text() for path in (tmp_path / "tables").iterdir()]
+    assert len(tables) == 6 and all("aten::" in table and "engine.py" in table for table in tables)
+
+
 def test_syncs(monkeypatch, tmp_path, model_dir):
     plans = run("syncs", monkeypatch, tmp_path / "out.json", "--model", model_dir, "--drafter", "eagle-new")["plans"]
     assert all(plan["steps"] and set(plan["waits_by_step"]) == {"0"} for plan in plans.values())

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -473,6 +474,22 @@ def test_measured_steps_say_how_wrong_a_profile_is() -> None:
         for part in ("draft_s", "target_s"):
             expected, found = sum(getattr(r, part) for r in kept), sum(getattr(each, part) for each in priced)
             assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_steps_that_were_held_up_are_in_the_sum() -> None:
+    """Prices are those of typical steps, but a rollout takes as long as all of its steps."""
+    records, draw = simulate(FixedPlanner(fixed=PLANS[1])).records, random.Random(1)
+    held_up = [
+        dataclasses.replace(r, draft_s=stall * r.draft_s, target_s=stall * r.target_s, verify_s=stall * r.verify_s)
+        for r in records
+        for stall in (10.0 if draw.random() < 0.05 else 1.0,)
+    ]
+    fitted = fit_corrections(SMALL_CPU, [held_up])
+    assert fitted.scale > 1.2
+    steps = ProfileCosts(profile=SMALL_CPU, corrections=fitted)
+    expected_s = sum(r.draft_s + r.target_s + r.verify_s for r in held_up)
+    found_s = sum(each.step_s - each.prefill_s for each in (steps.price(find_work(r)) for r in records))
+    assert found_s == pytest.approx(expected_s, rel=0.02)
 
 
 def find_work(record: StepRecord) -> StepWork:

@@ -1,5 +1,5 @@
-"""Forwards of a few sizes, recorded once and replayed: launching a layer's kernels one by one costs more than a small
-batch's work.
+"""Forwards and drafts of a few sizes, recorded once and replayed: launching kernels one by one costs more than
+a small batch's work.
 
 A batch is copied into buffers of the next larger size and padded there. What is recorded reads and writes the cache
 where it stood at the time: when that moves, recordings are dropped.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from fastgrpo.bench.measure import compute_median, interleave, measure_rollout
+from fastgrpo.bench.measure import choose_turn_tokens, compute_median, interleave, measure_rollout
 from fastgrpo.engine import DEFAULT_FIXED_PLAN, Engine
 from fastgrpo.planner import HardwareProfile, build_planner
 from fastgrpo.profile_files import find_profile, take_profile
@@ -98,7 +98,10 @@ def reproduce(
     for engine in engines.values():  # first touches: not measured
         measure_rollout(engine, workload.prompts, other_noise)
     in_turn = (other_noise, workload.params)
-    results = interleave(engines, workload.prompts, lambda repeat: in_turn[repeat % 2], 2 * repeats)
+    turn_tokens = choose_turn_tokens(engines["off"])
+    results = interleave(
+        engines, workload.prompts, lambda repeat: in_turn[repeat % 2], 2 * repeats, turn_tokens=turn_tokens
+    )
     corrections = fit_corrections(profile, [result.records for own in results.values() for result in own[::2]])
     reproductions = []
     for name, own in results.items():

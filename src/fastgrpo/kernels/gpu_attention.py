@@ -245,13 +245,13 @@ def attend(
     most = _LEAST_QUERIES if query.dtype == torch.float32 else _MOST_QUERIES  # float32 tiles take twice the registers
     num_queries = min(max(triton.next_power_of_2(most_queries), _LEAST_QUERIES), most)
     tile = _SMALL_TILE if query.dtype == torch.float32 else _TILE
-    most_heads_fit = num_queries < _MOST_QUERIES or head_dim == shape["WIDTH"]  # else registers would be spilled
+    fits_registers = num_queries < _MOST_QUERIES or head_dim == shape["WIDTH"]
     rows = (starts, num_nodes, lengths)
     _attend_splits[(num_rows * num_kv_heads, num_splits, triton.cdiv(most_queries, num_queries))](
         query, query.stride(0), query.stride(1), keys, values, keys.stride(0), blocks, blocks.shape[1],
         *rows, words, num_words, most_nodes, num_before, sums, tops, masses, num_kv_heads, num_splits, scale,
         QUERIES=num_queries, TILE=tile, BLOCK=BLOCK_SIZE, **shape,
-        num_warps=4 if most_heads_fit else 8, num_stages=2,
+        num_warps=4 if fits_registers else 8, num_stages=2,
     )  # fmt: skip
     _join_splits[(num_rows, most_nodes * num_heads)](
         out, *rows, most_nodes, num_before, sums, tops, masses, num_kv_heads, num_splits,

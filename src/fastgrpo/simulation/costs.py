@@ -59,19 +59,21 @@ class Corrections:
     """What measured steps say of a profile; by default they say nothing, and it is believed.
 
     Args:
-        steps: prices of forwards, drafts and the rest, as `auto` follows them.
+        steps: prices of forwards, drafts and the rest, as `auto` follows them: typical ones.
+        scale: mean over typical seconds; some steps are held up, and a rollout takes the sum of all.
         prefill: measured over predicted seconds of prompts.
         between_s: seconds that each step takes beside its parts.
     """
 
     steps: StepCosts | None = None
+    scale: float = 1.0
     prefill: float = 1.0
     between_s: float = 0.0
 
     def describe(self) -> dict[str, Any]:
         """For a file."""
         steps = None if self.steps is None else self.steps.state_dict()
-        return {"steps": steps, "prefill": self.prefill, "between_s": self.between_s}
+        return {"steps": steps, "scale": self.scale, "prefill": self.prefill, "between_s": self.between_s}
 
 
 @dataclass(kw_only=True)
@@ -111,11 +113,12 @@ class ProfileCosts:
         prefill_s = 0.0
         if work.num_prefilled:
             prefill_s = self.corrections.prefill * self.profile.compute_target_s(work.num_prefilled)
+        scale = self.corrections.scale
         factors = np.exp(self.noise * self._draws.standard_normal(4)).tolist() if self.noise else (1.0,) * 4
         return StepSeconds(
             prefill_s=prefill_s * factors[0],
-            draft_s=draft_s * factors[1],
-            target_s=target_s * factors[2],
-            verify_s=verify_s * factors[3],
+            draft_s=scale * draft_s * factors[1],
+            target_s=scale * target_s * factors[2],
+            verify_s=scale * verify_s * factors[3],
             between_s=self.corrections.between_s,
         )
