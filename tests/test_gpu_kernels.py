@@ -348,6 +348,7 @@ def test_a_rollout_says_the_same_with_the_kernels(layers, gpu_path, monkeypatch)
     runs = []
     for has_kernels in (True, False):
         monkeypatch.setattr(gpu, "runs_on", lambda _, has=has_kernels: has)
+        monkeypatch.setattr(gpu, "find_obstacle", lambda has=has_kernels: None if has else "they are switched off")
         monkeypatch.setattr(attention, "_MOST_NODES", 8)
         model = build_model("llama", F32, head_dim=16, num_hidden_layers=2)
         engine = Engine(model.to(DEVICE), drafter="eagle-new", speculation=plan)

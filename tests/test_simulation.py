@@ -470,7 +470,7 @@ def test_measured_steps_say_how_wrong_a_profile_is() -> None:
     assert fitted.prefill == pytest.approx(1)
     steps = ProfileCosts(profile=SMALL_CPU, corrections=fitted)
     for records, kept in ((simulated, slower[: len(simulated)]), (plain, slower[len(simulated) :])):
-        priced = [steps.price(find_work(record)) for record in records]
+        priced = [steps.price(StepWork.of(record)) for record in records]
         for part in ("draft_s", "target_s"):
             expected, found = sum(getattr(r, part) for r in kept), sum(getattr(each, part) for each in priced)
             assert found == pytest.approx(expected, rel=0.05)
@@ -488,9 +488,5 @@ def test_steps_that_were_held_up_are_in_the_sum() -> None:
     assert fitted.scale > 1.2
     steps = ProfileCosts(profile=SMALL_CPU, corrections=fitted)
     expected_s = sum(r.draft_s + r.target_s + r.verify_s for r in held_up)
-    found_s = sum(each.step_s - each.prefill_s for each in (steps.price(find_work(r)) for r in records))
+    found_s = sum(each.step_s - each.prefill_s for each in (steps.price(StepWork.of(r)) for r in records))
     assert found_s == pytest.approx(expected_s, rel=0.02)
-
-
-def find_work(record: StepRecord) -> StepWork:
-    return StepWork(**{field.name: getattr(record, field.name) for field in dataclasses.fields(StepWork)})

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 
 from fastgrpo.planner import HardwareProfile, StepCosts
-from fastgrpo.simulation.costs import Corrections
+from fastgrpo.simulation.costs import Corrections, ProfileCosts, StepSeconds, StepWork
 from fastgrpo.types import StepRecord
 
 
@@ -24,21 +24,19 @@ def fit_corrections(profile: HardwareProfile, rollouts: Iterable[Sequence[StepRe
     outside_s = sum(r.step_s - r.prefill_s - r.draft_s - r.target_s - r.verify_s for r in records)
     return Corrections(
         steps=steps,
-        scale=_compare_sums(steps, records),
+        scale=_compare_sums(profile, steps, records),
         prefill=measured_s / predicted_s if measured_s > 0 and predicted_s > 0 else 1.0,
         between_s=max(outside_s / max(len(records), 1), 0.0),
     )
 
 
-def _compare_sums(steps: StepCosts, records: Sequence[StepRecord]) -> float:
+def _compare_sums(profile: HardwareProfile, steps: StepCosts, records: Sequence[StepRecord]) -> float:
     """Measured over predicted seconds of all steps, prompts apart."""
-    measured_s = sum(record.draft_s + record.target_s + record.verify_s for record in records)
-    predicted_s = 0.0
-    for record in records:
-        plan, num_seqs = record.plan, record.num_seqs
-        predicted_s += float(steps.predict_target_s(record.num_tokens, record.num_read))
-        predicted_s += float(steps.predict_draft_s(plan.depth, plan.width, num_seqs))
-        predicted_s += float(steps.predict_rest_s(plan.depth, record.num_emitted))
-        if not plan.is_plain:
-            predicted_s += steps.predict_reading_s(record.num_unread, num_seqs)
+    costs = ProfileCosts(profile=profile, corrections=Corrections(steps=steps))
+    measured_s = _sum_parts(records)
+    predicted_s = _sum_parts([costs.price(StepWork.of(record)) for record in records])
     return measured_s / predicted_s if measured_s > 0 and predicted_s > 0 else 1.0
+
+
+def _sum_parts(steps: Sequence[StepRecord] | Sequence[StepSeconds]) -> float:
+    return sum(step.draft_s + step.target_s + step.verify_s for step in steps)

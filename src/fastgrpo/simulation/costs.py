@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
 
 from fastgrpo.planner import HardwareProfile, StepCosts
-from fastgrpo.types import SpeculationPlan
+from fastgrpo.types import SpeculationPlan, StepRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,11 @@ class StepWork:
     num_unread: int
     num_emitted: int
     num_prefilled: int
+
+    @staticmethod
+    def of(record: StepRecord) -> StepWork:
+        """What a step that was taken had to do."""
+        return StepWork(**{field.name: getattr(record, field.name) for field in fields(StepWork)})
 
 
 @dataclass(frozen=True, kw_only=True)
