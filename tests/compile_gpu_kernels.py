@@ -23,6 +23,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 INTS = (
     *("stride", "width", "num_blocks", "token_stride", "head_stride", "position_stride", "num_words", "most_nodes"),
     *("num_before", "num_kv_heads", "num_splits", "num_heads"),
+    "num_expanded",
     *("first_width", "second_width", "third_width", "out_stride", "num_tokens", "num_inputs"),
 )
 LONGS = ("rows", "stream_keys", "positions", "token_ids", "blocks", "starts", "num_nodes", "lengths", "words", "places")
@@ -37,6 +38,10 @@ def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], i
     for dtype in ("*bf16", "*fp16", "*fp32"):
         yield "gpu_sampling", "_sample_blocks", {"logits": dtype}, {"BLOCK": 2048}, 8
         yield "gpu_sampling", "_join_blocks", {"logits": dtype}, {"BLOCKS": 64}, 1
+        ranked = {"WITH_NOISE": True, "COUNT": 8, "BLOCK": 2048}
+        yield "gpu_ranking", "_rank_blocks", {"logits": dtype, "vocabulary": "*i32", "columns": "*i32"}, ranked, 8
+    joined = {"COUNT": 8, "BLOCKS": 16, "CANDIDATES": 128}
+    yield "gpu_ranking", "_join_ranks", {"vocabulary": "*i32", "columns": "*i32"}, joined, 1
     yield "gpu_sampling", "_noise_blocks", {"token_ids": "*i32"}, {"BLOCK": 1024}, 4
     for dtype in ("*bf16", "*fp32"):
         layer = dict.fromkeys(

@@ -306,3 +306,27 @@ class SyntheticClockPlanner(AutoPlanner):
         step_s = self.compute_step_s(record)
         times = {"draft_s": step_s - target_s, "target_s": target_s, "verify_s": 0.0, "prefill_s": 0.0}
         super().observe(replace(record, **times, step_s=step_s))
+
+
+class EagerRecorder:
+    """Runs the call again and writes its outputs where the first ones stand, as a device's recording does."""
+
+    def __init__(self, free_bytes=2**40):
+        self.free_bytes, self.num_recorded, self.num_replayed = free_bytes, 0, 0
+
+    def record(self, run):
+        self.num_recorded += 1
+        outputs = tuple(output.clone() for output in run())
+
+        def replay():
+            self.num_replayed += 1
+            for output, new in zip(outputs, run(), strict=True):
+                if output.shape == new.shape:
+                    output.copy_(new)
+                else:
+                    output.set_(new)  # on the host a walk ends where all have
+
+        return replay, outputs
+
+    def count_free_bytes(self):
+        return self.free_bytes

@@ -71,9 +71,8 @@ def draft_logits(drafter: BlockDrafter, rollout: FinishedRollout, num_cached: in
     )
     context = DraftContext(
         sequences=[sequence],
-        sampling=SamplingBatch.build([sequence], torch.device("cpu")),
-        pending_token_ids=torch.tensor([tokens[num_cached]]),
         cache=cache,
+        device=torch.device("cpu"),
     )
     levels: list[torch.Tensor] = []
 

@@ -46,9 +46,8 @@ def draft_chains(drafter: EagleDrafter, rollout: FinishedRollout, num_pairs: int
     )
     context = DraftContext(
         sequences=[sequence],
-        sampling=SamplingBatch.build([sequence], torch.device("cpu")),
-        pending_token_ids=torch.tensor([tokens[num_pairs]]),
         cache=cache,
+        device=torch.device("cpu"),
     )
     outputs: list[torch.Tensor] = []
 
@@ -107,9 +106,8 @@ def build_context(target: TargetModel, lengths: list[int]) -> DraftContext:
     ]
     return DraftContext(
         sequences=sequences,
-        sampling=SamplingBatch.build(sequences, torch.device("cpu")),
-        pending_token_ids=torch.tensor([sequence.prompt_ids[-1] for sequence in sequences]),
         cache=cache,
+        device=torch.device("cpu"),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 
 from conftest import build_model
 from fastgrpo import attention
+from fastgrpo.drafters.beams import rank_candidates
 from fastgrpo.engine import Engine
 from fastgrpo.kernels import cpu, gpu
 from fastgrpo.model import TargetModel
@@ -21,7 +22,7 @@ from fastgrpo.sampling import SamplingBatch, gumbel_noise, gumbel_noise_of, samp
 from fastgrpo.types import SamplingParams, SpeculationPlan
 
 pytest.importorskip("triton")
-from fastgrpo.kernels import gpu_attention, gpu_decoder, gpu_linear, gpu_sampling
+from fastgrpo.kernels import gpu_attention, gpu_decoder, gpu_linear, gpu_ranking, gpu_sampling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -158,6 +159,52 @@ def test_truncated_rows_are_left_to_the_operators(gpu_path):
     rows = replace(build_rows(4), is_truncated=True, top_k=torch.full((4,), 1, device=DEVICE))
     logits = build_logits(4, 300)
     assert torch.equal(sample(logits, rows, build_vocabulary(300))[0], logits.argmax(-1))
+
+
+# -- candidates ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize(("num_columns", "width"), [(3, 4), (700, 1), (2048, 3), (5003, 8)])
+@pytest.mark.parametrize("with_noise", [True, False])
+def test_ranked_candidates_are_those_of_the_operators(dtype, temperature, num_columns, width, with_noise, operators):
+    rows = build_rows(3, temperature)
+    logits = build_logits(6, num_columns, dtype).unflatten(0, (3, 2))
+    vocabulary = torch.randperm(50000, generator=torch.Generator().manual_seed(2))[:num_columns].int().to(DEVICE)
+    chances, tokens = rank(logits, vocabulary, rows, width, with_noise=with_noise)
+    expected, expected_tokens = rank_candidates(logits, vocabulary, rows, width, with_noise=with_noise)
+    assert chances.shape == expected.shape == (3, 2, min(width, num_columns))
+    assert torch.allclose(chances, expected, atol=2e-5)
+    is_tied = torch.zeros_like(expected, dtype=torch.bool)  # with the one before or behind
+    is_tied[..., 1:] = expected.diff().abs() < 1e-5
+    is_tied[..., :-1] |= is_tied[..., 1:].clone()
+    is_tied[..., -1] |= (dtype == BF16) & (not with_noise or temperature == 0)  # perhaps with the one left out
+    assert torch.equal(tokens[~is_tied], expected_tokens[~is_tied])
+
+
+def rank(logits, vocabulary, rows, width, *, with_noise):
+    states = (rows.stream_keys, rows.positions, rows.temperature)
+    return gpu_ranking.rank(logits, vocabulary, *states, width, with_noise=with_noise and rows.is_noisy)
+
+
+def test_of_equal_candidates_the_first_is_ranked_first_and_absent_ones_come_last(gpu_path):
+    logits = torch.full((1, 1, 5000), -math.inf, device=DEVICE)
+    logits[0, 0, [4999, 40, 2047]] = 1.0
+    chances, tokens = rank_candidates(logits, build_vocabulary(5000), build_rows(1, 0.0), 5)
+    assert tokens[0, 0, :3].tolist() == [40, 2047, 4999]
+    assert chances[0, 0].exp().tolist() == pytest.approx([1 / 3] * 3 + [0, 0])
+    assert bool(((tokens >= 0) & (tokens < 5000)).all())
+
+
+def test_the_drafter_takes_its_candidates_from_the_kernel(gpu_path):
+    logits, rows, vocabulary = build_logits(2, 900)[None], build_rows(1), build_vocabulary(900)
+    for ours, theirs in zip(
+        rank_candidates(logits, vocabulary, rows, 3), rank(logits, vocabulary, rows, 3, with_noise=True), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    wide = rank_candidates(logits, vocabulary, rows, 40)[1]  # left to the operators
+    assert wide.shape == (1, 2, 40) and torch.equal(wide[..., :3], rank_candidates(logits, vocabulary, rows, 3)[1])
 
 
 # -- attention -----------------------------------------------------------------------------------------------

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from conftest import build_model
+from conftest import EagerRecorder, build_model
 from fastgrpo import graphs
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
@@ -15,6 +13,7 @@ from fastgrpo.engine import Engine
 from fastgrpo.graphs import Bucket, GraphRunner
 from fastgrpo.kernels import cpu, gpu
 from fastgrpo.model import TargetModel, find_graph_obstacle
+from fastgrpo.target_step import TargetStep
 from fastgrpo.tree import compute_ancestors
 from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan
 
@@ -23,25 +22,9 @@ TREE = SpeculationPlan(depth=3, width=2, num_draft_tokens=5)
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")
 
 
-class EagerRecorder:
-    """Runs the call again and writes its outputs where the first ones stand, as a device's recording does."""
-
-    def __init__(self, free_bytes=2**40):
-        self.free_bytes, self.num_recorded, self.num_replayed = free_bytes, 0, 0
-
-    def record(self, run):
-        self.num_recorded += 1
-        outputs = tuple(output.clone() for output in run())
-
-        def replay():
-            self.num_replayed += 1
-            for output, new in zip(outputs, run(), strict=True):
-                output.copy_(new)
-
-        return replay, outputs
-
-    def count_free_bytes(self):
-        return self.free_bytes
+def launch(target, batch, cache):
+    output, logits = target.launch(batch, cache)
+    return output.last_hidden, logits, output.features
 
 
 def build_batch(target, cache, parents, lengths, seed=0):
@@ -91,11 +74,11 @@ def test_a_replay_says_what_the_forward_says_and_writes_what_it_writes(target, p
     scratch = ours.take_scratch()
     is_scratch = (torch.arange(ours.keys.data.shape[1]) - scratch).abs() < BLOCK_SIZE
     assert scratch == 0 and is_scratch.sum() == BLOCK_SIZE
-    runner = GraphRunner(lambda batch: target._decode(batch, ours), ours, EagerRecorder())
+    runner = GraphRunner(lambda batch: launch(target, batch, ours), ours, EagerRecorder())
     for seed in range(5):
         lengths = [length - 61 + 7 * row + seed for row in range(len(parents))]
         found = runner(build_batch(target, ours, parents, lengths, seed))
-        expected = target._decode(build_batch(target, theirs, parents, lengths, seed), theirs)
+        expected = launch(target, build_batch(target, theirs, parents, lengths, seed), theirs)
         for one, other in zip(found, expected, strict=True):
             assert torch.allclose(one, other, atol=1e-5)
         for mine, its in zip(ours.stores, theirs.stores, strict=True):
@@ -107,7 +90,7 @@ def test_a_replay_says_what_the_forward_says_and_writes_what_it_writes(target, p
 def test_a_smaller_batch_of_the_same_size_sees_nothing_of_the_one_before(target):
     cache = build_cache(target, 4)
     recorder = EagerRecorder()
-    runner = GraphRunner(lambda batch: target._decode(batch, cache), cache, recorder)
+    runner = GraphRunner(lambda batch: launch(target, batch, cache), cache, recorder)
     many, few = [[-1, 0, 0]] * 4, [[-1], [-1, 0, 1], [-1, 0, 0], [-1, 0, 1]]
     for _ in range(4):
         runner(build_batch(target, cache, many, [9] * 4))
@@ -116,7 +99,7 @@ def test_a_smaller_batch_of_the_same_size_sees_nothing_of_the_one_before(target)
     replayed = recorder.num_replayed
     hidden = runner(batch)[0]
     assert recorder.num_replayed == replayed + 1
-    assert torch.allclose(hidden, target._decode(batch, cache)[0], atol=1e-5)
+    assert torch.allclose(hidden, launch(target, batch, cache)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +108,8 @@ def test_a_smaller_batch_of_the_same_size_sees_nothing_of_the_one_before(target)
         ([[-1]] * 5, 64, Bucket(rows=6, nodes=1, tokens=6, blocks=4)),
         ([[-1, 0, 0, 1, 2]] * 9, 256, Bucket(rows=12, nodes=6, tokens=48, blocks=4)),
         ([[-1]] * 5, 257, Bucket(rows=6, nodes=1, tokens=6, blocks=8)),
-        ([[-1, *range(64)]], 64, None),
+        ([[-1, *range(255)]], 64, Bucket(rows=1, nodes=256, tokens=256, blocks=4)),
+        ([[-1, *range(256)]], 64, None),
         ([[-1]] * 1025, 64, None),
     ],
 )
@@ -136,7 +120,7 @@ def test_the_smallest_size_that_holds_a_batch(target, parents, length, bucket):
 def test_a_size_is_recorded_once_it_is_used_often_and_the_least_used_goes(target, monkeypatch):
     monkeypatch.setattr(graphs, "_MOST_GRAPHS", 2)
     cache, recorder = build_cache(target, 4), EagerRecorder()
-    runner = GraphRunner(lambda batch: target._decode(batch, cache), cache, recorder)
+    runner = GraphRunner(lambda batch: launch(target, batch, cache), cache, recorder)
 
     def use(num_rows, times):
         for _ in range(times):
@@ -157,7 +141,7 @@ def test_a_size_is_recorded_once_it_is_used_often_and_the_least_used_goes(target
 
 def test_recordings_go_when_the_cache_moves(target):
     cache, recorder = build_cache(target, 2), EagerRecorder()
-    runner = GraphRunner(lambda batch: target._decode(batch, cache), cache, recorder)
+    runner = GraphRunner(lambda batch: launch(target, batch, cache), cache, recorder)
     for _ in range(4):
         runner(build_batch(target, cache, [[-1]] * 2, [5, 6]))
     cache.lengths, size = [5, 6], cache.keys.num_blocks
@@ -165,14 +149,14 @@ def test_recordings_go_when_the_cache_moves(target):
     cache.trim()
     assert cache.keys.num_blocks > size
     batch = build_batch(target, cache, [[-1]] * 2, [5, 6])
-    assert torch.allclose(runner(batch)[0], target._decode(batch, cache)[0], atol=1e-5)
+    assert torch.allclose(runner(batch)[0], launch(target, batch, cache)[0], atol=1e-5)
     assert recorder.num_recorded == 2
 
 
 def test_recordings_outlive_a_row_whose_blocks_change(target):
     """Blocks go back to the pool and others are taken: the table is an input, and the scratch block nobody's."""
     cache, recorder = build_cache(target, 3), EagerRecorder()
-    runner = GraphRunner(lambda batch: target._decode(batch, cache), cache, recorder)
+    runner = GraphRunner(lambda batch: launch(target, batch, cache), cache, recorder)
     for _ in range(3):
         runner(build_batch(target, cache, [[-1, 0]] * 3, [5, 6, 7]))
     cache.lengths = [5, 6, 7]
@@ -183,7 +167,7 @@ def test_recordings_outlive_a_row_whose_blocks_change(target):
     cache.reserve(2, BLOCK_SIZE)
     cache.lengths = [100, 90, 4]
     batch = build_batch(target, cache, [[-1, 0]] * 3, [100, 90, 4])
-    expected = target._decode(batch, cache)
+    expected = launch(target, batch, cache)
     for ours, theirs in zip(runner(batch), expected, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
     assert (recorder.num_recorded, recorder.num_replayed) == (1, 2)
@@ -203,7 +187,7 @@ class BrokenRecorder(EagerRecorder):
 )
 def test_where_nothing_can_be_recorded_it_is_said_once(target, recorder, reason):
     cache = build_cache(target, 2)
-    runner = GraphRunner(lambda batch: target._decode(batch, cache), cache, recorder)
+    runner = GraphRunner(lambda batch: launch(target, batch, cache), cache, recorder)
     batch = build_batch(target, cache, [[-1]] * 2, [5, 6])
     with pytest.warns(UserWarning, match=reason) as warned:
         outputs = [runner(batch)[0] for _ in range(6)]
@@ -211,18 +195,69 @@ def test_where_nothing_can_be_recorded_it_is_said_once(target, recorder, reason)
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
-@pytest.mark.parametrize("plan", [PLAIN, SpeculationPlan(depth=3, width=2, num_draft_tokens=5)])
-def test_a_rollout_says_the_same_with_recordings(plan, monkeypatch):
-    """Sequences that end, a cache that grows, several sizes."""
-    prompts = [[5, 6, 7], [8, 9], [3, 4, 5, 6]]
-    params = [SamplingParams(max_tokens=length, stream=row) for row, length in enumerate((30, 12, 22))]
-    told, recorder = [], EagerRecorder()
+KINDS = {
+    "of one kind": [SamplingParams(max_tokens=length, stream=row) for row, length in enumerate((30, 12, 22))],
+    "of many": [
+        SamplingParams(max_tokens=30, temperature=0.0),
+        SamplingParams(max_tokens=12, temperature=0.6, top_k=7, stream=1),
+        SamplingParams(max_tokens=22, top_p=0.8, stream=2),
+    ],
+}
+SHARED = SpeculationPlan(depth=2, width=2, num_draft_tokens=2, most_draft_tokens=4)
+WIDE = SpeculationPlan(depth=2, width=17, num_draft_tokens=290)  # more nodes than are recorded
+FACTS = ("num_seqs", "num_tokens", "num_emitted", "offered", "hits")
+
+
+@pytest.mark.parametrize("plan", [PLAIN, TREE, SHARED, WIDE], ids=["plain", "tree", "shared", "wide"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rollout_says_the_same_with_recordings(plan, kind, monkeypatch):
+    """Sequences that end, a cache that grows, several sizes: the same tokens, features and facts of the steps."""
+    prompts, told, recorder = [[5, 6, 7], [8, 9], [3, 4, 5, 6]], [], EagerRecorder()
     for build in (lambda _: None, lambda _: recorder):
         monkeypatch.setattr(TargetModel, "_build_recorder", build)
         engine = Engine(build_model("llama", torch.float32), drafter="eagle-new", speculation=plan)
-        told.append([dataclasses.astuple(completion)[0] for completion in engine.generate(prompts, params)])
-    assert told[0] == told[1]
-    assert recorder.num_recorded >= 3 and recorder.num_replayed > recorder.num_recorded
+        finished = {}
+        engine.on_finish.append(lambda rollout, finished=finished: finished.update({rollout.request_id: rollout}))
+        completions = engine.generate(prompts, KINDS[kind])
+        told.append((completions, finished, engine.records))
+    (launched, features, records), (replayed, other_features, other_records) = told
+    for one, other in zip(launched, replayed, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert one.entropies == pytest.approx(other.entropies, abs=1e-4)
+    for request, rollout in features.items():
+        assert torch.allclose(rollout.features, other_features[request].features, atol=1e-4)
+    for one, other in zip(records, other_records, strict=True):
+        assert all(getattr(one, name) == getattr(other, name) for name in FACTS)
+        assert other.cache_bytes == one.cache_bytes + engine.cache.block_bytes  # the scratch block
+        assert other.num_promised == pytest.approx(one.num_promised, rel=1e-4)
+    assert recorder.num_recorded >= 2 and recorder.num_replayed > recorder.num_recorded
+
+
+@pytest.mark.parametrize("plan", [PLAIN, TREE], ids=["plain", "tree"])
+def test_a_recorded_step_is_the_whole_of_it(plan, monkeypatch):
+    """From the table of numbers to what the host reads: nothing of a steady step is launched beside it."""
+    monkeypatch.setattr(TargetModel, "_build_recorder", lambda _: EagerRecorder())
+    engine = Engine(build_model("llama", torch.float32), drafter="eagle-new", speculation=plan)
+    engine.planning.plan = lambda _: plan
+    inside, outside, run = [], [], TargetStep._run_recorded
+
+    def watch(self, inputs):
+        inside.append(True)
+        found = run(self, inputs)
+        inside.pop()
+        return found
+
+    monkeypatch.setattr(TargetStep, "_run_recorded", watch)
+    forward = TargetModel.forward
+    monkeypatch.setattr(
+        TargetModel, "forward", lambda *args: (inside or outside.append(len(engine.records)), forward(*args))[1]
+    )
+    engine.generate([[5, 6, 7], [8, 9]], SamplingParams(max_tokens=30))
+    assert len(engine.records) > 8
+    launched = [record for record in engine.records if not record.is_steady]
+    assert {step for step in outside if step} <= {engine.records.index(record) for record in launched}
+    assert len(launched) < len(engine.records) / 2
 
 
 GROUP = [(7 * index) % 120 for index in range(70)]

@@ -43,6 +43,9 @@ def grow(plan: SpeculationPlan, calibration: Calibration, seed: int, num_trees: 
         chances = chances.masked_fill(torch.rand(shape, generator=generator) < absent, -math.inf)
         tokens = torch.rand(*shape[:2], 50, generator=generator).argsort(-1)[..., : shape[2]] + 100 * depth
         beam = pool.add(chances, tokens)
+        if beam is None:
+            assert depth == plan.depth, "nothing is expanded after the last level"
+            break
         num_nodes, num_expanded = beam.token_ids.shape[1], num_expanded + beam.token_ids.shape[1]
         assert beam.visible.shape == (num_trees, num_nodes, num_expanded)
         assert beam.visible[:, torch.arange(num_nodes), num_expanded - num_nodes + torch.arange(num_nodes)].all()

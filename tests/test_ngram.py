@@ -66,12 +66,8 @@ def build_sequence(prompt: list[int], tokens: list[int], stream: int = 0, temper
 
 
 def build_context(sequences: list[Sequence]) -> DraftContext:
-    cpu = torch.device("cpu")
-    pending = torch.tensor([sequence.pending_token_id for sequence in sequences])
     cache = TargetModel(shared_model("llama")).build_cache(with_features=False)  # nobody looks into it
-    return DraftContext(
-        sequences=sequences, sampling=SamplingBatch.build(sequences, cpu), pending_token_ids=pending, cache=cache
-    )
+    return DraftContext(sequences=sequences, cache=cache, device=torch.device("cpu"))
 
 
 def admit(drafter: NgramDrafter, sequence: Sequence) -> None:

@@ -166,7 +166,9 @@ def test_other_drafters_leave_training_bit_identical_and_go_on(tmp_path: Path, d
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     for each in (whole, resumed):
         assert_same_weights(weights_of(plain), weights_of(each))
-    assert all(row["draft/num_tokens"] > 0 for row in whole.state.log_history if "reward" in row)
+    steps = [row for row in whole.state.log_history if "reward" in row]
+    assert steps[0]["draft/num_tokens"] > 0, "later ones may have an update longer than its share to pay for"
+    assert all((row["draft/num_tokens"] > 0) == (row["draft/num_updates"] > 0) for row in steps)
     shares = {key for row in whole.state.log_history for key in row if key.startswith("draft/share_")}
     assert shares == ({"draft/share_eagle", "draft/share_ngram", "draft/share_joined"} if drafter == "auto" else set())
 
@@ -289,3 +291,15 @@ def test_learning_takes_a_share_of_the_step_and_of_what_it_saves() -> None:
     assert clock.budget_s(0.1, saved_s=0.6) == pytest.approx(0.3), "half of what was saved"
     assert clock.budget_s(0.1, saved_s=-5.0) == 0
     assert clock.budget_s(0.1, saved_s=50.0) == pytest.approx(1.0)
+
+
+def test_an_update_longer_than_its_budget_is_paid_for_by_later_steps() -> None:
+    """The share holds over many steps; where nothing is saved learning goes on, seldom."""
+    for update_s, budget_s, expected in ((0.25, 0.03, 0.03), (0.25, 0.0, 0.005), (0.02, 0.03, 0.02)):
+        clock = StepClock()
+        clock._last_step_s = 1.0
+        for _ in range(1000):
+            if clock.may_learn(budget_s):
+                clock.charge(update_s)
+        assert clock.learn_s / 1000 == pytest.approx(expected, abs=2 * update_s / 1000)
+    assert StepClock().may_learn(0.0), "the first step teaches whatever it saved"

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import build_model
+from conftest import EagerRecorder, build_model
 from fastgrpo import attention, cache, sampling, transfer, tree, verify
 from fastgrpo.blocks import BLOCK_SIZE
 from fastgrpo.drafters import calibration
 from fastgrpo.engine import Engine
 from fastgrpo.kernels import cpu
+from fastgrpo.model import TargetModel
 from fastgrpo.transfer import download
 from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan
 
@@ -74,12 +75,12 @@ def as_on_a_device(monkeypatch):
     monkeypatch.setattr(cpu, "is_available", lambda: False)
     calls = []
 
-    def counted(*values):
+    def counted(*values, **packed):
         calls.append(len(values))
         with pytest.MonkeyPatch.context() as patch:
             for name, method in HOST_COPIES.items():
                 patch.setattr(torch.Tensor, name, method)
-            return download(*values)
+            return download(*values, **packed)
 
     monkeypatch.setattr(verify, "download", counted)
     monkeypatch.setattr(attention.ForwardBatch, "read_length", functools.cached_property(_read_all))
@@ -93,8 +94,10 @@ def _read_all(batch):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=["plain", "chain", "tree"])
-def test_a_step_reads_once(plan, as_on_a_device):
+@pytest.mark.parametrize("recorder", [None, EagerRecorder()], ids=["launched", "recorded"])
+def test_a_step_reads_once(plan, recorder, as_on_a_device, monkeypatch):
     """Nothing but `download` waits, and a step calls it once; the tokens are those of the host's own way."""
+    monkeypatch.setattr(TargetModel, "_build_recorder", lambda _: recorder)
     engine = Engine(build_model("llama", torch.float32), drafter="eagle-new", speculation=plan)
     prompts, params = [[5, 6, 7], [8, 9], [3, 4, 5, 6]], SamplingParams(max_tokens=8)
     found = []
@@ -111,6 +114,7 @@ def test_a_step_reads_once(plan, as_on_a_device):
     engine.step = counted_step
     told = [completion.token_ids for completion in engine.generate(prompts, params)]
     assert found and all(each == ([], 1) for each in found), found
+    monkeypatch.setattr(TargetModel, "_build_recorder", lambda _: None)
     assert told == _generate_on_the_host(plan, prompts, params)
 
 

@@ -6,18 +6,13 @@ import time
 from dataclasses import dataclass
 from math import isnan
 
-from jaxtyping import Float, Int
-from torch import Tensor
-
 from fastgrpo.admission import Admitted
-from fastgrpo.attention import ForwardBatch
-from fastgrpo.cache import SlotCache, find_walked
+from fastgrpo.cache import SlotCache
 from fastgrpo.drafters import Drafter
 from fastgrpo.planner import PlanInputs
 from fastgrpo.timing import Moment, compute_seconds
-from fastgrpo.tree import Draft
 from fastgrpo.types import Sequence, SpeculationPlan, StepRecord
-from fastgrpo.verify import Outcome, Verdict
+from fastgrpo.verify import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +21,7 @@ class Attempt:
 
     inputs: PlanInputs
     plan: SpeculationPlan
-    pool: Draft  # all that was drafted
-    draft: Draft  # what was verified of it
-    batch: ForwardBatch
-    verdict: Verdict
+    num_tokens: int  # of the forward
     outcome: Outcome
     cache_bytes: int  # in use, drafted nodes included
     scheduled: Moment  # in the device's work, as the others
@@ -66,7 +58,7 @@ class Attempt:
             num_seqs=self.inputs.num_seqs,
             num_waiting=self.inputs.num_waiting,
             plan=self.plan,
-            num_tokens=len(self.batch.token_ids),
+            num_tokens=self.num_tokens,
             num_emitted=num_emitted,
             num_read=self.inputs.num_read,
             num_prefilled=admitted.num_prefilled,
@@ -84,23 +76,6 @@ class Attempt:
             plan_s=plan_s,
             is_steady=self.is_steady,
         )
-
-
-def gather_path(
-    path: Int[Tensor, "B D"], batch: ForwardBatch, features: Float[Tensor, "T W"] | None, cache: SlotCache
-) -> None:
-    """The state of walked nodes moves to where it stands if they are kept: behind each row, the others after them."""
-    if batch.most_nodes > 1:
-        cache.gather(path, batch.lengths)
-    if features is None:
-        return
-    assert cache.features is not None
-    if batch.most_nodes == 1:  # the nodes are the rows, and stand where they belong
-        cache.features.write(0, batch.write_index, features)
-        return
-    rows, depth = find_walked(path)
-    index = cache.locate(rows, batch.lengths[rows] + depth)
-    cache.features.write(0, index, features[batch.row_starts[rows] + path[rows, depth].clamp(min=0)])
 
 
 def _check_finite(logprobs: list[list[float]], running: list[Sequence]) -> None:

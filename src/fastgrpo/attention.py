@@ -19,7 +19,7 @@ from fastgrpo.kernels.layers import CachedRows
 from fastgrpo.transfer import is_host, upload
 
 ATTENTION_NAME = "fastgrpo_tree"
-_MOST_NODES = 64  # of one row that our kernels take
+_MOST_NODES, MOST_GPU_NODES = 64, 256  # of one row that our kernels take: on a CPU, on a GPU
 READ_BLOCK = 16
 """Rows are read up to a multiple of this. A partly filled last block is summed in another order, so
 without it a row's half-precision result would depend on the length of its neighbours (PyTorch's CPU
@@ -297,7 +297,7 @@ def _attend_to_blocks(
 
 
 def has_gpu_kernel(values: Tensor, batch: ForwardBatch) -> bool:
-    return batch.most_nodes <= _MOST_NODES and values.dtype in gpu.DTYPES and gpu.runs_on(values)
+    return batch.most_nodes <= MOST_GPU_NODES and values.dtype in gpu.DTYPES and gpu.runs_on(values)
 
 
 def has_kernels(query: Tensor, batch: ForwardBatch) -> bool:

@@ -260,19 +260,22 @@ class SlotCache:
 
     def commit(self, path: Int[Tensor, "B D"], num_tokens: list[int]) -> None:
         """Keep the walked path of each row, of `num_tokens[b]` tokens (root included): see `gather` and `advance`."""
-        self.gather(path, upload(self.lengths, path.device))
+        self.gather(path, upload(self.lengths, path.device), self.blocks)
         self.advance(num_tokens)
 
-    def gather(self, path: Int[Tensor, "B D"], lengths: Int[Tensor, " B"]) -> None:
+    def gather(self, path: Int[Tensor, "B D"], lengths: Int[Tensor, " B"], blocks: Int[Tensor, "B K"]) -> None:
         """Node `path[b, j]` of each row moves to position length + j, behind which nothing is kept.
 
         Nodes that stand where they belong need no move; a device is not asked for them, and copies all.
+
+        Args:
+            lengths, blocks: of the rows, as this cache has them.
         """
         rows, depth = _find_moves(path) if is_host(path) else find_walked(path[:, 1:], first=1)
         if len(rows):
             start, node = lengths[rows], path[rows, depth]
-            source = self.locate(rows, start + torch.where(node < 0, depth, node))
-            target = self.locate(rows, start + depth)
+            source = locate_each(blocks, rows, start + torch.where(node < 0, depth, node))
+            target = locate_each(blocks, rows, start + depth)
             self.keys.move_positions(source, target)
             self.values.move_positions(source, target)
 

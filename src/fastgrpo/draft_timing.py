@@ -6,13 +6,10 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.memory import is_out_of_memory
 from fastgrpo.model import TargetModel
 from fastgrpo.planner.profile import interpolate
-from fastgrpo.sampling import SamplingBatch
 from fastgrpo.timing import MOST_RUNS, Timing, level, measure_on
 from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
 
@@ -99,11 +96,10 @@ def _time_draft(
     device = target.device
     cache = target.build_cache(with_features=drafter.wants_features)
     sequences = [_build_sequence(request_id) for request_id in range(num_seqs)]
-    sampling = SamplingBatch.build_blank(num_seqs, device)
-    pending = torch.ones(num_seqs, dtype=torch.int64, device=device)
     cache.add_rows(num_seqs)
     for row in range(num_seqs):
         cache.reserve(row, _CONTEXT + num_new * MOST_RUNS)
+    context = DraftContext(sequences=sequences, cache=cache, device=device)  # whose tensors are no part of a draft
 
     def run() -> None:
         for sequence in sequences:
@@ -111,7 +107,6 @@ def _time_draft(
         for row, sequence in enumerate(sequences):  # no more than is there, but on a clock that stands still
             cache.reserve(row, sequence.num_cached)
         cache.lengths = [sequence.num_cached for sequence in sequences]
-        context = DraftContext(sequences=sequences, sampling=sampling, pending_token_ids=pending, cache=cache)
         drafter.propose(context, plan)
 
     return TimedDraft(num_seqs=num_seqs, plan=plan, num_new=num_new, timing=measure_on(run, device))

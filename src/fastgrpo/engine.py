@@ -1,4 +1,4 @@
-"""The engine: schedule, plan, propose, forward, verify. One path; plain decoding is an empty draft."""
+"""The engine: schedule, plan, propose, forward, verify. One path; plain decoding has no draft."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from fastgrpo.admission import Admission
-from fastgrpo.attempt import Attempt, gather_path
-from fastgrpo.attention import ForwardBatch
+from fastgrpo.attempt import Attempt
 from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.none import NoDrafter
@@ -24,13 +23,12 @@ from fastgrpo.planner import HardwareProfile, PlanInputs, Planner
 from fastgrpo.planning import Planning
 from fastgrpo.prefill import Prefiller
 from fastgrpo.requests import build_completion, build_sequences
-from fastgrpo.sampling import SamplingBatch
 from fastgrpo.scheduler import Scheduler
+from fastgrpo.target_step import TargetStep
 from fastgrpo.timing import DeviceClock
-from fastgrpo.transfer import upload
-from fastgrpo.tree import Draft, compute_ancestors
+from fastgrpo.tree import Draft
 from fastgrpo.types import PLAIN, Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
-from fastgrpo.verify import Verdict, read_outcome, verify
+from fastgrpo.verify import Verdict
 
 _MOMENTS = 64  # of a step, of which four are asked about; attempts that failed leave three each
 DEFAULT_FIXED_PLAN = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
@@ -111,7 +109,7 @@ class Engine:
         self.on_step: list[Callable[[StepRecord], None]] = []
         self.on_finish: list[Callable[[FinishedRollout], None]] = []
         self._clock = DeviceClock(self.target.device, _MOMENTS)
-        self._vocabulary = torch.arange(self.target.vocab_size, dtype=torch.int32, device=self.target.device)
+        self._verify = TargetStep(self.target, self.cache, self._clock)
 
     @classmethod
     def from_pretrained(
@@ -179,6 +177,7 @@ class Engine:
             with self.target.rollout_mode():
                 self.planning.begin()
                 self.drafter.begin()
+                self._verify.begin()
                 self.admission.begin(sequences)
                 for sequence in sequences:
                     self.scheduler.add(sequence)
@@ -224,39 +223,24 @@ class Engine:
         """Schedule, plan, propose, forward, verify."""
         self.admission.admit()
         scheduled = self._clock.mark()
-        context, inputs = self._build_context(), self._build_inputs()
+        context = DraftContext(sequences=self.scheduler.running, cache=self.cache, device=self.target.device)
+        inputs = self._build_inputs()
         plan = PLAIN if is_plain else self._plan(inputs)
-        pool = self._propose(context, plan)
-        draft = self.planning.spend_budget(pool, plan, inputs)
+        pool = None if plan.is_plain else self.drafter.propose(context, plan)
+        draft = None if pool is None else self.planning.spend_budget(pool, plan, inputs)
         drafted = self._clock.mark()
-        batch = self._lay_out(draft, plan.depth)
-        output, logits = self.target.decode(batch, self.cache)
-        forwarded = self._clock.mark()
-        verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary, plan.depth)
-        gather_path(verdict.path, batch, output.features, self.cache)
-        self._tell_drafter(draft, verdict, plan)
+        answer = self._verify(context, draft, pool, plan.depth)
+        self._tell_drafter(draft, answer.verdict)
         return Attempt(
             inputs=inputs,
             plan=plan,
-            pool=pool,
-            draft=draft,
-            batch=batch,
-            verdict=verdict,
-            outcome=read_outcome(verdict, draft, pool),
+            outcome=answer.read(),
+            num_tokens=answer.num_tokens,
             cache_bytes=self.cache.used_bytes,
             scheduled=scheduled,
             drafted=drafted,
-            forwarded=forwarded,
-            is_steady=self.target.was_replayed and (plan.is_plain or getattr(self.drafter, "was_replayed", True)),
-        )
-
-    def _build_context(self) -> DraftContext:
-        running, device = self.scheduler.running, self.target.device
-        return DraftContext(
-            sequences=running,
-            sampling=SamplingBatch.build(running, device),
-            pending_token_ids=upload([s.pending_token_id for s in running], device),
-            cache=self.cache,
+            forwarded=answer.forwarded,
+            is_steady=answer.was_replayed and (plan.is_plain or getattr(self.drafter, "was_replayed", True)),
         )
 
     def _build_inputs(self) -> PlanInputs:
@@ -273,28 +257,10 @@ class Engine:
         plan = self.planning.plan(inputs)
         return plan if plan.is_plain or self.admission.fits(plan) else PLAIN
 
-    def _propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
-        return Draft.roots(context.pending_token_ids) if plan.is_plain else self.drafter.propose(context, plan)
-
-    def _tell_drafter(self, draft: Draft, verdict: Verdict, plan: SpeculationPlan) -> None:
+    def _tell_drafter(self, draft: Draft | None, verdict: Verdict) -> None:
         judge: Callable[[Draft, Verdict], None] | None = getattr(self.drafter, "judge", None)
-        if judge is not None and not plan.is_plain:
+        if judge is not None and draft is not None:
             judge(draft, verdict)
-
-    def _lay_out(self, draft: Draft, depth: int) -> ForwardBatch:
-        """Room for the draft's nodes, of `depth` levels at most, behind every running row."""
-        for row, length in enumerate(self.cache.lengths):
-            self.cache.reserve(row, length + draft.token_ids.shape[1])
-        return ForwardBatch.build(
-            token_ids=draft.token_ids,
-            num_nodes=draft.num_nodes,
-            visible=compute_ancestors(draft.parents, depth),
-            blocks=self.cache.blocks,
-            lengths=upload(self.cache.lengths, self.target.device),
-            dtype=self.target.dtype,
-            num_repeats=self.target.num_repeats,
-            counts=draft.counts,
-        )
 
     def _retire(self) -> None:
         """Hand out finished sequences and close their slots, highest first, so that each moves at most one row."""
@@ -322,5 +288,6 @@ class Engine:
     def _reset(self) -> None:
         """Leave nothing behind, whether the rollout ended or broke off."""
         self.scheduler.abort()
+        self._verify.end()
         self.cache.clear()
         self.prefiller.clear()

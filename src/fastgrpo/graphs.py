@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from fastgrpo.attention import ForwardBatch
+from fastgrpo.attention import MOST_GPU_NODES, ForwardBatch
 from fastgrpo.cache import SlotCache
 from fastgrpo.memory import find_available_bytes
 from fastgrpo.timing import CALLS_BEFORE_REPLAY
@@ -24,7 +24,6 @@ from fastgrpo.timing import CALLS_BEFORE_REPLAY
 Outputs = tuple[Tensor, ...]
 Inputs = TypeVar("Inputs")
 _SIZES = sorted({base << shift for shift in range(15) for base in (2, 3)} | {1})  # 1 2 3 4 6 8 12 16 ...
-_MOST_NODES = 64  # of a row, as many as our attention kernel takes
 _MOST_TOKENS = 1024  # more are bound by their arithmetic, not by launches
 _LEAST_BLOCKS = 4  # our attention kernel reads as many at once; from here on their number doubles, as rows grow
 _USES_BEFORE = CALLS_BEFORE_REPLAY - 1  # calls of a key before it is recorded
@@ -46,11 +45,16 @@ class Bucket:
     def find(batch: ForwardBatch) -> Bucket | None:
         """The smallest that holds a batch; None where it is too large, or sees earlier nodes of its tree."""
         num_tokens = len(batch.token_ids)
-        if batch.most_nodes > _MOST_NODES or num_tokens > _MOST_TOKENS or batch.num_before:
+        if not may_record(batch.most_nodes, num_tokens) or batch.num_before:
             return None
         num_rows, num_blocks = batch.blocks.shape
         rows, nodes, tokens = map(round_size, (num_rows, batch.most_nodes, num_tokens))
         return Bucket(rows=rows, nodes=nodes, tokens=tokens, blocks=round_blocks(num_blocks))
+
+
+def may_record(most_nodes: int, num_tokens: int) -> bool:
+    """Whether a forward of rows of so many nodes at most is worth it, and our attention kernel takes it."""
+    return most_nodes <= MOST_GPU_NODES and num_tokens <= _MOST_TOKENS
 
 
 def round_size(count: int) -> int:

@@ -121,7 +121,9 @@ class Learner:
             max_updates: updates at most, of which a part as well; None leaves it to the time.
         """
         started = time.perf_counter()
-        self._count_tokens()
+        if self._new:
+            self._count_tokens()
+            self.drafter.select_vocabulary(self._token_counts)
         held_out_loss, judgement = self._judge()
         budget_s *= judgement.effort
         most = math.inf if max_updates is None else max(1, round(max_updates * judgement.effort))
@@ -153,15 +155,18 @@ class Learner:
             is_rolled_back=judgement.outcome is Outcome.ROLL_BACK,
         )
 
+    def keep(self) -> None:
+        """Keep the new rollouts for later calls of `learn`; nothing is learnt now."""
+        self._count_tokens()
+        self._remember()
+
     def _count_tokens(self) -> None:
-        """The draft vocabulary follows what rollouts say."""
+        """The draft vocabulary follows what rollouts say, from the next `learn` on."""
         if not self._new:
             return
         token_ids = [token_id for rollout in self._new for token_id in rollout.token_ids]
         counts = torch.bincount(torch.tensor(token_ids), minlength=len(self._token_counts))
         self._token_counts += counts.to(self._token_counts.device)
-        self.drafter.select_vocabulary(self._token_counts)
-        self.drafter.refresh()
 
     @float32_products()
     @torch.no_grad()

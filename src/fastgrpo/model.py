@@ -186,18 +186,17 @@ class TargetModel:
     def decode(self, batch: ForwardBatch, cache: SlotCache) -> tuple[ForwardOutput, Float[Tensor, "T V"]]:
         """`forward` and the logits of all tokens; on a GPU recorded and replayed, and valid until the next call."""
         if self._recorder is None:
-            hidden, logits, *features = self._decode(batch, cache)
-        else:
-            if self._runner is None or self._runner[0] is not cache:
-                runner = GraphRunner(lambda batch: self._decode(batch, cache), cache, self._recorder)
-                self._runner = (cache, runner)
-            hidden, logits, *features = self._runner[1](batch)
+            return self.launch(batch, cache)
+        if self._runner is None or self._runner[0] is not cache:
+            runner = GraphRunner(lambda batch: _flatten(*self.launch(batch, cache)), cache, self._recorder)
+            self._runner = (cache, runner)
+        hidden, logits, *features = self._runner[1](batch)
         return ForwardOutput(last_hidden=hidden, features=features[0] if features else None), logits
 
-    def _decode(self, batch: ForwardBatch, cache: SlotCache) -> tuple[Tensor, ...]:
+    def launch(self, batch: ForwardBatch, cache: SlotCache) -> tuple[ForwardOutput, Float[Tensor, "T V"]]:
+        """`decode`, never recorded."""
         output = self.forward(batch, cache)
-        features = () if output.features is None else (output.features,)
-        return (output.last_hidden, self.compute_logits(output.last_hidden), *features)
+        return output, self.compute_logits(output.last_hidden)
 
     @property
     def records(self) -> bool:
@@ -264,6 +263,10 @@ class TargetModel:
         if self._output is not None:
             return self._output(hidden)
         return self.lm_head(hidden)
+
+
+def _flatten(output: ForwardOutput, logits: Tensor) -> tuple[Tensor, ...]:
+    return (output.last_hidden, logits) if output.features is None else (output.last_hidden, logits, output.features)
 
 
 def _keep_input(captured: dict[int, Tensor], layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -135,7 +136,41 @@ def _gpu_sampling() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingBatch:
+class SamplingKind:
+    """What the parameters of some sequences ask for, which decides what is launched."""
+
+    is_warped: bool  # some temperature is not 1
+    is_truncated: bool  # some top_k or top_p is active
+    is_noisy: bool  # some temperature is not 0
+    is_greedy: bool  # some temperature is 0
+
+    @staticmethod
+    def find(sequences: list[Sequence]) -> SamplingKind:
+        params = [sequence.params for sequence in sequences]
+        return SamplingKind(
+            is_warped=any(p.temperature != 1 for p in params),
+            is_truncated=any(p.top_k > 0 or p.top_p < 1 for p in params),
+            is_noisy=any(p.temperature > 0 for p in params),
+            is_greedy=any(p.temperature == 0 for p in params),
+        )
+
+
+NUM_COLUMNS = 5
+
+
+def list_columns(sequences: list[Sequence]) -> np.ndarray:
+    """The sampling state as int64 [5, R], for `SamplingBatch.read`; of numbers with a fraction the bits."""
+    params = [sequence.params for sequence in sequences]
+    columns = np.empty((NUM_COLUMNS, len(sequences)), dtype=np.int64)
+    columns[0] = [sequence.stream_key for sequence in sequences]
+    columns[1] = [len(sequence.token_ids) for sequence in sequences]
+    columns[2] = [p.top_k for p in params]
+    columns[3:].view(np.float64)[:] = [[p.temperature for p in params], [p.top_p for p in params]]
+    return columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingBatch(SamplingKind):
     """The sampling state of some sequences as tensors, one row each."""
 
     stream_keys: Int[Tensor, " R"]  # int64
@@ -143,29 +178,26 @@ class SamplingBatch:
     temperature: Float[Tensor, " R"]
     top_k: Int[Tensor, " R"]
     top_p: Float[Tensor, " R"]
-    is_warped: bool  # some temperature is not 1
-    is_truncated: bool  # some top_k or top_p is active
-    is_noisy: bool  # some temperature is not 0
-    is_greedy: bool  # some temperature is 0
 
     @staticmethod
     def build(sequences: list[Sequence], device: torch.device) -> SamplingBatch:
-        params = [sequence.params for sequence in sequences]
-        stream_keys, positions, top_k = upload(
-            [[s.stream_key for s in sequences], [len(s.token_ids) for s in sequences], [p.top_k for p in params]],
-            device,
-        )
-        temperature, top_p = upload([[p.temperature for p in params], [p.top_p for p in params]], device, torch.float32)
+        return SamplingBatch.read(upload(list_columns(sequences), device), SamplingKind.find(sequences))
+
+    @staticmethod
+    def read(columns: Int[Tensor, "5 R"], kind: SamplingKind) -> SamplingBatch:
+        """What `list_columns` wrote."""
+        stream_keys, positions, top_k, *fractions = columns
+        temperature, top_p = (bits.view(torch.float64).float() for bits in fractions)
         return SamplingBatch(
             stream_keys=stream_keys,
             positions=positions,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            is_warped=any(p.temperature != 1 for p in params),
-            is_truncated=any(p.top_k > 0 or p.top_p < 1 for p in params),
-            is_noisy=any(p.temperature > 0 for p in params),
-            is_greedy=any(p.temperature == 0 for p in params),
+            is_warped=kind.is_warped,
+            is_truncated=kind.is_truncated,
+            is_noisy=kind.is_noisy,
+            is_greedy=kind.is_greedy,
         )
 
     @staticmethod
@@ -179,16 +211,13 @@ class SamplingBatch:
 
     def rows(self, index: Int[Tensor, " R2"], advance: Int[Tensor, " R2"] | int = 0) -> SamplingBatch:
         """The rows at `index`, `advance` tokens further along."""
-        return SamplingBatch(
+        return replace(
+            self,
             stream_keys=self.stream_keys[index],
             positions=self.positions[index] + advance,
             temperature=self.temperature[index],
             top_k=self.top_k[index],
             top_p=self.top_p[index],
-            is_warped=self.is_warped,
-            is_truncated=self.is_truncated,
-            is_noisy=self.is_noisy,
-            is_greedy=self.is_greedy,
         )
 
     def ahead(self, advance: int) -> SamplingBatch:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -25,13 +26,26 @@ def stage(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory() if device.type == "cuda" else values
 
 
-def download(*values: Tensor) -> list[np.ndarray]:
-    """Integers as int64 and numbers as float64, all from one device in one read."""
-    if is_host(values[0]):
-        return [value.numpy() for value in values]
+def copy_to(table: Tensor, values: np.ndarray) -> None:
+    """Numbers of the host into a tensor of as many, without a wait."""
+    table.copy_(stage(torch.from_numpy(values), table.device), non_blocking=True)
+
+
+def pack(*values: Tensor) -> Int[Tensor, " X"]:
+    """Integers, and the bits of numbers as float64, one behind the other."""
     words = [value.double().view(torch.int64) if value.is_floating_point() else value.long() for value in values]
-    packed = torch.cat([word.flatten() for word in words]).cpu()
-    parts = packed.split([value.numel() for value in values])
+    return torch.cat([word.flatten() for word in words])
+
+
+def download(*values: Tensor, packed: Int[Tensor, " X"] | None = None) -> list[np.ndarray]:
+    """Integers as int64 and numbers as float64, all from one device in one read.
+
+    Args:
+        packed: what `pack` gives of the values, where that is there already.
+    """
+    if packed is None and is_host(values[0]):
+        return [value.numpy() for value in values]
+    parts = (pack(*values) if packed is None else packed).cpu().split([value.numel() for value in values])
     return [
         (part.view(torch.float64) if value.is_floating_point() else part).view(value.shape).numpy()
         for part, value in zip(parts, values, strict=True)

@@ -55,9 +55,9 @@ class Draft:
         )
 
     @property
-    def num_promised(self) -> Float[Tensor, ""] | None:
-        """Draft tokens that are accepted if the scores are right; None where there are none."""
-        return None if self.scores is None else self.scores[:, 1:].exp().sum()
+    def num_promised(self) -> Float[Tensor, " B"] | None:
+        """Draft tokens of each row that are accepted if the scores are right; None where there are none."""
+        return None if self.scores is None else self.scores[:, 1:].exp().sum(1)
 
     @property
     def num_tokens(self) -> int:

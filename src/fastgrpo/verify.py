@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -123,26 +123,61 @@ class Outcome:
     hits: Counts
 
 
-def read_outcome(verdict: Verdict, draft: Draft, pool: Draft) -> Outcome:
-    """The one read that a step makes of a device.
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the host is to know of a step, one row for each sequence."""
+
+    num_accepted: Int[Tensor, " B"]
+    token_ids: Int[Tensor, "B D"]  # as in `Verdict`, and the next two
+    logprobs: Float[Tensor, "B D"]
+    entropies: Float[Tensor, "B D"]
+    num_promised: Float[Tensor, " B"] | None  # draft tokens that the drafter's chances had accepted, if it says any
+    num_children: Int[Tensor, "B D"] | None  # as `find_ranks` finds them, and the next; None of a plain step
+    ranks: Int[Tensor, "B D"] | None
+
+    def list_known(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def find_facts(verdict: Verdict, draft: Draft, pool: Draft) -> Facts:
+    """Reads nothing of a device.
 
     Args:
         draft: what was verified.
         pool: what it was the first nodes of.
     """
-    found = [verdict.num_accepted, verdict.token_ids, verdict.logprobs, verdict.entropies]
-    if pool.token_ids.shape[1] > 1:
-        found += find_ranks(verdict, pool)
-    if (num_promised := draft.num_promised) is not None:
-        found.append(num_promised)
-    num_accepted, token_ids, logprobs, entropies, *drafted = download(*found)
-    offered, hits = _tally(*drafted[:2]) if len(drafted) > 1 else ((), ())
+    num_children, ranks = find_ranks(verdict, pool) if pool.token_ids.shape[1] > 1 else (None, None)
+    return Facts(
+        num_accepted=verdict.num_accepted,
+        token_ids=verdict.token_ids,
+        logprobs=verdict.logprobs,
+        entropies=verdict.entropies,
+        num_promised=draft.num_promised,
+        num_children=num_children,
+        ranks=ranks,
+    )
+
+
+def read_outcome(facts: Facts, num_rows: int, packed: Int[Tensor, " X"] | None = None) -> Outcome:
+    """The one read that a step makes of a device.
+
+    Args:
+        num_rows: sequences; what stands behind them is padding.
+        packed: the known facts as `transfer.pack` has them, if it was asked.
+    """
+    known = facts.list_known()
+    read = {
+        name: values[:num_rows] for name, values in zip(known, download(*known.values(), packed=packed), strict=True)
+    }
+    offered, hits = _tally(read["num_children"], read["ranks"]) if "ranks" in read else ((), ())
     return Outcome(
-        num_accepted=num_accepted.tolist(),
-        token_ids=token_ids.tolist(),
-        logprobs=logprobs.tolist(),
-        entropies=entropies.tolist(),
-        num_promised=0.0 if num_promised is None else float(drafted[-1]),
+        num_accepted=read["num_accepted"].tolist(),
+        token_ids=read["token_ids"].tolist(),
+        logprobs=read["logprobs"].tolist(),
+        entropies=read["entropies"].tolist(),
+        num_promised=float(read["num_promised"].sum()) if "num_promised" in read else 0.0,
         offered=offered,
         hits=hits,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.pools import open_pool
-from fastgrpo.kernels import cpu
+from fastgrpo.kernels import cpu, gpu
 from fastgrpo.sampling import SamplingBatch, add_noise, has_kernels, scale_logits
 from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan
@@ -54,7 +54,7 @@ def grow_trees(roots: Roots, plan: SpeculationPlan, levels: Levels, calibration:
     pool = open_pool(roots.pending_token_ids, plan, calibration)
     beam = pool.add(*levels.rank(roots.sampling, plan.width))
     for depth in range(1, plan.depth):
-        if beam.token_ids.shape[1] == 0:
+        if beam is None or beam.token_ids.shape[1] == 0:
             break
         levels.expand(beam.token_ids, beam.above, beam.visible)
         beam = pool.add(*levels.rank(roots.sampling.ahead(depth), plan.width))
@@ -85,6 +85,11 @@ def rank_candidates(
     if has_kernels(logits) and logits.dtype in cpu.DTYPES:
         rows = (noise_rows.stream_keys, noise_rows.positions, noise_rows.temperature)
         return cpu.rank(logits, vocabulary, *rows, width, with_noise=with_noise and noise_rows.is_noisy)
+    if gpu.runs_on(logits) and logits.dtype in gpu.DTYPES and width <= gpu.MOST_CANDIDATES:
+        from fastgrpo.kernels import gpu_ranking  # in Triton, which is imported only where it runs
+
+        rows = (noise_rows.stream_keys, noise_rows.positions, noise_rows.temperature)
+        return gpu_ranking.rank(logits, vocabulary, *rows, width, with_noise=with_noise and noise_rows.is_noisy)
     scaled = scale_logits(logits, noise_rows)
     if with_noise and noise_rows.is_noisy:
         scaled = scaled + add_noise(scaled.new_zeros(len(logits), scaled.shape[-1]), noise_rows, vocabulary)[:, None]

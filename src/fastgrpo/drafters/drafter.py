@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from fastgrpo.cache import SlotCache
 from fastgrpo.model import TargetModel
-from fastgrpo.sampling import SamplingBatch
+from fastgrpo.sampling import SamplingBatch, SamplingKind, list_columns
+from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
 from fastgrpo.types import Sequence, SpeculationPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftContext:
-    """The running sequences at the start of a step, in slot order."""
+    """The running sequences at the start of a step, in slot order; as tensors where they are asked for."""
 
     sequences: list[Sequence]
-    sampling: SamplingBatch  # rows at the position of the first draft token
-    pending_token_ids: Int[Tensor, " B"]
     cache: SlotCache  # read only: features of every cached token, if the drafter wants them
+    device: torch.device  # of the tensors
+
+    @functools.cached_property
+    def sampling(self) -> SamplingBatch:
+        """Rows at the position of the first draft token."""
+        return SamplingBatch.read(upload(self.columns, self.device), self.kind)
+
+    @functools.cached_property
+    def kind(self) -> SamplingKind:
+        return SamplingKind.find(self.sequences)
+
+    @functools.cached_property
+    def columns(self) -> np.ndarray:
+        """What `sampling` is read from, on the host."""
+        return list_columns(self.sequences)
+
+    @functools.cached_property
+    def pending_token_ids(self) -> Int[Tensor, " B"]:
+        return upload([sequence.pending_token_id for sequence in self.sequences], self.device)
 
 
 class Drafter(Protocol):
@@ -87,7 +108,7 @@ class TrainableDrafter(Drafter, Protocol):
         ...
 
     def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
-        """Draft from the most counted tokens."""
+        """Learn to draft from the most counted tokens; drafts do after the next `refresh`."""
         ...
 
     def save(self, folder: Path) -> None: ...

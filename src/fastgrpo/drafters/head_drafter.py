@@ -106,8 +106,9 @@ class HeadDrafter(ABC, Generic[Head]):
         pack_modules(self.fast_head)
 
     def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
-        """Draft from the most counted tokens."""
+        """Draft from the most counted tokens, after the next `refresh`."""
         self.head.select_vocabulary(counts)
+        self.head.take_output_rows(self.target)
 
     def save(self, folder: Path) -> None:
         """Write the trained head, and what its chances are worth beside it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor
 from fastgrpo.cache import SlotCache
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.graphs import round_blocks, round_size
-from fastgrpo.sampling import SamplingBatch
-from fastgrpo.transfer import stage, upload
+from fastgrpo.sampling import NUM_COLUMNS, SamplingBatch, SamplingKind
+from fastgrpo.transfer import copy_to, upload
 from fastgrpo.types import SpeculationPlan
 
-_COLUMNS = 6  # of a table, before a row's unread tokens and its blocks
+_COLUMNS = 3 + NUM_COLUMNS  # of a table, before a row's unread tokens and its blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class HeadInputs:
     @staticmethod
     def gather(context: DraftContext, num_read: list[int], own: SlotCache) -> HeadInputs:
         """Those of the running sequences, as many numbers as there are."""
-        lengths, device = context.cache.lengths, context.pending_token_ids.device
+        lengths, device = context.cache.lengths, context.device
         counts = [length - read for length, read in zip(lengths, num_read, strict=True)]
         width = max(counts)
         tokens = [
@@ -63,23 +62,18 @@ class TableShape:
     rows: int
     blocks: int
     own_blocks: int
-    is_warped: bool
-    is_noisy: bool
-    is_greedy: bool
+    kind: SamplingKind
     with_noise: bool
 
     @staticmethod
     def find(context: DraftContext, plan: SpeculationPlan, own: SlotCache, *, with_noise: bool) -> TableShape:
         """The smallest that holds the running sequences."""
-        sampling = context.sampling
         return TableShape(
             plan=plan,
             rows=round_size(len(context.sequences)),
             blocks=round_blocks(context.cache.table.shape[1]),
             own_blocks=round_blocks(own.table.shape[1]),
-            is_warped=sampling.is_warped,
-            is_noisy=sampling.is_noisy,
-            is_greedy=sampling.is_greedy,
+            kind=context.kind,
             with_noise=with_noise,
         )
 
@@ -101,41 +95,23 @@ class TableShape:
         sequences, lengths = context.sequences, context.cache.lengths
         count = len(sequences)
         values = np.zeros(table.shape, dtype=np.int64)
-        temperatures = np.array([sequence.params.temperature for sequence in sequences], dtype=np.float64)
-        columns: tuple[Any, ...] = (
-            [sequence.pending_token_id for sequence in sequences],
-            lengths,
-            num_read,
-            [sequence.stream_key for sequence in sequences],
-            [len(sequence.token_ids) for sequence in sequences],
-            temperatures.view(np.int64),
-        )
-        for place, column in enumerate(columns):
-            values[:count, place] = column
+        values[:count, 0] = [sequence.pending_token_id for sequence in sequences]
+        values[:count, 1], values[:count, 2] = lengths, num_read
+        values[:count, 3:_COLUMNS] = context.columns.T
         unread, blocks, own_blocks = np.split(values[:, _COLUMNS:], np.cumsum(self.widths)[:-1], axis=1)
         for row, (sequence, length, read) in enumerate(zip(sequences, lengths, num_read, strict=True)):
             unread[row, : length - read] = sequence.last_token_ids(length - read)
         blocks[:count, : context.cache.table.shape[1]] = context.cache.table
         own_blocks[:count, : own.table.shape[1]] = own.table
         own_blocks[count:] = own.take_scratch()
-        table.copy_(stage(torch.from_numpy(values), table.device), non_blocking=True)
+        copy_to(table, values)
 
     def read(self, table: Int[Tensor, "R C"]) -> HeadInputs:
-        pending, lengths, num_read, stream_keys, positions, temperature = table[:, :_COLUMNS].T.contiguous()
+        columns = table[:, :_COLUMNS].T.contiguous()
+        pending, lengths, num_read = columns[:3]
         unread, blocks, own_blocks = table[:, _COLUMNS:].split(self.widths, dim=1)
-        sampling = SamplingBatch(
-            stream_keys=stream_keys,
-            positions=positions,
-            temperature=temperature.view(torch.float64).float(),
-            top_k=torch.zeros_like(pending),
-            top_p=torch.ones_like(pending, dtype=torch.float32),
-            is_warped=self.is_warped,
-            is_truncated=False,  # drafts are ranked before truncation
-            is_noisy=self.is_noisy,
-            is_greedy=self.is_greedy,
-        )
         return HeadInputs(
-            sampling=sampling,
+            sampling=SamplingBatch.read(columns[3:], self.kind),
             pending_token_ids=pending,
             lengths=lengths,
             num_read=num_read,

@@ -105,11 +105,9 @@ class NgramDrafter:
     def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         """Trees are grown on the host, where tokens and counts are; only the draft goes to the device."""
         self.count_observed()
-        sequences, device = context.sequences, context.pending_token_ids.device
+        sequences, device = context.sequences, context.device
         if device.type != "cpu":
-            host = torch.device("cpu")
-            pending = torch.tensor([sequence.pending_token_id for sequence in sequences])
-            context = replace(context, sampling=SamplingBatch.build(sequences, host), pending_token_ids=pending)
+            context = replace(context, device=torch.device("cpu"))
         groups = [self._groups.get(sequence) or hash_group(sequence.prompt_ids) for sequence in sequences]
         tails = [_pad(_read_tail(sequence, MAX_ORDER)) for sequence in sequences]
         levels = _NgramLevels(self.table, np.array(groups, np.uint64), np.array(tails))

@@ -22,8 +22,10 @@ _LEVEL_PENALTY = 1e-4  # nats; a child never outranks its parent, not even at ch
 class Pool(Protocol):
     """The candidates of B trees under way."""
 
-    def add(self, chances: Float[Tensor, "B V K"], token_ids: Int[Tensor, "B V K"]) -> Beam:
+    def add(self, chances: Float[Tensor, "B V K"], token_ids: Int[Tensor, "B V K"]) -> Beam | None:
         """Take the candidates below the nodes expanded last (at first the root); returns those to expand next.
+
+        After the plan's last level it may return None.
 
         Args:
             chances: log chance of each to be chosen below its parent, as the drafter says it; -inf of absent ones.
@@ -68,7 +70,7 @@ class _TensorPool:
         self._parents: list[Tensor] = []  # place of the parent in the tree
         self._beam: Beam | None = None
 
-    def add(self, chances: Float[Tensor, "B V K"], token_ids: Int[Tensor, "B V K"]) -> Beam:
+    def add(self, chances: Float[Tensor, "B V K"], token_ids: Int[Tensor, "B V K"]) -> Beam | None:
         depth, num_before = len(self._tokens) + 1, sum(level.shape[1] for level in self._tokens)
         above = self._beam
         if above is None:
@@ -79,6 +81,8 @@ class _TensorPool:
         self._chances.append(chances.flatten(1))
         self._scores.append((sums[..., None] + self._calibration(chances, depth) - _LEVEL_PENALTY).flatten(1))
         self._parents.append(places[..., None].expand(token_ids.shape).flatten(1))
+        if depth == self._plan.depth:
+            return None
         width = self._tokens[-1].shape[1]
         scores, best = self._scores[-1].topk(min(self._plan.width, width), dim=1)
         parent = best // max(chances.shape[2], 1)

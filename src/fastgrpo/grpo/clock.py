@@ -15,6 +15,7 @@ from fastgrpo.metrics import step_time_shares
 from fastgrpo.types import BACKWARD, FORWARD, LEARNING, LOG_PROBS, OPTIMISER, REWARDS, ROLLOUT, Span, Timeline
 
 _LEARN_SHARE_OF_ROLLOUT, _LEARN_SHARE_OF_SAVING = 0.25, 0.5
+_LEAST_LEARN_SHARE = 0.005  # of a step, that pays off what learning owes even where speculation saves nothing
 
 
 class StepClock(TrainerCallback):
@@ -32,6 +33,7 @@ class StepClock(TrainerCallback):
         self._started: float | None = None
         self._last_step_s: float | None = None
         self.rollout_s = self.reward_s = self.learn_s = 0.0
+        self._owed_s = 0.0  # by draft learning; below 0: what it has left
         self.timeline: Timeline | None = None  # of the last step that ended
         self._spans: list[Span] = []
         self._open: list[str] = []  # phases that are on, the inner ones last
@@ -50,6 +52,21 @@ class StepClock(TrainerCallback):
         step_s = self.rollout_s + self.reward_s if self._last_step_s is None else self._last_step_s
         budget_s = min(share * step_s, _LEARN_SHARE_OF_ROLLOUT * self.rollout_s)
         return budget_s if saved_s is None else min(budget_s, max(saved_s, 0.0) * _LEARN_SHARE_OF_SAVING)
+
+    def may_learn(self, budget_s: float) -> bool:
+        """Whether earlier learning, of which one update may take longer than a step allows, is paid for by now.
+
+        Args:
+            budget_s: of this step, by `budget_s`.
+        """
+        paid_s = max(budget_s, _LEAST_LEARN_SHARE * (self._last_step_s or 0.0))
+        self._owed_s = max(self._owed_s - paid_s, -paid_s)
+        return self._owed_s <= 0
+
+    def charge(self, learn_s: float) -> None:
+        """What draft learning took in this step."""
+        self.learn_s += learn_s
+        self._owed_s += learn_s
 
     # -- the timeline of a step ----------------------------------------------------------------------
 

@@ -55,8 +55,8 @@ class FastGRPOConfig(GRPOConfig):
     draft_time_share: float | None = field(
         default=None,
         metadata={
-            "help": "Largest share of a training step spent on draft learning, in [0, 1); 0 freezes the head. "
-            "Default: 0.1 on a CPU, 0.03 on a GPU."
+            "help": "Largest share of a training step spent on draft learning, in [0, 1); 0 freezes the head. Where "
+            "one update takes longer, the next steps go without. Default: 0.1 on a CPU, 0.03 on a GPU."
         },
     )
     max_num_seqs: int = field(default=64, metadata={"help": "Sequences decoded together; others wait for a slot."})

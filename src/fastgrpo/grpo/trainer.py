@@ -178,9 +178,14 @@ class FastGRPOTrainer(GRPOTrainer):
         self._has_learnt = True
         if self.learner is None or not self.model.training:
             return
-        report = self.learner.learn(self._clock.budget_s(self._learn_share, self._saved_s))
-        self._clock.learn_s += report.learn_s
-        metrics = self._metrics["train"]
+        budget_s, metrics = self._clock.budget_s(self._learn_share, self._saved_s), self._metrics["train"]
+        if not self._clock.may_learn(budget_s):
+            self.learner.keep()
+            for key in ("learn_s", "num_tokens", "num_updates"):
+                metrics[f"draft/{key}"].append(0.0)
+            return
+        report = self.learner.learn(budget_s)
+        self._clock.charge(report.learn_s)
         metrics["draft/loss"].append(report.loss)
         metrics["draft/learn_s"].append(report.learn_s)
         metrics["draft/num_tokens"].append(report.num_tokens)

@@ -16,6 +16,7 @@ from fastgrpo.kernels.build import KERNELS_ENV
 
 _LEAST_CAPABILITY = (8, 0)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_CANDIDATES = 16  # below a node of a draft, that are ranked in one pass; each is a round of its own
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def _log_positive(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _position_key(stream_key: tl.tensor, position: tl.tensor) -> tl.tensor:
+def position_key(stream_key: tl.tensor, position: tl.tensor) -> tl.tensor:
     value = stream_key.to(tl.uint64) + position.to(tl.uint64) * 0x9E3779B97F4A7C15
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB
@@ -46,7 +46,7 @@ def _position_key(stream_key: tl.tensor, position: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _gumbel(token_ids: tl.tensor, key: tl.tensor) -> tl.tensor:
+def gumbel(token_ids: tl.tensor, key: tl.tensor) -> tl.tensor:
     """Noise of some tokens at the position of `key`."""
     low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     bits = (token_ids.to(tl.uint32) ^ low) * 0x7FEB352D
@@ -91,8 +91,8 @@ def _sample_blocks(
     scaled = tl.div_rn(tl.where(is_sound, raw, float("-inf")), tl.where(temperature > 0, temperature, 1.0))
     score = scaled
     if temperature > 0:
-        key = _position_key(tl.load(stream_keys + row), tl.load(positions + row))
-        score = _gumbel(columns, key) + scaled
+        key = position_key(tl.load(stream_keys + row), tl.load(positions + row))
+        score = gumbel(columns, key) + scaled
     best = tl.max(score, 0)
     top = tl.max(scaled, 0)
     below = scaled - tl.where(top == float("-inf"), 0.0, top)
@@ -167,8 +167,8 @@ def _noise_blocks(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < width
     tokens = tl.load(token_ids + row * token_stride + columns, mask=is_inside, other=0)
-    key = _position_key(tl.load(stream_keys + row), tl.load(positions + row))
-    tl.store(out + row.to(tl.int64) * width + columns, _gumbel(tokens, key), mask=is_inside)
+    key = position_key(tl.load(stream_keys + row), tl.load(positions + row))
+    tl.store(out + row.to(tl.int64) * width + columns, gumbel(tokens, key), mask=is_inside)
 
 
 def gumbel_noise(

@@ -1,0 +1,271 @@
+"""The target's part of a step: a forward of what was drafted, the walk along its choices, and their state put in place.
+
+On a device whose forwards are recorded all of it is one recorded call, fed with one table of numbers and the draft:
+of a small batch the host would take longer to launch it than the device to do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastgrpo.attention import ForwardBatch
+from fastgrpo.cache import SlotCache, find_walked, locate_each
+from fastgrpo.drafters.drafter import DraftContext
+from fastgrpo.graphs import Replays, may_record, round_blocks, round_size
+from fastgrpo.model import ForwardOutput, TargetModel
+from fastgrpo.sampling import NUM_COLUMNS, SamplingBatch, SamplingKind
+from fastgrpo.timing import DeviceClock, Moment
+from fastgrpo.transfer import copy_to, pack, upload
+from fastgrpo.tree import Draft, compute_ancestors
+from fastgrpo.verify import Facts, Outcome, Verdict, find_facts, read_outcome, verify
+
+Decode = Callable[[ForwardBatch, SlotCache], tuple[ForwardOutput, Tensor]]
+
+_COLUMNS = 3 + NUM_COLUMNS  # of a table, before a row's blocks
+_DRAFT = ("token_ids", "parents", "scores")  # what is copied of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the target says of a draft, on its device; nothing has been read."""
+
+    verdict: Verdict
+    facts: Facts  # padded rows behind those of the sequences
+    packed: Int[Tensor, " X"] | None
+    num_rows: int
+    num_tokens: int  # of the forward
+    forwarded: Moment  # after the forward, or after all of it where that is one recorded call
+    was_replayed: bool  # it took no longer than the next one like it will
+
+    def read(self) -> Outcome:
+        """The one read that a step makes of a device."""
+        return read_outcome(self.facts, self.num_rows, self.packed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """The sizes of a recorded call, and what else makes one launch other work than another."""
+
+    rows: int
+    nodes: int
+    depth: int
+    blocks: int
+    kind: SamplingKind
+    has_scores: bool
+
+    def build(self, device: torch.device) -> _Inputs:
+        table = torch.zeros(self.rows, _COLUMNS + self.blocks, dtype=torch.int64, device=device)
+        buffers: dict[str, Tensor] = {}
+        if self.nodes > 1:
+            shape = (self.rows, self.nodes)
+            buffers = {name: torch.zeros(shape, dtype=torch.int64, device=device) for name in _DRAFT[:2]}
+            if self.has_scores:
+                buffers["scores"] = torch.zeros(shape, device=device)
+        return _Inputs(shape=self, table=table, draft=buffers)
+
+    def name_facts(self, known: list[Tensor]) -> Facts:
+        """Those that such a call finds, in the order of `Facts`."""
+        names = [each.name for each in fields(Facts)]
+        absent = {"num_promised": not self.has_scores, "num_children": self.nodes == 1, "ranks": self.nodes == 1}
+        told = [name for name in names if not absent.get(name)]
+        return Facts(**(dict.fromkeys(names) | dict(zip(told, known, strict=True))))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What a recorded call is fed with."""
+
+    shape: _Shape
+    table: Int[Tensor, "R C"]
+    draft: dict[str, Tensor]  # [R, N] each; of a plain step none, whose tokens stand in the table
+
+    def fill(self, context: DraftContext, draft: Draft | None, scratch: int) -> None:
+        """Copy what `read` gives back; rows without a sequence have no draft, and write to the scratch block."""
+        cache, count = context.cache, len(context.sequences)
+        values = np.zeros(self.table.shape, dtype=np.int64)
+        values[:count, 0] = [sequence.pending_token_id for sequence in context.sequences]
+        values[:count, 1], values[:count, 2] = cache.lengths, 1
+        values[:count, 3:_COLUMNS] = context.columns.T
+        values[:count, _COLUMNS : _COLUMNS + cache.table.shape[1]] = cache.table
+        values[count:, _COLUMNS:] = scratch
+        copy_to(self.table, values)
+        for name, buffer in self.draft.items():
+            buffer[:count].copy_(getattr(draft, name))
+
+    def read(self) -> tuple[SamplingBatch, Draft, Int[Tensor, " R"], Int[Tensor, "R K"]]:
+        """Sampling state, draft, lengths and blocks."""
+        columns, shape = self.table[:, :_COLUMNS].T.contiguous(), self.shape
+        pending, lengths, has_sequence = columns[:3]
+        token_ids, parents = pending[:, None], torch.full_like(pending, -1)[:, None]
+        if shape.nodes > 1:
+            parents = torch.where(has_sequence[:, None] > 0, self.draft["parents"], -1)
+            token_ids = self.draft["token_ids"]
+        draft = Draft(
+            token_ids=token_ids,
+            parents=parents,
+            num_nodes=torch.full_like(pending, shape.nodes),
+            scores=self.draft.get("scores"),
+            counts=(shape.nodes,) * shape.rows,
+        )
+        return SamplingBatch.read(columns[3:], shape.kind), draft, lengths, self.table[:, _COLUMNS:].contiguous()
+
+
+class TargetStep:
+    """Verifies drafts of running sequences.
+
+    Args:
+        clock: marks the end of the forward.
+    """
+
+    def __init__(self, target: TargetModel, cache: SlotCache, clock: DeviceClock) -> None:
+        self._target, self._cache, self._clock = target, cache, clock
+        self._vocabulary = torch.arange(target.vocab_size, dtype=torch.int32, device=target.device)
+        self._replays: Replays[_Inputs] | None = None
+
+    def begin(self) -> None:
+        """A rollout starts; call inside `target.rollout_mode`."""
+        recorder, stores = self._target.open_recorder(), self._cache.stores
+        if recorder is not None:
+            self._replays = Replays(self._run_recorded, lambda: [store.data for store in stores], recorder)
+
+    def end(self) -> None:
+        """Forget what was recorded."""
+        self._replays = None
+
+    def __call__(self, context: DraftContext, draft: Draft | None, pool: Draft | None, depth: int) -> Answer:
+        """Forward, verify, and move the state of walked nodes behind each row, whether or not they are kept.
+
+        Args:
+            draft: what is verified, of `depth` levels at most; None is plain decoding.
+            pool: what it is the first nodes of.
+
+        Raises:
+            MemoryError, OSError, torch.OutOfMemoryError: there is no room for the nodes; nothing is kept.
+        """
+        num_nodes = 1 if draft is None else draft.token_ids.shape[1]
+        for row, length in enumerate(self._cache.lengths):
+            self._cache.reserve(row, length + num_nodes)
+        replays = self._replays
+        if replays is None or draft is not pool or not _may_record(draft, len(context.sequences)):
+            return self._launch(context, draft, pool, depth, self._target.decode)
+        answer = self._replay(replays, context, draft, min(depth, num_nodes - 1))
+        if answer is None:
+            answer = self._launch(context, draft, pool, depth, self._target.launch)
+        return replace(answer, was_replayed=replays.was_replayed)
+
+    def _replay(
+        self, replays: Replays[_Inputs], context: DraftContext, draft: Draft | None, depth: int
+    ) -> Answer | None:
+        """None where it is still to be launched."""
+        cache, num_rows = self._cache, len(context.sequences)
+        num_nodes = 1 if draft is None else draft.token_ids.shape[1]
+        shape = _Shape(
+            rows=round_size(num_rows),
+            nodes=num_nodes,
+            depth=depth,
+            blocks=round_blocks(cache.table.shape[1]),
+            kind=context.kind,
+            has_scores=draft is not None and num_nodes > 1 and draft.scores is not None,
+        )
+        scratch = cache.take_scratch()  # which may move the cache, and so comes first
+        found = replays(
+            shape,
+            lambda: shape.build(self._target.device),
+            lambda inputs: inputs.fill(context, draft, scratch),
+        )
+        if found is None:
+            return None
+        path, packed, *known = found
+        facts = shape.name_facts(known)
+        return Answer(
+            verdict=Verdict(
+                path=path[:num_rows],
+                token_ids=facts.token_ids[:num_rows],
+                logprobs=facts.logprobs[:num_rows],
+                entropies=facts.entropies[:num_rows],
+                num_accepted=facts.num_accepted[:num_rows],
+            ),
+            facts=facts,
+            packed=packed,
+            num_rows=num_rows,
+            num_tokens=num_rows * num_nodes,
+            forwarded=self._clock.mark(),
+            was_replayed=True,
+        )
+
+    def _run_recorded(self, inputs: _Inputs) -> tuple[Tensor, ...]:
+        sampling, draft, lengths, blocks = inputs.read()
+        depth = inputs.shape.depth
+        batch = self._lay_out(draft, depth, lengths, blocks)
+        output, logits = self._target.launch(batch, self._cache)
+        verdict = verify(logits, draft, batch.row_starts, sampling, self._vocabulary, depth)
+        gather_path(verdict.path, batch, output.features, self._cache)
+        known = find_facts(verdict, draft, draft).list_known().values()
+        return (verdict.path, pack(*known), *known)
+
+    def _launch(
+        self, context: DraftContext, draft: Draft | None, pool: Draft | None, depth: int, decode: Decode
+    ) -> Answer:
+        """The same, one operation after the other; the forward, which is the most of it, may be recorded alone."""
+        cache, target = self._cache, self._target
+        if draft is None or pool is None:
+            draft = pool = Draft.roots(context.pending_token_ids)
+        batch = self._lay_out(draft, depth, upload(cache.lengths, target.device), cache.blocks)
+        output, logits = decode(batch, cache)
+        forwarded = self._clock.mark()
+        verdict = verify(logits, draft, batch.row_starts, context.sampling, self._vocabulary, depth)
+        gather_path(verdict.path, batch, output.features, cache)
+        return Answer(
+            verdict=verdict,
+            facts=find_facts(verdict, draft, pool),
+            packed=None,
+            num_rows=len(context.sequences),
+            num_tokens=len(batch.token_ids),
+            forwarded=forwarded,
+            was_replayed=target.was_replayed,
+        )
+
+    def _lay_out(
+        self, draft: Draft, depth: int, lengths: Int[Tensor, " B"], blocks: Int[Tensor, "B K"]
+    ) -> ForwardBatch:
+        return ForwardBatch.build(
+            token_ids=draft.token_ids,
+            num_nodes=draft.num_nodes,
+            visible=compute_ancestors(draft.parents, depth),
+            blocks=blocks,
+            lengths=lengths,
+            dtype=self._target.dtype,
+            num_repeats=self._target.num_repeats,
+            counts=draft.counts,
+        )
+
+
+def _may_record(draft: Draft | None, num_rows: int) -> bool:
+    """Whether rows are alike, and small enough."""
+    if draft is None:
+        return may_record(1, round_size(num_rows))
+    width = draft.token_ids.shape[1]
+    return (draft.counts is None or min(draft.counts) == width) and may_record(width, round_size(num_rows) * width)
+
+
+def gather_path(
+    path: Int[Tensor, "B D"], batch: ForwardBatch, features: Float[Tensor, "T W"] | None, cache: SlotCache
+) -> None:
+    """The state of walked nodes moves to where it stands if they are kept: behind each row, the others after them."""
+    if batch.most_nodes > 1:
+        cache.gather(path, batch.lengths, batch.blocks)
+    if features is None:
+        return
+    assert cache.features is not None
+    if batch.most_nodes == 1:  # the nodes are the rows, and stand where they belong
+        cache.features.write(0, batch.write_index, features)
+        return
+    rows, depth = find_walked(path)
+    index = locate_each(batch.blocks, rows, batch.lengths[rows] + depth)
+    cache.features.write(0, index, features[batch.row_starts[rows] + path[rows, depth].clamp(min=0)])
