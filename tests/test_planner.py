@@ -275,6 +275,31 @@ def test_trials_go_on_and_cost_their_share(machine, num_seqs, trial_share):
     assert 1 - 1.5 * trial_share < compute_speed(planner, records) < 1 - 0.25 * trial_share
 
 
+XEON = HardwareProfile(  # two cores, 135M parameters: measured
+    num_tokens=(1, 2, 4, 8, 16, 32, 64),
+    target_s=(0.0144, 0.0153, 0.0197, 0.0240, 0.0327, 0.0499, 0.0864),
+    draft_s=(0.0011, 0.0011, 0.0011, 0.0016, 0.0025, 0.0042, 0.0075),
+    draft_start_s=(0.0022, 0.0024, 0.0026, 0.0034, 0.0049, 0.0080, 0.0144),
+    draft_read_s=1.5e-5,
+)
+
+
+@pytest.mark.parametrize("first_credit", [True, False])
+def test_first_trials_are_paid_for_in_advance(first_credit):
+    """Drafts win 12 % and are believed to lose as much: known after some tens of steps, and not after 150 without."""
+    planner, rng, drafted = SyntheticClockPlanner(XEON), random.Random(1), []
+    believed = distort(XEON, (1, 1, 1, 1.14, 1.14, 1.14, 1.14))
+    planner._costs = StepCosts(replace(believed, draft_start_s=tuple(1.3 * s for s in XEON.draft_start_s)))
+    if not first_credit:
+        planner._first_credit_s = 0.0
+    for _ in range(150):
+        num_unread = 8 if drafted and drafted[-1] else 600
+        plan = planner.plan(PlanInputs(num_seqs=4, num_read=600, num_unread=num_unread))
+        drafted.append(not plan.is_plain)
+        planner.observe(replace(play_step(plan, 4, 0.58, rng), num_read=600, num_unread=num_unread))
+    assert sum(drafted) > 40 if first_credit else sum(drafted) <= 6
+
+
 @pytest.mark.parametrize("num_unread", [0, 10**6])
 def test_the_price_of_switching_on_counts(num_unread):
     """Reading a million tokens takes longer than the next steps could win; what was read is free."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -31,6 +32,8 @@ _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of t
 _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
 _RECORDED_CHANGE = 1.1  # of another plan over the current one, where each plan is recorded before it is fast
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
+_FIRST_CREDIT = 16  # plain steps, that first trials may lose besides:
+_LIKELY, _FIRST_STEPS = 0.8, 12  # of plans of so much of the current rate; steps that drafted with about so many live
 _TRIAL_WAIT, _TRIAL_STEPS = 8, 3  # steps for each step of a trial at least; of one of drafts, once they have read
 _PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step
 _KEEP_AT_BEGIN = 0.7  # of all that was counted, at each rollout
@@ -46,7 +49,8 @@ class AutoPlanner(Planner):
     A plan does not flap: from plain decoding to drafts, and from one tree to another, the new one must promise
     `margin` more; the price of switching on, reading what the drafter has not read, is part of it. Once in a while
     something else is tried, for a few steps drafts where plain decoding is chosen, for one plain decoding and other
-    trees where drafts are: this may cost `trial_share` of the time, and is all that a bad drafter can take. Steps in
+    trees where drafts are: this may cost `trial_share` of the time, and is all that a bad drafter can take, but for a
+    few steps' worth of first trials, without which a profile that is wrong would be believed for long. Steps in
     which a device's work was recorded tell what is accepted, and nothing of costs.
 
     Where the host would have to wait for what a device drafts, sequences do not share their budgets.
@@ -78,6 +82,8 @@ class AutoPlanner(Planner):
         self._promised, self._accepted = _PRIOR_PROMISED, _PRIOR_PROMISED  # draft tokens, of shared budgets
         self._unheard: list[StepRecord] = []  # steps to learn from before the next decision
         self._credit_s = 0.0  # that trials may lose
+        self._first_credit_s = _FIRST_CREDIT * profile.target_s[0]
+        self._num_drafted: Counter[int] = Counter()  # steps, by octave of live sequences
         self._trial_age = 0  # steps since the last one
         self._num_steps = 0
         self._last_tried: dict[SpeculationPlan, int] = {}  # the number of the step, by plan
@@ -183,9 +189,14 @@ class AutoPlanner(Planner):
         loss_s = num_steps * emitted * (1 / rates[other] - 1 / rate)
         if not other.is_plain:
             loss_s += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
-        if loss_s > self._credit_s:
+        is_first = self._num_drafted[inputs.num_seqs.bit_length()] < _FIRST_STEPS
+        first_s = self._first_credit_s if is_first and rates[other] > _LIKELY * rates[self._current] else 0.0
+        if loss_s > self._credit_s + first_s:
             return False
-        self._credit_s, self._trial_age = self._credit_s - max(loss_s, 0.0), 0
+        first_s = min(max(loss_s, 0.0), first_s)
+        self._first_credit_s -= first_s
+        self._credit_s -= max(loss_s, 0.0) - first_s
+        self._trial_age = 0
         return True
 
     def _count_trial_steps(self, other: SpeculationPlan) -> int:
@@ -226,6 +237,7 @@ class AutoPlanner(Planner):
         self._trial_age += 1
         self._num_steps += 1
         self._last_tried[record.plan] = self._num_steps
+        self._num_drafted[record.num_seqs.bit_length()] += not record.plan.is_plain
         self._unheard.append(record)
 
     def _learn(self) -> None:
@@ -265,6 +277,8 @@ class AutoPlanner(Planner):
             "promised": self._promised,
             "accepted": self._accepted,
             "credit_s": self._credit_s,
+            "first_credit_s": self._first_credit_s,
+            "num_drafted": list(self._num_drafted.items()),
             "trial_age": self._trial_age,
             "num_steps": self._num_steps,
             "last_tried": [[asdict(plan), step] for plan, step in self._last_tried.items()],
@@ -279,7 +293,9 @@ class AutoPlanner(Planner):
         planner._expectation = Expectation.from_state(state["expectation"])
         planner._promised, planner._accepted = float(state["promised"]), float(state["accepted"])
         planner._credit_s, planner._trial_age = float(state["credit_s"]), int(state["trial_age"])
-        planner._num_steps = int(state.get("num_steps", 0))  # older states have none
+        planner._num_steps = int(state.get("num_steps", 0))  # older states have none, nor the next two
+        planner._first_credit_s = float(state.get("first_credit_s", 0.0))
+        planner._num_drafted = Counter({int(octave): int(count) for octave, count in state.get("num_drafted", ())})
         planner._last_tried = {SpeculationPlan(**plan): int(step) for plan, step in state.get("last_tried", ())}
         return planner
 
