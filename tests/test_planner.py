@@ -300,6 +300,20 @@ def test_first_trials_are_paid_for_in_advance(first_credit):
     assert sum(drafted) > 40 if first_credit else sum(drafted) <= 6
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_clear_gain_over_plain_decoding_that_was_not_seen_is_tried(is_asked):
+    """Plain decoding is believed 1.3 times as dear as it is, so that drafts which lose 4 % seem to win clearly."""
+    planner, rng, drafted = SyntheticClockPlanner(XEON), random.Random(0), []
+    planner._costs = StepCosts(distort(XEON, (1.3, 1.3, 1.3, 1.3, 1, 1, 1)))
+    for _ in range(400):
+        if not is_asked:
+            planner._last_plain[4] = planner._num_steps
+        plan = planner.plan(PlanInputs(num_seqs=8))
+        drafted.append(not plan.is_plain)
+        planner.observe(play_step(plan, 8, 0.45, rng))
+    assert all(drafted[:8]) and (sum(drafted[200:]) < 40) == is_asked, sum(drafted[200:])
+
+
 @pytest.mark.parametrize("num_unread", [0, 10**6])
 def test_the_price_of_switching_on_counts(num_unread):
     """Reading a million tokens takes longer than the next steps could win; what was read is free."""

@@ -28,7 +28,7 @@ GRID = tuple(  # sequences share their budgets; one of them may have three times
 _DEPTHS, _WIDTHS, _NODES = shape_arrays(GRID)
 _STEPS_DECIDED, _MOST_DECIDED = 7, 23  # that a plan is kept for without asking again: twice as many where it stands
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
-_CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter
+_CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter, if it was seen lately
 _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
 _RECORDED_CHANGE = 1.1  # of another plan over the current one, where each plan is recorded before it is fast
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
@@ -84,6 +84,7 @@ class AutoPlanner(Planner):
         self._credit_s = 0.0  # that trials may lose
         self._first_credit_s = _FIRST_CREDIT * profile.target_s[0]
         self._num_drafted: Counter[int] = Counter()  # steps, by octave of live sequences
+        self._last_plain: dict[int, int] = {}  # the number of the step, likewise
         self._trial_age = 0  # steps since the last one
         self._num_steps = 0
         self._last_tried: dict[SpeculationPlan, int] = {}  # the number of the step, by plan
@@ -180,8 +181,9 @@ class AutoPlanner(Planner):
 
         Drafts count as behind until they promise a gain that is worth a change.
         """
-        is_clear = other.is_plain and rates[self._current] > _CLEAR_GAIN * rates[other]
-        num_steps = self._count_trial_steps(other)
+        octave, num_steps = inputs.num_seqs.bit_length(), self._count_trial_steps(other)
+        was_seen = self._num_steps - self._last_plain.get(octave, -_RIVAL_WAIT) < _RIVAL_WAIT
+        is_clear = other.is_plain and was_seen and rates[self._current] > _CLEAR_GAIN * rates[other]
         if self._trial_age < num_steps * _TRIAL_WAIT or is_clear or not rates[other]:
             return False
         rate = rates[self._current] * (self.margin if self._current.is_plain else 1.0)
@@ -189,7 +191,7 @@ class AutoPlanner(Planner):
         loss_s = num_steps * emitted * (1 / rates[other] - 1 / rate)
         if not other.is_plain:
             loss_s += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
-        is_first = self._num_drafted[inputs.num_seqs.bit_length()] < _FIRST_STEPS
+        is_first = self._num_drafted[octave] < _FIRST_STEPS
         first_s = self._first_credit_s if is_first and rates[other] > _LIKELY * rates[self._current] else 0.0
         if loss_s > self._credit_s + first_s:
             return False
@@ -237,7 +239,10 @@ class AutoPlanner(Planner):
         self._trial_age += 1
         self._num_steps += 1
         self._last_tried[record.plan] = self._num_steps
-        self._num_drafted[record.num_seqs.bit_length()] += not record.plan.is_plain
+        if record.plan.is_plain:
+            self._last_plain[record.num_seqs.bit_length()] = self._num_steps
+        else:
+            self._num_drafted[record.num_seqs.bit_length()] += 1
         self._unheard.append(record)
 
     def _learn(self) -> None:
@@ -279,6 +284,7 @@ class AutoPlanner(Planner):
             "credit_s": self._credit_s,
             "first_credit_s": self._first_credit_s,
             "num_drafted": list(self._num_drafted.items()),
+            "last_plain": list(self._last_plain.items()),
             "trial_age": self._trial_age,
             "num_steps": self._num_steps,
             "last_tried": [[asdict(plan), step] for plan, step in self._last_tried.items()],
@@ -293,9 +299,10 @@ class AutoPlanner(Planner):
         planner._expectation = Expectation.from_state(state["expectation"])
         planner._promised, planner._accepted = float(state["promised"]), float(state["accepted"])
         planner._credit_s, planner._trial_age = float(state["credit_s"]), int(state["trial_age"])
-        planner._num_steps = int(state.get("num_steps", 0))  # older states have none, nor the next two
+        planner._num_steps = int(state.get("num_steps", 0))  # older states have none, nor the next three
         planner._first_credit_s = float(state.get("first_credit_s", 0.0))
         planner._num_drafted = Counter({int(octave): int(count) for octave, count in state.get("num_drafted", ())})
+        planner._last_plain = {int(octave): int(step) for octave, step in state.get("last_plain", ())}
         planner._last_tried = {SpeculationPlan(**plan): int(step) for plan, step in state.get("last_tried", ())}
         return planner
 
