@@ -291,7 +291,7 @@ def test_first_trials_are_paid_for_in_advance(first_credit):
     believed = distort(XEON, (1, 1, 1, 1.14, 1.14, 1.14, 1.14))
     planner._costs = StepCosts(replace(believed, draft_start_s=tuple(1.3 * s for s in XEON.draft_start_s)))
     if not first_credit:
-        planner._first_credit_s = 0.0
+        planner._first_loss_s[3] = 1.0
     for _ in range(150):
         num_unread = 8 if drafted and drafted[-1] else 600
         plan = planner.plan(PlanInputs(num_seqs=4, num_read=600, num_unread=num_unread))

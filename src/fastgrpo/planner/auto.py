@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -32,8 +32,8 @@ _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of t
 _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
 _RECORDED_CHANGE = 1.1  # of another plan over the current one, where each plan is recorded before it is fast
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
-_FIRST_CREDIT = 16  # plain steps, that first trials may lose besides:
-_LIKELY, _FIRST_STEPS = 0.8, 12  # of plans of so much of the current rate; steps that drafted with about so many live
+_FIRST_CREDIT = 4  # plain steps, that the first trials with about so many live may lose besides:
+_LIKELY, _FIRST_STEPS = 0.8, 12  # of plans of so much of the current rate; until so many steps have drafted there
 _TRIAL_WAIT, _TRIAL_STEPS = 8, 3  # steps for each step of a trial at least; of one of drafts, once they have read
 _PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step
 _KEEP_AT_BEGIN = 0.7  # of all that was counted, at each rollout
@@ -82,8 +82,8 @@ class AutoPlanner(Planner):
         self._promised, self._accepted = _PRIOR_PROMISED, _PRIOR_PROMISED  # draft tokens, of shared budgets
         self._unheard: list[StepRecord] = []  # steps to learn from before the next decision
         self._credit_s = 0.0  # that trials may lose
-        self._first_credit_s = _FIRST_CREDIT * profile.target_s[0]
-        self._num_drafted: Counter[int] = Counter()  # steps, by octave of live sequences
+        self._first_loss_s: defaultdict[int, float] = defaultdict(float)  # of first trials, by octave of live sequences
+        self._num_drafted: Counter[int] = Counter()  # steps, likewise
         self._last_plain: dict[int, int] = {}  # the number of the step, likewise
         self._trial_age = 0  # steps since the last one
         self._num_steps = 0
@@ -191,12 +191,13 @@ class AutoPlanner(Planner):
         loss_s = num_steps * emitted * (1 / rates[other] - 1 / rate)
         if not other.is_plain:
             loss_s += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
-        is_first = self._num_drafted[octave] < _FIRST_STEPS
-        first_s = self._first_credit_s if is_first and rates[other] > _LIKELY * rates[self._current] else 0.0
+        first_s = 0.0
+        if self._num_drafted[octave] < _FIRST_STEPS and rates[other] > _LIKELY * rates[self._current]:
+            first_s = max(_FIRST_CREDIT * inputs.num_seqs / rates[PLAIN] - self._first_loss_s[octave], 0.0)
         if loss_s > self._credit_s + first_s:
             return False
         first_s = min(max(loss_s, 0.0), first_s)
-        self._first_credit_s -= first_s
+        self._first_loss_s[octave] += first_s
         self._credit_s -= max(loss_s, 0.0) - first_s
         self._trial_age = 0
         return True
@@ -282,7 +283,7 @@ class AutoPlanner(Planner):
             "promised": self._promised,
             "accepted": self._accepted,
             "credit_s": self._credit_s,
-            "first_credit_s": self._first_credit_s,
+            "first_loss_s": list(self._first_loss_s.items()),
             "num_drafted": list(self._num_drafted.items()),
             "last_plain": list(self._last_plain.items()),
             "trial_age": self._trial_age,
@@ -300,7 +301,7 @@ class AutoPlanner(Planner):
         planner._promised, planner._accepted = float(state["promised"]), float(state["accepted"])
         planner._credit_s, planner._trial_age = float(state["credit_s"]), int(state["trial_age"])
         planner._num_steps = int(state.get("num_steps", 0))  # older states have none, nor the next three
-        planner._first_credit_s = float(state.get("first_credit_s", 0.0))
+        planner._first_loss_s.update({int(octave): float(lost) for octave, lost in state.get("first_loss_s", ())})
         planner._num_drafted = Counter({int(octave): int(count) for octave, count in state.get("num_drafted", ())})
         planner._last_plain = {int(octave): int(step) for octave, step in state.get("last_plain", ())}
         planner._last_tried = {SpeculationPlan(**plan): int(step) for plan, step in state.get("last_tried", ())}
