@@ -34,6 +34,7 @@ class StepClock(TrainerCallback):
         self._last_step_s: float | None = None
         self.rollout_s = self.reward_s = self.learn_s = 0.0
         self._owed_s = 0.0  # by draft learning; below 0: what it has left
+        self._has_learnt = False
         self.timeline: Timeline | None = None  # of the last step that ended
         self._spans: list[Span] = []
         self._open: list[str] = []  # phases that are on, the inner ones last
@@ -63,10 +64,17 @@ class StepClock(TrainerCallback):
         self._owed_s = max(self._owed_s - paid_s, -paid_s)
         return self._owed_s <= 0
 
-    def charge(self, learn_s: float) -> None:
-        """What draft learning took in this step."""
+    def charge(self, learn_s: float, *, is_hidden: bool = False) -> None:
+        """What draft learning took in this step.
+
+        Args:
+            is_hidden: the step would have waited meanwhile, so that nothing is owed. Nor is it the first time, when
+                kernels are prepared.
+        """
         self.learn_s += learn_s
-        self._owed_s += learn_s
+        if not is_hidden and self._has_learnt:
+            self._owed_s += learn_s
+        self._has_learnt = True
 
     # -- the timeline of a step ----------------------------------------------------------------------
 

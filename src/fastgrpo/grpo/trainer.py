@@ -173,19 +173,19 @@ class FastGRPOTrainer(GRPOTrainer):
             self._learn_drafts()
         return output
 
-    def _learn_drafts(self) -> None:
+    def _learn_drafts(self, *, is_hidden: bool = False) -> None:
         """Let the draft head learn from this rollout: once, while streamed rewards are waited for, or behind them."""
         self._has_learnt = True
         if self.learner is None or not self.model.training:
             return
         budget_s, metrics = self._clock.budget_s(self._learn_share, self._saved_s), self._metrics["train"]
-        if not self._clock.may_learn(budget_s):
+        if not self._clock.may_learn(budget_s) and not is_hidden:
             self.learner.keep()
             for key in ("learn_s", "num_tokens", "num_updates"):
                 metrics[f"draft/{key}"].append(0.0)
             return
         report = self.learner.learn(budget_s)
-        self._clock.charge(report.learn_s)
+        self._clock.charge(report.learn_s, is_hidden=is_hidden)
         metrics["draft/loss"].append(report.loss)
         metrics["draft/learn_s"].append(report.learn_s)
         metrics["draft/num_tokens"].append(report.num_tokens)
@@ -199,7 +199,7 @@ class FastGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         if self.reward_stream.complete(inputs, prompts, completions, completion_ids_list):
-            self._learn_drafts()
+            self._learn_drafts(is_hidden=True)
         try:
             with self.reward_stream.collect(self._clock.note):
                 rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
