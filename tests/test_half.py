@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -122,6 +124,28 @@ def test_nothing_changes_where_the_processor_multiplies_bfloat16_or_afterwards(c
     with float32_products():
         F.linear(x, w)
     assert not any(counts.values())
+
+
+def test_other_threads_compute_as_ever(counts):
+    """Which decode while drafts are learnt; the first to leave takes nothing from who is still inside."""
+    x, w, before = _draw(3, 8).to(BF16), _draw(5, 8).to(BF16), F.linear
+    came, may_leave = threading.Event(), threading.Event()
+
+    def stay():
+        with float32_products():
+            came.set()
+            may_leave.wait()
+            F.linear(x, w)
+
+    with ThreadPoolExecutor(1) as pool:
+        with float32_products():
+            staying = pool.submit(stay)
+            came.wait()
+        F.linear(x, w)
+        assert counts["linear"] == 0, "the other thread alone is inside"
+        may_leave.set()
+        staying.result()
+    assert counts["linear"] == 1 and F.linear is before
 
 
 def test_a_product_is_written_where_it_is_wanted(counts):

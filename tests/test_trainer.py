@@ -299,16 +299,20 @@ def test_an_update_longer_than_its_budget_is_paid_for_by_later_steps() -> None:
         clock = StepClock()
         clock._last_step_s = 1.0
         for _ in range(1000):
-            if clock.may_learn(budget_s):
+            clock.pay(budget_s)
+            if not clock.owes:
                 clock.charge(update_s)
         assert clock.learn_s / 1000 == pytest.approx(expected, abs=3 * update_s / 1000)
 
 
 def test_what_the_first_learning_prepares_and_what_hides_is_not_owed() -> None:
     clock = StepClock()
-    for is_hidden in (False, True, True):
-        assert clock.may_learn(0.0)
-        clock.charge(0.25, is_hidden=is_hidden)
-    assert clock.may_learn(0.0) and clock.learn_s == 0.75
+    for owed_s in (None, 0.0, 0.0):
+        clock.pay(0.0)
+        assert not clock.owes
+        clock.charge(0.25, owed_s=owed_s)
+    assert not clock.owes and clock.learn_s == 0.75
     clock.charge(0.25)
-    assert not clock.may_learn(0.1) and not clock.may_learn(0.1) and clock.may_learn(0.1)
+    for is_paid in (False, False, True):
+        clock.pay(0.1)
+        assert clock.owes != is_paid

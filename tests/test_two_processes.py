@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from fastgrpo import FastGRPOTrainer, per_completion
+from fastgrpo.idleness import IdleCores
 from test_savings import StockTrainer, assert_same_training, half_reward, train
 from test_sharing import ROWS, build_scoring_model, compute_gradient
+from test_trainer import build_trainer
 
 
 def constant_in_one_process(prompts: list, **_: object) -> list[float]:
@@ -54,10 +57,33 @@ def run_process(rank: int, folder: Path, port: int) -> None:
             )
         elif keys["reward"] is half_reward and "beta" not in keys:
             assert count < stock_count
+    learn_while_the_other_decodes(rank, folder / "idle")
     model = nn.parallel.DistributedDataParallel(build_scoring_model(), find_unused_parameters=True)
     compute_gradient(model, slice(rank, None, 2), len(ROWS) // 2)
     torch.save({name: p.grad for name, p in model.module.named_parameters()}, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def learn_while_the_other_decodes(rank: int, folder: Path) -> None:
+    """Each rollout takes the second process longer, and the first learns meanwhile."""
+    trainer = build_trainer(folder, max_steps=4, draft_time_share=0.01, learning_rate=1e-3)
+    generate = trainer.engine.generate
+
+    def generate_late(*args: Any) -> Any:
+        completions = generate(*args)
+        time.sleep(rank)
+        return completions
+
+    trainer.engine.generate = generate_late
+    IdleCores.suffice = True  # each has one of two cores, but other tests may be at work beside
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "draft/hidden_s" in row]
+    assert len(rows) == 4
+    if rank:
+        assert all(row["draft/hidden_s"] == 0 for row in rows), "nobody is waited for"
+    else:
+        assert all(row["draft/hidden_s"] > 0 and row["draft/num_updates"] > 1 for row in rows), rows
+        assert sum(row["draft/hidden_s"] for row in rows) > sum(row["draft/learn_s"] for row in rows)
 
 
 def test_two_processes_train_as_trl_does_and_agree_with_one(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,9 @@ class Engine:
         max_cache_bytes: of keys, values, features and a drafter's own rows together. Where it is reached, the youngest
             sequences wait and are computed anew. None takes most of what is free when a rollout starts.
 
+    Attributes:
+        is_alone: False while something else is at work beside a step, whose time then teaches the planner nothing.
+
     Raises:
         ValueError: the model, drafter, speculation, profile or bound cannot be used; the message names the remedy.
         FileNotFoundError: there is no such profile.
@@ -106,6 +109,7 @@ class Engine:
             target=self.target,
         )
         self.records: list[StepRecord] = []
+        self.is_alone = True
         self.on_step: list[Callable[[StepRecord], None]] = []
         self.on_finish: list[Callable[[FinishedRollout], None]] = []
         self._clock = DeviceClock(self.target.device, _MOMENTS)
@@ -209,7 +213,7 @@ class Engine:
         record = attempt.build_record(
             admitted, num_emitted=num_emitted, plan_s=plan_s, started=started, started_at=started_at
         )
-        self.planning.observe(record)
+        self.planning.observe(record if self.is_alone else replace(record, is_steady=False))
         return record
 
     def check(self) -> None:

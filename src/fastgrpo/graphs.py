@@ -29,6 +29,7 @@ _LEAST_BLOCKS = 4  # our attention kernel reads as many at once; from here on th
 _USES_BEFORE = CALLS_BEFORE_REPLAY - 1  # calls of a key before it is recorded
 _MOST_GRAPHS = 32
 _FREE_BYTES = 2 * 2**30  # left to others; nothing is recorded with less
+_MODE = "thread_local"  # other threads, in which drafts may be learnt, go on as ever
 _PADDING = ("token_ids", "positions", "row_starts", "num_nodes", "lengths")  # zero behind the real entries
 
 
@@ -97,10 +98,10 @@ class CudaRecorder:
         try:
             if self._first is None:
                 self._first = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._first):
+                with torch.cuda.graph(self._first, capture_error_mode=_MODE):
                     torch.zeros(1, device="cuda")
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._first.pool()):
+            with torch.cuda.graph(graph, pool=self._first.pool(), capture_error_mode=_MODE):
                 outputs = run()
         except RuntimeError:
             generator = torch.cuda.default_generators[torch.cuda.current_device()]

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from fastgrpo.objective import build_objective
 _BATCH_PAIRS = 256  # pairs of one optimiser step
 _WARMUP_UPDATES, _YOUNG_UPDATES = 20, 300
 _NEW_RATE, _TRAINED_RATE = 2e-3, 3e-4
+_NUM_REPLAYS = 3  # passes over everything kept, behind the one over what is new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +44,81 @@ class LearnReport:
     num_updates: int
     num_skipped: int  # batches with a non-finite loss or gradient, and rollouts with such features
     learn_s: float
+    free_s: float  # of these, while the machine would have waited
     held_out_loss: float  # of the head as it came, on new rollouts before they were learnt from; all unroll steps
     effort: float  # share of the budget that was allowed, in (0, 1]
     is_rolled_back: bool  # the head had got worse than the best so far, which took its place
+
+
+class Lesson:
+    """One bout of learning, a piece at a time: the head is judged on rollouts it has not learnt from, then taught.
+
+    The new rollouts once, then up to three more passes over everything kept. Pieces may run beside decoding, in another
+    thread: they touch nothing that drafts before `Learner.finish`.
+
+    Attributes:
+        learn_s, updates_s: seconds of all pieces, and of each that taught.
+        free_s: what of `learn_s` cost nothing; whoever calls knows.
+        effort: see `LearnReport`.
+    """
+
+    def __init__(self, learner: Learner, rollouts: list[FinishedRollout], replay: list[FinishedRollout]) -> None:
+        self.rollouts = rollouts
+        self.learn_s = self.free_s = 0.0
+        self.updates_s: list[float] = []
+        self.num_skipped = 0
+        self.effort = learner.control.effort
+        self._judged: tuple[float, bool] = (math.nan, False)  # loss on the new rollouts, rolled back
+        self._losses: list[float] = []
+        self._num_tokens = 0
+        self._pieces = self._list_pieces(learner, replay)
+
+    @property
+    def num_updates(self) -> int:
+        """Updates made; a batch that could not be learnt from is none."""
+        return len(self._losses)
+
+    @property
+    def slowest_s(self) -> float:
+        """Seconds of the longest update."""
+        return max(self.updates_s, default=0.0)
+
+    def advance(self) -> bool:
+        """Do the next piece; False where none was left."""
+        started = time.perf_counter()
+        try:
+            return next(self._pieces, None) is not None
+        finally:
+            self.learn_s += time.perf_counter() - started
+
+    def build_report(self) -> LearnReport:
+        return LearnReport(
+            loss=sum(self._losses) / len(self._losses) if self._losses else math.nan,
+            num_tokens=self._num_tokens,
+            num_updates=self.num_updates,
+            num_skipped=self.num_skipped,
+            learn_s=self.learn_s,
+            free_s=self.free_s,
+            held_out_loss=self._judged[0],
+            effort=self.effort,
+            is_rolled_back=self._judged[1],
+        )
+
+    def _list_pieces(self, learner: Learner, replay: list[FinishedRollout]) -> Iterator[bool]:
+        loss, judgement = learner.judge(self.rollouts)
+        self.effort, self._judged = judgement.effort, (loss, judgement.outcome is Outcome.ROLL_BACK)
+        yield True
+        for kept in ((), *(replay,) * _NUM_REPLAYS):
+            for batch in learner.shuffle([*self.rollouts, *kept]):
+                started = time.perf_counter()
+                loss, num_tokens = learner.update(batch)
+                self.updates_s.append(time.perf_counter() - started)
+                if math.isfinite(loss):
+                    self._losses.append(loss)
+                    self._num_tokens += num_tokens
+                else:
+                    self.num_skipped += 1
+                yield True
 
 
 class Learner:
@@ -78,13 +152,16 @@ class Learner:
         self.max_replay_bytes = max_replay_bytes
         self.control = LearningControl()
         self.num_updates = 0
+        self.update_s: float | None = None  # what an update takes while nothing else is done
+        self._is_prepared = False  # kernels are, by a first lesson that took longer
         self.rate_scale = 1.0  # halved by each roll-back
         self._warm_from = 0  # update that the optimiser was last started at
         self._num_dropped = 0
         self._reference: list[Tensor] | None = None  # weights of the best head so far
-        self._new: list[FinishedRollout] = []
+        self._new: deque[FinishedRollout] = deque()
         self._replay: deque[FinishedRollout] = deque()
-        self._token_counts = torch.zeros(drafter.target.vocab_size, dtype=torch.int64, device=drafter.target.device)
+        self._token_counts = torch.zeros(drafter.target.vocab_size, dtype=torch.int64)
+        self._has_counted = False  # since the vocabulary was chosen
         self._generator = torch.Generator().manual_seed(seed)
         half = drafter.target.dtype in (torch.bfloat16, torch.float16)
         self._working = copy.deepcopy(drafter.head).to(torch.bfloat16 if half else torch.float32)
@@ -108,10 +185,14 @@ class Learner:
             return
         if bool(torch.isfinite(rollout.features).all()):
             self._new.append(rollout)
+            self._has_counted = True
+            self._token_counts += torch.bincount(torch.tensor(rollout.token_ids), minlength=len(self._token_counts))
         else:
             self._num_dropped += 1
 
-    def learn(self, budget_s: float, *, max_updates: int | None = None) -> LearnReport:
+    def learn(
+        self, budget_s: float, *, max_updates: int | None = None, is_free: Callable[[], bool] = lambda: False
+    ) -> LearnReport:
         """Judge the head on the new rollouts; learn from them, then from replayed ones while time is left.
 
         At least one update is made, whatever the budget, so that learning never stops silently.
@@ -119,63 +200,66 @@ class Learner:
         Args:
             budget_s: seconds that updates may take; where learning does not help, only a part of them is used.
             max_updates: updates at most, of which a part as well; None leaves it to the time.
+            is_free: whether the machine would wait now, so that an update takes nothing of the budget.
         """
         started = time.perf_counter()
-        if self._new:
-            self._count_tokens()
-            self.drafter.select_vocabulary(self._token_counts)
-        held_out_loss, judgement = self._judge()
-        budget_s *= judgement.effort
-        most = math.inf if max_updates is None else max(1, round(max_updates * judgement.effort))
-        losses: list[float] = []
-        num_tokens = num_updates = 0
-        num_skipped, self._num_dropped = self._num_dropped, 0
-        slowest = 0.0
-        for batch in self._schedule():
-            before = time.perf_counter()
-            if (losses and before - started + slowest > budget_s) or num_updates >= most:
+        self.choose_vocabulary()
+        lesson = self.begin()
+        lesson.learn_s = time.perf_counter() - started
+        is_still_free = is_free()
+        while lesson.num_updates < (math.inf if max_updates is None else max(1, round(max_updates * lesson.effort))):
+            expected_s = lesson.learn_s - lesson.free_s + lesson.slowest_s
+            if lesson.num_updates and not is_still_free and expected_s > budget_s * lesson.effort:
                 break
-            loss, count = self.update(batch)
-            slowest = max(slowest, time.perf_counter() - before)
-            num_skipped += not math.isfinite(loss)
-            if math.isfinite(loss):
-                losses.append(loss)
-                num_tokens += count
-                num_updates += 1
-        self._remember()
+            before_s = lesson.learn_s
+            if not lesson.advance():
+                break
+            is_still_free = is_still_free and is_free()
+            if is_still_free:
+                lesson.free_s += lesson.learn_s - before_s
+        if self._is_prepared and lesson.updates_s:
+            self.update_s = statistics.median(lesson.updates_s)
+        self._is_prepared = self._is_prepared or bool(lesson.updates_s)
+        return self.finish(lesson)
+
+    def begin(self) -> Lesson:
+        """A lesson of the rollouts that are new now; `finish` ends it."""
+        rollouts = list(self._new)
+        self._new.clear()
+        return Lesson(self, rollouts, list(self._replay))
+
+    def finish(self, lesson: Lesson) -> LearnReport:
+        """Keep the lesson's rollouts for replay; from now on drafts come from what it has learnt."""
+        started = time.perf_counter()
+        self._replay.extend(lesson.rollouts)
+        self.keep()
         self.drafter.refresh()
-        return LearnReport(
-            loss=sum(losses) / len(losses) if losses else math.nan,
-            num_tokens=num_tokens,
-            num_updates=num_updates,
-            num_skipped=num_skipped,
-            learn_s=time.perf_counter() - started,
-            held_out_loss=held_out_loss,
-            effort=judgement.effort,
-            is_rolled_back=judgement.outcome is Outcome.ROLL_BACK,
-        )
+        lesson.learn_s += time.perf_counter() - started
+        lesson.num_skipped += self._num_dropped
+        self._num_dropped = 0
+        return lesson.build_report()
+
+    def choose_vocabulary(self) -> None:
+        """Draft from what rollouts say most, from the next `finish` on."""
+        if self._has_counted:
+            self._has_counted = False
+            self.drafter.select_vocabulary(self._token_counts.to(self.drafter.target.device))
 
     def keep(self) -> None:
-        """Keep the new rollouts for later calls of `learn`; nothing is learnt now."""
-        self._count_tokens()
-        self._remember()
-
-    def _count_tokens(self) -> None:
-        """The draft vocabulary follows what rollouts say, from the next `learn` on."""
-        if not self._new:
-            return
-        token_ids = [token_id for rollout in self._new for token_id in rollout.token_ids]
-        counts = torch.bincount(torch.tensor(token_ids), minlength=len(self._token_counts))
-        self._token_counts += counts.to(self._token_counts.device)
+        """Keep rollouts for later calls of `learn`, the newest ones; nothing is learnt now."""
+        num_bytes = sum(map(_num_bytes, self._replay)) + sum(map(_num_bytes, self._new))
+        for rollouts in (self._replay, self._new):
+            while rollouts and num_bytes > self.max_replay_bytes:
+                num_bytes -= _num_bytes(rollouts.popleft())
 
     @float32_products()
     @torch.no_grad()
-    def _judge(self) -> tuple[float, Judgement]:
-        """The head's loss on new rollouts, and what follows from it; done before they are learnt from."""
-        if not self._new:
+    def judge(self, rollouts: list[FinishedRollout]) -> tuple[float, Judgement]:
+        """The head's loss on rollouts that it has not learnt from, and what follows from it."""
+        if not rollouts:
             return math.nan, Judgement(Outcome.KEEP, self.control.effort)
-        stride = max(1, sum(self.objective.count_rows(rollout) for rollout in self._new) // _BATCH_PAIRS)
-        batch = self.objective.collate(self._pack(self._new[::stride])[0], self._dtype)
+        stride = max(1, sum(self.objective.count_rows(rollout) for rollout in rollouts) // _BATCH_PAIRS)
+        batch = self.objective.collate(self._pack(rollouts[::stride])[0], self._dtype)
         own = _trained(self.drafter.head)
         loss = self._evaluate(own, batch)
         judgement = self.control.judge(
@@ -201,13 +285,8 @@ class Learner:
         self._working.lm_head = self.drafter.head.lm_head
         return self._working
 
-    def _schedule(self) -> Iterable[list[FinishedRollout]]:
-        """Batches of new rollouts once, then up to three more passes over everything kept."""
-        yield from self._shuffled_batches(self._new)
-        for _ in range(3):
-            yield from self._shuffled_batches([*self._new, *self._replay])
-
-    def _shuffled_batches(self, rollouts: list[FinishedRollout]) -> Iterable[list[FinishedRollout]]:
+    def shuffle(self, rollouts: list[FinishedRollout]) -> list[list[FinishedRollout]]:
+        """Batches of these rollouts in a new order."""
         order = torch.randperm(len(rollouts), generator=self._generator).tolist()
         return self._pack([rollouts[i] for i in order])
 
@@ -243,12 +322,6 @@ class Learner:
         self._optimizer.step()
         return float(losses[0].detach()), self.objective.count_taught(batch)
 
-    def _remember(self) -> None:
-        self._replay.extend(self._new)
-        self._new = []
-        while self._replay and sum(_num_bytes(r) for r in self._replay) > self.max_replay_bytes:
-            self._replay.popleft()
-
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, generator, counters, reference and replay; the head is saved by its drafter."""
         return {
@@ -260,7 +333,7 @@ class Learner:
             "warm_from": self._warm_from,
             "control": self.control.state_dict(),
             "reference": self._reference,
-            "replay": list(self._replay),
+            "replay": [*self._replay, *self._new],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ ROLLOUT, REWARDS, LEARNING, LOG_PROBS = "rollout", "rewards", "draft learning", 
 FORWARD, BACKWARD, OPTIMISER = "forward", "backward", "optimiser"
 PHASES = (ROLLOUT, REWARDS, LEARNING, LOG_PROBS, FORWARD, BACKWARD, OPTIMISER)
 STREAMED_REWARD = "streamed reward"  # beside the phases: a reward asked for while others decode
+BESIDE = "draft learning beside"  # likewise: on what stands idle while few sequences decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +221,7 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """A stretch of a training step: one of `PHASES`, or `STREAMED_REWARD`. Seconds since the step began."""
+    """A stretch of a training step: one of `PHASES`, `STREAMED_REWARD` or `BESIDE`. Seconds since the step began."""
 
     name: str
     start_s: float
@@ -229,7 +230,7 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """When a training step of `step_s` seconds did what. Phases do not overlap; streamed rewards run beneath them."""
+    """When a training step of `step_s` seconds did what. Phases do not overlap; what runs beside them does."""
 
     step_s: float
     spans: tuple[Span, ...]

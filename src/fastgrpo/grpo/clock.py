@@ -32,6 +32,7 @@ class StepClock(TrainerCallback):
         self._waits = is_exact and torch.cuda.is_available()
         self._started: float | None = None
         self._last_step_s: float | None = None
+        self._last_rollout_s = 0.0
         self.rollout_s = self.reward_s = self.learn_s = 0.0
         self._owed_s = 0.0  # by draft learning; below 0: what it has left
         self._has_learnt = False
@@ -43,7 +44,7 @@ class StepClock(TrainerCallback):
     def budget_s(self, share: float, saved_s: float | None = None) -> float:
         """Seconds that draft learning may take now: a share of the last step, or of this one so far.
 
-        Never more than a quarter of the rollout, about what a good head saves of it.
+        Never more than a quarter of the rollout, the last one until there is one: about what a good head saves of it.
 
         Args:
             share: of the step, in [0, 1).
@@ -51,29 +52,34 @@ class StepClock(TrainerCallback):
                 None where nobody knows, or where a head is still too young to save anything.
         """
         step_s = self.rollout_s + self.reward_s if self._last_step_s is None else self._last_step_s
-        budget_s = min(share * step_s, _LEARN_SHARE_OF_ROLLOUT * self.rollout_s)
+        budget_s = min(share * step_s, _LEARN_SHARE_OF_ROLLOUT * (self.rollout_s or self._last_rollout_s))
         return budget_s if saved_s is None else min(budget_s, max(saved_s, 0.0) * _LEARN_SHARE_OF_SAVING)
 
-    def may_learn(self, budget_s: float) -> bool:
-        """Whether earlier learning, of which one update may take longer than a step allows, is paid for by now.
+    def pay(self, budget_s: float) -> None:
+        """Pay for earlier learning, of which one update may take longer than a step allows; as each step begins.
 
         Args:
             budget_s: of this step, by `budget_s`.
         """
         paid_s = max(budget_s, _LEAST_LEARN_SHARE * (self._last_step_s or 0.0))
         self._owed_s = max(self._owed_s - paid_s, -paid_s)
-        return self._owed_s <= 0
 
-    def charge(self, learn_s: float, *, is_hidden: bool = False) -> None:
+    @property
+    def owes(self) -> bool:
+        """Whether earlier learning is still to be paid for; then there is none."""
+        return self._owed_s > 0
+
+    def charge(self, learn_s: float, *, owed_s: float | None = None) -> None:
         """What draft learning took in this step.
 
         Args:
-            is_hidden: the step would have waited meanwhile, so that nothing is owed. Nor is it the first time, when
-                kernels are prepared.
+            learn_s: seconds that the step was at it.
+            owed_s: seconds that the step is longer for it, if that is another figure: what it would have waited
+                anyway, it does not owe. Nor what it took for the first time, when kernels are prepared.
         """
         self.learn_s += learn_s
-        if not is_hidden and self._has_learnt:
-            self._owed_s += learn_s
+        if self._has_learnt:
+            self._owed_s += learn_s if owed_s is None else owed_s
         self._has_learnt = True
 
     # -- the timeline of a step ----------------------------------------------------------------------
@@ -147,7 +153,7 @@ class StepClock(TrainerCallback):
         self.timeline = Timeline(step_s=step_s, spans=tuple(self._spans))
         self._started = None
         if self.rollout_s:
-            self._last_step_s = step_s
+            self._last_step_s, self._last_rollout_s = step_s, self.rollout_s
         update_s = step_s - self.rollout_s - self.reward_s - self.learn_s
         shares = step_time_shares(self.rollout_s, self.learn_s, update_s, self.reward_s)
         for key, value in shares.items():
@@ -157,6 +163,8 @@ class StepClock(TrainerCallback):
 def attach_clock(trainer: Any, clock: StepClock) -> None:
     """Time the phases of a trainer, TRL's or ours: at methods that both have, whatever class overrides them."""
     accelerator, learner = trainer.accelerator, getattr(trainer, "learner", None)
+    if (side := getattr(getattr(trainer, "learning", None), "side", None)) is not None:
+        side.on_piece.append(clock.note)
     for owner, method, phase in (
         (trainer, "_generate_single_turn", ROLLOUT),
         (trainer, "_calculate_rewards", REWARDS),

@@ -59,6 +59,15 @@ class FastGRPOConfig(GRPOConfig):
             "one update takes longer, the next steps go without. Default: 0.1 on a CPU, 0.03 on a GPU."
         },
     )
+    hide_draft_learning: bool = field(
+        default=True,
+        metadata={
+            "help": "Let the draft head learn where something stands idle: beside the last sequences of a rollout (on "
+            "a GPU in a stream of its own, on a CPU where as many cores are idle as PyTorch has threads), and while "
+            "other processes still decode. What it takes from decoding is measured; where it does not pay, the head "
+            "learns between rollouts."
+        },
+    )
     max_num_seqs: int = field(default=64, metadata={"help": "Sequences decoded together; others wait for a slot."})
     max_cache_bytes: int | None = field(
         default=None,

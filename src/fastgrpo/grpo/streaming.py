@@ -82,7 +82,11 @@ class RewardStream:
                 call = self._calls.get((place, index))
                 if call is None or not _is_given(call, *given) or self._inputs is not inputs:
                     self._start(place, inputs, index, *given)
-        return not self._pool.is_idle
+        return self.is_waiting()
+
+    def is_waiting(self) -> bool:
+        """Whether calls are still running."""
+        return self._pool is not None and not self._pool.is_idle
 
     @contextlib.contextmanager
     def collect(self, note: Callable[[str, float, float], None]) -> Iterator[None]:

@@ -14,19 +14,17 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
-from fastgrpo.draft_loss import check_loss
-from fastgrpo.drafters import find_trainable
-from fastgrpo.engine import Engine, FinishedRollout
+from fastgrpo.engine import Engine
 from fastgrpo.grpo.checks import check_rewards
 from fastgrpo.grpo.clock import StepClock, attach_clock
 from fastgrpo.grpo.config import FastGRPOConfig
+from fastgrpo.grpo.draft_learning import DraftLearning
 from fastgrpo.grpo.savings import Savings
 from fastgrpo.grpo.scoring import add_heads, fill_missing_gradients, score_completions
 from fastgrpo.grpo.siblings import Siblings, is_regrouped, unlogged
 from fastgrpo.grpo.state import load_state, save_state
 from fastgrpo.grpo.streaming import RewardStream
 from fastgrpo.kernels.half import float32_products
-from fastgrpo.learner import Learner
 from fastgrpo.metrics import rollout_metrics, summarise_rollout
 from fastgrpo.planner import AutoPlanner, PaperPlanner
 from fastgrpo.sampling import stream_key
@@ -73,17 +71,16 @@ class FastGRPOTrainer(GRPOTrainer):
             tokenizer=self.processing_class,
             max_cache_bytes=args.max_cache_bytes,
         )
-        self.learner = self._build_learner(args)
-        self.engine.on_finish.extend([self._teach] if self.learner else [])
+        log = self._log_in_training
+        self._clock = StepClock(log)
+        self.learning = DraftLearning(args, self.engine, self._clock, log)
+        self.learner = self.learning.learner
         self.reward_stream = RewardStream(self)
         self.engine.on_finish.extend([self.reward_stream.observe] if self.reward_stream.is_on else [])
-        self._clock = StepClock(lambda key, value: self._metrics["train"][key].append(value))
         attach_clock(self, self._clock)
-        self._is_training_rollout = self._has_learnt = False
         self.savings = Savings(self)
         self.siblings = Siblings(self, is_on=args.group_siblings and self.savings.shares_prompts)
         add_heads(self)
-        self._saved_s: float | None = None
         self._rollout_place = (-1, 0)  # (global step, generation calls within it)
 
     @property
@@ -91,20 +88,8 @@ class FastGRPOTrainer(GRPOTrainer):
         """When the last training step did what; None before the first has ended."""
         return self._clock.timeline
 
-    def _build_learner(self, args: FastGRPOConfig) -> Learner | None:
-        share = args.draft_time_share
-        if share is None:
-            share = 0.1 if self.engine.target.device.type == "cpu" else 0.03
-        self._learn_share = share
-        drafter = find_trainable(self.engine.drafter)
-        if share == 0 or args.speculation == "off" or drafter is None:
-            return None
-        loss = check_loss(args.draft_loss)
-        return Learner(drafter, learning_rate=args.draft_learning_rate, loss=loss, seed=args.seed)
-
-    def _teach(self, rollout: FinishedRollout) -> None:
-        if self.learner is not None and self._is_training_rollout:
-            self.learner.add(rollout)
+    def _log_in_training(self, key: str, value: float) -> None:
+        self._metrics["train"][key].append(value)
 
     # -- generation ----------------------------------------------------------------------------------
 
@@ -114,9 +99,9 @@ class FastGRPOTrainer(GRPOTrainer):
         if any(images is not None for images in (args[:1] or (kwargs.get("images"),))):
             raise ValueError("image inputs are not supported by FastGRPOTrainer; use trl.GRPOTrainer")
         started = time.perf_counter()
-        self._is_training_rollout = self.model.training  # the engine itself runs in evaluation mode
         with (
             profiling_context(self, "fastgrpo.generate"),
+            self.learning.beside(),
             unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
@@ -128,7 +113,10 @@ class FastGRPOTrainer(GRPOTrainer):
         self.savings.hear(prompt_ids, completions)
         rollout_s = time.perf_counter() - started
         self._clock.rollout_s += rollout_s
+        self.learning.hear_rollout()
         self._log_rollout(rollout_s)
+        if not self.tools:  # after whose calls a process may decode again, as others may not
+            self.learning.learn_while_others_decode()
         return [completion.token_ids for completion in completions], None
 
     def _generate(self, prompts: list[Any]) -> Any:
@@ -163,43 +151,18 @@ class FastGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         started = time.perf_counter()
         before = self._clock.rollout_s + self._clock.learn_s
-        self._has_learnt = False
+        self.learning.begin(is_training=self.model.training)
         with self.reward_stream.follow(inputs):
             output = super()._generate_and_score_completions(inputs)
         self.savings.attach(output, self.state.global_step)
         others_s = self._clock.rollout_s + self._clock.learn_s - before
         self._clock.reward_s += time.perf_counter() - started - others_s
-        if not self._has_learnt:
-            self._learn_drafts()
+        self.learning.learn()
         return output
-
-    def _learn_drafts(self, *, is_hidden: bool = False) -> None:
-        """Let the draft head learn from this rollout: once, while streamed rewards are waited for, or behind them."""
-        self._has_learnt = True
-        if self.learner is None or not self.model.training:
-            return
-        budget_s, metrics = self._clock.budget_s(self._learn_share, self._saved_s), self._metrics["train"]
-        if not self._clock.may_learn(budget_s) and not is_hidden:
-            self.learner.keep()
-            for key in ("learn_s", "num_tokens", "num_updates"):
-                metrics[f"draft/{key}"].append(0.0)
-            return
-        report = self.learner.learn(budget_s)
-        self._clock.charge(report.learn_s, is_hidden=is_hidden)
-        metrics["draft/loss"].append(report.loss)
-        metrics["draft/learn_s"].append(report.learn_s)
-        metrics["draft/num_tokens"].append(report.num_tokens)
-        metrics["draft/num_skipped"].append(report.num_skipped)
-        metrics["draft/num_updates"].append(report.num_updates)
-        metrics["draft/held_out_loss"].append(report.held_out_loss)
-        metrics["draft/effort"].append(report.effort)
-        metrics["draft/rolled_back"].append(float(report.is_rolled_back))
-        if self._saved_s is not None:
-            metrics["draft/saved_s"].append(self._saved_s)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         if self.reward_stream.complete(inputs, prompts, completions, completion_ids_list):
-            self._learn_drafts(is_hidden=True)
+            self.learning.learn(is_free=self.reward_stream.is_waiting)
         try:
             with self.reward_stream.collect(self._clock.note):
                 rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -305,19 +268,11 @@ class FastGRPOTrainer(GRPOTrainer):
             capacity = planner.profile.capacity
         elif isinstance(planner, PaperPlanner):
             capacity = planner.capacity
-        self._saved_s = self._estimate_saved_s()
         summary = summarise_rollout(self.engine.records, rollout_s=rollout_s)
         for key, value in rollout_metrics(summary, capacity=capacity).items():
             self._metrics[mode][key].append(value)
         for way, share in getattr(self.engine.drafter, "way_shares", {}).items():  # of a drafter of two
             self._metrics[mode][f"draft/share_{way}"].append(share)
-
-    def _estimate_saved_s(self) -> float | None:
-        """What the last rollout won by speculation; None while the head is young and for planners that cannot say."""
-        planner = self.engine.planner
-        if self.learner is None or self.learner.is_young or not isinstance(planner, AutoPlanner):
-            return None
-        return planner.estimate_saved_s(self.engine.records)
 
     # -- checkpoints ---------------------------------------------------------------------------------
 

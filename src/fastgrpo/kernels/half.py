@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,26 +23,57 @@ _BF16 = torch.bfloat16
 _linear, _attention = F.linear, F.scaled_dot_product_attention
 
 
+class _Inside(threading.local):
+    """How many `float32_products` the thread is in."""
+
+    depth = 0
+
+
+_inside, _lock = _Inside(), threading.Lock()
+_given: list[Any] = []  # PyTorch's functions while others stand in their place
+_num_inside = 0  # of all threads
+
+
 @contextlib.contextmanager
 def float32_products(*, enabled: bool = True) -> Iterator[None]:
     """Inside, linear layers, matrix products and attention in bfloat16 on the CPU are computed in float32 and rounded.
 
-    Forward and backward: both must run inside. Does nothing where the processor multiplies bfloat16.
+    Forward and backward: both must run inside, in this thread; other threads compute as ever. Does nothing where the
+    processor multiplies bfloat16.
 
-    PyTorch's functions themselves are replaced for as long as it lasts, in all threads: what autograd runs later, such
-    as the recomputation of a checkpointed layer, must meet them too, and a `TorchFunctionMode` is not active there.
+    PyTorch's functions themselves are replaced for as long as it lasts: what autograd runs later, such as the
+    recomputation of a checkpointed layer, must meet them too, and a `TorchFunctionMode` is not active there.
     """
     if not enabled or multiplies_bfloat16():
         yield
         return
-    given = [getattr(module, name) for module, name, _ in _REPLACEMENTS]
+    _stand_in()
+    _inside.depth += 1
     try:
-        for module, name, replacement in _REPLACEMENTS:
-            setattr(module, name, replacement)
         yield
     finally:
-        for (module, name, _), function in zip(_REPLACEMENTS, given, strict=True):
-            setattr(module, name, function)
+        _inside.depth -= 1
+        _give_back()
+
+
+def _stand_in() -> None:
+    global _num_inside
+    with _lock:
+        if not _num_inside:
+            _given[:] = [getattr(module, name) for module, name, _ in _REPLACEMENTS]
+            for module, name, replacement in _REPLACEMENTS:
+                setattr(module, name, replacement)
+        _num_inside += 1
+
+
+def _give_back() -> None:
+    """The last to leave puts back what was there."""
+    global _num_inside
+    with _lock:
+        _num_inside -= 1
+        if not _num_inside:
+            for (module, name, _), function in zip(_REPLACEMENTS, _given, strict=True):
+                setattr(module, name, function)
 
 
 def _is_half(operands: tuple[Any, ...]) -> bool:
@@ -108,7 +140,7 @@ def _attend(
 def _build_replacement(function: Callable[..., Tensor], in_float32: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(function)
     def multiply(*args: Any, **kwargs: Any) -> Tensor:
-        return (in_float32 if _is_half(args) else function)(*args, **kwargs)
+        return (in_float32 if _inside.depth and _is_half(args) else function)(*args, **kwargs)
 
     return multiply
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastgrpo.report.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY
 from fastgrpo.types import (
     BACKWARD,
+    BESIDE,
     FORWARD,
     LEARNING,
     LOG_PROBS,
@@ -34,7 +35,9 @@ PHASE_COLOURS = {
     BACKWARD: RED,
     OPTIMISER: BLACK,
     STREAMED_REWARD: "#7CCFB5",  # a light green
+    BESIDE: "#E3B5D3",  # a light purple
 }
+_BESIDE_PHASES = (STREAMED_REWARD, BESIDE)
 _NAMED_SHARE = 0.05  # of the longest step: a shorter stretch has no room for its seconds
 _BAR, _LANES, _MIDDLE = 0.5, 0.3, -0.15  # heights, and where the bar is, of a row of height 1
 
@@ -51,7 +54,7 @@ def plot_steps(timelines: Mapping[str, Timeline], path: Path, *, title: str) -> 
 
 
 def build_step_picture(timelines: Mapping[str, Timeline], *, title: str) -> Figure:
-    """One row for each step, named; streamed rewards run beneath its phases.
+    """One row for each step, named; what runs beside its phases is drawn beneath them.
 
     Raises:
         ValueError: there is no step to draw.
@@ -72,7 +75,7 @@ def draw_steps(axes: Axes, timelines: Mapping[str, Timeline]) -> None:
     longest_s = max(timeline.step_s for timeline in timelines.values())
     for row, timeline in enumerate(timelines.values()):
         _draw_phases(axes, timeline, row, longest_s)
-        _draw_streamed(axes, timeline, row)
+        _draw_beside(axes, timeline, row)
     axes.set_yticks([row + _MIDDLE for row in range(len(timelines))], list(timelines))
     axes.set_ylim(len(timelines) - 0.4, -0.5)
     axes.set_xlim(0, 1.09 * longest_s)
@@ -80,7 +83,7 @@ def draw_steps(axes: Axes, timelines: Mapping[str, Timeline]) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     seen = {span.name for timeline in timelines.values() for span in timeline.spans}
-    for name in (*PHASES, STREAMED_REWARD):
+    for name in (*PHASES, *_BESIDE_PHASES):
         if name in seen:
             axes.barh([0], [0], color=PHASE_COLOURS[name], label=name)
     axes.legend(
@@ -114,13 +117,13 @@ def _draw_phases(axes: Axes, timeline: Timeline, row: int, longest_s: float) -> 
     axes.text(timeline.step_s + 0.01 * longest_s, middle, f"{timeline.step_s:.1f} s", va="center", fontsize=9)
 
 
-def _draw_streamed(axes: Axes, timeline: Timeline, row: int) -> None:
-    spans = [span for span in timeline.spans if span.name == STREAMED_REWARD]
+def _draw_beside(axes: Axes, timeline: Timeline, row: int) -> None:
+    spans = [span for span in timeline.spans if span.name in _BESIDE_PHASES]
     lanes = pack_lanes(spans)
     height = _LANES / (max(lanes, default=0) + 1)
     for span, lane in zip(spans, lanes, strict=True):
         middle = row + _MIDDLE + _BAR / 2 + height * (lane + 0.5)
-        axes.barh(middle, _length_s(span), left=span.start_s, height=0.8 * height, color=PHASE_COLOURS[STREAMED_REWARD])
+        axes.barh(middle, _length_s(span), left=span.start_s, height=0.8 * height, color=PHASE_COLOURS[span.name])
 
 
 def _length_s(span: Span) -> float:

@@ -1,0 +1,129 @@
+"""When a trainer's draft head learns: on what stands idle if anything does, else between rollout and update."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from fastgrpo.draft_loss import check_loss
+from fastgrpo.drafters import find_trainable
+from fastgrpo.engine import Engine, FinishedRollout
+from fastgrpo.grpo.clock import StepClock
+from fastgrpo.grpo.config import FastGRPOConfig
+from fastgrpo.idleness import OtherProcesses, look_for_cores
+from fastgrpo.learner import Learner, LearnReport
+from fastgrpo.planner import AutoPlanner
+from fastgrpo.side_learning import SideLearning
+
+_CPU_SHARE, _SHARE = 0.1, 0.03  # of the steps' time
+_NOTHING = ("learn_s", "hidden_s", "num_tokens", "num_updates")  # logged as 0 where nothing was learnt
+
+
+class DraftLearning:
+    """Lets the head learn once in each training step, within its share of the time.
+
+    It learns where the machine would wait: beside the last sequences of the rollout (see `SideLearning`), while other
+    processes still decode, while streamed rewards are waited for. Where nothing waits, it learns behind the rewards.
+
+    Args:
+        log: told each metric's name and value.
+
+    Attributes:
+        learner: None where no head is trained.
+        side: None where nothing is learnt beside decoding.
+        saved_s: what speculation won in the last rollout; None while the head is young, and for planners that cannot
+            say.
+    """
+
+    def __init__(
+        self, args: FastGRPOConfig, engine: Engine, clock: StepClock, log: Callable[[str, float], None]
+    ) -> None:
+        self._engine, self._clock, self._log = engine, clock, log
+        share = args.draft_time_share
+        self._share = (_CPU_SHARE if engine.target.device.type == "cpu" else _SHARE) if share is None else share
+        self.learner = _build_learner(args, engine) if self._share else None
+        self._hides = args.hide_draft_learning
+        self.side = SideLearning(self.learner, engine) if self.learner and self._hides else None
+        self.saved_s: float | None = None
+        self._teaches = False  # the rollout that runs now, or was the last
+        self._is_due = False
+        engine.on_finish.extend([self._hear] if self.learner else [])
+
+    def begin(self, *, is_training: bool) -> None:
+        """A step begins; those of an evaluation teach nothing."""
+        self._teaches = self._is_due = is_training and self.learner is not None
+        if self._teaches:
+            self._clock.pay(self._budget_s)
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """A rollout of the step takes place within."""
+        side = self.side if self._teaches and not self._clock.owes else None
+        with contextlib.nullcontext() if side is None else side.follow():
+            yield
+
+    def hear_rollout(self) -> None:
+        """The engine has ended a rollout."""
+        self.saved_s, planner = None, self._engine.planner
+        if self.learner is None:
+            return
+        if not self.learner.is_young and isinstance(planner, AutoPlanner):
+            self.saved_s = planner.estimate_saved_s(self._engine.records)
+        report = None if self.side is None else self.side.finish()
+        if self.side is not None and report is not None:
+            self._clock.charge(report.learn_s - report.free_s, owed_s=self.side.taken_s)
+            self._tell(report)
+            self._is_due = self._is_due and self.learner.is_young
+
+    def learn_while_others_decode(self) -> None:
+        """Learn for as long as other processes are still at their rollouts; every process calls it behind its own."""
+        others, is_cpu = OtherProcesses(), self._engine.target.device.type == "cpu"
+        if self._hides and self._is_due and others.are_busy() and (not is_cpu or look_for_cores(others)):
+            self.learn(is_free=others.are_busy)
+
+    def learn(self, *, is_free: Callable[[], bool] = lambda: False) -> None:
+        """Learn now, unless the step has learnt already.
+
+        Args:
+            is_free: whether the step would wait now, so that learning costs nothing.
+        """
+        if not self._is_due or self.learner is None:
+            return
+        self._is_due = False
+        if self._clock.owes and not is_free():
+            self.learner.keep()
+            for key in _NOTHING:
+                self._log(f"draft/{key}", 0.0)
+            return
+        report = self.learner.learn(self._budget_s, is_free=is_free)
+        self._clock.charge(report.learn_s, owed_s=report.learn_s - report.free_s)
+        self._tell(report)
+
+    @property
+    def _budget_s(self) -> float:
+        return self._clock.budget_s(self._share, self.saved_s)
+
+    def _hear(self, rollout: FinishedRollout) -> None:
+        if self.learner is not None and self._teaches:
+            self.learner.add(rollout)
+
+    def _tell(self, report: LearnReport) -> None:
+        self._log("draft/loss", report.loss)
+        self._log("draft/learn_s", report.learn_s - report.free_s)
+        self._log("draft/hidden_s", report.free_s)
+        self._log("draft/num_tokens", report.num_tokens)
+        self._log("draft/num_skipped", report.num_skipped)
+        self._log("draft/num_updates", report.num_updates)
+        self._log("draft/held_out_loss", report.held_out_loss)
+        self._log("draft/effort", report.effort)
+        self._log("draft/rolled_back", float(report.is_rolled_back))
+        if self.saved_s is not None:
+            self._log("draft/saved_s", self.saved_s)
+
+
+def _build_learner(args: FastGRPOConfig, engine: Engine) -> Learner | None:
+    drafter = find_trainable(engine.drafter)
+    if args.speculation == "off" or drafter is None:
+        return None
+    loss = check_loss(args.draft_loss)
+    return Learner(drafter, learning_rate=args.draft_learning_rate, loss=loss, seed=args.seed)

@@ -1,0 +1,209 @@
+"""Draft learning beside the tail of a rollout, where something idles meanwhile: measured, never assumed."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import logging
+import statistics
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from fastgrpo.engine import Engine
+from fastgrpo.idleness import IdleCores
+from fastgrpo.learner import Learner, LearnReport, Lesson
+from fastgrpo.memory import is_out_of_memory
+from fastgrpo.types import BESIDE, SpeculationPlan, StepRecord
+
+logger = logging.getLogger(__name__)
+
+_TAIL = 0.5  # of the sequences are still running: the others are there to learn from
+_STEPS_BETWEEN = 3  # steps without an update between two with one, to compare with
+_KEPT_STEPS = 8  # of one kind, of those
+_MOST_TAKEN = 0.5  # of an update's own time, from decoding: with more it is made between rollouts
+_NUM_JUDGED = 2  # updates that are judged by
+_REST, _LONGEST_REST = 8, 256  # rollouts without, once it did not pay
+
+
+class StepComparison:
+    """How much longer steps take with something beside them: each is compared with like ones without.
+
+    Like are steps of one plan with as many sequences, of which none recorded anything for later.
+    """
+
+    def __init__(self) -> None:
+        self._alone: dict[tuple[SpeculationPlan, int], deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT_STEPS))
+        self._extra_s: list[float] = []
+        self._num_steps = 0
+
+    def observe(self, record: StepRecord, *, is_beside: bool) -> None:
+        seconds, alike = record.step_s - record.prefill_s, self._alone[record.plan, record.num_seqs]
+        self._num_steps += is_beside
+        if not record.is_steady:
+            return
+        if not is_beside:
+            alike.append(seconds)
+        elif alike:
+            self._extra_s.append(seconds - statistics.median(alike))
+
+    def take_extra_s(self) -> float | None:
+        """Seconds that the steps since the last call lost; None where none of them had a like one."""
+        extra_s, num_steps = self._extra_s, self._num_steps
+        self._extra_s, self._num_steps = [], 0
+        return sum(extra_s) * num_steps / len(extra_s) if extra_s else None
+
+
+class SideLearning:
+    """Lessons in a thread of their own, on a GPU in a stream of their own, while few sequences are left to decode.
+
+    On a CPU one begins where as many cores stand idle as PyTorch has threads. On any device, what the first updates
+    take from decoding is measured; where that is more than half of what they take by themselves, the lesson ends, and
+    the next rollouts go without, twice as many each time.
+
+    Args:
+        learner: of the engine's drafter.
+
+    Attributes:
+        on_piece: told of each piece of a lesson: `BESIDE`, when it began and ended, by `time.perf_counter`.
+        taken_s: what the lesson of the last rollout took from decoding, seconds.
+    """
+
+    def __init__(self, learner: Learner, engine: Engine) -> None:
+        self._learner, self._engine = learner, engine
+        self.on_piece: list[Callable[[str, float, float], None]] = []
+        device = engine.target.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pool: ThreadPoolExecutor | None = None
+        self._left_to_rest, self._rest = 0, _REST
+        self._is_off = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._most_seqs = self._num_alone = 0
+        self._cores: IdleCores | None = None
+        self._has_room = self._stream is not None  # else it is asked for in the tail
+        self._comparison = StepComparison()
+        self._lesson: Lesson | None = None
+        self._is_over = False
+        self._piece: Future[bool] | None = None
+        self._started_s = 0.0
+        self._compared: list[float] = []  # what updates took from decoding, seconds
+        self.taken_s = 0.0  # the first piece's too
+
+    @contextlib.contextmanager
+    def follow(self) -> Iterator[None]:
+        """A rollout that teaches takes place within; whatever happens, nothing runs on behind it."""
+        self._reset()
+        if self._is_off or self._left_to_rest:
+            self._left_to_rest = max(self._left_to_rest - 1, 0)
+            yield
+            return
+        self._engine.on_step.append(self._observe)
+        try:
+            yield
+        finally:
+            self._engine.on_step.remove(self._observe)
+            if self._piece is not None:
+                waited_from = time.perf_counter()
+                concurrent.futures.wait([self._piece])
+                self._end_piece(self._piece, waited_s=time.perf_counter() - waited_from)
+
+    def finish(self) -> LearnReport | None:
+        """What was learnt beside the last rollout, which drafts know from now on; None where nothing was."""
+        lesson, self._lesson = self._lesson, None
+        if lesson is None:
+            return None
+        lesson.free_s = lesson.learn_s
+        self._learner.choose_vocabulary()
+        return self._learner.finish(lesson)
+
+    # -- beside the steps ----------------------------------------------------------------------------
+
+    def _observe(self, record: StepRecord) -> None:
+        self._most_seqs = max(self._most_seqs, record.num_seqs + record.num_waiting)
+        self._comparison.observe(record, is_beside=self._piece is not None)
+        if self._piece is None:
+            self._num_alone += 1
+            if self._may_begin(record):
+                self._begin_piece()
+        elif self._piece.done():
+            self._end_piece(self._piece)
+
+    def _may_begin(self, record: StepRecord) -> bool:
+        is_tail = record.num_waiting == 0 and record.num_seqs <= _TAIL * self._most_seqs
+        if self._is_over or self._learner.update_s is None or not is_tail:
+            self._num_alone = 0
+            return False
+        self._has_room = self._has_room or self._find_room()
+        return self._has_room and self._num_alone >= _STEPS_BETWEEN
+
+    def _find_room(self) -> bool:
+        if self._cores is None:
+            self._cores = IdleCores()
+        suffice = self._cores.suffice
+        self._is_over = suffice is False
+        return bool(suffice)
+
+    def _begin_piece(self) -> None:
+        if self._lesson is None:
+            self._lesson = self._learner.begin()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "fastgrpo-learner")
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._engine.is_alone = False
+        self._started_s = time.perf_counter()
+        self._piece = self._pool.submit(self._run_piece, self._lesson)
+
+    def _run_piece(self, lesson: Lesson) -> bool:
+        if self._stream is None:
+            return lesson.advance()
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+            is_done = lesson.advance()
+            self._stream.synchronize()
+        return is_done
+
+    def _end_piece(self, piece: Future[bool], *, waited_s: float = 0.0) -> None:
+        """Hear what a piece has come to.
+
+        Args:
+            waited_s: that the rollout, done otherwise, has waited for it.
+        """
+        self._piece, self._num_alone, self._engine.is_alone = None, 0, True
+        assert self._lesson is not None
+        try:
+            self._is_over = not piece.result()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._is_over = self._is_off = True
+            logger.warning("draft learning beside decoding stays off: there is no memory for both (%s)", error)
+        for listener in self.on_piece:
+            listener(BESIDE, self._started_s, time.perf_counter())
+        extra_s = self._comparison.take_extra_s()
+        if extra_s is None and not waited_s:
+            return
+        taken_s = (extra_s or 0.0) + waited_s
+        self.taken_s += max(taken_s, 0.0)
+        if self._lesson.updates_s:  # the first piece is none
+            self._compared.append(taken_s)
+            self._judge()
+
+    def _judge(self) -> None:
+        assert self._learner.update_s is not None
+        if len(self._compared) < _NUM_JUDGED:
+            return
+        taken_s = statistics.mean(self._compared)
+        if taken_s <= _MOST_TAKEN * self._learner.update_s:
+            self._rest = _REST
+            return
+        self._is_over, self._left_to_rest, self._rest = True, self._rest, min(2 * self._rest, _LONGEST_REST)
+        logger.info(
+            "draft learning goes on between rollouts: beside decoding an update takes %.3f s from it, by itself %.3f s",
+            taken_s,
+            self._learner.update_s,
+        )
