@@ -214,7 +214,7 @@ class _KnowingDrafter:
     def begin(self) -> None:
         pass
 
-    def count_unread(self, lengths: list[int]) -> int:
+    def count_unread(self, sequences: list[Sequence]) -> int:
         return 0
 
     def observe(self, sequence: Sequence, num_new_tokens: int) -> None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from conftest import HIDDEN_SIZE, VOCAB_SIZE, build_model, shared_model
 from fastgrpo import draft_loss
+from fastgrpo.blocks import BLOCK_SIZE
 from fastgrpo.drafters import DraftContext, build_drafter
 from fastgrpo.drafters.block import BlockDrafter
 from fastgrpo.drafters.block_head import DEFAULT_BLOCK_SIZE
@@ -253,6 +254,59 @@ def test_a_draft_does_not_depend_on_the_rows_beside_it_or_on_when_it_is_asked(ki
     assert {key: drafts[key] for key in shared} == {key: expected[key] for key in shared}
     if period == 1:
         assert drafts.keys() == expected.keys()
+
+
+def test_of_a_long_prompt_the_end_is_read(kind, monkeypatch):
+    """From the same block on a draft is that of the text without what stands before."""
+    monkeypatch.setattr(kind.drafter, "num_prompt_tokens", 32)
+    model = shared_model("llama", torch.float32)
+    drafter, found = kind.build(model, draft_vocab_size=50), []
+    drafter.ranks_with_noise = False  # it depends on the position in the whole text
+    for cut in (0, BLOCK_SIZE):
+        cache = drafter.target.build_cache(with_features=True)
+        lengths = [104 - cut, 100 - cut]  # of the second, as much is left before it grows
+        cache.add_rows(2)
+        sequences = []
+        for row, length in enumerate(lengths):
+            cache.reserve(row, length + 4)
+            tokens = [(7 * place + row) % 50 for place in range(cut, cut + length + 1)]
+            sequences.append(
+                Sequence(request_id=row, prompt_ids=tokens, params=SamplingParams(), max_tokens=9, stream_key=row)
+            )
+        features = torch.randn(2, 110, cache.features.data.shape[2], generator=torch.Generator().manual_seed(1))
+        for row, length in enumerate(lengths):
+            places = cache.locate(torch.full((length + 4,), row), torch.arange(length + 4))
+            cache.features.write(0, places, features[row, cut : cut + length + 4])
+        drafter.begin()
+        trees = []
+        for num_more in (0, 3):
+            for sequence in sequences:
+                sequence.token_ids += [5] * num_more
+            cache.lengths = [sequence.num_cached for sequence in sequences]
+            unread = drafter.count_unread(sequences)
+            with drafter.target.rollout_mode():
+                context = DraftContext(sequences=sequences, cache=cache, device=torch.device("cpu"))
+                trees.append(drafter.propose(context, TREE))
+            assert unread == (204 - 2 * BLOCK_SIZE if num_more == 0 else 6)
+            assert drafter.count_unread(sequences) == 0
+        found.append([part for tree in trees for part in (tree.token_ids, tree.parents, tree.scores)])
+        assert drafter._rows.cache.used_bytes == 2 * drafter._rows.cache.block_bytes, "of the prompt's end alone"
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("period", [1, 4])
+def test_long_prompts_come_and_go_as_short_ones_do(kind, period, monkeypatch):
+    monkeypatch.setattr(kind.drafter, "num_prompt_tokens", 8)
+    model = shared_model("llama", torch.float32)
+    prompts = [[3, 1, 4], [5] * 75, list(range(99)), [9, 8], [2, 3] * 40, [6] * 73]
+    params = [SamplingParams(max_tokens=3 + 3 * index, seed=2, stream=index) for index in range(6)]
+    plain = Engine(model, drafter="none", speculation="off").generate(prompts, params)
+    engine = Engine(model, drafter=kind.build(model), speculation="fixed", max_num_seqs=3)
+    engine.planner = EveryOtherStep(TREE, period)
+    completions = engine.generate(prompts, params)
+    assert [c.token_ids for c in completions] == [c.token_ids for c in plain]
+    assert any(record.offered for record in engine.records)
 
 
 def test_drafts_are_ranked_with_the_noise_of_their_position(kind):

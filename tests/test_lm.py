@@ -25,7 +25,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.planner import PlanInputs
 from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.tree import Draft, check_draft
-from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan
+from fastgrpo.types import PLAIN, SamplingParams, Sequence, SpeculationPlan
 from test_heads import EveryOtherStep
 from test_trainer import build_tokenizer, build_trainer
 from tiny import save_tiny_model
@@ -191,10 +191,18 @@ def test_slots_are_released_and_moved():
     assert cache.lengths == [0, 5]
     drafter.release(3, 3)
     assert cache.lengths == [0, 5]
-    assert drafter.count_unread([9, 4, 2]) == 10 + 0 + 3
+    assert drafter.count_unread(build_sequences([9, 4, 2])) == 10 + 0 + 3
     drafter.begin()
     assert cache.lengths == []
     assert cache.num_bytes == 0
+
+
+def build_sequences(lengths):
+    """Of so many cached tokens."""
+    return [
+        Sequence(request_id=row, prompt_ids=[1] * (length + 1), params=SamplingParams(), max_tokens=1, stream_key=row)
+        for row, length in enumerate(lengths)
+    ]
 
 
 def test_the_profiler_can_time_its_drafts():
@@ -234,7 +242,7 @@ def test_rows_beyond_its_context_get_no_draft():
         for sequence, count in zip(context.sequences, draft.num_nodes.tolist(), strict=True):
             assert (count > 1) == (len(sequence.all_token_ids) + TREE.depth - 1 <= 24)
     assert {int(n) for _, draft in drafts for n in draft.num_nodes} == {1, 1 + TREE.num_draft_tokens}
-    assert drafter.count_unread([40, 100]) == 0
+    assert drafter.count_unread(build_sequences([40, 100])) == 0
 
 
 def test_a_shallow_draft_after_a_deep_one_reads_on():

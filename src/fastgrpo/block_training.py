@@ -23,7 +23,7 @@ from fastgrpo.model import TargetModel
 
 _STRIDE = 4  # tokens, of which one is an anchor: with blocks of 8, a token is taught at two levels
 _MAX_TAUGHT = 1024  # tokens of one completion that may be anchors; its last ones
-_MAX_CONTEXT = 512  # tokens before those that are read
+_MAX_CONTEXT = BlockDrafter.num_prompt_tokens  # tokens before those that are read, as before a draft
 _ROUND_ANCHORS = 8
 _MEASURED_TOKENS = 512  # measured at once
 

@@ -248,12 +248,12 @@ class Engine:
         )
 
     def _build_inputs(self) -> PlanInputs:
-        lengths = self.cache.lengths
+        running = self.scheduler.running
         return PlanInputs(
-            num_seqs=len(self.scheduler.running),
+            num_seqs=len(running),
             num_waiting=len(self.scheduler.waiting),
-            num_read=sum(lengths),
-            num_unread=self.drafter.count_unread(lengths),
+            num_read=sum(self.cache.lengths),
+            num_unread=self.drafter.count_unread(running),
         )
 
     def _plan(self, inputs: PlanInputs) -> SpeculationPlan:

@@ -24,7 +24,7 @@ from fastgrpo.model import TargetModel
 NUM_STEPS = 3  # unroll steps: the deepest draft that is trained for
 _LEAD = NUM_STEPS - 1  # unrolled pairs before the first that teaches: deeper steps build on them
 _MAX_PAIRS = 1024  # of one completion that teach; its last ones
-_CONTEXT_PAIRS = 32  # pairs before those that teach that are read
+_CONTEXT_PAIRS = EagleDrafter.num_prompt_tokens  # pairs before those that teach that are read, as before a draft
 _MEASURED_PAIRS = 512  # measured at once
 
 

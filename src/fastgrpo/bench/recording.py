@@ -63,8 +63,8 @@ class RecordingDrafter:
             self.trees.setdefault(sequence.request_id, []).append(tree)
         return Draft.roots(context.pending_token_ids)
 
-    def count_unread(self, lengths: list[int]) -> int:
-        return self.drafter.count_unread(lengths)
+    def count_unread(self, sequences: list[Sequence]) -> int:
+        return self.drafter.count_unread(sequences)
 
     def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
         self.drafter.observe(sequence, num_new_tokens)

@@ -131,8 +131,8 @@ class AutoDrafter:
         for member in self.members:
             member.release(slot, last_slot)
 
-    def count_unread(self, lengths: list[int]) -> int:
-        return max(member.count_unread(lengths) for member in self.members)
+    def count_unread(self, sequences: list[Sequence]) -> int:
+        return max(member.count_unread(sequences) for member in self.members)
 
     def choose_way(self, num_live: int) -> str:
         """What drafts best with about so many live sequences, as far as was measured."""

@@ -33,6 +33,7 @@ class BlockDrafter(HeadDrafter[BlockHead]):
     """Drafts with a `BlockHead`, all levels in one pass."""
 
     name = "block"
+    num_prompt_tokens = 512
 
     @staticmethod
     def build_head(target: TargetModel, draft_vocab_size: int) -> BlockHead:
@@ -67,7 +68,8 @@ class BlockDrafter(HeadDrafter[BlockHead]):
 
     def grow(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         last = self._read_features(context)
-        levels = _BlockLevels(self, context.pending_token_ids, last, context.cache.lengths, plan.depth)
+        lengths = self._rows.place(context.cache.lengths)
+        levels = _BlockLevels(self, context.pending_token_ids, last, lengths, plan.depth)
         return grow_trees(context, plan, levels, self.calibration)
 
     def _read_features(self, context: DraftContext) -> Float[Tensor, "B H"]:
@@ -75,15 +77,16 @@ class BlockDrafter(HeadDrafter[BlockHead]):
         store = context.cache.features
         assert store is not None
         device = self.target.device
-        read, lengths = upload([self._rows.num_read, context.cache.lengths], device)
+        read, lengths, starts = upload([self._rows.num_read, context.cache.lengths, self._rows.starts], device)
         counts = lengths - read
         num_unread = sum(context.cache.lengths) - sum(self._rows.num_read)
         rows = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=num_unread)
         first = (read - counts.cumsum(0) + counts)[rows]
         positions = first + torch.arange(len(rows), device=device)
         hidden = self._fuse(store.flat(0)[context.cache.locate(rows, positions)])
-        cos, sin = (x[0] for x in self.target.decoder.rotary_emb(hidden, position_ids=positions[None]))
-        index = self._rows.cache.locate(rows, positions)
+        own = positions - starts[rows]
+        cos, sin = (x[0] for x in self.target.decoder.rotary_emb(hidden, position_ids=own[None]))
+        index = self._rows.cache.locate(rows, own)
         for number, layer in enumerate(self.fast_head.layers):
             self._rows.write(number, index, *layer.read_context(hidden, cos, sin))
         ends = context.cache.locate(torch.arange(len(counts), device=device), lengths - 1)

@@ -76,8 +76,8 @@ class Drafter(Protocol):
         """
         ...
 
-    def count_unread(self, lengths: list[int]) -> int:
-        """Cached tokens of the running rows that the drafter must still read before it can propose."""
+    def count_unread(self, sequences: list[Sequence]) -> int:
+        """Cached tokens of the running sequences, in slot order, that the drafter must read before it can propose."""
         ...
 
     def observe(self, sequence: Sequence, num_new_tokens: int) -> None:

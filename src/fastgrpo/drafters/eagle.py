@@ -41,6 +41,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
     """Drafts with an `EagleHead`, one level at a time."""
 
     name = "eagle"
+    num_prompt_tokens = 32
     _cache: SlotCache | None = None  # the target's, whose features were read last
     _replays: Replays[_Recorded] | None = None  # of drafts with the weights as they are
     _has_caught_up = False  # before the last draft, with what is not recorded
@@ -88,12 +89,12 @@ class EagleDrafter(HeadDrafter[EagleHead]):
             found = replays(
                 shape,
                 lambda: _Recorded(shape=shape, table=shape.build(self.target.device)),
-                lambda inputs: shape.fill(inputs.table, context, num_read, own),
+                lambda inputs: shape.fill(inputs.table, context, num_read, self._rows),
             )
             if found is not None:
                 parts: dict[str, Any] = {name: part[: len(lengths)] for name, part in zip(_PARTS, found, strict=True)}
                 return Draft(**parts)
-        return self._grow(HeadInputs.gather(context, num_read, own), plan)
+        return self._grow(HeadInputs.gather(context, num_read, self._rows), plan)
 
     def _grow(self, inputs: HeadInputs, plan: SpeculationPlan) -> Draft:
         return grow_trees(inputs, plan, _EagleLevels(self, inputs, self._read_pairs(inputs)), self.calibration)
@@ -143,15 +144,19 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         tokens: list[int] = []
         rows: list[int] = []
         positions: list[int] = []
+        own: list[int] = []
         for row, (sequence, read) in enumerate(zip(context.sequences, self._rows.num_read, strict=True)):
             last = context.cache.lengths[row] - 1
             tokens += sequence.all_token_ids[read + 1 : last + 1]
             positions += range(read, last)
+            own += range(read - self._rows.starts[row], last - self._rows.starts[row])
             rows += [row] * (last - read)
-        token_ids, at_rows, at = (upload(values, self.target.device) for values in (tokens, rows, positions))
+        token_ids, at_rows, at, own_at = (
+            upload(values, self.target.device) for values in (tokens, rows, positions, own)
+        )
         hidden = self._read_features(context.cache.locate(at_rows, at))
-        cos, sin = self._rotation(at, hidden)
-        places = self._rows.cache.locate(at_rows, at)
+        cos, sin = self._rotation(own_at, hidden)
+        places = self._rows.cache.locate(at_rows, own_at)
         if self._layer is not None:
             self._layer.store(self.target.embed_tokens, token_ids, hidden, cos, sin, places, self._rows)
             return

@@ -44,6 +44,7 @@ class HeadDrafter(ABC, Generic[Head]):
     name: str
     wants_features = True
     can_be_timed = True
+    num_prompt_tokens: int  # read of each prompt, as many as in training
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class HeadDrafter(ABC, Generic[Head]):
         self.head: Head = head.to(target.device)
         if target.dtype in (torch.bfloat16, torch.float16):
             self.head.lm_head.to(target.dtype)  # not trained: a copy of the target's rows as they are
-        self._rows = HeadRows(target, num_layers=self.head.num_layers)
+        self._rows = HeadRows(target, self.head.num_layers, self.num_prompt_tokens)
         self.refresh()
 
     # -- a kind of head ------------------------------------------------------------------------------
@@ -155,8 +156,8 @@ class HeadDrafter(ABC, Generic[Head]):
         self.calibration.fit()
         self.refresh()
 
-    def count_unread(self, lengths: list[int]) -> int:
-        return self._rows.count_unread(lengths)
+    def count_unread(self, sequences: list[Sequence]) -> int:
+        return self._rows.count_unread(sequences)
 
     def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
         pass  # features and tokens are read when they are needed
@@ -172,7 +173,7 @@ class HeadDrafter(ABC, Generic[Head]):
         if min(lengths) == 0:  # a one-token prompt has no feature yet
             return Draft.roots(context.pending_token_ids)
         try:
-            self._rows.reserve(lengths, plan.width * plan.depth)
+            self._rows.reserve(context.sequences, plan.width * plan.depth)
             draft = self.grow(context, plan)
             self._rows.finish(lengths)
         finally:

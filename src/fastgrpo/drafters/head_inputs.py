@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgrpo.cache import SlotCache
 from fastgrpo.drafters.drafter import DraftContext
+from fastgrpo.drafters.head_rows import HeadRows
 from fastgrpo.graphs import round_blocks, round_size
 from fastgrpo.sampling import NUM_COLUMNS, SamplingBatch, SamplingKind
 from fastgrpo.transfer import copy_to, upload
@@ -21,7 +22,7 @@ _COLUMNS = 3 + NUM_COLUMNS  # of a table, before a row's unread tokens and its b
 
 @dataclass(frozen=True, kw_only=True)
 class HeadInputs:
-    """B sequences; pair i of a sequence is (feature of token i, token i + 1)."""
+    """B sequences; pair i is (feature of token i, token i + 1), counted from where the sequence's own row begins."""
 
     sampling: SamplingBatch
     pending_token_ids: Int[Tensor, " B"]
@@ -29,12 +30,16 @@ class HeadInputs:
     num_read: Int[Tensor, " B"]  # pairs that were read before
     unread: Int[Tensor, "B N"]  # token i + 1 of the pairs that were not; padded behind them
     counts: tuple[int, ...] | None  # of those; None: padding is computed too, and nobody looks at what comes of it
-    blocks: Int[Tensor, "B K"]  # of the target's cache
+    blocks: Int[Tensor, "B K"]  # of the target's cache, from there on
     own_blocks: Int[Tensor, "B J"]  # of the head's
 
     @staticmethod
-    def gather(context: DraftContext, num_read: list[int], own: SlotCache) -> HeadInputs:
-        """Those of the running sequences, as many numbers as there are."""
+    def gather(context: DraftContext, num_read: list[int], rows: HeadRows) -> HeadInputs:
+        """Those of the running sequences, as many numbers as there are.
+
+        Args:
+            num_read: tokens of each sequence, from the first on.
+        """
         lengths, device = context.cache.lengths, context.device
         counts = [length - read for length, read in zip(lengths, num_read, strict=True)]
         width = max(counts)
@@ -45,12 +50,12 @@ class HeadInputs:
         return HeadInputs(
             sampling=context.sampling,
             pending_token_ids=context.pending_token_ids,
-            lengths=upload(lengths, device),
-            num_read=upload(num_read, device),
+            lengths=upload(rows.place(lengths), device),
+            num_read=upload(rows.place(num_read), device),
             unread=upload(tokens, device),
             counts=tuple(counts),
-            blocks=context.cache.blocks,
-            own_blocks=own.blocks,
+            blocks=upload(rows.shift_table(context.cache.table), device) if any(rows.starts) else context.cache.blocks,
+            own_blocks=rows.cache.blocks,
         )
 
 
@@ -90,18 +95,18 @@ class TableShape:
     def build(self, device: torch.device) -> Int[Tensor, "R C"]:
         return torch.zeros(self.rows, _COLUMNS + sum(self.widths), dtype=torch.int64, device=device)
 
-    def fill(self, table: Int[Tensor, "R C"], context: DraftContext, num_read: list[int], own: SlotCache) -> None:
+    def fill(self, table: Int[Tensor, "R C"], context: DraftContext, num_read: list[int], rows: HeadRows) -> None:
         """Copy what `read` gives back, in one go; rows without a sequence write to the scratch block."""
-        sequences, lengths = context.sequences, context.cache.lengths
+        sequences, lengths, own = context.sequences, context.cache.lengths, rows.cache
         count = len(sequences)
         values = np.zeros(table.shape, dtype=np.int64)
         values[:count, 0] = [sequence.pending_token_id for sequence in sequences]
-        values[:count, 1], values[:count, 2] = lengths, num_read
+        values[:count, 1], values[:count, 2] = rows.place(lengths), rows.place(num_read)
         values[:count, 3:_COLUMNS] = context.columns.T
         unread, blocks, own_blocks = np.split(values[:, _COLUMNS:], np.cumsum(self.widths)[:-1], axis=1)
         for row, (sequence, length, read) in enumerate(zip(sequences, lengths, num_read, strict=True)):
             unread[row, : length - read] = sequence.last_token_ids(length - read)
-        blocks[:count, : context.cache.table.shape[1]] = context.cache.table
+        blocks[:count, : context.cache.table.shape[1]] = rows.shift_table(context.cache.table)
         own_blocks[:count, : own.table.shape[1]] = own.table
         own_blocks[count:] = own.take_scratch()
         copy_to(table, values)

@@ -1,13 +1,20 @@
-"""Keys and values of a draft head, one row for each running sequence, in the order of the engine's slots."""
+"""Keys and values of a draft head, one row for each running sequence, in the order of the engine's slots.
+
+Of a prompt only the end is read, as much as the head has seen of prompts when it was trained: of long ones that saves
+nearly all of what a first draft costs. Positions here are those of the row, which begins with the first token read.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgrpo.attention import ForwardBatch, attend_to_rows
+from fastgrpo.blocks import BLOCK_SIZE
 from fastgrpo.cache import SlotCache
 from fastgrpo.model import TargetModel
+from fastgrpo.types import Sequence
 
 
 class HeadRows:
@@ -16,10 +23,16 @@ class HeadRows:
     Args:
         target: heads have its key heads, and its type when they draft.
         num_layers: of the head.
+        num_prompt_tokens: read of each prompt, its last ones; up to a block more.
+
+    Attributes:
+        starts: the first token read of each row's sequence, the first of a block.
     """
 
-    def __init__(self, target: TargetModel, num_layers: int) -> None:
+    def __init__(self, target: TargetModel, num_layers: int, num_prompt_tokens: int) -> None:
         self.head_dim = target.head_dim
+        self.num_prompt_tokens = num_prompt_tokens
+        self.starts: list[int] = []
         self.cache = SlotCache(
             num_layers=num_layers,
             num_kv_heads=target.num_kv_heads,
@@ -31,24 +44,54 @@ class HeadRows:
 
     @property
     def num_read(self) -> list[int]:
-        """Positions of each row that were read; rows admitted after the last draft are not listed."""
-        return self.cache.lengths
+        """Tokens of each row's sequence that were read or left out; rows admitted after the last draft are not listed.
+
+        What was left out stands before the row.
+        """
+        return [start + length for start, length in zip(self.starts, self.cache.lengths, strict=True)]
 
     def clear(self) -> None:
         self.cache.clear()
+        self.starts = []
 
-    def count_unread(self, lengths: list[int]) -> int:
-        return sum(lengths) - sum(self.num_read[: len(lengths)])
+    def count_unread(self, sequences: list[Sequence]) -> int:
+        """Cached tokens of the running sequences that are to be read before the next draft."""
+        num_read = sum(self._list_starts(sequences)) + sum(self.cache.lengths[: len(sequences)])
+        return sum(sequence.num_cached for sequence in sequences) - num_read
 
-    def reserve(self, lengths: list[int], num_nodes: int) -> None:
-        """The first slots run; make room for so many positions of each and a draft behind them."""
-        self.cache.add_rows(len(lengths) - len(self.num_read))
-        for row, length in enumerate(lengths):
-            self.cache.reserve(row, length + num_nodes)
+    def reserve(self, sequences: list[Sequence], num_nodes: int) -> None:
+        """The first slots run these; make room for what is cached of each and a draft behind it."""
+        self.starts = self._list_starts(sequences)
+        self.cache.add_rows(len(sequences) - len(self.cache.lengths))
+        for row, (sequence, start) in enumerate(zip(sequences, self.starts, strict=True)):
+            self.cache.reserve(row, sequence.num_cached - start + num_nodes)
+
+    def _list_starts(self, sequences: list[Sequence]) -> list[int]:
+        """Kept where a row has been read from."""
+        kept = [start if length else None for start, length in zip(self.starts, self.cache.lengths, strict=True)]
+        kept += [None] * (len(sequences) - len(kept))
+        return [
+            self._find_start(sequence) if start is None else start
+            for start, sequence in zip(kept, sequences, strict=True)
+        ]
+
+    def _find_start(self, sequence: Sequence) -> int:
+        return max(len(sequence.prompt_ids) - self.num_prompt_tokens, 0) // BLOCK_SIZE * BLOCK_SIZE
+
+    def place(self, lengths: list[int]) -> list[int]:
+        """Tokens of the sequences, counted from the first ones, as positions of their rows."""
+        return [length - start for length, start in zip(lengths, self.starts, strict=True)]
+
+    def shift_table(self, table: np.ndarray) -> np.ndarray:
+        """The target's table of blocks, [B, K], each row from the block on that the head's row begins with."""
+        if not any(self.starts):
+            return table
+        columns = np.arange(table.shape[1]) + np.array(self.starts)[:, None] // BLOCK_SIZE
+        return np.take_along_axis(table, columns.clip(max=table.shape[1] - 1), axis=1)
 
     def finish(self, lengths: list[int]) -> None:
-        """So many positions of each row were read."""
-        self.cache.lengths = list(lengths)
+        """So many tokens of each sequence were read."""
+        self.cache.lengths = self.place(lengths)
 
     def trim(self) -> None:
         """What was drafted behind the positions that were read goes."""
@@ -56,6 +99,9 @@ class HeadRows:
 
     def release(self, slot: int, last_slot: int) -> None:
         """The sequence of `slot` runs no more; the one of `last_slot` moves there."""
+        if last_slot < len(self.starts):
+            self.starts[slot] = self.starts[-1]
+            self.starts.pop()
         self.cache.release(slot, last_slot)
 
     def write(

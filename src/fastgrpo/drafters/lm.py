@@ -75,8 +75,9 @@ class LmDrafter:
         self.cache.clear()
         self.calibration.fit()
 
-    def count_unread(self, lengths: list[int]) -> int:
+    def count_unread(self, sequences: list[Sequence]) -> int:
         """Tokens to read, the pending ones included; rows that are too long for the LM are not read any more."""
+        lengths = [sequence.num_cached for sequence in sequences]
         read = self.cache.lengths + [0] * (len(lengths) - len(self.cache.lengths))
         return sum(
             length + 1 - done for length, done in zip(lengths, read, strict=True) if length < self.lm.max_position

@@ -73,7 +73,7 @@ class NgramDrafter:
         self._prompts.clear()
         self.calibration.fit()
 
-    def count_unread(self, lengths: list[int]) -> int:
+    def count_unread(self, sequences: list[Sequence]) -> int:
         return 0
 
     def observe(self, sequence: Sequence, num_new_tokens: int) -> None:

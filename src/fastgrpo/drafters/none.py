@@ -20,7 +20,7 @@ class NoDrafter:
     def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         return Draft.roots(context.pending_token_ids)
 
-    def count_unread(self, lengths: list[int]) -> int:
+    def count_unread(self, sequences: list[Sequence]) -> int:
         return 0
 
     def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
