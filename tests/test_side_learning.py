@@ -220,8 +220,8 @@ def test_updates_that_take_too_much_from_decoding_are_given_up_for_longer_and_lo
         school.side.finish()
         return count
 
-    assert roll(0.02) > 3, "a fifth of its own time"
-    assert roll(0.09) == 3, "judged by two updates, behind the piece that judges the head"
+    assert roll(0.02) > 4, "a fifth of its own time"
+    assert 3 < roll(0.09) <= 6, "judged by most of the last ones"
     rests = []
     for _ in range(3):
         count = 0
@@ -231,8 +231,8 @@ def test_updates_that_take_too_much_from_decoding_are_given_up_for_longer_and_lo
     assert rests == [8, 16, 32]
     for _ in range(64):
         assert roll(0.02) == 0
-    assert roll(0.02) > 3, "asked again, it pays"
-    assert roll(0.09) == 3 and [roll(0.02) for _ in range(9)] == [0] * 8 + [roll(0.02)], "and the rest is short again"
+    assert roll(0.02) > 4, "asked again, it pays"
+    assert roll(0.09) > 3 and [roll(0.02) > 0 for _ in range(9)] == [False] * 8 + [True], "and the rest is short again"
 
 
 def collect(school: School) -> list[FinishedRollout]:

@@ -25,7 +25,7 @@ _TAIL = 0.5  # of the sequences are still running: the others are there to learn
 _STEPS_BETWEEN = 3  # steps without an update between two with one, to compare with
 _KEPT_STEPS = 8  # of one kind, of those
 _MOST_TAKEN = 0.5  # of an update's own time, from decoding: with more it is made between rollouts
-_NUM_JUDGED = 2  # updates that are judged by
+_LEAST_JUDGED, _MOST_JUDGED = 2, 8  # updates that are judged by, the last ones: their median, for machines are noisy
 _REST, _LONGEST_REST = 8, 256  # rollouts without, once it did not pay
 
 
@@ -79,6 +79,7 @@ class SideLearning:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool: ThreadPoolExecutor | None = None
         self._left_to_rest, self._rest = 0, _REST
+        self._compared: deque[float] = deque(maxlen=_MOST_JUDGED)  # what updates took from decoding, seconds
         self._is_off = False
         self._reset()
 
@@ -91,7 +92,6 @@ class SideLearning:
         self._is_over = False
         self._piece: Future[bool] | None = None
         self._started_s = 0.0
-        self._compared: list[float] = []  # what updates took from decoding, seconds
         self.taken_s = 0.0  # the first piece's too
 
     @contextlib.contextmanager
@@ -195,13 +195,14 @@ class SideLearning:
 
     def _judge(self) -> None:
         assert self._learner.update_s is not None
-        if len(self._compared) < _NUM_JUDGED:
+        if len(self._compared) < _LEAST_JUDGED:
             return
-        taken_s = statistics.mean(self._compared)
+        taken_s = statistics.median(self._compared)
         if taken_s <= _MOST_TAKEN * self._learner.update_s:
             self._rest = _REST
             return
         self._is_over, self._left_to_rest, self._rest = True, self._rest, min(2 * self._rest, _LONGEST_REST)
+        self._compared.clear()
         logger.info(
             "draft learning goes on between rollouts: beside decoding an update takes %.3f s from it, by itself %.3f s",
             taken_s,
