@@ -425,6 +425,27 @@ def test_savings_step_aside_for_a_loss_of_ones_own(tmp_path: Path, caplog: pytes
     assert sum(ours[1].rows) == sum(stock[1].rows)
 
 
+class AllOwnLossTrainer(FastGRPOTrainer):
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        return next(p for p in model.parameters() if p.requires_grad).sum() * inputs["advantages"].sum()
+
+
+def test_advantages_that_are_not_finite_never_reach_a_loss_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = GRPOTrainer._generate_and_score_completions
+
+    def spoil(self: Any, inputs: Any) -> dict[str, Any]:
+        output = given(self, inputs)
+        return output | {"advantages": output["advantages"] * math.nan}
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", spoil)
+    trainer = build(AllOwnLossTrainer, tmp_path)
+    with pytest.raises(FloatingPointError, match="half_reward"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
 def test_none_leaves_a_completion_out_as_in_trl(tmp_path: Path) -> None:
     ours = train(FastGRPOTrainer, tmp_path / "ours", reward=patchy_reward)
     stock = train(StockTrainer, tmp_path / "stock", reward=patchy_reward)

@@ -297,6 +297,34 @@ def test_a_backend_that_reads_the_mask_is_told_so() -> None:
         torch.zeros(1, 1, 3, 3) + mask
 
 
+@pytest.mark.parametrize("fault", ["reads", "ignores"])
+def test_a_model_that_does_not_take_the_mask_trains_without_sharing(
+    tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its kind is one that does; the run goes on, with one line in the log."""
+    model = build_model("llama", torch.float32)
+    for layer in model.model.layers:
+        forward = layer.self_attn.forward
+
+        def attend(*args: Any, forward: Any = forward, **kwargs: Any) -> Any:
+            mask = kwargs["attention_mask"]
+            if fault == "reads":
+                kwargs["attention_mask"] = None if mask is None else mask * 1.0
+            elif isinstance(mask, SegmentMask):
+                kwargs["attention_mask"] = None
+            return forward(*args, **kwargs)
+
+        layer.self_attn.forward = attend
+    with caplog.at_level(logging.WARNING):
+        trainer = build_trainer(tmp_path, model=model, speculation="off", max_steps=1)
+    expected = "does not take the mask" if fault == "reads" else "does not keep to the mask"
+    assert [expected in record.getMessage() for record in caplog.records if "share_prompts" in record.getMessage()] == [
+        True
+    ]
+    assert not trainer.savings.shares_prompts
+    trainer.train()
+
+
 def test_rows_that_gain_nothing_stay_a_batch() -> None:
     for rows, is_packed in (([(5, 4)] * 4, True), ([(5, 4), (6, 3)], False), ([(5, 9), (6, 1), (7, 1)], True)):
         batch = build_batch(rows)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import threading
 import time
 from collections import namedtuple
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,12 @@ import torch
 
 from conftest import build_model
 from fastgrpo import idleness
+from fastgrpo.attention import ATTENTION_NAME
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.idleness import IdleCores
-from fastgrpo.learner import Learner
+from fastgrpo.learner import Learner, LearnReport
 from fastgrpo.side_learning import SideLearning, StepComparison
-from fastgrpo.types import BESIDE, PLAIN, SamplingParams, SpeculationPlan, StepRecord
+from fastgrpo.types import BESIDE, PLAIN, SamplingParams, Sequence, SpeculationPlan, StepRecord
 from test_trainer import assert_same_weights, build_trainer, weights_of
 
 PLAN = SpeculationPlan(depth=2, width=1, num_draft_tokens=2)
@@ -46,6 +50,15 @@ def busy_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(IdleCores, "suffice", False)
 
 
+class Inline:
+    """Does at once what a thread is given."""
+
+    def submit(self, function: Any, *args: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*args))
+        return done
+
+
 class School:
     """An engine whose head learns beside it."""
 
@@ -65,6 +78,23 @@ class School:
             completions = self.engine.generate([PROMPTS[0]] * len(LENGTHS), PARAMS)
         return [completion.token_ids for completion in completions]
 
+    @contextlib.contextmanager
+    def follow(self) -> Iterator[None]:
+        """A rollout that is made up, by `listen`; pieces are done at once."""
+        self.side._pool = Inline()
+        self.engine.scheduler.add(Sequence(request_id=0, prompt_ids=[1], params=PARAMS[0], max_tokens=1, stream_key=0))
+        with self.side.follow():
+            yield
+        self.engine.scheduler.abort()
+
+    def listen(self, record: StepRecord) -> None:
+        for listener in self.engine.on_step:
+            listener(record)
+
+    def finish(self) -> LearnReport | None:
+        lesson = self.side.take_lesson()
+        return None if lesson is None else self.learner.finish(lesson)
+
     def weights(self) -> torch.Tensor:
         return torch.cat([p.detach().flatten().float() for p in self.learner.drafter.head.parameters()])
 
@@ -82,11 +112,15 @@ def test_steps_are_compared_with_like_ones() -> None:
     comparison.observe(build_record(4, 0.016), is_beside=True)
     comparison.observe(build_record(4, 0.114, prefill_s=0.1), is_beside=True)
     comparison.observe(build_record(4, 9.0, is_steady=False), is_beside=True)
-    comparison.observe(build_record(3, 9.0), is_beside=True)
+    comparison.observe(build_record(3, 9.0), is_beside=True)  # three quarters of the sequences: too few
     assert comparison.take_extra_s() == pytest.approx(2 * 0.010), "two of four steps, that stand for all"
     assert comparison.take_extra_s() is None
     comparison.observe(build_record(2, 9.0), is_beside=True)
     assert comparison.take_extra_s() is None, "none is like it"
+    for num_seqs, step_s in ((10, 0.020), (7, 0.014)):
+        comparison.observe(build_record(num_seqs, step_s), is_beside=False)
+    comparison.observe(build_record(8, 0.021), is_beside=True)
+    assert comparison.take_extra_s() == pytest.approx(0.007), "with the nearest number of sequences"
 
 
 # -- beside a rollout --------------------------------------------------------------------------------
@@ -95,19 +129,19 @@ def test_steps_are_compared_with_like_ones() -> None:
 def test_learning_beside_changes_no_token_and_no_draft_of_the_rollout(idle_cores: None) -> None:
     alone, school = School(lessons=0), School()
     expected, before = alone.roll_out(), school.weights()
-    assert alone.side.finish() is None, "what an update takes by itself is not known"
+    assert alone.side.take_lesson() is None, "what an update takes by itself is not known"
     drafting = [p.clone() for p in school.engine.drafter.fast_head.parameters()]
     assert school.roll_out() == expected
     assert all(map(torch.equal, drafting, school.engine.drafter.fast_head.parameters())), "not before it is finished"
     assert school.engine.is_alone and len(school.engine.on_step) == 0
     updates = school.learner.num_updates
-    report = school.side.finish()
+    report = school.finish()
     assert report is not None and report.num_updates >= 1 and report.num_updates <= updates
     assert report.num_tokens > 0 and 0 < report.free_s < report.learn_s, "refreshing is not hidden"
     assert not torch.equal(school.weights(), before)
     assert not all(map(torch.equal, drafting, school.engine.drafter.fast_head.parameters()))
     assert len(school.spans) >= 1 + report.num_updates and {name for name, *_ in school.spans} == {BESIDE}
-    assert school.side.finish() is None
+    assert school.finish() is None
     late = school.learner.begin().rollouts
     assert {len(rollout.token_ids) for rollout in late} <= {60}, "those that ended later wait for the next lesson"
 
@@ -133,7 +167,7 @@ def test_the_planner_learns_no_costs_from_steps_with_something_beside(idle_cores
 def test_nothing_is_learnt_beside_where_no_core_is_idle() -> None:
     school = School()
     school.roll_out()
-    assert school.side.finish() is None and not school.spans
+    assert school.finish() is None and not school.spans
     assert len(school.learner.begin().rollouts) == len(LENGTHS), "they teach behind the rollout"
 
 
@@ -149,6 +183,7 @@ def test_a_rollout_that_breaks_off_leaves_no_piece_behind(idle_cores: None) -> N
         school.roll_out()
     school.engine.on_step.remove(give_up)
     assert school.engine.is_alone and not school.engine.on_step
+    assert school.side.take_lesson() is None and len(school.learner.begin().rollouts) >= 6, "they teach later"
     taught = school.roll_out()
     assert taught == School(lessons=0).roll_out()
 
@@ -164,10 +199,10 @@ def test_memory_for_both_is_not_there(idle_cores: None, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         assert school.roll_out() == expected
     assert "beside decoding stays off" in caplog.text
-    assert school.side.finish().num_updates == 0
+    assert school.finish().num_updates == 0
     school.learner.update = given
     school.roll_out()
-    assert school.side.finish() is None, "nor later"
+    assert school.finish() is None, "nor later"
     assert school.learner.learn(0.0).num_updates == 1
 
 
@@ -183,29 +218,55 @@ def test_an_error_of_a_lesson_is_heard(idle_cores: None) -> None:
     assert school.engine.is_alone
 
 
+def test_the_last_piece_ends_with_the_rollouts_weights(idle_cores: None) -> None:
+    """Adapters are merged while it runs."""
+    school, modes = School(), []
+    school.side.on_piece.append(lambda *_: modes.append(school.engine.target.config._attn_implementation))
+    school.roll_out()
+    assert modes and set(modes) == {ATTENTION_NAME}
+
+
+def test_what_nothing_is_like_is_charged_and_given_up(idle_cores: None) -> None:
+    """Every step has a plan of its own, so that none says what another takes."""
+    school = School()
+    for rollout in collect(school):
+        school.learner.add(rollout)
+    school.learner.update_s, beside = 0.1, 0
+    with school.follow():
+        for step, num_seqs in enumerate([8] * 3 + [2] * 40):
+            beside += not school.engine.is_alone
+            plan = SpeculationPlan(depth=1, width=1 + step, num_draft_tokens=1)
+            school.listen(build_record(num_seqs, 0.01, plan))
+    assert beside == 3 and school.side.taken_s == pytest.approx(0.3, abs=0.01)
+    assert school.side.take_lesson().free_s == 0
+
+
+def test_a_tail_too_short_for_an_update_leaves_the_lesson_to_be_gone_on_with(idle_cores: None) -> None:
+    school = School()
+    for rollout in collect(school):
+        school.learner.add(rollout)
+    with school.follow():
+        for num_seqs in [8] * 3 + [2] * 5:
+            school.listen(build_record(num_seqs, 0.01))
+    lesson = school.side.take_lesson()
+    assert lesson is not None and lesson.num_updates == 0, "the head was judged"
+    report = school.learner.learn(0.0, lesson=lesson)
+    assert report.num_updates == 1 and math.isfinite(report.held_out_loss)
+    assert not school.learner.begin().rollouts
+
+
 # -- whether it pays ---------------------------------------------------------------------------------
-
-
-class Inline:
-    """Does at once what a thread is given."""
-
-    def submit(self, function: Any, *args: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(function(*args))
-        return done
 
 
 def play(school: School, *, extra_s: float, update_s: float = 0.1) -> int:
     """A rollout's records, steps with an update beside them longer; returns how many had one."""
     num_beside = 0
     school.learner.update_s = update_s
-    with school.side.follow():
-        school.side._pool = Inline()
+    with school.follow():
         for num_seqs in [8] * 3 + [2] * 40:
             is_beside = not school.engine.is_alone
             num_beside += is_beside
-            for listener in school.engine.on_step:
-                listener(build_record(num_seqs, 0.01 + is_beside * extra_s))
+            school.listen(build_record(num_seqs, 0.01 + is_beside * extra_s))
     return num_beside
 
 
@@ -217,7 +278,7 @@ def test_updates_that_take_too_much_from_decoding_are_given_up_for_longer_and_lo
         for rollout in rollouts:
             school.learner.add(rollout)
         count = play(school, extra_s=extra_s)
-        school.side.finish()
+        school.finish()
         return count
 
     assert roll(0.02) > 4, "a fifth of its own time"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -218,8 +219,8 @@ def test_a_wrong_number_of_rewards_is_named(tmp_path: Path) -> None:
         build(tmp_path, judge).train()
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_a_reward_that_hangs_is_timed_out_by_name(tmp_path: Path, is_async: bool) -> None:
+@pytest.mark.parametrize("kind", ["sync", "async", "stubborn"])
+def test_a_reward_that_hangs_is_timed_out_by_name(tmp_path: Path, kind: str) -> None:
     release, count = threading.Event(), [0]
 
     def judge(**_: Any) -> list[float]:
@@ -234,7 +235,15 @@ def test_a_reward_that_hangs_is_timed_out_by_name(tmp_path: Path, is_async: bool
             await asyncio.sleep(30)
         return [1.0]
 
-    reward = per_completion(judge_later if is_async else judge)
+    async def judge_on(**_: Any) -> list[float]:
+        """Will not be cancelled."""
+        own = count[0] = count[0] + 1
+        while own in (2, 3) and not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.05)
+        return [1.0]
+
+    reward = per_completion({"sync": judge, "async": judge_later, "stubborn": judge_on}[kind])
     trainer = build(tmp_path, reward, reward_timeout_s=0.3, max_reward_calls=2)
     with pytest.raises(TimeoutError, match=r"function 'judge.*' gave no reward for completion \d within 0.3 s \(\["):
         trainer.train()

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastgrpo import FastGRPOTrainer, per_completion
 from fastgrpo.idleness import IdleCores
-from test_savings import StockTrainer, assert_same_training, half_reward, train
+from test_savings import StockTrainer, assert_same_training, constant_reward, half_reward, train
 from test_sharing import ROWS, build_scoring_model, compute_gradient
 from test_trainer import build_trainer
 
@@ -34,6 +34,8 @@ ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 
 CASES: list[dict[str, Any]] = [
     {"reward": half_reward, **ACCUMULATED},
     {"reward": constant_in_one_process, **ACCUMULATED},
+    {"reward": constant_reward, **ACCUMULATED},
+    {"reward": constant_reward, "num_iterations": 2, "max_steps": 4, **ACCUMULATED},
     {"reward": uneven_reward, "stream_rewards": True, **ACCUMULATED},
     {"reward": half_reward, "loss_type": "grpo", "beta": 0.04, "peft": True, "num_iterations": 2, **ACCUMULATED},
     {"reward": uneven_reward, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},  # groups are cut
@@ -55,6 +57,8 @@ def run_process(rank: int, folder: Path, port: int) -> None:
             assert count == 6 < stock_count, (
                 "one row of each micro-batch, so that the other process is not left waiting"
             )
+        elif keys["reward"] is constant_reward:
+            assert (count == 0) == ("num_iterations" not in keys), "nothing to compute, in no process"
         elif keys["reward"] is half_reward and "beta" not in keys:
             assert count < stock_count
     learn_while_the_other_decodes(rank, folder / "idle")

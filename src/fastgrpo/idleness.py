@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
+from typing import Any, ClassVar
 
 import psutil
 import torch
 import torch.distributed as dist
 
 _WINDOW_S = 0.1  # the system counts in hundredths of a second
+_ENOUGH = 0.75  # of a core for each thread: the system itself takes something too
 _KEY = "fastgrpo/done"  # what all processes have done, counted
-_ENOUGH = 0.75  # of the cores that PyTorch's threads would take: the system itself takes something too
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container (cgroup version 2)
 
 
 class IdleCores:
-    """Cores that nobody uses, this process and all others considered, from now on."""
+    """Cores that this process could still take, others on the machine considered, from now on."""
 
     def __init__(self) -> None:
-        self._since, self._idle_s = time.perf_counter(), _read_idle_s()
+        self._since, self._idle_s, self._own_s = time.perf_counter(), _read_idle_s(), time.process_time()
 
     @property
     def suffice(self) -> bool | None:
-        """Whether as many stood idle as PyTorch has threads; None while too little time has passed to say."""
+        """Whether a core, or most of it, was idle for each of PyTorch's threads; None where it is too early to say."""
         elapsed_s = time.perf_counter() - self._since
         if elapsed_s < _WINDOW_S:
             return None
-        num_idle = min((_read_idle_s() - self._idle_s) / elapsed_s, _count_own_cores())
-        return num_idle >= _ENOUGH * torch.get_num_threads()
+        idle = (_read_idle_s() - self._idle_s) / elapsed_s
+        left = _count_own_cores() - (time.process_time() - self._own_s) / elapsed_s
+        return min(idle, left) >= _ENOUGH * torch.get_num_threads()
 
 
 class OtherProcesses:
@@ -36,15 +40,19 @@ class OtherProcesses:
     Each builds one whenever it has done its part of what all do, before they meet again.
     """
 
-    _num_done = 0  # by this process
+    _known: ClassVar[Any] = None  # the store of this run
+    _num_done: ClassVar[int] = 0  # by this process, since there is that store
 
     def __init__(self) -> None:
-        OtherProcesses._num_done += 1
         self._num_processes = dist.get_world_size() if dist.is_initialized() else 1
-        if self._num_processes > 1:
-            self._all_done = self._num_processes * OtherProcesses._num_done
-            self._store = dist.distributed_c10d._get_default_store()  # a collective would have to keep its turn
-            self._store.add(_KEY, 1)
+        if self._num_processes == 1:
+            return
+        self._store = dist.distributed_c10d._get_default_store()  # a collective would have to keep its turn
+        own = type(self)
+        own._num_done = own._num_done + 1 if self._store is own._known else 1
+        own._known = self._store
+        self._all_done = self._num_processes * own._num_done
+        self._store.add(_KEY, 1)
 
     def are_busy(self) -> bool:
         return self._num_processes > 1 and self._store.add(_KEY, 0) < self._all_done
@@ -65,5 +73,11 @@ def _read_idle_s() -> float:
     return float(times.idle + getattr(times, "iowait", 0.0))
 
 
-def _count_own_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _count_own_cores() -> float:
+    """That this process may use."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(float, _QUOTA.read_text().split())
+    except (OSError, ValueError):  # no such file, or no limit: `max`
+        return num_cores
+    return min(num_cores, quota / period)

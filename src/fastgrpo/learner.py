@@ -1,4 +1,4 @@
-"""Online draft learning: after a rollout, the head learns from what the target already computed.
+"""Online draft learning: the head learns from what the target already computed in its rollouts.
 
 No target forward: features and final hidden states were kept when tokens were verified. The head is
 unrolled on its own outputs as it is when it drafts (training-time test of EAGLE-3, arXiv:2503.01840)
@@ -44,7 +44,7 @@ class LearnReport:
     num_updates: int
     num_skipped: int  # batches with a non-finite loss or gradient, and rollouts with such features
     learn_s: float
-    free_s: float  # of these, while the machine would have waited
+    free_s: float  # of these, what the run is none the longer for
     held_out_loss: float  # of the head as it came, on new rollouts before they were learnt from; all unroll steps
     effort: float  # share of the budget that was allowed, in (0, 1]
     is_rolled_back: bool  # the head had got worse than the best so far, which took its place
@@ -191,25 +191,31 @@ class Learner:
             self._num_dropped += 1
 
     def learn(
-        self, budget_s: float, *, max_updates: int | None = None, is_free: Callable[[], bool] = lambda: False
+        self,
+        budget_s: float,
+        *,
+        max_updates: int | None = None,
+        is_free: Callable[[], bool] = lambda: False,
+        lesson: Lesson | None = None,
     ) -> LearnReport:
         """Judge the head on the new rollouts; learn from them, then from replayed ones while time is left.
 
-        At least one update is made, whatever the budget, so that learning never stops silently.
+        At least one update is tried, whatever the budget, so that learning never stops silently.
 
         Args:
             budget_s: seconds that updates may take; where learning does not help, only a part of them is used.
             max_updates: updates at most, of which a part as well; None leaves it to the time.
             is_free: whether the machine would wait now, so that an update takes nothing of the budget.
+            lesson: that has begun already, to go on with.
         """
         started = time.perf_counter()
         self.choose_vocabulary()
-        lesson = self.begin()
-        lesson.learn_s = time.perf_counter() - started
+        lesson, num_before = lesson or self.begin(), len(lesson.updates_s) if lesson else 0
+        lesson.learn_s += time.perf_counter() - started
         is_still_free = is_free()
         while lesson.num_updates < (math.inf if max_updates is None else max(1, round(max_updates * lesson.effort))):
             expected_s = lesson.learn_s - lesson.free_s + lesson.slowest_s
-            if lesson.num_updates and not is_still_free and expected_s > budget_s * lesson.effort:
+            if lesson.updates_s and not is_still_free and expected_s > budget_s * lesson.effort:
                 break
             before_s = lesson.learn_s
             if not lesson.advance():
@@ -217,9 +223,10 @@ class Learner:
             is_still_free = is_still_free and is_free()
             if is_still_free:
                 lesson.free_s += lesson.learn_s - before_s
-        if self._is_prepared and lesson.updates_s:
-            self.update_s = statistics.median(lesson.updates_s)
-        self._is_prepared = self._is_prepared or bool(lesson.updates_s)
+        own_s = lesson.updates_s[num_before:]
+        if self._is_prepared and own_s:
+            self.update_s = statistics.median(own_s)
+        self._is_prepared = self._is_prepared or bool(own_s)
         return self.finish(lesson)
 
     def begin(self) -> Lesson:
@@ -238,6 +245,10 @@ class Learner:
         lesson.num_skipped += self._num_dropped
         self._num_dropped = 0
         return lesson.build_report()
+
+    def put_back(self, lesson: Lesson) -> None:
+        """The lesson ends with nothing taught: its rollouts are new ones again."""
+        self._new.extendleft(reversed(lesson.rollouts))
 
     def choose_vocabulary(self) -> None:
         """Draft from what rollouts say most, from the next `finish` on."""

@@ -15,7 +15,7 @@ import torch
 
 from fastgrpo.engine import Engine
 from fastgrpo.idleness import IdleCores
-from fastgrpo.learner import Learner, LearnReport, Lesson
+from fastgrpo.learner import Learner, Lesson
 from fastgrpo.memory import is_out_of_memory
 from fastgrpo.types import BESIDE, SpeculationPlan, StepRecord
 
@@ -23,32 +23,42 @@ logger = logging.getLogger(__name__)
 
 _TAIL = 0.5  # of the sequences are still running: the others are there to learn from
 _STEPS_BETWEEN = 3  # steps without an update between two with one, to compare with
-_KEPT_STEPS = 8  # of one kind, of those
+_KEPT_STEPS, _ALIKE = 8, 1.3  # of one kind, of those; so many times the sequences at most
 _MOST_TAKEN = 0.5  # of an update's own time, from decoding: with more it is made between rollouts
 _LEAST_JUDGED, _MOST_JUDGED = 2, 8  # updates that are judged by, the last ones: their median, for machines are noisy
+_MOST_UNJUDGED = 3  # updates in a row beside steps that nothing is like
 _REST, _LONGEST_REST = 8, 256  # rollouts without, once it did not pay
 
 
 class StepComparison:
     """How much longer steps take with something beside them: each is compared with like ones without.
 
-    Like are steps of one plan with as many sequences, of which none recorded anything for later.
+    Like are steps of one plan with about as many sequences, of which none recorded anything for later.
     """
 
     def __init__(self) -> None:
-        self._alone: dict[tuple[SpeculationPlan, int], deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT_STEPS))
+        self._alone: dict[SpeculationPlan, dict[int, deque[float]]] = defaultdict(dict)  # by number of sequences
         self._extra_s: list[float] = []
         self._num_steps = 0
 
     def observe(self, record: StepRecord, *, is_beside: bool) -> None:
-        seconds, alike = record.step_s - record.prefill_s, self._alone[record.plan, record.num_seqs]
+        seconds = record.step_s - record.prefill_s
         self._num_steps += is_beside
         if not record.is_steady:
             return
         if not is_beside:
+            alike = self._alone[record.plan].setdefault(record.num_seqs, deque(maxlen=_KEPT_STEPS))
             alike.append(seconds)
-        elif alike:
-            self._extra_s.append(seconds - statistics.median(alike))
+        elif (usual_s := self._find_usual_s(record)) is not None:
+            self._extra_s.append(seconds - usual_s)
+
+    def _find_usual_s(self, record: StepRecord) -> float | None:
+        """What such a step takes alone, by those with the nearest number of sequences."""
+        alike = self._alone[record.plan]
+        nearest = min(alike, key=lambda num_seqs: abs(num_seqs - record.num_seqs), default=None)
+        if nearest is None or not 1 / _ALIKE <= nearest / record.num_seqs <= _ALIKE:
+            return None
+        return statistics.median(alike[nearest])
 
     def take_extra_s(self) -> float | None:
         """Seconds that the steps since the last call lost; None where none of them had a like one."""
@@ -69,7 +79,8 @@ class SideLearning:
 
     Attributes:
         on_piece: told of each piece of a lesson: `BESIDE`, when it began and ended, by `time.perf_counter`.
-        taken_s: what the lesson of the last rollout took from decoding, seconds.
+        taken_s: what the lesson of the last rollout took from decoding, seconds; where nothing was comparable, as long
+            as updates take by themselves.
     """
 
     def __init__(self, learner: Learner, engine: Engine) -> None:
@@ -92,6 +103,7 @@ class SideLearning:
         self._is_over = False
         self._piece: Future[bool] | None = None
         self._started_s = 0.0
+        self._num_unjudged = 0
         self.taken_s = 0.0  # the first piece's too
 
     @contextlib.contextmanager
@@ -105,32 +117,38 @@ class SideLearning:
         self._engine.on_step.append(self._observe)
         try:
             yield
+        except BaseException:
+            self._give_up()
+            raise
         finally:
             self._engine.on_step.remove(self._observe)
-            if self._piece is not None:
-                waited_from = time.perf_counter()
-                concurrent.futures.wait([self._piece])
-                self._end_piece(self._piece, waited_s=time.perf_counter() - waited_from)
 
-    def finish(self) -> LearnReport | None:
-        """What was learnt beside the last rollout, which drafts know from now on; None where nothing was."""
+    def take_lesson(self) -> Lesson | None:
+        """What was begun beside the last rollout, to be finished by the learner; None where nothing was."""
         lesson, self._lesson = self._lesson, None
-        if lesson is None:
-            return None
-        lesson.free_s = lesson.learn_s
-        self._learner.choose_vocabulary()
-        return self._learner.finish(lesson)
+        if lesson is not None:
+            lesson.free_s = max(lesson.learn_s - self.taken_s, 0.0)
+        return lesson
+
+    def _give_up(self) -> None:
+        """The rollout has broken off: its rollouts teach later."""
+        if self._piece is not None:
+            concurrent.futures.wait([self._piece])
+        lesson, self._piece, self._engine.is_alone = self.take_lesson(), None, True
+        if lesson is not None:
+            self._learner.put_back(lesson)
 
     # -- beside the steps ----------------------------------------------------------------------------
 
     def _observe(self, record: StepRecord) -> None:
         self._most_seqs = max(self._most_seqs, record.num_seqs + record.num_waiting)
         self._comparison.observe(record, is_beside=self._piece is not None)
+        is_last = not self._engine.scheduler.has_work
         if self._piece is None:
             self._num_alone += 1
-            if self._may_begin(record):
+            if not is_last and self._may_begin(record):
                 self._begin_piece()
-        elif self._piece.done():
+        elif is_last or self._piece.done():  # while the weights are still those of the rollout
             self._end_piece(self._piece)
 
     def _may_begin(self, record: StepRecord) -> bool:
@@ -167,12 +185,11 @@ class SideLearning:
             self._stream.synchronize()
         return is_done
 
-    def _end_piece(self, piece: Future[bool], *, waited_s: float = 0.0) -> None:
-        """Hear what a piece has come to.
-
-        Args:
-            waited_s: that the rollout, done otherwise, has waited for it.
-        """
+    def _end_piece(self, piece: Future[bool]) -> None:
+        """Wait for a piece, if need be, and hear what it has come to."""
+        waited_from = time.perf_counter()
+        concurrent.futures.wait([piece])
+        ended_s = time.perf_counter()
         self._piece, self._num_alone, self._engine.is_alone = None, 0, True
         assert self._lesson is not None
         try:
@@ -183,14 +200,20 @@ class SideLearning:
             self._is_over = self._is_off = True
             logger.warning("draft learning beside decoding stays off: there is no memory for both (%s)", error)
         for listener in self.on_piece:
-            listener(BESIDE, self._started_s, time.perf_counter())
-        extra_s = self._comparison.take_extra_s()
-        if extra_s is None and not waited_s:
+            listener(BESIDE, self._started_s, ended_s)
+        self._charge(self._comparison.take_extra_s(), ended_s - waited_from)
+
+    def _charge(self, extra_s: float | None, waited_s: float) -> None:
+        assert self._lesson is not None and self._learner.update_s is not None
+        if extra_s is None:
+            self._num_unjudged += 1
+            self._is_over = self._is_over or self._num_unjudged >= _MOST_UNJUDGED
+            self.taken_s += self._learner.update_s + waited_s
             return
-        taken_s = (extra_s or 0.0) + waited_s
-        self.taken_s += max(taken_s, 0.0)
+        self._num_unjudged = 0
+        self.taken_s += max(extra_s + waited_s, 0.0)
         if self._lesson.updates_s:  # the first piece is none
-            self._compared.append(taken_s)
+            self._compared.append(extra_s + waited_s)
             self._judge()
 
     def _judge(self) -> None:

@@ -42,7 +42,7 @@ class StepClock(TrainerCallback):
         self._since = 0.0  # when the innermost began or went on
 
     def budget_s(self, share: float, saved_s: float | None = None) -> float:
-        """Seconds that draft learning may take now: a share of the last step, or of this one so far.
+        """Seconds that draft learning may take now: a share of the last step, or of this one so far, less what it took.
 
         Never more than a quarter of the rollout, the last one until there is one: about what a good head saves of it.
 
@@ -53,7 +53,8 @@ class StepClock(TrainerCallback):
         """
         step_s = self.rollout_s + self.reward_s if self._last_step_s is None else self._last_step_s
         budget_s = min(share * step_s, _LEARN_SHARE_OF_ROLLOUT * (self.rollout_s or self._last_rollout_s))
-        return budget_s if saved_s is None else min(budget_s, max(saved_s, 0.0) * _LEARN_SHARE_OF_SAVING)
+        budget_s = budget_s if saved_s is None else min(budget_s, max(saved_s, 0.0) * _LEARN_SHARE_OF_SAVING)
+        return max(budget_s - self.learn_s, 0.0)
 
     def pay(self, budget_s: float) -> None:
         """Pay for earlier learning, of which one update may take longer than a step allows; as each step begins.
@@ -173,6 +174,7 @@ def attach_clock(trainer: Any, clock: StepClock) -> None:
         (accelerator, "backward", BACKWARD),
         (accelerator, "clip_grad_norm_", OPTIMISER),
         (learner, "learn", LEARNING),
+        (getattr(trainer, "savings", None), "fill_old_logps", LOG_PROBS),
     ):
         if owner is not None:
             setattr(owner, method, clock.timed(phase, getattr(owner, method)))

@@ -83,7 +83,8 @@ class FastGRPOConfig(GRPOConfig):
             "help": "No backward pass for completions whose advantage is 0, as all have in a group of equal rewards, "
             "and no forward pass while the weights are the rollout's, which has said what is logged of them. "
             "The gradient is the same; stays off where something else depends on them (beta, entropy bonus, dropout). "
-            "Of several processes each computes at least one row of a micro-batch, since the others wait for it."
+            "Of several processes each computes at least one row of a micro-batch, since the others wait for it, but "
+            "where none has anything to compute."
         },
     )
     float32_products: bool = field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from fastgrpo.draft_loss import check_loss
@@ -11,7 +12,7 @@ from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.clock import StepClock
 from fastgrpo.grpo.config import FastGRPOConfig
 from fastgrpo.idleness import OtherProcesses, look_for_cores
-from fastgrpo.learner import Learner, LearnReport
+from fastgrpo.learner import Learner, LearnReport, Lesson
 from fastgrpo.planner import AutoPlanner
 from fastgrpo.side_learning import SideLearning
 
@@ -20,7 +21,7 @@ _NOTHING = ("learn_s", "hidden_s", "num_tokens", "num_updates")  # logged as 0 w
 
 
 class DraftLearning:
-    """Lets the head learn once in each training step, within its share of the time.
+    """Lets the head learn once of each generation, within its share of the time.
 
     It learns where the machine would wait: beside the last sequences of the rollout (see `SideLearning`), while other
     processes still decode, while streamed rewards are waited for. Where nothing waits, it learns behind the rewards.
@@ -47,18 +48,21 @@ class DraftLearning:
         self.saved_s: float | None = None
         self._teaches = False  # the rollout that runs now, or was the last
         self._is_due = False
+        self._lesson: Lesson | None = None  # that was begun beside this step's rollout
         engine.on_finish.extend([self._hear] if self.learner else [])
 
     def begin(self, *, is_training: bool) -> None:
-        """A step begins; those of an evaluation teach nothing."""
+        """A generation begins; those of an evaluation teach nothing."""
         self._teaches = self._is_due = is_training and self.learner is not None
-        if self._teaches:
+        if (lesson := self._take_lesson()) is not None and self.learner is not None:
+            self.learner.put_back(lesson)  # of a step that broke off
+        if self._teaches and not self._clock.rollout_s:  # a step may generate more than once
             self._clock.pay(self._budget_s)
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
         """A rollout of the step takes place within."""
-        side = self.side if self._teaches and not self._clock.owes else None
+        side = self.side if self._is_due and self._lesson is None and not self._clock.owes else None
         with contextlib.nullcontext() if side is None else side.follow():
             yield
 
@@ -69,11 +73,13 @@ class DraftLearning:
             return
         if not self.learner.is_young and isinstance(planner, AutoPlanner):
             self.saved_s = planner.estimate_saved_s(self._engine.records)
-        report = None if self.side is None else self.side.finish()
-        if self.side is not None and report is not None:
-            self._clock.charge(report.learn_s - report.free_s, owed_s=self.side.taken_s)
-            self._tell(report)
-            self._is_due = self._is_due and self.learner.is_young
+        lesson = None if self.side is None else self.side.take_lesson()
+        if lesson is not None and lesson.num_updates and not self.learner.is_young:
+            started = time.perf_counter()
+            self.learner.choose_vocabulary()
+            self._finish(self.learner.finish(lesson), started)
+        elif lesson is not None:
+            self._lesson = lesson  # goes on behind the rewards
 
     def learn_while_others_decode(self) -> None:
         """Learn for as long as other processes are still at their rollouts; every process calls it behind its own."""
@@ -89,27 +95,33 @@ class DraftLearning:
         """
         if not self._is_due or self.learner is None:
             return
-        self._is_due = False
-        if self._clock.owes and not is_free():
+        lesson, owes, started = self._take_lesson(), self._clock.owes, time.perf_counter()
+        if owes and not is_free():
+            self._is_due = False
+            if lesson is not None:
+                self.learner.put_back(lesson)
             self.learner.keep()
             for key in _NOTHING:
                 self._log(f"draft/{key}", 0.0)
             return
-        report = self.learner.learn(self._budget_s, is_free=is_free)
-        self._clock.charge(report.learn_s, owed_s=report.learn_s - report.free_s)
-        self._tell(report)
+        budget_s = 0.0 if owes else self._budget_s
+        self._finish(self.learner.learn(budget_s, is_free=is_free, lesson=lesson), started)
 
-    @property
-    def _budget_s(self) -> float:
-        return self._clock.budget_s(self._share, self.saved_s)
+    def _take_lesson(self) -> Lesson | None:
+        lesson, self._lesson = self._lesson, None
+        return lesson
 
-    def _hear(self, rollout: FinishedRollout) -> None:
-        if self.learner is not None and self._teaches:
-            self.learner.add(rollout)
+    def _finish(self, report: LearnReport, started: float) -> None:
+        """The step has had its learning.
 
-    def _tell(self, report: LearnReport) -> None:
+        Args:
+            started: when it went on behind the rollout.
+        """
+        self._is_due = False
+        longer_s = report.learn_s - report.free_s
+        self._clock.charge(time.perf_counter() - started, owed_s=longer_s)
         self._log("draft/loss", report.loss)
-        self._log("draft/learn_s", report.learn_s - report.free_s)
+        self._log("draft/learn_s", longer_s)
         self._log("draft/hidden_s", report.free_s)
         self._log("draft/num_tokens", report.num_tokens)
         self._log("draft/num_skipped", report.num_skipped)
@@ -119,6 +131,14 @@ class DraftLearning:
         self._log("draft/rolled_back", float(report.is_rolled_back))
         if self.saved_s is not None:
             self._log("draft/saved_s", self.saved_s)
+
+    @property
+    def _budget_s(self) -> float:
+        return self._clock.budget_s(self._share, self.saved_s)
+
+    def _hear(self, rollout: FinishedRollout) -> None:
+        if self.learner is not None and self._teaches:
+            self.learner.add(rollout)
 
 
 def _build_learner(args: FastGRPOConfig, engine: Engine) -> Learner | None:

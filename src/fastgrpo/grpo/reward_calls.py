@@ -100,6 +100,7 @@ class RewardCalls:
         self._given_up: set[RewardCall] = set()
         self._num_threads = 0
         self._turns = asyncio.Semaphore(most)
+        self._holding: set[RewardCall] = set()  # a turn; async ones
 
     @property
     def is_idle(self) -> bool:
@@ -156,7 +157,9 @@ class RewardCalls:
             if task is None:
                 self._replace_thread(call)
             else:
+                assert self._loop is not None
                 task.cancel()
+                self._loop.call_soon_threadsafe(self._give_turn_back, call)  # whatever it makes of that
                 self._check_loop(error)
         return left_s
 
@@ -202,13 +205,22 @@ class RewardCalls:
 
     async def _await(self, call: RewardCall) -> None:
         try:
-            async with self._turns:
-                call.settle(await call.invoke())
+            await self._turns.acquire()
+            self._holding.add(call)
+            call.settle(await call.invoke())
         except asyncio.CancelledError:
             call.rewards.cancel()
             raise
         except BaseException as error:  # raised again where the rewards are collected
             call.fail(error)
+        finally:
+            self._give_turn_back(call)
+
+    def _give_turn_back(self, call: RewardCall) -> None:
+        """On the loop; once."""
+        if call in self._holding:
+            self._holding.remove(call)
+            self._turns.release()
 
 
 def find_failure(calls: Iterable[RewardCall]) -> BaseException | None:

@@ -46,7 +46,8 @@ class Savings:
         self._facts_for_old: RolloutFacts | None = None  # while TRL's next question is for the old log-probs
         self._batch: MicroBatch | None = None
         self._reward_names = trainer.reward_func_names
-        self._keeps_step = trainer.accelerator.num_processes > 1
+        self._sum = trainer.accelerator.reduce if trainer.accelerator.num_processes > 1 else None
+        self._has_work = True  # some process has, in the first pass over the generation
         if own is not None:
             logger.warning("the update computes every row as TRL does: %s is not ours and may read them all", own)
         elif args.skip_zero_advantages and obstacle is not None:
@@ -91,12 +92,22 @@ class Savings:
             logps[is_missing] = score(is_missing)
         return logps
 
-    def attach(self, output: dict[str, Any], step: int) -> None:
-        """Put the facts beside TRL's batch."""
+    def attach(self, output: dict[str, Any], step: int, *, is_training: bool) -> None:
+        """Put the facts beside TRL's batch; of several processes each calls it once they have met over the rewards."""
+        if is_training and self._sum is not None:
+            self._has_work = bool(self._sum(self._count_work(output)) > 0)
         if self._facts is not None:
             facts = self._facts.fit(output["completion_ids"])
             output |= {LOGPS: facts.logps, ENTROPIES: facts.entropies, STEP: torch.tensor(step)}
         self.begin()
+
+    def _count_work(self, output: dict[str, Any]) -> Int[Tensor, ""]:
+        """Rows that the first pass must compute."""
+        is_counted = find_counted(output)
+        if self._facts is None or not self.skips_rows:
+            return is_counted.any(1).sum()
+        is_missing = is_counted & self._facts.fit(output["completion_ids"]).logps.isnan()
+        return (find_rows_to_train(output) | is_missing.any(1)).sum()
 
     # -- update --------------------------------------------------------------------------------------
 
@@ -112,7 +123,7 @@ class Savings:
             step=step,
             skips_rows=self.skips_rows,
             awaits_old_logps=awaits_old_logps,
-            keeps_step=self._keeps_step,
+            keeps_step=self._sum is not None and (self._has_work or step != int(inputs.get(STEP, -1))),
         )
         return self._batch
 

@@ -22,6 +22,8 @@ from fastgrpo.model import SUPPORTED_FAMILIES, base_model_of
 
 logger = logging.getLogger(__name__)
 
+_MOST_DIFFERENT = 0.05  # of the largest number: roundings of half precision, through all layers
+
 
 def find_obstacle(trainer: Any) -> str | None:
     """Why rows without advantage must be computed all the same; None if they need not."""
@@ -34,7 +36,7 @@ def find_obstacle(trainer: Any) -> str | None:
         "the router's auxiliary loss has a gradient of its own": getattr(trainer, "aux_loss_enabled", False),
         "top_entropy_quantile ranks the tokens of all rows": trainer.top_entropy_quantile < 1.0,
         "vespo logs a mean over all rows": trainer.loss_type == "vespo",
-        "use_liger_kernel computes the loss elsewhere": getattr(args, "use_liger_kernel", False),
+        "use_liger_kernel replaces layers, which was not tried": getattr(args, "use_liger_kernel", False),
         "a compiled model takes no hooks": args.torch_compile,
         "DeepSpeed keeps the gradients itself": getattr(trainer, "is_deepspeed_enabled", False),
         "the model has dropout, whose draws depend on the rows computed": has_dropout(model),
@@ -75,9 +77,28 @@ def add_heads(trainer: Any) -> None:
 def can_share_prompts(trainer: Any) -> bool:
     """Whether nothing is in the way; what is in the way goes to the log."""
     obstacle = find_sharing_obstacle(trainer)
+    if obstacle is None and not getattr(trainer, "is_deepspeed_enabled", False):  # whose weights may be elsewhere
+        obstacle = next(filter(None, map(find_mask_obstacle, _find_models(trainer))), None)
     if obstacle is not None:
         logger.warning("share_prompts is off: %s", obstacle)
     return obstacle is None
+
+
+@torch.no_grad()
+def find_mask_obstacle(model: Any) -> str | None:
+    """Why a model does not take the mask of packed rows, though its kind does; found by asking it. None if it does."""
+    tokens = torch.arange(7, device=model.device) % model.config.vocab_size
+    rows = torch.stack((tokens[:5], tokens[[0, 1, 2, 5, 6]]))  # two completions of one prompt
+    packed = pack_rows(rows, torch.ones_like(rows, dtype=torch.bool), num_kept=2)
+    try:
+        expected = model.model(input_ids=rows).last_hidden_state[:, 2:4].flatten(0, 1).float()
+        output = model.model(
+            input_ids=packed.input_ids, attention_mask=packed.mask, position_ids=packed.position_ids
+        ).last_hidden_state[0, packed.predicted_at]
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        return f"{type(model).__name__} does not take the mask ({error})"
+    difference = float((output.float() - expected).abs().max() / expected.abs().max())
+    return None if difference < _MOST_DIFFERENT else f"{type(model).__name__} does not keep to the mask"
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -41,7 +41,7 @@ def find_regrouping_obstacle(trainer: Any) -> str | None:
         not in _FREE_LOSSES,
         "the entropy bonus is a mean over a micro-batch": getattr(trainer, "_entropy_bonus_enabled", False),
         "top_entropy_quantile ranks the tokens of a micro-batch": trainer.top_entropy_quantile < 1.0,
-        "use_liger_kernel computes the loss elsewhere": getattr(args, "use_liger_kernel", False),
+        "use_liger_kernel replaces layers, which was not tried": getattr(args, "use_liger_kernel", False),
         f"steps_per_generation={steps} and gradient_accumulation_steps={accumulated} do not divide one another": (
             steps % accumulated != 0 and accumulated % steps != 0
         ),

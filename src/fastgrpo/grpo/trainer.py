@@ -15,7 +15,7 @@ from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
 from fastgrpo.engine import Engine
-from fastgrpo.grpo.checks import check_rewards
+from fastgrpo.grpo.checks import check_advantages, check_rewards
 from fastgrpo.grpo.clock import StepClock, attach_clock
 from fastgrpo.grpo.config import FastGRPOConfig
 from fastgrpo.grpo.draft_learning import DraftLearning
@@ -37,7 +37,8 @@ class FastGRPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer` whose completions come from `fastgrpo.Engine`; takes the same arguments.
 
     Rollouts speculate with the policy being trained, so they are on-policy and exact; the draft head
-    learns between rollout and update. Head, its optimiser and the planner are saved with checkpoints.
+    learns on what stands idle, else between rollout and update. Head, its optimiser and the planner are
+    saved with checkpoints.
 
     Raises:
         TypeError: `args` is not a `FastGRPOConfig`.
@@ -77,10 +78,10 @@ class FastGRPOTrainer(GRPOTrainer):
         self.learner = self.learning.learner
         self.reward_stream = RewardStream(self)
         self.engine.on_finish.extend([self.reward_stream.observe] if self.reward_stream.is_on else [])
-        attach_clock(self, self._clock)
         self.savings = Savings(self)
         self.siblings = Siblings(self, is_on=args.group_siblings and self.savings.shares_prompts)
         add_heads(self)
+        attach_clock(self, self._clock)
         self._rollout_place = (-1, 0)  # (global step, generation calls within it)
 
     @property
@@ -154,7 +155,9 @@ class FastGRPOTrainer(GRPOTrainer):
         self.learning.begin(is_training=self.model.training)
         with self.reward_stream.follow(inputs):
             output = super()._generate_and_score_completions(inputs)
-        self.savings.attach(output, self.state.global_step)
+        if self.savings.has_own_loss:  # which may not ask ours
+            check_advantages(output["advantages"], self.state.global_step, self.reward_func_names)
+        self.savings.attach(output, self.state.global_step, is_training=self.model.training)
         others_s = self._clock.rollout_s + self._clock.learn_s - before
         self._clock.reward_s += time.perf_counter() - started - others_s
         self.learning.learn()
@@ -197,6 +200,7 @@ class FastGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
         if self.savings.has_own_loss or not (torch.is_grad_enabled() and self.model.training):
+            check_advantages(inputs["advantages"], self.state.global_step, self.reward_func_names)
             return super()._compute_loss(model, inputs)
         batch = self.savings.plan(inputs, self.state.global_step)
         with unlogged(self._metrics) if is_regrouped(inputs) else contextlib.nullcontext():

@@ -129,11 +129,12 @@ def _attend(
             mask = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
             attended: Tensor = _attention(wide[0], wide[1], wide[2], mask, *args, **kwargs)
         else:  # PyTorch's own kind of masks asks whether it is called by the function that stands there
-            standing, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _attention
-            try:
-                attended = _attention(wide[0], wide[1], wide[2], attn_mask, *args, **kwargs)
-            finally:
-                F.scaled_dot_product_attention = standing
+            with _lock:
+                standing, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _attention
+                try:
+                    attended = _attention(wide[0], wide[1], wide[2], attn_mask, *args, **kwargs)
+                finally:
+                    F.scaled_dot_product_attention = standing
     return attended.to(_BF16)
 
 
