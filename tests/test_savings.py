@@ -15,12 +15,14 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+import conftest
 import test_tools
 from fastgrpo import FastGRPOConfig, FastGRPOTrainer
 from fastgrpo.grpo.micro_batch import MicroBatch
 from fastgrpo.grpo.rollout_facts import ENTROPIES, LOGPS, STEP, RolloutFacts, Turn
 from fastgrpo.grpo.savings import Savings
 from fastgrpo.grpo.segments import SegmentMask
+from fastgrpo.model import base_model_of
 from fastgrpo.types import Completion, SamplingParams
 from test_trainer import assert_same_weights, build_model, build_tokenizer, weights_of
 
@@ -58,8 +60,7 @@ class Watch(TrainerCallback):
         self.gradients: list[dict[str, torch.Tensor]] = []
         self.rows: list[int] = []
         self.trainer = trainer
-        backbone = trainer.accelerator.unwrap_model(trainer.model)
-        backbone = getattr(backbone, "base_model", backbone)
+        backbone = base_model_of(trainer.accelerator.unwrap_model(trainer.model)).model
         trainer.add_callback(self)
         backbone.register_forward_pre_hook(self.count, with_kwargs=True)
 
@@ -79,6 +80,14 @@ def half_reward(prompts: list, completion_ids: list[list[int]], **_: object) -> 
     return [1.0 if is_odd else sum(ids) % 5.0 for is_odd, ids in zip(odd, completion_ids, strict=True)]
 
 
+def other_half_reward(prompts: list, completion_ids: list[list[int]], **_: object) -> list[float]:
+    """Another scale, and 0 where `half_reward` tells completions apart in none of them."""
+    return [
+        10.0 * (len(ids) % 3) * (reward != 1.0)
+        for ids, reward in zip(completion_ids, half_reward(prompts, completion_ids), strict=True)
+    ]
+
+
 def constant_reward(completions: list, **_: object) -> list[float]:
     return [0.5] * len(completions)
 
@@ -92,8 +101,9 @@ def build(
     kind: type,
     folder: Path,
     *,
-    reward: Callable = half_reward,
+    reward: Any = half_reward,
     peft: bool = False,
+    family: str | None = None,
     rollout_func: Callable | None = None,
     **keys: Any,
 ) -> Any:
@@ -107,7 +117,7 @@ def build(
     if kind is StockTrainer:
         settings |= {"skip_zero_advantages": False, "old_logps": "forward"}
     return kind(
-        build_model(),
+        build_model() if family is None else conftest.build_model(family, torch.float32),
         reward,
         FastGRPOConfig(str(folder), **(settings | keys)),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
@@ -173,6 +183,23 @@ CASES = {
     ),
     "sequences": ({"num_iterations": 2, "importance_sampling_level": "sequence", "loss_type": "grpo"}, "update"),
     "checkpointing": ({"num_iterations": 2, "gradient_checkpointing": True, "loss_type": "cispo"}, "update"),
+    "scaled over the batch": ({"scale_rewards": "batch"}, "none"),
+    "not scaled": ({"scale_rewards": "none", "loss_type": "dr_grpo"}, "none"),
+    "rewards scaled one by one": (
+        {"reward": [half_reward, other_half_reward], "multi_objective_aggregation": "normalize_then_sum"},
+        "none",
+    ),
+    "clipped higher": ({"num_iterations": 2, "max_steps": 4, "epsilon_high": 0.28, "loss_type": "bnpo"}, "update"),
+    "divergence corrected": (
+        {"num_iterations": 2, "max_steps": 4, "beta": 0.04, "use_bias_correction_kl": True, "peft": True},
+        "update",
+    ),
+    "divergence not corrected": (
+        {"num_iterations": 2, "max_steps": 4, "beta": 0.04, "use_bias_correction_kl": False, "peft": True},
+        "update",
+    ),
+    "Qwen2": ({"family": "qwen2", "num_iterations": 2, "max_steps": 2}, "update"),
+    "Qwen3, adapters": ({"family": "qwen3", "peft": True, "gradient_checkpointing": True}, "none"),
 }
 
 

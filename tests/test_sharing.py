@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,23 @@ def test_the_gradient_is_trls(
     assert all(layer.gradient_checkpointing == settings["gradient_checkpointing"] for layer in layers)
     assert_same_gradient(trainer, build_inputs(trainer))
     assert packings[-1].input_ids.shape[1] == 5 + 3 + 9 + 7 + sum(c - 1 for _, c in ROWS)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_gradient_is_trls_whatever_is_combined(
+    tmp_path: Path, family: str, loss_type: str, packings: list[sharing.PackedRows]
+) -> None:
+    """LoRA or all weights, checkpointing, a reference, a second iteration: all of them with every loss and family."""
+    for case, (peft, checkpointing, beta, num_iterations) in enumerate(
+        itertools.product((False, True), (False, True), (0.0, 0.04), (1, 2))
+    ):
+        keys = {"gradient_checkpointing": checkpointing, "beta": beta, "num_iterations": num_iterations}
+        trainer = build_family_trainer(tmp_path / str(case), family, peft=peft, loss_type=loss_type, **keys)
+        if checkpointing:
+            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        assert_same_gradient(trainer, build_inputs(trainer))
+    assert len(packings) >= 16
 
 
 def test_every_loss_is_covered() -> None:
