@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class School:
     def __init__(self, options: argparse.Namespace) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         opened = open_model(options.model, dtype="bfloat16", device=device)
-        self.engine = Engine(opened.model, drafter="eagle", speculation="auto", tokenizer=opened.tokenizer)
+        self.engine = Engine(opened.model, drafter=options.drafter, speculation="auto", tokenizer=opened.tokenizer)
         self.learner = Learner(self.engine.drafter)  # type: ignore[arg-type]  # a head, and so trainable
         self.side = SideLearning(self.learner, self.engine)
         self.engine.on_finish.append(self.learner.add)
@@ -53,7 +54,8 @@ class School:
             self.engine.generate(self.prompts, params)
         rollout_s = time.perf_counter() - started
         if is_beside:
-            report = self.side.finish()
+            if (lesson := self.side.take_lesson()) is not None:
+                report = self.learner.finish(lesson)
             self.learner.keep()
         elif num_updates:
             report = self.learner.learn(float("inf"), max_updates=num_updates)
@@ -107,6 +109,7 @@ def summarise(rows: list[Row]) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What draft learning beside a rollout's tail takes from decoding.")
     parser.add_argument("--model", default="demo", help="a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct")
+    parser.add_argument("--drafter", default="eagle", help="of `Engine`, with a head")
     parser.add_argument("--task", default="chain_sum")
     parser.add_argument("--num-prompts", type=int, default=4)
     parser.add_argument("--num-generations", type=int, default=4)
@@ -118,7 +121,7 @@ def main() -> None:
     quiet_libraries()
     rows = take_turns(options)
     result = {
-        "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python bench/side_learning.py",
+        "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python {' '.join(sys.argv)}",
         "options": {key: value for key, value in vars(options).items() if key != "output"},
         "commit": describe_commit(Path(__file__).parent),
         "machine": describe_machine(),

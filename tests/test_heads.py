@@ -680,6 +680,23 @@ def test_what_its_chances_are_worth_is_read_back_with_a_head(kind, tmp_path):
         kind.drafter.load(tmp_path, TargetModel(model))
 
 
+def test_what_was_accepted_of_a_head_is_read_back_and_planned_with(kind, tmp_path):
+    model = shared_model("llama")
+    drafter = kind.build(model, draft_vocab_size=60)
+    drafter.save(tmp_path / "unmeasured")
+    assert kind.drafter.load(tmp_path / "unmeasured", drafter.target).acceptance is None
+    drafter.acceptance = [[0.6, 0.2], [0.5, 0.1]]
+    drafter.save(tmp_path / "head")
+    engine = Engine(model, drafter=tmp_path / "head", speculation="auto")
+    engine.generate(PROMPTS[:1], SamplingParams(max_tokens=1))
+    assert engine.drafter.acceptance == drafter.acceptance
+    assert engine.planner.expectation.table.known == drafter.acceptance
+    for text in ("{}", '{"rates": []}', '{"rates": [[1.5]]}', '{"rates": [[NaN]]}', "["):
+        (tmp_path / "head" / "acceptance.json").write_text(text)
+        with pytest.raises(ValueError, match=r"acceptance\.json is damaged"):
+            kind.drafter.load(tmp_path / "head", drafter.target)
+
+
 def test_a_compact_head_loads_like_any(kind, tmp_path):
     drafter = build_trained(kind)
     drafter.save_head(tmp_path / "full")

@@ -34,6 +34,7 @@ from fastgrpo.planner import (
 from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
 from fastgrpo.planner.auto import GRID
 from fastgrpo.planner.costs import StepCosts
+from fastgrpo.planner.expectation import Expectation
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
 FLAT = HardwareProfile(num_tokens=(1, 64, 512), target_s=(0.020, 0.0201, 0.021), draft_s=(0.001, 0.001, 0.0011))
@@ -298,6 +299,30 @@ def test_first_trials_are_paid_for_in_advance(first_credit):
         drafted.append(not plan.is_plain)
         planner.observe(replace(play_step(plan, 4, 0.58, rng), num_read=600, num_unread=num_unread))
     assert sum(drafted) > 40 if first_credit else sum(drafted) <= 6
+
+
+def test_what_was_measured_of_a_drafter_before_is_believed_at_first():
+    """Until some tens of trials say otherwise; ranks and depths that were not measured are guessed from the others."""
+    known = [[0.6, 0.2], [0.5]]
+    told, untold = Expectation(known), Expectation()
+    plans = [SpeculationPlan(depth=d, width=w, num_draft_tokens=d * w) for d, w in ((1, 1), (1, 2), (2, 1), (3, 1))]
+    lengths = [told.predict_length(plan, 4) for plan in plans]
+    assert lengths == pytest.approx([1.6, 1.8, 1.9, 1 + 0.6 + 0.3 + 0.15])
+    assert untold.predict_length(plans[0], 4) == pytest.approx(1.3)
+    assert told.explored_depth == 2 and untold.explored_depth == 0
+    twin = Expectation.from_state(json.loads(json.dumps(told.state_dict())))
+    assert twin.predict_length(plans[1], 4) == lengths[1]
+    rng = random.Random(0)
+    for _ in range(60):
+        told.observe(play_step(plans[0], 4, 0.1, rng))
+    assert told.predict_length(plans[0], 4) < 1.2, "it was another text"
+
+
+def test_with_a_known_acceptance_drafts_that_win_begin_at_once():
+    told, untold = (AutoPlanner(XEON, acceptance=known) for known in ([[0.6], [0.5], [0.4]], None))
+    inputs = PlanInputs(num_seqs=2, num_unread=8)
+    assert not told.plan(inputs).is_plain and untold.plan(inputs).is_plain
+    assert AutoPlanner(XEON, acceptance=[[0.0]]).plan(inputs).is_plain
 
 
 @pytest.mark.parametrize("is_asked", [True, False])

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fastgrpo.drafters import Drafter
+from fastgrpo.drafters import Drafter, find_trainable
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import (
     MEASURED,
@@ -114,6 +114,7 @@ class Planning:
                 self.speculation,
                 fixed=self.fixed,
                 measure=lambda: self.profile or find_profile(self.target, self.drafter),
+                acceptance=getattr(find_trainable(self.drafter), "acceptance", None),
             )
             self.profile_s = time.perf_counter() - started
         return self.planner

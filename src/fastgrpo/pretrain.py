@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.data import build_task_dataset, load_prompts
+from fastgrpo.drafters.acceptance_file import write_acceptance
 from fastgrpo.drafters.block import BlockDrafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.head_drafter import HeadDrafter
@@ -89,6 +90,7 @@ def run_draft_training(options: DraftTrainOptions, command: str, console: Consol
         "num_tokens": sum(len(answer.token_ids) for answer in answers),
     }
     training.drafter.save_head(folder / "head", compact=options.compact, counts=training.count_tokens())
+    write_acceptance(folder / "head", result["acceptance"])
     write_json(result, folder / "result.json", indent=1)
     _say(console, f"written: {folder / 'head'} (use it as drafter={folder / 'head'})")
     return result

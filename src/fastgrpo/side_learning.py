@@ -70,7 +70,7 @@ class StepComparison:
 class SideLearning:
     """Lessons in a thread of their own, on a GPU in a stream of their own, while few sequences are left to decode.
 
-    On a CPU one begins where as many cores stand idle as PyTorch has threads. On any device, what the first updates
+    On a CPU one begins where a core, or most of it, is idle for each of PyTorch's threads. On any device, what updates
     take from decoding is measured; where that is more than half of what they take by themselves, the lesson ends, and
     the next rollouts go without, twice as many each time.
 

@@ -65,6 +65,7 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
 
 def _build_eagle(target: TargetModel) -> EagleDrafter:
     """With the head that ships for the target, if there is one."""
+    from fastgrpo.drafters.acceptance_file import read_acceptance
     from fastgrpo.drafters.eagle import EagleDrafter
     from fastgrpo.drafters.eagle_files import find_shipped_head, load_head
     from fastgrpo.drafters.head_parts import choose_vocab_size
@@ -74,7 +75,9 @@ def _build_eagle(target: TargetModel) -> EagleDrafter:
         return EagleDrafter(target)
     head = load_head(shipped, target)
     head.keep_frequent(choose_vocab_size(target))
-    return EagleDrafter(target, head=head)
+    drafter = EagleDrafter(target, head=head)
+    drafter.acceptance = read_acceptance(shipped)
+    return drafter
 
 
 def find_trainable(drafter: Drafter) -> TrainableDrafter | None:

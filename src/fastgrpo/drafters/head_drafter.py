@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastgrpo.drafters.acceptance_file import read_acceptance, write_acceptance
 from fastgrpo.drafters.beams import rank_candidates
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
@@ -38,6 +39,8 @@ class HeadDrafter(ABC, Generic[Head]):
         head: float32, what is trained.
         fast_head: a copy of it in the target's type, which drafts.
         calibration: what its chances have been worth so far.
+        acceptance: the chance that the target chooses the child of a sibling rank, by depth and rank, as measured when
+            the head was trained (see `objective.measure_head`); None where nobody has.
         ranks_with_noise: False drafts the likeliest tokens whatever the noise, as the paper does; for comparison.
     """
 
@@ -55,6 +58,7 @@ class HeadDrafter(ABC, Generic[Head]):
     ) -> None:
         self.target = target
         self.calibration = Calibration()
+        self.acceptance: list[list[float]] | None = None
         self.ranks_with_noise = True
         self.was_trained = head is not None
         if head is None:
@@ -112,9 +116,11 @@ class HeadDrafter(ABC, Generic[Head]):
         self.head.take_output_rows(self.target)
 
     def save(self, folder: Path) -> None:
-        """Write the trained head, and what its chances are worth beside it."""
+        """Write the trained head, and beside it what its chances are worth and what is known of its acceptance."""
         self.save_head(folder)
         self.calibration.save(folder)
+        if self.acceptance is not None:
+            write_acceptance(folder, self.acceptance)
 
     def restore(self, folder: Path) -> None:
         """Read what `save` wrote into this head.
@@ -143,6 +149,7 @@ class HeadDrafter(ABC, Generic[Head]):
         """
         drafter = cls(target, head=cls.load_head(folder, target))
         drafter.calibration.restore(folder)
+        drafter.acceptance = read_acceptance(folder)
         return drafter
 
     # -- drafting ------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class FastGRPOConfig(GRPOConfig):
         default=True,
         metadata={
             "help": "Let the draft head learn where something stands idle: beside the last sequences of a rollout (on "
-            "a GPU in a stream of its own, on a CPU where as many cores are idle as PyTorch has threads), and while "
+            "a GPU in a stream of its own, on a CPU where a core is idle for each of PyTorch's threads), and while "
             "other processes still decode. What it takes from decoding is measured; where it does not pay, the head "
             "learns between rollouts."
         },

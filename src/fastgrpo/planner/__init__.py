@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastgrpo.planner.acceptance import AcceptanceTable, compute_expected_length
+from fastgrpo.planner.acceptance import AcceptanceTable, Rates, compute_expected_length
 from fastgrpo.planner.auto import AutoPlanner
 from fastgrpo.planner.bandit import BanditPlanner
 from fastgrpo.planner.costs import StepCosts
@@ -46,12 +46,14 @@ def build_planner(
     *,
     fixed: SpeculationPlan,
     measure: Callable[[], HardwareProfile],
+    acceptance: Rates | None = None,
 ) -> Planner:
     """The planner behind a `speculation` key: one of `SPECULATION`, or a plan of one's own.
 
     Args:
         fixed: the plan of `fixed`.
         measure: called only by the planners that need the machine's costs.
+        acceptance: of the drafter by depth and rank, where it was measured before.
 
     Raises:
         ValueError: an unknown key; names the known ones.
@@ -69,7 +71,7 @@ def build_planner(
     if speculation == "bandit":
         return BanditPlanner(max_num_tokens=measure().num_tokens[-1])
     if speculation == "auto":
-        return AutoPlanner(measure())
+        return AutoPlanner(measure(), acceptance=acceptance)
     raise ValueError(f"speculation must be one of {', '.join(SPECULATION)}, or a SpeculationPlan, got {speculation!r}")
 
 

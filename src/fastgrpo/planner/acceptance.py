@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from fastgrpo.types import SpeculationPlan, StepRecord
 
 MAX_DEPTH, MAX_WIDTH = 8, 8
+_GUESS_WEIGHT = 4.0  # trials that a guess counts for
+
+Rates = list[list[float]]  # by depth and sibling rank
 
 
 class AcceptanceTable:
@@ -21,17 +24,20 @@ class AcceptanceTable:
         prior_weight: trials that the prior counts for.
         window: sequences and steps that counts are remembered for; infinite forgets nothing.
         above: a table of more steps than this one's, whose rates are the prior instead.
+        known: rates by depth and rank that were measured before, the prior instead.
     """
 
     def __init__(
         self,
         *,
         prior: float = 0.3,
-        prior_weight: float = 4.0,
+        prior_weight: float = _GUESS_WEIGHT,
         window: float = math.inf,
         above: AcceptanceTable | None = None,
+        known: Rates | None = None,
     ) -> None:
         self.prior, self.prior_weight, self.window, self.above = prior, prior_weight, window, above
+        self.known = [list(row[:MAX_WIDTH]) for row in (known or [])[:MAX_DEPTH]]
         self.offered = [[0.0] * MAX_WIDTH for _ in range(MAX_DEPTH)]
         self.hits = [[0.0] * MAX_WIDTH for _ in range(MAX_DEPTH)]
 
@@ -63,23 +69,33 @@ class AcceptanceTable:
 
     @property
     def explored_depth(self) -> int:
-        """Levels from the root whose rates rest on trials more than on the prior."""
+        """Levels from the root whose rates rest on trials, of this table or before it, more than on a guess."""
         trials = [row[0] for row in self.offered]
-        return next((depth for depth, count in enumerate(trials) if count < 2 * self.prior_weight), MAX_DEPTH)
+        own = next((depth for depth, count in enumerate(trials) if count < 2 * _GUESS_WEIGHT), MAX_DEPTH)
+        return max(own, len(self.known))
 
     def compute_rates(self) -> list[list[float]]:
         """Acceptance rates by depth and rank.
 
-        The prior is the table above; without one, that of a depth is the level above, of a rank a fall by half.
+        The prior is the table above, or what is known; else that of a depth is the level above, of a rank a fall by
+        half.
         """
         weight, rates = self.prior_weight, []
-        priors = None if self.above is None else self.above.compute_rates()
+        priors = [] if self.above is None else self.above.compute_rates()
+        priors = priors or [_complete(row) for row in self.known]
         prior = [self.prior * 0.5**rank for rank in range(MAX_WIDTH)]
         for depth in range(MAX_DEPTH):
-            counts = zip(self.hits[depth], self.offered[depth], priors[depth] if priors else prior, strict=True)
+            given = priors[depth] if depth < len(priors) else prior
+            counts = zip(self.hits[depth], self.offered[depth], given, strict=True)
             prior = [(hits + weight * expected) / (offered + weight) for hits, offered, expected in counts]
             rates.append(prior)
         return rates
+
+
+def _complete(rates: list[float]) -> list[float]:
+    """Of all ranks: those not known fall by half."""
+    missing = MAX_WIDTH - len(rates)
+    return [*rates, *(rates[-1] * 0.5**rank for rank in range(1, missing + 1))]
 
 
 def compute_expected_length(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgrpo.planner.acceptance import Rates
 from fastgrpo.planner.costs import StepCosts, Vector, shape_arrays
 from fastgrpo.planner.expectation import Expectation
 from fastgrpo.planner.planner import Chances, PlanInputs, Planner
@@ -61,6 +62,7 @@ class AutoPlanner(Planner):
         max_num_tokens: tokens in a target forward at most, roots included; None takes the end of the profile's grid,
             beyond which costs are guessed.
         trial_share: share of the time that trials may lose, in [0, 1).
+        acceptance: of drafts by depth and rank, as measured before; what is seen takes its place within some steps.
     """
 
     name = "auto"
@@ -72,13 +74,14 @@ class AutoPlanner(Planner):
         margin: float = 1.03,
         max_num_tokens: int | None = None,
         trial_share: float = 0.01,
+        acceptance: Rates | None = None,
     ) -> None:
         self._costs = StepCosts(profile)
         self._grid = tuple(replace(plan, most_draft_tokens=None) for plan in GRID) if profile.runs_ahead else GRID
         self.margin, self.trial_share = margin, trial_share
         self._change = max(margin, _RECORDED_CHANGE) if profile.runs_ahead else margin
         self.max_num_tokens = max_num_tokens or profile.num_tokens[-1]
-        self._expectation = Expectation()
+        self._expectation = Expectation(acceptance)
         self._promised, self._accepted = _PRIOR_PROMISED, _PRIOR_PROMISED  # draft tokens, of shared budgets
         self._unheard: list[StepRecord] = []  # steps to learn from before the next decision
         self._credit_s = 0.0  # that trials may lose

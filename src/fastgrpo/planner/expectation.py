@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgrpo.planner.acceptance import AcceptanceTable, compute_expected_length
+from fastgrpo.planner.acceptance import AcceptanceTable, Rates, compute_expected_length
 from fastgrpo.types import SpeculationPlan, StepRecord
 
 _WINDOW = 1200.0  # sequences and steps that what was counted is remembered for
 _LOCAL_WEIGHT = 50.0  # trials that the table of the octave below counts for
+_KNOWN_WEIGHT = 32.0  # and that what was measured before does, on other text
 _PRIOR_ALL, _PRIOR_PLAN = 60.0, 300.0  # draft tokens that agreement with the tables counts for, of all and of a plan
 _NEW_STEPS = 16  # speculating steps that all is new for
 _KEEP_STEPS, _MOST_KEPT = 16, 128  # steps that predictions are kept for; drafts, where fewer than a quarter of all
@@ -45,10 +46,14 @@ class Expectation:
     A table of acceptance rates by depth and rank predicts every tree, one for each octave of live sequences, for
     stragglers write other text than most; each is drawn to the octave below. What all plans, and each plan by
     itself, then had accepted corrects the prediction: rates of depths and ranks do not say how they go together.
+
+    Args:
+        known: acceptance by depth and rank that was measured of the drafter before; None where nobody has.
     """
 
-    def __init__(self) -> None:
-        self.table = AcceptanceTable(window=_WINDOW)
+    def __init__(self, known: Rates | None = None) -> None:
+        weight = {} if known is None else {"prior_weight": _KNOWN_WEIGHT}
+        self.table = AcceptanceTable(window=_WINDOW, known=known, **weight)
         self._local: dict[int, AcceptanceTable] = {}
         self._all = _Agreement(_PRIOR_ALL)
         self._plans: dict[SpeculationPlan, _Agreement] = {}
@@ -137,6 +142,7 @@ class Expectation:
     def state_dict(self) -> dict[str, Any]:
         return {
             "table": self.table.state_dict(),
+            "known": self.table.known,
             "local": [[octave, table.state_dict()] for octave, table in self._local.items()],
             "all": [self._all.accepted, self._all.predicted],
             "plans": [[asdict(plan), each.accepted, each.predicted] for plan, each in self._plans.items()],
@@ -146,7 +152,7 @@ class Expectation:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Expectation:
         """The expectation that `state_dict` described."""
-        expectation = cls()
+        expectation = cls(state.get("known") or None)  # older states have none
         expectation.table.restore(state["table"])
         for octave, table in state["local"]:
             expectation._find_local(octave).restore(table)
