@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from fastgrpo.types import SpeculationPlan, StepRecord
 
 MAX_DEPTH, MAX_WIDTH = 8, 8
-_GUESS_WEIGHT = 4.0  # trials that a guess counts for
+GUESS_WEIGHT = 4.0  # trials that a guess counts for
 
 Rates = list[list[float]]  # by depth and sibling rank
 
@@ -31,7 +31,7 @@ class AcceptanceTable:
         self,
         *,
         prior: float = 0.3,
-        prior_weight: float = _GUESS_WEIGHT,
+        prior_weight: float = GUESS_WEIGHT,
         window: float = math.inf,
         above: AcceptanceTable | None = None,
         known: Rates | None = None,
@@ -71,7 +71,7 @@ class AcceptanceTable:
     def explored_depth(self) -> int:
         """Levels from the root whose rates rest on trials, of this table or before it, more than on a guess."""
         trials = [row[0] for row in self.offered]
-        own = next((depth for depth, count in enumerate(trials) if count < 2 * _GUESS_WEIGHT), MAX_DEPTH)
+        own = next((depth for depth, count in enumerate(trials) if count < 2 * GUESS_WEIGHT), MAX_DEPTH)
         return max(own, len(self.known))
 
     def compute_rates(self) -> list[list[float]]:

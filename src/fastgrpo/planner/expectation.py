@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgrpo.planner.acceptance import AcceptanceTable, Rates, compute_expected_length
+from fastgrpo.planner.acceptance import GUESS_WEIGHT, AcceptanceTable, Rates, compute_expected_length
 from fastgrpo.types import SpeculationPlan, StepRecord
 
 _WINDOW = 1200.0  # sequences and steps that what was counted is remembered for
@@ -52,8 +52,8 @@ class Expectation:
     """
 
     def __init__(self, known: Rates | None = None) -> None:
-        weight = {} if known is None else {"prior_weight": _KNOWN_WEIGHT}
-        self.table = AcceptanceTable(window=_WINDOW, known=known, **weight)
+        weight = GUESS_WEIGHT if known is None else _KNOWN_WEIGHT
+        self.table = AcceptanceTable(prior_weight=weight, window=_WINDOW, known=known)
         self._local: dict[int, AcceptanceTable] = {}
         self._all = _Agreement(_PRIOR_ALL)
         self._plans: dict[SpeculationPlan, _Agreement] = {}
