@@ -34,7 +34,8 @@ _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan
 _RECORDED_CHANGE = 1.1  # of another plan over the current one, where each plan is recorded before it is fast
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
 _FIRST_CREDIT = 4  # plain steps, that the first trials with about so many live may lose besides:
-_LIKELY, _FIRST_STEPS = 0.8, 12  # of plans of so much of the current rate; until so many steps have drafted there
+_LIKELY, _LIKELY_KNOWN = 0.8, 0.92  # of plans of so much of the current rate, the more where acceptance is known
+_FIRST_STEPS = 12  # until so many have drafted there
 _TRIAL_WAIT, _TRIAL_STEPS = 8, 3  # steps for each step of a trial at least; of one of drafts, once they have read
 _PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step
 _KEEP_AT_BEGIN = 0.7  # of all that was counted, at each rollout
@@ -195,7 +196,8 @@ class AutoPlanner(Planner):
         if not other.is_plain:
             loss_s += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
         first_s = 0.0
-        if self._num_drafted[octave] < _FIRST_STEPS and rates[other] > _LIKELY * rates[self._current]:
+        likely = _LIKELY_KNOWN if self._expectation.table.known else _LIKELY
+        if self._num_drafted[octave] < _FIRST_STEPS and rates[other] > likely * rates[self._current]:
             first_s = max(_FIRST_CREDIT * inputs.num_seqs / rates[PLAIN] - self._first_loss_s[octave], 0.0)
         if loss_s > self._credit_s + first_s:
             return False
