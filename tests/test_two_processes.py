@@ -86,7 +86,7 @@ def learn_while_the_other_decodes(rank: int, folder: Path) -> None:
     if rank:
         assert all(row["draft/hidden_s"] == 0 for row in rows), "nobody is waited for"
     else:
-        assert all(row["draft/hidden_s"] > 0 and row["draft/num_updates"] > 1 for row in rows), rows
+        assert all(row["draft/hidden_s"] > 0 and row["draft/num_updates"] >= 1 for row in rows), rows
         assert sum(row["draft/hidden_s"] for row in rows) > sum(row["draft/learn_s"] for row in rows)
 
 
