@@ -9,13 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from conftest import build_model, expected_tokens, shared_model
+from conftest import OracleDrafter, build_model, expected_tokens, shared_model
 from fastgrpo import Engine, SamplingParams, SpeculationPlan
 from fastgrpo import model as model_module
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.decoder import NO_KERNELS, find_obstacle
 from fastgrpo.kernels import cpu, linear
 from fastgrpo.model import TargetModel
+from fastgrpo.sampling import stream_key
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 TREE = SpeculationPlan(depth=3, width=2, num_draft_tokens=5)
@@ -139,6 +140,28 @@ def test_layers_in_one_call_have_the_bits_of_kernels_one_by_one(family, dtype, c
             hidden, inputs = target._fused.run(batch, cache, target.feature_layers)
             found.append([hidden, *(inputs[n] for n in target.feature_layers), cache.keys.data, cache.values.data])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("plan", [(4, 3, 12), (6, 2, 9), (3, 1, 3)], ids=str)
+def test_trees_have_the_bits_of_plain_decoding_in_half_precision(family, plan, monkeypatch):
+    """With our own products, as on a processor without instructions for bfloat16: log-probabilities to the last bit."""
+    monkeypatch.setattr(linear, "find_layout", lambda _: linear.OwnLayout)
+    model = build_model(family, torch.bfloat16)
+    depth, width, num_draft_tokens = plan
+    prompts = [[5, 9, 11], list(range(20)), [7] * 61, list(range(3, 33)), [8, 8]]
+    params = SamplingParams(max_tokens=40, seed=4)
+    plain = Engine(model, drafter="none", speculation="off").generate(prompts, params)
+    answers = {
+        (tuple(prompt), stream_key(4, index)): completion.token_ids
+        for index, (prompt, completion) in enumerate(zip(prompts, plain, strict=True))
+    }
+    shape = SpeculationPlan(depth=depth, width=width, num_draft_tokens=num_draft_tokens)
+    engine = Engine(model, drafter=OracleDrafter(answers), speculation=shape)
+    drafted = engine.generate(prompts, params)
+    assert max(record.acceptance_length for record in engine.records) > 1.5
+    assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
+    assert [c.logprobs for c in drafted] == [c.logprobs for c in plain]
 
 
 def _with_hook(model):

@@ -230,6 +230,40 @@ def test_attention_is_that_of_the_dense_mask(dtype, heads, kv_heads, width):
         token += count
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("length", [0, 5, 28, 31, 32, 60, 63, 64, 94])
+def test_a_node_of_a_tree_has_the_bits_of_its_path_in_a_row(dtype, length):
+    """Where chunks and blocks end, too: the path of a deep node goes on in the next ones."""
+    torch.manual_seed(length)
+    kv_heads, repeats, width = 2, 3, 64
+    parents = [-1, 0, 0, 1, 2, 2, 4, 6, 1, 7]
+    paths = [[0]]
+    for node, parent in enumerate(parents[1:], start=1):
+        paths.append([*paths[parent], node])
+    visible = torch.zeros(1, len(parents), len(parents), dtype=torch.bool)
+    for node, path in enumerate(paths):
+        visible[0, node, path] = True
+    blocks = torch.tensor([[3, 0, 2]]) * BLOCK_SIZE
+    keys, values = (torch.randn(4 * BLOCK_SIZE, kv_heads * width).to(dtype) for _ in range(2))
+    query = torch.randn(len(parents), kv_heads * repeats * width).to(dtype)
+
+    def attend(query, keys, values, length, visible):
+        counts = torch.tensor([len(query)])
+        rows = {"starts": torch.tensor([0]), "num_nodes": counts, "lengths": torch.tensor([length]), "blocks": blocks}
+        return cpu.attend(query, keys, values, visible=visible, head_dim=width, scale=0.2, **rows)
+
+    tree = attend(query, keys, values, length, visible)
+    places = locate(blocks, torch.arange(length + len(parents))[None])[0]
+    for node, path in enumerate(paths):
+        row_keys, row_values = keys.clone(), values.clone()
+        for position, each in enumerate(path):
+            row_keys[places[length + position]] = keys[places[length + each]]
+            row_values[places[length + position]] = values[places[length + each]]
+        seen = torch.ones(1, 1, 1, dtype=torch.bool)
+        alone = attend(query[node, None], row_keys, row_values, length + len(path) - 1, seen)
+        assert torch.equal(tree[node], alone[0]), node
+
+
 def test_without_a_compiler_it_says_so_once(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(tmp_path / "missing"))
     build.load_library.cache_clear()

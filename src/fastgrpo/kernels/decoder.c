@@ -214,6 +214,15 @@ static inline float weigh(float *scores, i64 size, i64 full, float most) {
     return sum_lane(sums);
 }
 
+/* Whether a node sees the first positions of `seen` and no others; how many it sees. */
+static inline int sees_prefix(const uint8_t *sees, i64 seen, i64 *count) {
+    i64 last = -1;
+    *count = 0;
+    for (i64 e = 0; e < seen; e++)
+        if (sees[e]) last = e, ++*count;
+    return last + 1 == *count;
+}
+
 /* Nodes of `rows` trees over their own cached positions.
  *
  * query: [tokens, heads, width], tokens `stride` numbers apart; row b has nodes[b] of them from starts[b] on.
@@ -222,8 +231,20 @@ static inline float weigh(float *scores, i64 size, i64 full, float most) {
  * [rows, most_blocks]. Rows may share blocks: siblings read the same lines of their prompt.
  * visible: [rows, most_nodes, seen]: entry (b, n, e) says whether node n sees position lengths[b] + e; every node sees
  * all positions below lengths[b].
+ * What a node sees is added up as if it stood in a row, whatever stands between: a node of a tree has the bits of the
+ * same text decoded token by token. Nodes that see a prefix find it in the chunk as it was read; behind them each of the
+ * others puts its own path there.
  */
 #define DEFINE_ATTEND(X)                                                                                              \
+    static inline void read_pair_##X(const X *key, const X *value, float *k, float *v, i64 p, i64 width,             \
+                                     i64 padded) {                                                                    \
+        float *to_k = k + p / LANES * LANES * padded + p % LANES * LANES;                                             \
+        i64 whole = width / LANES * LANES;                                                                            \
+        for (i64 j = 0; j < whole; j += LANES, to_k += LANES * LANES)                                                 \
+            for (int u = 0; u < LANES; u++) to_k[u] = load_##X(key + j + u);                                          \
+        for (i64 j = whole; j < width; j++) to_k[j - whole] = load_##X(key + j);                                      \
+        for (i64 j = 0; j < width; j++) v[p * padded + j] = load_##X(value + j);                                      \
+    }                                                                                                                 \
     void fastgrpo_attend_##X(const X *query, i64 stride, const X *keys, const X *values, X *out, i64 rows,            \
                              const i64 *starts, const i64 *nodes, const i64 *lengths, const i64 *blocks,              \
                              i64 most_blocks, const uint8_t *visible, i64 most_nodes, i64 seen, i64 heads,            \
@@ -234,6 +255,7 @@ static inline float weigh(float *scores, i64 size, i64 full, float most) {
         _Pragma("omp parallel if (rows * parts > 1)")                                                                 \
         {                                                                                                             \
             float *room = malloc(num_floats * sizeof(float));                                                         \
+            i64 *order = malloc(2 * most_nodes * sizeof(i64)), *num_seen = order + most_nodes;                        \
             _Pragma("omp for schedule(dynamic, 1)")                                                                   \
             for (i64 task = 0; task < rows * parts; task++) {                                                         \
                 i64 row = task / parts, head = task % parts * groups * repeats; /* its first */                       \
@@ -248,35 +270,46 @@ static inline float weigh(float *scores, i64 size, i64 full, float most) {
                     most[i] = -INFINITY, mass[i] = 0.0f;                                                              \
                 }                                                                                                     \
                 const i64 *own = blocks + row * most_blocks;                                                          \
+                i64 num_prefix = 0, num_others = 0;                                                                   \
+                for (i64 node = 0; node < count; node++)                                                              \
+                    if (sees_prefix(visible + (row * most_nodes + node) * seen, seen, num_seen + node))               \
+                        order[num_prefix++] = node;                                                                   \
+                    else                                                                                              \
+                        order[most_nodes - ++num_others] = node;                                                      \
                 for (i64 first = 0; first < total; first += CHUNK) {                                                  \
                     i64 start = own[first / BLOCK] + first % BLOCK, left = total - first - CHUNK;                     \
                     i64 next = left > 0 ? (own[(first + CHUNK) / BLOCK] + (first + CHUNK) % BLOCK) * cached : 0;      \
                     for (i64 group = 0; group < groups; group++) {                                                    \
                         i64 size = total - first < CHUNK ? total - first : CHUNK;                                     \
-                        i64 full = (size + LANES - 1) / LANES * LANES;                                                \
                         i64 place = start * cached + (head / repeats + group) * width;                                \
-                        for (i64 p = 0; p < size; p++) {                                                              \
-                            const X *own_k = keys + place + p * cached, *own_v = values + place + p * cached;         \
-                            float *to_k = k + p / LANES * LANES * padded + p % LANES * LANES;                         \
-                            i64 whole = width / LANES * LANES;                                                        \
-                            for (i64 j = 0; j < whole; j += LANES, to_k += LANES * LANES)                             \
-                                for (int u = 0; u < LANES; u++) to_k[u] = load_##X(own_k + j + u);                    \
-                            for (i64 j = whole; j < width; j++) to_k[j - whole] = load_##X(own_k + j);                \
-                            for (i64 j = 0; j < width; j++) v[p * padded + j] = load_##X(own_v + j);                  \
-                        }                                                                                             \
-                        for (i64 i = group * repeats * count; i < (group + 1) * repeats * count; i++) {               \
+                        for (i64 p = 0; p < size; p++)                                                                \
+                            read_pair_##X(keys + place + p * cached, values + place + p * cached, k, v, p, width,     \
+                                          padded);                                                                    \
+                        for (i64 turn = 0; turn < repeats * count; turn++) {                                          \
+                            i64 at = turn / repeats, is_other = at >= num_prefix;                                     \
+                            i64 node = is_other ? order[most_nodes - 1 - (at - num_prefix)] : order[at];              \
+                            i64 i = (group * repeats + turn % repeats) * count + node;                                \
                             i64 share = (left < CHUNK ? left : CHUNK) * cached / queries + 1;                         \
                             for (i64 j = i * share; left > 0 && j < (i + 1) * share; j += 64 / (i64)sizeof(X)) {      \
                                 __builtin_prefetch(keys + next + j); /* memory is slow: ask for the next chunk now */ \
                                 __builtin_prefetch(values + next + j);                                                \
                             }                                                                                         \
+                            i64 end = lengths[row] + num_seen[node]; /* of what it sees, in a row */                  \
+                            if (end <= first) continue;                                                               \
+                            size = end - first < CHUNK ? end - first : CHUNK;                                         \
+                            i64 full = (size + LANES - 1) / LANES * LANES;                                            \
+                            const uint8_t *sees = visible + (row * most_nodes + node) * seen;                         \
+                            if (is_other && turn % repeats == 0)                                                      \
+                                for (i64 e = 0, to = lengths[row] - first; to < size; e++) {                          \
+                                    if (!sees[e]) continue;                                                           \
+                                    i64 from = lengths[row] + e;                                                      \
+                                    from = (own[from / BLOCK] + from % BLOCK) * cached;                               \
+                                    from += (head / repeats + group) * width;                                         \
+                                    if (to >= 0) read_pair_##X(keys + from, values + from, k, v, to, width, padded);  \
+                                    to++;                                                                             \
+                                }                                                                                     \
                             score_keys(q + i * padded, k, s, size, padded);                                           \
-                            i64 below = lengths[row] - first; /* positions of this chunk that every node sees */      \
-                            const uint8_t *sees = visible + (row * most_nodes + i % count) * seen;                    \
-                            for (i64 p = below > 0 ? below : 0; p < size; p++)                                        \
-                                if (!sees[p - below]) s[p] = -INFINITY;                                               \
                             float top = find_max(s, size);                                                            \
-                            if (top == -INFINITY) continue;                                                           \
                             float *into = sum + i * padded;                                                           \
                             if (top > most[i]) {                                                                      \
                                 float fade = exp_negative(most[i] - top);                                             \
@@ -293,7 +326,7 @@ static inline float weigh(float *scores, i64 size, i64 full, float most) {
                     for (i64 j = 0; j < width; j++) store_##X(to + j, sum[i * padded + j] / mass[i]);                 \
                 }                                                                                                     \
             }                                                                                                         \
-            free(room);                                                                                               \
+            free(room), free(order);                                                                                  \
         }                                                                                                             \
     }
 
