@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastgrpo.drafters.acceptance_file import read_acceptance, write_acceptance
 from fastgrpo.drafters.eagle_files import find_shipped_head, load_head, save_head
 from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.loading import load_model, load_tokenizer, resolve_device, resolve_model
@@ -235,6 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     if shipped is not None:
         head = load_head(shipped, targets[0]).to(small.device)
         save_head(grow_head(head, *targets, body), options.output / "head", targets[1], dtype=targets[1].dtype)
+        if (known := read_acceptance(shipped)) is not None:  # the same drafts of the same text
+            write_acceptance(options.output / "head", known)
     size = sum(parameter.numel() for parameter in large.parameters()) / 1e9
     print(f"{options.output}: {size:.2f} billion weights; {large.config.grown_from}")
 

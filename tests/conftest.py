@@ -48,6 +48,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: 
 
 import shape_checks  # noqa: E402
 from fastgrpo.drafters import DraftContext  # noqa: E402
+from fastgrpo.graphs import Recording  # noqa: E402
 from fastgrpo.planner import AutoPlanner, HardwareProfile  # noqa: E402
 from fastgrpo.sampling import SamplingBatch, sample, stream_key  # noqa: E402
 from fastgrpo.tree import Draft, check_draft  # noqa: E402
@@ -316,7 +317,8 @@ class EagerRecorder:
 
     def record(self, run):
         self.num_recorded += 1
-        outputs = tuple(output.clone() for output in run())
+        first = run()
+        outputs = tuple(output.clone() for output in first)
 
         def replay():
             self.num_replayed += 1
@@ -326,7 +328,7 @@ class EagerRecorder:
                 else:
                     output.set_(new)  # on the host a walk ends where all have
 
-        return replay, outputs
+        return Recording(first=first, replay=replay, outputs=outputs)
 
     def count_free_bytes(self):
         return self.free_bytes

@@ -20,7 +20,8 @@ _SHALLOW = SpeculationPlan(depth=1, width=4, num_draft_tokens=4)
 _DEEP = SpeculationPlan(depth=4, width=4, num_draft_tokens=16)
 _NUM_SEQS = (1, 4, 16, 64)
 _CONTEXT = 32  # tokens of a sequence before the first draft
-_NEW, _MANY_NEW = 2, 18  # tokens accepted between two drafts: about what is, and enough to price one
+_NEW = 2  # tokens accepted between two drafts, about as many as are
+_MANY_NEW = {"cpu": 18, "cuda": 66}  # enough to price one: more than it takes a device's time to launch their reading
 _PRICED_SEQS = 16  # sequences whose drafts price a token that was not read
 
 
@@ -52,8 +53,9 @@ def time_drafts(target: TargetModel, drafter: Drafter) -> tuple[TimedDraft, ...]
     if not getattr(drafter, "can_be_timed", False):
         return ()
     drafts: list[TimedDraft] = []
+    many_new = _MANY_NEW.get(target.device.type, _MANY_NEW["cpu"])
     try:
-        for num_seqs, num_new in (*((n, _NEW) for n in _NUM_SEQS), (_PRICED_SEQS, _MANY_NEW)):
+        for num_seqs, num_new in (*((n, _NEW) for n in _NUM_SEQS), (_PRICED_SEQS, many_new)):
             drafts += [_time_draft(target, drafter, num_seqs, plan, num_new) for plan in (_SHALLOW, _DEEP)]
     except (RuntimeError, OSError) as error:
         if not is_out_of_memory(error) or not drafts:
@@ -77,11 +79,12 @@ def fit_draft_costs(drafts: tuple[TimedDraft, ...], grid: tuple[int, ...]) -> Dr
     further = _DEEP.depth - _SHALLOW.depth
     least_s = min(starts) / (10 * further)  # where the clock cannot tell the two depths apart
     levels = level([max((many_s - one_s) / further, least_s) for one_s, many_s in zip(starts, deep, strict=True)])
-    few_s, many_s = (times.get((_PRICED_SEQS, _SHALLOW, num_new), 0.0) for num_new in (_NEW, _MANY_NEW))
+    many_new = max(each.num_new for each in drafts)
+    few_s, many_s = (times.get((_PRICED_SEQS, _SHALLOW, num_new), 0.0) for num_new in (_NEW, many_new))
     return DraftCosts(
         start_s=tuple(_continue(num_seqs, starts, count) for count in grid),
         level_s=tuple(_continue([_DEEP.width * count for count in num_seqs], levels, nodes) for nodes in grid),
-        read_s=max(many_s - few_s, 0.0) / (_PRICED_SEQS * (_MANY_NEW - _NEW)),
+        read_s=max(many_s - few_s, 0.0) / (_PRICED_SEQS * max(many_new - _NEW, 1)),
     )
 
 

@@ -1,5 +1,5 @@
-"""Forwards and drafts of a few sizes, recorded once and replayed: launching kernels one by one costs more than
-a small batch's work.
+"""Forwards and drafts of a few sizes, recorded when they first come and replayed from then on: launching kernels one
+by one costs more than a small batch's work.
 
 A batch is copied into buffers of the next larger size and padded there. What is recorded reads and writes the cache
 where it stood at the time: when that moves, recordings are dropped.
@@ -7,6 +7,7 @@ where it stood at the time: when that moves, recordings are dropped.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -19,14 +20,12 @@ from torch import Tensor
 from fastgrpo.attention import MOST_GPU_NODES, ForwardBatch
 from fastgrpo.cache import SlotCache
 from fastgrpo.memory import find_available_bytes
-from fastgrpo.timing import CALLS_BEFORE_REPLAY
 
 Outputs = tuple[Tensor, ...]
 Inputs = TypeVar("Inputs")
 _SIZES = sorted({base << shift for shift in range(15) for base in (2, 3)} | {1})  # 1 2 3 4 6 8 12 16 ...
 _MOST_TOKENS = 1024  # more are bound by their arithmetic, not by launches
 _LEAST_BLOCKS = 4  # our attention kernel reads as many at once; from here on their number doubles, as rows grow
-_USES_BEFORE = CALLS_BEFORE_REPLAY - 1  # calls of a key before it is recorded
 _MOST_GRAPHS = 32
 _FREE_BYTES = 2 * 2**30  # left to others; nothing is recorded with less
 _MODE = "thread_local"  # other threads, in which drafts may be learnt, go on as ever
@@ -68,12 +67,21 @@ def round_blocks(count: int) -> int:
     return max(_LEAST_BLOCKS, 1 << (count - 1).bit_length())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """A call that was made, and what makes it again."""
+
+    first: Outputs  # what it gave
+    replay: Callable[[], None]
+    outputs: Outputs  # what each replay writes to
+
+
 @runtime_checkable
 class Recorder(Protocol):
-    """Records a call whose inputs stay where they are."""
+    """Makes a call whose inputs stay where they are, and records it."""
 
-    def record(self, run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        """Returns what repeats the call, and the outputs that it writes anew each time.
+    def record(self, run: Callable[[], Outputs]) -> Recording:
+        """Make the call once, and keep it.
 
         Raises:
             RuntimeError: it cannot be recorded.
@@ -84,35 +92,51 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory: of their outputs, those of the last replay are to be read."""
+    """CUDA graphs that share one pool of memory: of their outputs, those of the last replay are to be read.
+
+    The host records a call while the device is still at it, and waits for nothing.
+    """
 
     def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
         self._first: Any = None  # holds the pool, which PyTorch gives up for good with the last graph that uses it
 
-    def record(self, run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()  # kernels are compiled and workspaces taken outside the recording
-        torch.cuda.current_stream().wait_stream(side)
-        try:
+    def record(self, run: Callable[[], Outputs]) -> Recording:
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            first = run()  # kernels are compiled and workspaces taken outside the recording
+            if torch.cuda.mem_get_info()[0] < _FREE_BYTES:  # a recording takes nothing that PyTorch has set aside
+                torch.cuda.empty_cache()
             if self._first is None:
-                self._first = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._first, capture_error_mode=_MODE):
-                    torch.zeros(1, device="cuda")
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._first.pool(), capture_error_mode=_MODE):
-                outputs = run()
-        except RuntimeError:
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())  # else it waits for the end of the recording
-            raise
-        return graph.replay, outputs
+                self._first, _ = _capture(lambda: (torch.zeros(1, device="cuda"),), None)
+            graph, outputs = _capture(run, self._first.pool())
+        current.wait_stream(self._stream)
+        return Recording(first=first, replay=graph.replay, outputs=outputs)
 
     def count_free_bytes(self) -> int:
         free = find_available_bytes(torch.device("cuda"))
         assert free is not None, "CUDA says what is free"
         return free
+
+
+def _capture(run: Callable[[], Outputs], pool: Any) -> tuple[Any, Outputs]:
+    """What the call launches on the current stream, as a graph; `torch.cuda.graph` would wait, and empty the cache."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode=_MODE)
+        try:
+            outputs = run()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # which says less of why
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    except RuntimeError:
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())  # else it waits for the end of the recording
+        raise
+    return graph, outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +147,7 @@ class _Graph(Generic[Inputs]):
 
 
 class Replays(Generic[Inputs]):
-    """Calls that are recorded when they have come often enough, and replayed from then on.
+    """Calls that are recorded when they first come, and replayed from then on.
 
     Outputs hold until the next call.
 
@@ -144,7 +168,6 @@ class Replays(Generic[Inputs]):
     ) -> None:
         self._run, self._list_stores, self._recorder = run, list_stores, recorder
         self._graphs: OrderedDict[Hashable, _Graph[Inputs]] = OrderedDict()  # the least recently used first
-        self._uses: dict[Hashable, int] = {}
         self._place: tuple[tuple[int, int], ...] = ()
         self.obstacle: str | None = None
         self.was_replayed = True
@@ -166,16 +189,10 @@ class Replays(Generic[Inputs]):
         self._drop_if_moved()
         graph = self._graphs.get(key)
         if graph is None:
-            self._uses[key] = self._uses.get(key, 0) + 1
-            if self._uses[key] <= _USES_BEFORE:
-                return None
-            graph = self._record(key, build, fill)
-            if graph is None:
-                return None
-        else:
-            self.was_replayed = True
-            self._graphs.move_to_end(key)
-            fill(graph.inputs)
+            return self._record(key, build, fill)
+        self.was_replayed = True
+        self._graphs.move_to_end(key)
+        fill(graph.inputs)
         graph.replay()
         return graph.outputs
 
@@ -185,9 +202,7 @@ class Replays(Generic[Inputs]):
             self._graphs.clear()
             self._place = place
 
-    def _record(
-        self, key: Hashable, build: Callable[[], Inputs], fill: Callable[[Inputs], None]
-    ) -> _Graph[Inputs] | None:
+    def _record(self, key: Hashable, build: Callable[[], Inputs], fill: Callable[[Inputs], None]) -> Outputs | None:
         free = self._recorder.count_free_bytes()
         if free < _FREE_BYTES:
             self._stop(f"only {free / 2**30:.1f} GiB of the device's memory are free")
@@ -197,12 +212,12 @@ class Replays(Generic[Inputs]):
         inputs = build()
         fill(inputs)
         try:
-            replay, outputs = self._recorder.record(lambda: self._run(inputs))
+            made = self._recorder.record(lambda: self._run(inputs))
         except RuntimeError as error:  # out of memory is one
             self._stop(str(error).strip().splitlines()[0] if str(error).strip() else repr(error))
             return None
-        self._graphs[key] = _Graph(inputs=inputs, replay=replay, outputs=outputs)
-        return self._graphs[key]
+        self._graphs[key] = _Graph(inputs=inputs, replay=made.replay, outputs=made.outputs)
+        return made.first
 
     def _stop(self, reason: str) -> None:
         """Once is enough: where it failed it would fail again."""

@@ -221,6 +221,6 @@ def _record(target: TargetModel, run: Callable[[], tuple[torch.Tensor, ...]]) ->
     if recorder is None:
         return run
     try:
-        return recorder.record(run)[0]
+        return recorder.record(run).replay
     except RuntimeError:
         return run

@@ -13,8 +13,8 @@ import torch
 LARGE_SPREAD = 0.5  # a median half again as long as the least run: something else is at work
 _REPEAT_SPREAD = 0.25  # runs that disagree more are repeated
 _RUNS, _MAX_ROUNDS = 3, 4
-CALLS_BEFORE_REPLAY = 3  # of one kind, of which the last one is recorded (see `graphs`)
-MOST_RUNS = CALLS_BEFORE_REPLAY + 1 + _RUNS * _MAX_ROUNDS  # calls of what is timed, by a clock that works, and before
+_CALLS_BEFORE = 1  # in which work that is replayed later is recorded (see `graphs`)
+MOST_RUNS = _CALLS_BEFORE + 1 + _RUNS * _MAX_ROUNDS  # calls of what is timed, by a clock that works, and before
 _BUDGET_S = 3.0  # runs of one point; slow ones are repeated less
 _MAX_CALLS = 64  # calls timed as one while the clock shows no difference
 
@@ -116,7 +116,7 @@ def measure_on(run: Callable[[], object], device: torch.device) -> Timing:
         run()
         torch.cuda.synchronize(device)
 
-    for _ in range(CALLS_BEFORE_REPLAY):
+    for _ in range(_CALLS_BEFORE):
         finish()
     return measure_timing(finish)
 

@@ -27,7 +27,6 @@ from fastgrpo.data import build_task_dataset
 from fastgrpo.drafters import Drafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_files import find_shipped_head, load_head
-from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
 from fastgrpo.loading import Opened, encode_prompts, open_model, quiet_libraries
@@ -53,8 +52,8 @@ def run_rollout_bench(options: RolloutOptions, command: str, console: Console | 
     opened = open_model(options.model, dtype=options.dtype, device=options.device)
     model = opened.model
     warmup, prompts, params = _build_requests(options, opened)
-    head, learned = _warm_up(options, model, warmup, params)
-    engines = {name: _build_engine(options, model, name, head) for name in options.speculation}
+    taught, learned = _warm_up(options, model, warmup, params)
+    engines = {name: _build_engine(options, model, name, taught) for name in options.speculation}
 
     def build_params(repeat: int) -> SamplingParams:
         return dataclasses.replace(params, seed=options.seed + repeat)
@@ -100,20 +99,23 @@ def _build_requests(
     return rollouts[1:], rollouts[0], params
 
 
-def _build_engine(options: RolloutOptions, model: PreTrainedModel, speculation: str, head: EagleHead | None) -> Engine:
+def _build_engine(
+    options: RolloutOptions, model: PreTrainedModel, speculation: str, taught: EagleDrafter | None
+) -> Engine:
     """The variant's engine; plain decoding keeps no features either, it is as good as we have it."""
     drafter: str | Drafter = options.drafter
     if speculation == BASELINE:
         drafter = "none"
-    elif head is not None:
-        drafter = EagleDrafter(TargetModel(model), head=head)
+    elif taught is not None:
+        drafter = EagleDrafter(TargetModel(model), head=taught.head)
+        drafter.acceptance = taught.acceptance
     return Engine(model, drafter=drafter, speculation=parse_speculation(speculation), max_num_seqs=options.max_num_seqs)
 
 
 def _warm_up(
     options: RolloutOptions, model: PreTrainedModel, rollouts: list[list[list[int]]], params: SamplingParams
-) -> tuple[EagleHead | None, list[dict[str, float]]]:
-    """The head all variants share, after it has learnt on rollouts of other prompts."""
+) -> tuple[EagleDrafter | None, list[dict[str, float]]]:
+    """The drafter whose head all variants share, after it has learnt on rollouts of other prompts."""
     if options.drafter not in ("eagle", "eagle-new"):
         return None, []
     drafter = open_drafter(options, TargetModel(model))
@@ -127,7 +129,7 @@ def _warm_up(
         report = learner.learn(options.warmup_learn_s)
         emitted, forwards = (sum(getattr(r, name) for r in result.records) for name in ("num_emitted", "num_seqs"))
         learned.append({"loss": report.loss, "learn_s": report.learn_s, "acceptance_length": emitted / forwards})
-    return engine.drafter.head, learned
+    return engine.drafter, learned
 
 
 def open_drafter(options: RolloutOptions, target: TargetModel) -> str | Path | Drafter:

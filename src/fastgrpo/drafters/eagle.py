@@ -35,6 +35,7 @@ from fastgrpo.types import SpeculationPlan
 
 _PARTS = ("token_ids", "parents", "num_nodes", "log_chances", "scores")  # of a draft, recorded
 _MANY_PAIRS = 8  # new ones a row, from which on keys and values of all but the last are computed apart
+_PRICED_PAIRS = 512  # new ones in all, fewer of which take a device less time than launching what reads them
 
 
 class EagleDrafter(HeadDrafter[EagleHead]):
@@ -44,7 +45,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
     num_prompt_tokens = 32
     _cache: SlotCache | None = None  # the target's, whose features were read last
     _replays: Replays[_Recorded] | None = None  # of drafts with the weights as they are
-    _has_caught_up = False  # before the last draft, with what is not recorded
+    _num_caught_up = 0  # pairs read before the last draft, by what is not recorded
 
     @staticmethod
     def build_head(target: TargetModel, draft_vocab_size: int) -> EagleHead:
@@ -71,16 +72,19 @@ class EagleDrafter(HeadDrafter[EagleHead]):
 
     @property
     def was_replayed(self) -> bool:
-        """Whether the last draft took no longer than the next one like it will."""
-        return self._replays is None or (self._replays.was_replayed and not self._has_caught_up)
+        """Whether the last draft took no longer than the next one like it will, but for what it had to read first."""
+        if self._replays is None:
+            return True
+        return self._replays.was_replayed and not 0 < self._num_caught_up < _PRICED_PAIRS
 
     def grow(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         own, replays = self._rows.cache, self._find_replays(context.cache)
         num_read, lengths = self._rows.num_read, context.cache.lengths
         most = max(length - read for length, read in zip(lengths, num_read, strict=True))
-        is_far_behind = sum(lengths) - sum(num_read) > _MANY_PAIRS * len(lengths)
-        self._has_caught_up = is_far_behind or (replays is not None and most > plan.depth + 1)
-        if self._has_caught_up:
+        num_unread = sum(lengths) - sum(num_read)
+        is_behind = num_unread > _MANY_PAIRS * len(lengths) or (replays is not None and most > plan.depth + 1)
+        self._num_caught_up = num_unread if is_behind else 0
+        if is_behind:
             self._store_pairs(context)
             num_read = [length - 1 for length in lengths]
         if replays is not None:
