@@ -124,7 +124,7 @@ def _capture(run: Callable[[], Outputs], pool: Any) -> tuple[Any, Outputs]:
     """What the call launches on the current stream, as a graph; `torch.cuda.graph` would wait, and empty the cache."""
     graph = torch.cuda.CUDAGraph()
     try:
-        graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode=_MODE)
+        graph.capture_begin(pool=pool, capture_error_mode=_MODE)
         try:
             outputs = run()
         except BaseException:
