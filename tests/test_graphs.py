@@ -9,6 +9,7 @@ from conftest import EagerRecorder, build_model
 from fastgrpo import graphs
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
+from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine
 from fastgrpo.graphs import Bucket, GraphRunner
 from fastgrpo.kernels import cpu, gpu
@@ -322,6 +323,40 @@ def test_a_replayed_draft_is_the_one_that_is_launched(plan, monkeypatch):
     assert tokens == expected and len(launched) == len(replayed)
     for ours, theirs in zip(replayed, launched, strict=True):
         assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("is_shared", [True, False], ids=["one drafter", "two drafters"])
+def test_drafts_of_a_drafter_that_was_built_apart_are_recorded_too(is_shared, monkeypatch):
+    """It runs the engine's model: what a rollout prepares serves both, and other engines that take turns with it."""
+    monkeypatch.setattr(TargetModel, "_build_recorder", lambda _: EagerRecorder())
+    model = build_model("llama", torch.float32)
+    drafter = EagleDrafter(TargetModel(model))
+    engines = [Engine(model, drafter=drafter, speculation=TREE)]
+    engines.append(Engine(model, drafter=drafter if is_shared else EagleDrafter(TargetModel(model)), speculation=TREE))
+    assert engines[0].target is drafter.target and (engines[1].target is drafter.target) == is_shared
+    prompts, params = [[5, 6, 7], [8, 9]], SamplingParams(max_tokens=30)
+    expected = [completion.token_ids for completion in engines[0].generate(prompts, params)]
+    assert len(drafter._replays) > 0, "drafts were launched one by one"
+    if not is_shared:
+        sequences = [engine.take_requests(prompts, params) for engine in engines]
+        outer, inner = (engine.roll_out(own) for engine, own in zip(engines, sequences, strict=True))
+        next(outer)
+        for _ in inner:
+            pass
+        for _ in outer:
+            pass
+        assert all(sequence.token_ids == tokens for own in sequences for sequence, tokens in zip(own, expected, strict=True))  # fmt: skip
+    assert engines[0].target._fused is None and not engines[0].target.records
+
+
+def test_an_adapter_in_a_rollout_stays_so_when_another_rollout_of_it_ends():
+    target = TargetModel(build_model("llama", torch.float32))
+    with target.rollout_mode():
+        fused = target._fused
+        with target.rollout_mode():
+            assert target._fused is not None
+        assert target._fused is fused
+    assert target._fused is None
 
 
 def test_what_fits_only_without_the_scratch_block_is_refused(monkeypatch):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from fastgrpo.admission import Admission
 from fastgrpo.attempt import Attempt
-from fastgrpo.drafters import Drafter, build_drafter
+from fastgrpo.drafters import Drafter, build_drafter, find_own_target
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.none import NoDrafter
 from fastgrpo.model import TargetModel
@@ -88,8 +88,9 @@ class Engine:
         profile: HardwareProfile | str | Path | None = None,
         max_cache_bytes: int | None = None,
     ) -> None:
-        self.target = TargetModel(model, compute_dtype=compute_dtype, tokenizer=tokenizer)
-        self.drafter = build_drafter(drafter, self.target)
+        target = TargetModel(model, compute_dtype=compute_dtype, tokenizer=tokenizer)
+        self.drafter = build_drafter(drafter, target)
+        self.target = find_own_target(self.drafter, target)
         self.planning = Planning(
             speculation, fixed=fixed_plan, profile=profile, target=self.target, drafter=self.drafter
         )

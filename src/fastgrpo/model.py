@@ -97,6 +97,10 @@ class TargetModel:
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.max_position = int(config.max_position_embeddings)
 
+    def is_like(self, other: TargetModel) -> bool:
+        """Whether both run the same model in the same type."""
+        return self.model is other.model and self.compute_dtype == other.compute_dtype
+
     @property
     def embed_tokens(self) -> Any:
         return self.base.get_input_embeddings()
@@ -151,7 +155,11 @@ class TargetModel:
 
     @contextlib.contextmanager
     def rollout_mode(self) -> Iterator[None]:
-        """Evaluation mode, merged LoRA, tree attention; everything is put back, whatever happens inside."""
+        """Evaluation mode, merged LoRA, tree attention; everything is put back, whatever happens inside.
+
+        Engines that share the adapter may be in it at once, one inside the other.
+        """
+        before = (self._fused, self._output, self._recorder, self._runner)
         training = [module for module in self.model.modules() if module.training]
         attention = self.config._attn_implementation
         autocast = (
@@ -166,7 +174,7 @@ class TargetModel:
                 self._fused, self._recorder = self._fuse(), self._build_recorder()
                 yield
         finally:
-            self._fused = self._output = self._recorder = self._runner = None
+            self._fused, self._output, self._recorder, self._runner = before
             self.config._attn_implementation = attention
             for module in training:
                 module.training = True

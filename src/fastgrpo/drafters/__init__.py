@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 DRAFTERS = ("eagle", "eagle-new", "ngram", "none", "auto", "block")
 
-__all__ = ["DraftContext", "Drafter", "build_drafter", "find_trainable"]
+__all__ = ["DraftContext", "Drafter", "build_drafter", "find_own_target", "find_trainable"]
 
 
 def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter:
@@ -78,6 +78,13 @@ def _build_eagle(target: TargetModel) -> EagleDrafter:
     drafter = EagleDrafter(target, head=head)
     drafter.acceptance = read_acceptance(shipped)
     return drafter
+
+
+def find_own_target(drafter: Drafter, target: TargetModel) -> TargetModel:
+    """What the drafter runs the same model through, if it does: so a rollout prepares it for both; else the target."""
+    drafters: tuple[Drafter, ...] = (drafter, *getattr(drafter, "members", ()))
+    targets = (getattr(each, "target", None) for each in drafters)
+    return next((own for own in targets if own is not None and own.is_like(target)), target)
 
 
 def find_trainable(drafter: Drafter) -> TrainableDrafter | None:
