@@ -24,6 +24,7 @@ INTS = (
     *("stride", "width", "num_blocks", "token_stride", "head_stride", "position_stride", "num_words", "most_nodes"),
     *("num_before", "num_kv_heads", "num_splits", "num_heads"),
     "num_expanded",
+    *("num_children", "num_seen", "num_levels", "capacity", "num_filled", "num_chosen", "level", "depth"),
     *("first_width", "second_width", "third_width", "out_stride", "num_tokens", "num_inputs"),
 )
 LONGS = ("rows", "stream_keys", "positions", "token_ids", "blocks", "starts", "num_nodes", "lengths", "words", "places")
@@ -71,6 +72,27 @@ def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], i
             yield "gpu_attention", "_join_splits", types, shape | {"CHUNK": 8}, 1
 
 
+def list_tree_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], int]]:
+    """Likewise."""
+    longs = (
+        *("tokens", "places", "pool_tokens", "pool_parents", "out_tokens", "out_above", "out_places", "parents"),
+        *("roots", "out_parents", "out_counts", "path", "chosen", "out_path", "out_chosen", "out_accepted"),
+        *("num_children", "ranks", "sources", "targets", "positions", "words", "starts", "rows", "lengths", "blocks"),
+    )
+    types = dict.fromkeys(longs, "*i64") | {"num_nodes": "i32", "visible": "*u8", "out_visible": "*u8"}
+    types |= dict.fromkeys(("slope", "offset", "penalty", "weight"), "fp32")
+    for is_calibrated in (True, False):
+        sizes = {"IS_CALIBRATED": is_calibrated, "WIDTH": 64, "SEEN": 32}
+        yield "gpu_trees", "_grow_level", types | {"num_children": "i32"}, sizes, 1
+    yield "gpu_trees", "_prune", types, {"WIDTH": 512}, 1
+    yield "gpu_trees", "_find_ancestors", types, {"NODES": 64}, 1
+    yield "gpu_trees", "_lay_out", types, {"BLOCK": BLOCK_SIZE, "SEEN": 64}, 1
+    yield "gpu_trees", "_walk_level", types, {"NODES": 64}, 1
+    yield "gpu_trees", "_find_ranks", types, {"NODES": 64}, 1
+    yield "gpu_trees", "_count_judged", types, {"LEVELS": 8, "BINS": 33, "NODES": 64}, 1
+    yield "gpu_trees", "_locate_path", types, {"BLOCK": BLOCK_SIZE}, 1
+
+
 def compile_kernel(module: str, name: str, types: dict[str, str], constants: dict[str, Any], warps: int) -> str:
     kernel = getattr(importlib.import_module(f"fastgrpo.kernels.{module}"), name)
     signature = {
@@ -105,5 +127,5 @@ def count_registers(cubin: bytes) -> str:
 
 
 if __name__ == "__main__":
-    for kernel in list_kernels():
+    for kernel in (*list_kernels(), *list_tree_kernels()):
         print(kernel[1], kernel[2], kernel[3], compile_kernel(*kernel))

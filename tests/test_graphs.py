@@ -345,7 +345,7 @@ def test_drafts_of_a_drafter_that_was_built_apart_are_recorded_too(is_shared, mo
             pass
         for _ in outer:
             pass
-        assert all(sequence.token_ids == tokens for own in sequences for sequence, tokens in zip(own, expected, strict=True))  # fmt: skip
+        assert [[sequence.token_ids for sequence in own] for own in sequences] == [expected, expected]
     assert engines[0].target._fused is None and not engines[0].target.records
 
 

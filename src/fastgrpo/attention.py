@@ -41,6 +41,7 @@ class ForwardBatch:
     pad_index: Int[Tensor, " T"] | None  # row * N + node of each token; None if no row is padded
     dtype: torch.dtype  # of the attention
     num_repeats: int  # query heads for each key head
+    laid_out_words: Int[Tensor, "B N W"] | None = None  # `words`, where a kernel has them
 
     @staticmethod
     def build(
@@ -72,9 +73,17 @@ class ForwardBatch:
             num_nodes = torch.full_like(num_nodes, width)
             counts = (width,) * len(num_nodes)
         pad_index = _find_used(num_nodes, width, counts)
-        packed = _lay_out(token_ids, num_nodes, visible, lengths, blocks, pad_index)
+        words = None
+        if pad_index is None and gpu.runs_on(token_ids):
+            from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
+
+            *places, words = gpu_trees.lay_out(visible, lengths, blocks)
+            packed = (token_ids.flatten(), *places)
+        else:
+            packed = _lay_out(token_ids, num_nodes, visible, lengths, blocks, pad_index)
         return ForwardBatch(
             **dict(zip(("token_ids", "positions", "write_index", "row_starts"), packed, strict=True)),
+            laid_out_words=words,
             num_nodes=num_nodes,
             blocks=blocks,
             lengths=lengths,
@@ -97,6 +106,8 @@ class ForwardBatch:
     @functools.cached_property
     def words(self) -> Int[Tensor, "B N W"]:
         """`visible` as bits of 64-bit words, the first in the lowest bit."""
+        if self.laid_out_words is not None:
+            return self.laid_out_words
         num_words = -(-self.visible.shape[2] // 64)
         padded = nn.functional.pad(self.visible, (0, num_words * 64 - self.visible.shape[2]))
         bits = torch.arange(64, device=padded.device)

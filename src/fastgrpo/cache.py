@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastgrpo.block_store import BlockStore
 from fastgrpo.blocks import BLOCK_SIZE, BlockPool, count_blocks
+from fastgrpo.kernels import gpu
 from fastgrpo.memory import is_out_of_memory
 from fastgrpo.transfer import is_host, upload
 
@@ -271,11 +272,16 @@ class SlotCache:
         Args:
             lengths, blocks: of the rows, as this cache has them.
         """
-        rows, depth = _find_moves(path) if is_host(path) else find_walked(path[:, 1:], first=1)
-        if len(rows):
+        if gpu.runs_on(path):
+            from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
+
+            source, target = gpu_trees.locate_path(path, lengths, blocks)
+        else:
+            rows, depth = _find_moves(path) if is_host(path) else find_walked(path[:, 1:], first=1)
             start, node = lengths[rows], path[rows, depth]
             source = locate_each(blocks, rows, start + torch.where(node < 0, depth, node))
             target = locate_each(blocks, rows, start + depth)
+        if len(source):
             self.keys.move_positions(source, target)
             self.values.move_positions(source, target)
 

@@ -14,12 +14,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgrpo.attention import ForwardBatch, attend_to_rows, describe_rows, has_kernels
+from fastgrpo.attention import MOST_GPU_NODES, ForwardBatch, attend_to_rows, describe_rows, has_kernels
 from fastgrpo.cache import SlotCache
 from fastgrpo.kernels import cpu
 from fastgrpo.kernels.choose import find_kernels
 from fastgrpo.kernels.layers import CompiledLayers, LayerWeights, Norm
 from fastgrpo.kernels.linear import PackedLinear, may_pack, round_up, wants_round_rows
+from fastgrpo.rotation import RotationTable
 
 NO_KERNELS = "the kernels are not compiled"
 _LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer")
@@ -79,6 +80,7 @@ class FusedDecoder:
         self._rounds_rows = packs and wants_round_rows(dtype)
         self._layers = [_read_layer(layer, packs) for layer in decoder.layers]
         self._norm = _read_norm(decoder.norm)
+        self._rotation = RotationTable(decoder.rotary_emb, count_positions(decoder.config))
         is_own = self._kernels is cpu and CompiledLayers.covers(self._layers)
         self._compiled = CompiledLayers(self._layers, decoder.embed_tokens.weight.dtype, dtype) if is_own else None
 
@@ -87,7 +89,7 @@ class FusedDecoder:
     ) -> tuple[Float[Tensor, "T H"], dict[int, Float[Tensor, "T H"]]]:
         """Normed hidden states, and the inputs of the layers in `kept`; writes keys and values."""
         residual = F.embedding(batch.token_ids, self._decoder.embed_tokens.weight)
-        cos, sin = (part[0].contiguous() for part in self._decoder.rotary_emb(residual, batch.positions[None]))
+        cos, sin = self._rotation(batch.positions, residual)
         with torch.autocast(residual.device.type, enabled=False):
             if self._compiled is not None and has_kernels(cache.keys.data, batch):
                 inputs = {number: torch.empty_like(residual) for number in kept}
@@ -133,6 +135,11 @@ class FusedDecoder:
     def _add_norm(self, residual: Tensor, delta: Tensor | None, norm: Norm) -> Tensor:
         padded = round_up(len(residual)) if self._rounds_rows else None
         return self._kernels.add_norm(residual, delta, norm.weight, norm.eps, self._dtype, padded=padded)
+
+
+def count_positions(config: Any) -> int:
+    """That nodes may have: those of sequences, and of a tree behind the longest."""
+    return int(config.max_position_embeddings) + MOST_GPU_NODES
 
 
 def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:

@@ -300,4 +300,5 @@ def _build_inputs(bucket: Bucket, batch: ForwardBatch) -> ForwardBatch:
         lengths=zeros(bucket.rows),
         visible=torch.zeros(bucket.rows, bucket.nodes, bucket.nodes, dtype=torch.bool, device=device),
         pad_index=None,
+        laid_out_words=None,  # of the batch that was given
     )

@@ -10,18 +10,22 @@ from torch import Tensor
 
 from fastgrpo.transfer import is_host
 
+_MOST_BYTES = 64 * 2**20  # of a table on a device
+
 
 class RotationTable:
-    """cos and sin of positions; those that were asked for once are kept on the host.
+    """cos and sin of positions: on the host of those that were asked for, on a device of all that there can be.
 
     A position's are the same in any batch: RoPE kinds for which they are not are refused (`model.check_supported`).
 
     Args:
         rotary_emb: transformers' module, whose frequencies do not change while this lasts.
+        num_positions: that a device may ask for; what is beyond has the last one's. Where a table would be large, or
+            their number is not known (0), the module is asked.
     """
 
-    def __init__(self, rotary_emb: Any) -> None:
-        self._rotary_emb = rotary_emb
+    def __init__(self, rotary_emb: Any, num_positions: int = 0) -> None:
+        self._rotary_emb, self._num_positions = rotary_emb, num_positions
         self._table: tuple[Tensor, Tensor] | None = None
 
     def __call__(
@@ -29,11 +33,24 @@ class RotationTable:
     ) -> tuple[Float[Tensor, "T d"], Float[Tensor, "T d"]]:
         """cos and sin, in the type and on the device of `like`."""
         if not is_host(positions):  # a device would have to be asked how long the table must be
-            return self._compute(positions, like)
+            return self._look_up(positions, like)
         most = int(positions.max())
         if self._table is None or len(self._table[0]) <= most or self._table[0].dtype != like.dtype:
             self._table = self._compute(torch.arange(2 * most + 2), like)
         cos, sin = (part.index_select(0, positions) for part in self._table)
+        return cos, sin
+
+    def _look_up(
+        self, positions: Int[Tensor, " T"], like: Float[Tensor, "*n"]
+    ) -> tuple[Float[Tensor, "T d"], Float[Tensor, "T d"]]:
+        if self._table is None or self._table[0].dtype != like.dtype:
+            one = self._compute(positions[:1], like)
+            num_bytes = 2 * self._num_positions * one[0].numel() * like.element_size()
+            if not 0 < num_bytes <= _MOST_BYTES or not len(positions):
+                return self._compute(positions, like)
+            self._table = self._compute(torch.arange(self._num_positions, device=positions.device), like)
+        at = positions.clamp(0, len(self._table[0]) - 1)
+        cos, sin = (part.index_select(0, at) for part in self._table)
         return cos, sin
 
     def _compute(self, positions: Int[Tensor, " T"], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from fastgrpo.attention import ForwardBatch
 from fastgrpo.cache import SlotCache, find_walked, locate_each
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.graphs import Replays, may_record, round_blocks, round_size
+from fastgrpo.kernels import gpu
 from fastgrpo.model import ForwardOutput, TargetModel
 from fastgrpo.sampling import NUM_COLUMNS, SamplingBatch, SamplingKind
 from fastgrpo.timing import DeviceClock, Moment
@@ -265,6 +266,13 @@ def gather_path(
     assert cache.features is not None
     if batch.most_nodes == 1:  # the nodes are the rows, and stand where they belong
         cache.features.write(0, batch.write_index, features)
+        return
+    if gpu.runs_on(path):
+        from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
+
+        _, index = gpu_trees.locate_path(path, batch.lengths, batch.blocks)
+        nodes = batch.row_starts[:, None] + path.clamp(min=0)
+        cache.features.write(0, index, features[nodes.flatten()])
         return
     rows, depth = find_walked(path)
     index = locate_each(batch.blocks, rows, batch.lengths[rows] + depth)

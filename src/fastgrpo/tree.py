@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastgrpo.kernels import cpu, trees
+from fastgrpo.kernels import cpu, gpu, trees
 from fastgrpo.transfer import is_host, upload
 
 
@@ -79,6 +79,10 @@ def compute_ancestors(parents: Int[Tensor, "B N"], depth: int | None = None) -> 
     if is_host(parents) and cpu.is_available():
         return trees.find_ancestors(parents)
     num_nodes = parents.shape[1]
+    if gpu.runs_on(parents):
+        from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
+
+        return gpu_trees.find_ancestors(parents, num_nodes - 1 if depth is None else min(depth, num_nodes - 1))
     if num_nodes == 1:
         return torch.ones(len(parents), 1, 1, dtype=torch.bool, device=parents.device)
     index = torch.arange(num_nodes, device=parents.device)

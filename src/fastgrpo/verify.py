@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastgrpo.kernels import cpu, trees
+from fastgrpo.kernels import cpu, gpu, trees
 from fastgrpo.sampling import SamplingBatch, sample_rows, samples_on_host
 from fastgrpo.transfer import download, is_host
 from fastgrpo.tree import Draft
@@ -61,6 +61,13 @@ def verify(
         noise_rows = (batch.stream_keys, batch.positions, batch.temperature)
         walked = trees.walk(logits, row_starts, draft.token_ids, draft.parents, *noise_rows, num_levels)
         return Verdict(**dict(zip(_VERDICT, walked, strict=True)))
+    if gpu.runs_on(logits) and logits.dtype in gpu.DTYPES:
+        from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
+
+        walk = gpu_trees.Walk(row_starts, draft.token_ids, draft.parents, num_levels)
+        for level in range(num_levels):
+            walk.advance(*sample_rows(logits, walk.rows, batch.ahead(level), vocabulary))
+        return Verdict(**{name: getattr(walk, name) for name in _VERDICT})
     node = torch.zeros_like(row_starts)
     is_alive = torch.ones_like(node, dtype=torch.bool)
     columns: list[tuple[Tensor, ...]] = []
@@ -87,6 +94,10 @@ def find_ranks(verdict: Verdict, draft: Draft) -> tuple[Int[Tensor, "B D"], Int[
     """
     if is_host(draft.parents) and cpu.is_available():
         return trees.find_ranks(verdict.path, verdict.token_ids, draft.token_ids, draft.parents)
+    if gpu.runs_on(draft.parents):
+        from fastgrpo.kernels import gpu_trees
+
+        return gpu_trees.find_ranks(verdict.path, verdict.token_ids, draft.token_ids, draft.parents)
     walked = (verdict.path >= 0)[..., None]
     is_child = walked & (draft.parents[:, None] == verdict.path[..., None])
     is_hit = is_child & (draft.token_ids[:, None] == verdict.token_ids[..., None])

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastgrpo.kernels import cpu, trees
+from fastgrpo.kernels import cpu, gpu, trees
 from fastgrpo.transfer import is_host
 from fastgrpo.tree import Draft
 from fastgrpo.verify import Verdict
@@ -25,6 +25,7 @@ _LEVELS = 8  # deeper levels share the last line
 _MOST_ODDS = 8.0  # log-odds beyond are clamped
 _BINS = 33  # of log-odds, evenly from -_MOST_ODDS to _MOST_ODDS
 _DECAY = 0.995  # of the counts, for each step that drafts
+_MOST_UNFOLDED = 2000  # such steps, whose counts are far from too large for a float32
 _PRIOR_TRIALS = 64.0  # weight of the line a = 1, b = 0
 _NEWTON_STEPS = 6
 _LEAST_SLOPE, _MOST_SLOPE = 0.3, 3.0
@@ -40,7 +41,9 @@ class Calibration:
     def __init__(self) -> None:
         self.offered = np.zeros((_LEVELS, _BINS))
         self.hits = np.zeros((_LEVELS, _BINS))
-        self._unfolded: Tensor | None = None  # [2, levels, bins], counted on a device since they were last asked for
+        self._unfolded: Tensor | None = (
+            None  # [2, levels, bins], counted since they were last asked for; the first step's have weight 1
+        )
         self._unfolded_steps = 0
         self.slope, self.offset = np.ones(_LEVELS), np.zeros(_LEVELS)
 
@@ -66,18 +69,29 @@ class Calibration:
         log_chances = draft.log_chances if log_chances is None else log_chances
         if log_chances is None:
             return
-        new = _count_judged(draft, verdict, log_chances)
-        self._unfolded = new if self._unfolded is None else self._unfolded * _DECAY + new
+        if self._unfolded_steps >= _MOST_UNFOLDED:
+            self._fold()
+        weight = _DECAY**-self._unfolded_steps  # later steps count more, until all are folded
+        if gpu.runs_on(log_chances):
+            from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
+
+            if self._unfolded is None:
+                self._unfolded = torch.zeros(2, _LEVELS, _BINS, device=log_chances.device)
+            gpu_trees.count_judged_(self._unfolded, verdict.path, draft.parents, log_chances, weight)
+        else:
+            new = weight * _count_judged(draft, verdict, log_chances)
+            self._unfolded = new if self._unfolded is None else self._unfolded + new
         self._unfolded_steps += 1
-        if is_host(new):
+        if is_host(log_chances):
             self._fold()
 
     def _fold(self) -> None:
-        """Take over what was counted on a device."""
+        """Take over what was counted since; the last step's counts are whole."""
         if self._unfolded is not None:
-            for table, new in zip((self.offered, self.hits), self._unfolded.cpu().numpy(), strict=True):
+            last = _DECAY ** (self._unfolded_steps - 1)
+            for table, new in zip((self.offered, self.hits), self._unfolded.double().cpu().numpy(), strict=True):
                 table *= _DECAY**self._unfolded_steps
-                table += new
+                table += last * new
         self._unfolded, self._unfolded_steps = None, 0
 
     def fit(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.cache import SlotCache, locate_each
+from fastgrpo.decoder import count_positions
 from fastgrpo.drafters.beams import grow_trees
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.eagle_files import load_head, save_head
@@ -62,7 +63,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         save_head(self.head, folder, self.target, compact=compact, counts=counts)
 
     def prepare(self) -> None:
-        self._rotation = RotationTable(self.target.decoder.rotary_emb)
+        self._rotation = RotationTable(self.target.decoder.rotary_emb, count_positions(self.target.config))
         self._layer = FusedMidLayer(self.fast_head) if FusedMidLayer.covers(self.fast_head) else None
         pack_modules(self.fast_head, leave=() if self._layer is None else ("midlayer",))
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgrpo.drafters.calibration import Calibration
-from fastgrpo.kernels import cpu, trees
+from fastgrpo.kernels import cpu, gpu, trees
 from fastgrpo.kernels.trees import Beam
 from fastgrpo.transfer import is_host
 from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan
 
+_MOST_GPU_WIDTH = 16  # nodes of a level, whose candidates one program looks at
 _LEVEL_PENALTY = 1e-4  # nats; a child never outranks its parent, not even at chance 1
 
 
@@ -38,22 +39,53 @@ class Pool(Protocol):
 
 
 def open_pool(roots: Int[Tensor, " B"], plan: SpeculationPlan, calibration: Calibration) -> Pool:
-    """Compiled on the host, on a device and without kernels of PyTorch's operators; they differ in ties alone."""
-    kind = _HostPool if is_host(roots) and cpu.is_available() else _TensorPool
-    return kind(roots, plan, calibration)
+    """Compiled where there are kernels, else of PyTorch's operators; they differ in ties alone."""
+    capacity = plan.width + plan.width**2 * (plan.depth - 1)
+    if is_host(roots) and cpu.is_available():
+        candidates = trees.Pool(len(roots), capacity)
+        return _CompiledPool(roots, plan, calibration, candidates, trees.begin_beam(len(roots)))
+    if gpu.runs_on(roots) and plan.width <= _MOST_GPU_WIDTH:
+        from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
+
+        beam = gpu_trees.begin_beam(len(roots), roots.device)
+        return _CompiledPool(roots, plan, calibration, gpu_trees.Pool(len(roots), capacity, roots.device), beam)
+    return _TensorPool(roots, plan, calibration)
 
 
-class _HostPool:
-    def __init__(self, roots: Int[Tensor, " B"], plan: SpeculationPlan, calibration: Calibration) -> None:
+class _Candidates(Protocol):
+    """What `kernels.trees.Pool` is on each device."""
+
+    def grow(
+        self,
+        chances: Float[Tensor, "B V K"],
+        token_ids: Int[Tensor, "B V K"],
+        beam: Beam,
+        width: int,
+        line: tuple[float, float],
+        penalty: float,
+    ) -> Beam: ...
+
+    def prune(self, count: int, roots: Int[Tensor, " B"]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
+
+class _CompiledPool:
+    def __init__(
+        self,
+        roots: Int[Tensor, " B"],
+        plan: SpeculationPlan,
+        calibration: Calibration,
+        candidates: _Candidates,
+        beam: Beam,
+    ) -> None:
         self._roots, self._plan, self._calibration = roots, plan, calibration
-        self._pool = trees.Pool(len(roots), plan.width + plan.width**2 * (plan.depth - 1))
-        self._beam, self._depth = trees.begin_beam(len(roots)), 0
+        self._pool, self._beam, self._depth = candidates, beam, 0
 
-    def add(self, chances: Float[Tensor, "B V K"], token_ids: Int[Tensor, "B V K"]) -> Beam:
+    def add(self, chances: Float[Tensor, "B V K"], token_ids: Int[Tensor, "B V K"]) -> Beam | None:
         self._depth += 1
-        line = self._calibration.line(self._depth)
-        self._beam = self._pool.grow(chances.float(), token_ids, self._beam, self._plan.width, line, _LEVEL_PENALTY)
-        return self._beam
+        is_last, line = self._depth == self._plan.depth, self._calibration.line(self._depth)
+        width = 0 if is_last else self._plan.width
+        self._beam = self._pool.grow(chances.float(), token_ids, self._beam, width, line, _LEVEL_PENALTY)
+        return None if is_last else self._beam
 
     def prune(self) -> Draft:
         token_ids, parents, num_nodes, log_chances, scores = self._pool.prune(self._plan.tree_size, self._roots)
