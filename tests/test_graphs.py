@@ -11,7 +11,7 @@ from fastgrpo.attention import ForwardBatch
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine
-from fastgrpo.graphs import Bucket, GraphRunner
+from fastgrpo.graphs import Bucket, GraphRunner, Replays
 from fastgrpo.kernels import cpu, gpu
 from fastgrpo.model import TargetModel, find_graph_obstacle
 from fastgrpo.target_step import TargetStep
@@ -139,6 +139,23 @@ def test_a_size_is_recorded_when_it_first_comes_and_the_least_used_goes(target, 
     assert (recorder.num_recorded, runner.num_graphs) == (3, 2)
     use(2, 1)
     assert recorder.num_recorded == 4
+
+
+def test_a_larger_recording_serves_until_one_of_the_right_size_is_worth_it():
+    recorder, store = EagerRecorder(), torch.zeros(1, 1)
+    replays = Replays(lambda size: (torch.full((size,), 7.0),), lambda: [store], recorder)
+
+    def use(size):
+        """What a call of this size was padded to."""
+        larger = graphs.list_larger(size)
+        return len(replays(size, lambda: size, lambda _: None, larger)[0])
+
+    assert graphs.list_larger(64) == [96] and graphs.list_larger(48) == [64] and graphs.list_larger(1) == []
+    assert use(64) == 64
+    assert [use(48) for _ in range(20)] == [64] * 16 + [48] * 4
+    assert use(64) == 64 and recorder.num_recorded == 2
+    assert use(32) == 48 and use(16) == 16, "no larger one, or one that is too large"
+    assert recorder.num_recorded == 3
 
 
 def test_recordings_go_when_the_cache_moves(target):

@@ -35,6 +35,7 @@ from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
 from fastgrpo.planner.auto import GRID
 from fastgrpo.planner.costs import StepCosts
 from fastgrpo.planner.expectation import Expectation
+from fastgrpo.planner.recording_price import RecordingPrice
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
 FLAT = HardwareProfile(num_tokens=(1, 64, 512), target_s=(0.020, 0.0201, 0.021), draft_s=(0.001, 0.001, 0.0011))
@@ -461,13 +462,73 @@ def test_a_trial_pays_for_what_is_recorded_for_it():
 
 
 def test_sequences_share_no_budget_where_a_device_would_have_to_be_asked():
-    ahead, beside = (
-        {AutoPlanner(replace(FLAT, runs_ahead=runs_ahead)).plan(PlanInputs(num_seqs=n)) for n in range(1, 30)}
-        for runs_ahead in (True, False)
-    )
+    def plan(num_seqs, runs_ahead):
+        planner = AutoPlanner(replace(FLAT, runs_ahead=runs_ahead))
+        planner._recording.lose(num_seqs, 1.0)  # so that drafts may begin
+        return planner.plan(PlanInputs(num_seqs=num_seqs))
+
+    ahead, beside = ({plan(num_seqs, runs_ahead) for num_seqs in range(1, 30)} for runs_ahead in (True, False))
     assert all(plan.most_draft_tokens is None for plan in ahead)
     assert any(plan.most_draft_tokens is not None for plan in beside)
     assert {replace(plan, most_draft_tokens=None) for plan in beside} == ahead
+
+
+KNOWN = [[0.8]] * 8
+RECORDED_S = 0.1
+
+
+def roll_out_recorded(planner, lives):
+    """Plans for so many live sequences, step after step; drafts of a new number take longer by what is recorded."""
+    plans, recorded, rng = [], set(), random.Random(0)
+    planner.begin()
+    for num_seqs in lives:
+        plan = planner.plan(PlanInputs(num_seqs=num_seqs))
+        record = play_step(plan, num_seqs, 0.8, rng)
+        is_new = not plan.is_plain and (plan, num_seqs) not in recorded
+        recorded.add((plan, num_seqs))
+        drafts_s = 0.0 if plan.is_plain else 0.001 * plan.depth + RECORDED_S * is_new
+        target_s = float(np.interp(record.num_tokens, FLAT.num_tokens, FLAT.target_s))
+        times = {"draft_s": drafts_s, "target_s": target_s, "verify_s": 0.0, "step_s": drafts_s + target_s}
+        planner.observe(replace(record, **times, is_steady=not is_new))
+        plans.append(plan)
+    return plans
+
+
+def test_drafts_are_recorded_once_plain_decoding_has_lost_as_much():
+    planner = AutoPlanner(replace(FLAT, runs_ahead=True), acceptance=KNOWN)
+    plans = roll_out_recorded(planner, [8] * 100)
+    first = next(step for step, plan in enumerate(plans) if not plan.is_plain)
+    plain_rate, rate = (planner.predict_rate(plan, PlanInputs(num_seqs=8)) for plan in (PLAIN, plans[-1]))
+    gain = 1 - plain_rate / rate
+    assert first * 0.02 * gain == pytest.approx(0.08, abs=0.03)
+    assert not any(plan.is_plain for plan in plans[first + 1 :]), "and from then on they stay"
+    assert planner._recording.recording_s == pytest.approx(RECORDED_S, rel=0.5)
+    unrecorded = AutoPlanner(FLAT, acceptance=KNOWN)
+    assert unrecorded.plan(PlanInputs(num_seqs=8)) != PLAIN, "where nothing is recorded, at once"
+
+
+def test_while_sequences_finish_fast_nothing_is_recorded():
+    planner = AutoPlanner(replace(FLAT, runs_ahead=True), acceptance=KNOWN)
+    plans = roll_out_recorded(planner, [num_seqs for num_seqs in (64, 33, 17, 9, 5) for _ in range(3)] + [2] * 60)
+    assert all(plan.is_plain for plan in plans[:15])
+    assert not plans[-1].is_plain
+
+
+def test_a_recording_price_follows_what_is_seen_and_begins_anew_with_a_rollout():
+    price = RecordingPrice(0.08)
+    price.lose(9, 0.05)
+    assert price.find_wait_s(15) == pytest.approx(0.03) and price.find_wait_s(16) == 0.08
+    price.lose(9, -1.0)
+    price.begin()
+    assert price.find_wait_s(9) == 0.08
+    price.observe(5.0)  # a kernel was compiled
+    assert price.recording_s == pytest.approx(0.1)
+    price.observe(0.001)  # something else was at work
+    assert price.recording_s == pytest.approx(0.1)
+    for _ in range(30):
+        price.observe(0.05)
+    assert price.recording_s == pytest.approx(0.05, rel=0.01)
+    assert RecordingPrice(0.0).find_wait_s(4) <= 0
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -27,6 +27,7 @@ _SIZES = sorted({base << shift for shift in range(15) for base in (2, 3)} | {1})
 _MOST_TOKENS = 1024  # more are bound by their arithmetic, not by launches
 _LEAST_BLOCKS = 4  # our attention kernel reads as many at once; from here on their number doubles, as rows grow
 _MOST_GRAPHS = 32
+_PADDED_USES = 16  # of a larger recording, before one of the right size is worth its time
 _FREE_BYTES = 2 * 2**30  # left to others; nothing is recorded with less
 _MODE = "thread_local"  # other threads, in which drafts may be learnt, go on as ever
 _PADDING = ("token_ids", "positions", "row_starts", "num_nodes", "lengths")  # zero behind the real entries
@@ -60,6 +61,11 @@ def may_record(most_nodes: int, num_tokens: int) -> bool:
 def round_size(count: int) -> int:
     """Rows, nodes or tokens of the smallest bucket that holds so many."""
     return next(size for size in _SIZES if size >= count)
+
+
+def list_larger(count: int) -> list[int]:
+    """Sizes above this one, up to half as many again: more padding soon takes longer than recording."""
+    return [size for size in _SIZES if count < size <= count + count // 2]
 
 
 def round_blocks(count: int) -> int:
@@ -149,7 +155,8 @@ class _Graph(Generic[Inputs]):
 class Replays(Generic[Inputs]):
     """Calls that are recorded when they first come, and replayed from then on.
 
-    Outputs hold until the next call.
+    Where a larger recording is there it serves for a while: while sequences finish fast, sizes do not last. Outputs
+    hold until the next call.
 
     Args:
         run: launches work of the device only, and reads nothing back.
@@ -168,6 +175,7 @@ class Replays(Generic[Inputs]):
     ) -> None:
         self._run, self._list_stores, self._recorder = run, list_stores, recorder
         self._graphs: OrderedDict[Hashable, _Graph[Inputs]] = OrderedDict()  # the least recently used first
+        self._padded_uses: Counter[Hashable] = Counter()
         self._place: tuple[tuple[int, int], ...] = ()
         self.obstacle: str | None = None
         self.was_replayed = True
@@ -175,18 +183,26 @@ class Replays(Generic[Inputs]):
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def __call__(self, key: Hashable, build: Callable[[], Inputs], fill: Callable[[Inputs], None]) -> Outputs | None:
+    def __call__(
+        self,
+        key: Hashable,
+        build: Callable[[], Inputs],
+        fill: Callable[[Inputs], None],
+        larger: Iterable[Hashable] = (),
+    ) -> Outputs | None:
         """What the call gives, of padded inputs; None where it must be made as it is.
 
         Args:
             key: calls of one key are alike but for the numbers in their inputs.
             build: makes buffers for a key's inputs.
-            fill: copies the inputs of this call into them.
+            fill: copies the inputs of this call into them, or into those of a larger key.
+            larger: keys whose buffers would hold them too, the nearest first.
         """
         self.was_replayed = self.obstacle is not None
         if self.obstacle is not None:
             return None
         self._drop_if_moved()
+        key = self._choose(key, larger)
         graph = self._graphs.get(key)
         if graph is None:
             return self._record(key, build, fill)
@@ -195,6 +211,14 @@ class Replays(Generic[Inputs]):
         fill(graph.inputs)
         graph.replay()
         return graph.outputs
+
+    def _choose(self, key: Hashable, larger: Iterable[Hashable]) -> Hashable:
+        """The key itself, or a larger one that is recorded, for so many uses."""
+        if key in self._graphs or self._padded_uses[key] >= _PADDED_USES:
+            return key
+        found = next((each for each in larger if each in self._graphs), key)
+        self._padded_uses[key] += found is not key
+        return found
 
     def _drop_if_moved(self) -> None:
         place = tuple((store.data_ptr(), store.shape[1]) for store in self._list_stores())

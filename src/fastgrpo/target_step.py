@@ -17,7 +17,7 @@ from torch import Tensor
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.cache import SlotCache, find_walked, locate_each
 from fastgrpo.drafters.drafter import DraftContext
-from fastgrpo.graphs import Replays, may_record, round_blocks, round_size
+from fastgrpo.graphs import Replays, list_larger, may_record, round_blocks, round_size
 from fastgrpo.kernels import gpu
 from fastgrpo.model import ForwardOutput, TargetModel
 from fastgrpo.sampling import NUM_COLUMNS, SamplingBatch, SamplingKind
@@ -179,6 +179,7 @@ class TargetStep:
             shape,
             lambda: shape.build(self._target.device),
             lambda inputs: inputs.fill(context, draft, scratch),
+            larger=[replace(shape, rows=rows) for rows in list_larger(shape.rows)],
         )
         if found is None:
             return None

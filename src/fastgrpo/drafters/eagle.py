@@ -7,7 +7,7 @@ head's own outputs as features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fastgrpo.drafters.eagle_head import EagleHead, build_head, start_from_targe
 from fastgrpo.drafters.eagle_layer import FusedMidLayer
 from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.drafters.head_inputs import HeadInputs, TableShape
-from fastgrpo.graphs import Replays
+from fastgrpo.graphs import Replays, list_larger
 from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
 from fastgrpo.rotation import RotationTable
@@ -94,7 +94,8 @@ class EagleDrafter(HeadDrafter[EagleHead]):
             found = replays(
                 shape,
                 lambda: _Recorded(shape=shape, table=shape.build(self.target.device)),
-                lambda inputs: shape.fill(inputs.table, context, num_read, self._rows),
+                lambda inputs: inputs.shape.fill(inputs.table, context, num_read, self._rows),
+                larger=[replace(shape, rows=rows) for rows in list_larger(shape.rows)],
             )
             if found is not None:
                 parts: dict[str, Any] = {name: part[: len(lengths)] for name, part in zip(_PARTS, found, strict=True)}

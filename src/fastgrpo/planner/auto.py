@@ -15,6 +15,7 @@ from fastgrpo.planner.costs import StepCosts, Vector, shape_arrays
 from fastgrpo.planner.expectation import Expectation
 from fastgrpo.planner.planner import Chances, PlanInputs, Planner
 from fastgrpo.planner.profile import HardwareProfile
+from fastgrpo.planner.recording_price import RECORDING_S, RecordingPrice
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
 GRID = tuple(  # sequences share their budgets; one of them may have three times its share, or all that is drafted
@@ -55,7 +56,8 @@ class AutoPlanner(Planner):
     few steps' worth of first trials, without which a profile that is wrong would be believed for long. Steps in
     which a device's work was recorded tell what is accepted, and nothing of costs.
 
-    Where the host would have to wait for what a device drafts, sequences do not share their budgets.
+    Where the host would have to wait for what a device drafts, sequences do not share their budgets; drafts are
+    recorded there before they are fast, and drafting begins once that is worth it (see `RecordingPrice`).
 
     Args:
         profile: what forwards and drafts cost, to begin with.
@@ -97,6 +99,8 @@ class AutoPlanner(Planner):
         self._steps_decided = _STEPS_DECIDED
         self._trial, self._trial_left = PLAIN, 0  # what is tried in place of it, for how many steps more
         self._prices: dict[tuple[SpeculationPlan, int], Vector] = {}  # tokens that so many drafts cost, until then
+        self._recording = RecordingPrice(RECORDING_S if profile.runs_ahead else 0.0)
+        self._promised_gain = 0.0  # share of a plain step's time that drafts would save
 
     @property
     def expectation(self) -> Expectation:
@@ -155,17 +159,26 @@ class AutoPlanner(Planner):
         rates = dict(zip(self._grid, self._predict_rates(inputs).tolist(), strict=True))
         rates[PLAIN] = plain_rate = self.predict_rate(PLAIN, inputs)
         best, before = max(self._grid, key=rates.__getitem__), self._current
+        self._promised_gain, is_waiting = 1 - plain_rate / rates[best] if rates[best] else 0.0, False
         if rates[best] <= plain_rate * (self.margin if self._current.is_plain else 1.0):
             self._current = PLAIN
-        elif self._current.is_plain or rates[best] > self._change * rates[self._current]:
+        elif self._current.is_plain:
+            wait_s = self._recording.find_wait_s(inputs.num_seqs)
+            is_waiting = wait_s > 0
+            self._current = PLAIN if is_waiting else best
+        elif rates[best] > self._change * rates[self._current]:
             self._current = best
         # with the first drafts all that is known changes; plain steps teach nothing of them
         is_learning = self.expectation.is_new and not self._current.is_plain
         stands = (decided_for, self._current) == (self._decided_for, before)
         self._steps_decided = min(2 * self._steps_decided + 1, _MOST_DECIDED) if stands else _STEPS_DECIDED
         self._decided_for, self._steps_left = decided_for, 0 if is_learning else self._steps_decided
-        other = best if self._current.is_plain else self._choose_rival(rates)
         self._trial_left = 0
+        if is_waiting:
+            plain_s = inputs.num_seqs / plain_rate
+            self._steps_left = min(self._steps_left, int(wait_s / (self._promised_gain * plain_s)))
+            return PLAIN
+        other = best if self._current.is_plain else self._choose_rival(rates)
         if not self._can_afford(other, rates, inputs):
             return self._current
         self._trial, self._trial_left = other, self._count_trial_steps(other) - 1
@@ -247,6 +260,8 @@ class AutoPlanner(Planner):
         self._last_tried[record.plan] = self._num_steps
         if record.plan.is_plain:
             self._last_plain[record.num_seqs.bit_length()] = self._num_steps
+            if record.is_steady:
+                self._recording.lose(record.num_seqs, self._promised_gain * record.step_s)
         else:
             self._num_drafted[record.num_seqs.bit_length()] += 1
         self._unheard.append(record)
@@ -255,6 +270,9 @@ class AutoPlanner(Planner):
         for records in _group_alike(self._unheard):
             if records[0].is_steady:
                 self._costs.observe(*records)
+            elif not records[0].plan.is_plain:
+                for record in records:
+                    self._learn_recording(record)
             if records[0].plan.is_plain or not records[0].offered:
                 continue  # nothing was drafted, so no acceptance was seen
             self._expectation.observe(*records)
@@ -264,6 +282,13 @@ class AutoPlanner(Planner):
                     self._accepted = _KEEP_PROMISED * self._accepted + record.num_emitted - record.num_seqs
         self._unheard.clear()
         self._prices.clear()
+
+    def _learn_recording(self, record: StepRecord) -> None:
+        """What a step took longer in which drafts were recorded."""
+        plan, inputs = record.plan, PlanInputs(num_seqs=record.num_seqs, num_read=record.num_read)
+        shape = (plan.depth, plan.width, plan.num_draft_tokens)
+        usual_s = float(self._predict_steps_s(*shape, record.acceptance_length, inputs))
+        self._recording.observe(record.step_s - record.prefill_s - usual_s)
 
     def estimate_saved_s(self, records: Iterable[StepRecord]) -> float:
         """Seconds that the speculating steps saved over plain decoding of the same tokens; negative if they lost."""
@@ -278,6 +303,7 @@ class AutoPlanner(Planner):
     def begin(self) -> None:
         self._learn()
         self._current, self._decided_for, self._trial_left = PLAIN, (0, 0), 0
+        self._recording.begin()
         self.expectation.fade(_KEEP_AT_BEGIN)  # a drafter once useless may have learnt
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,6 +314,7 @@ class AutoPlanner(Planner):
             "promised": self._promised,
             "accepted": self._accepted,
             "credit_s": self._credit_s,
+            "recording_s": self._recording.recording_s,
             "first_loss_s": list(self._first_loss_s.items()),
             "num_drafted": list(self._num_drafted.items()),
             "last_plain": list(self._last_plain.items()),
@@ -305,7 +332,9 @@ class AutoPlanner(Planner):
         planner._expectation = Expectation.from_state(state["expectation"])
         planner._promised, planner._accepted = float(state["promised"]), float(state["accepted"])
         planner._credit_s, planner._trial_age = float(state["credit_s"]), int(state["trial_age"])
-        planner._num_steps = int(state.get("num_steps", 0))  # older states have none, nor the next three
+        if "recording_s" in state:  # older states have none, nor the next four
+            planner._recording = RecordingPrice(float(state["recording_s"]))
+        planner._num_steps = int(state.get("num_steps", 0))
         planner._first_loss_s.update({int(octave): float(lost) for octave, lost in state.get("first_loss_s", ())})
         planner._num_drafted = Counter({int(octave): int(count) for octave, count in state.get("num_drafted", ())})
         planner._last_plain = {int(octave): int(step) for octave, step in state.get("last_plain", ())}
