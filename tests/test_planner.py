@@ -518,7 +518,9 @@ def test_a_recording_price_follows_what_is_seen_and_begins_anew_with_a_rollout()
     price = RecordingPrice(0.08)
     price.lose(9, 0.05)
     assert price.find_wait_s(15) == pytest.approx(0.03) and price.find_wait_s(16) == 0.08
-    price.lose(9, -1.0)
+    price.pay(9)
+    assert price.find_wait_s(9) == 0.08
+    price.lose(9, 0.05)
     price.begin()
     assert price.find_wait_s(9) == 0.08
     price.observe(5.0)  # a kernel was compiled

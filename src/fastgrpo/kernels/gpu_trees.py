@@ -1,7 +1,7 @@
 """Draft trees on a GPU: the small operations between a drafter's passes and around verification, one launch each.
 
 Counterparts of `trees.c`; PyTorch's are in drafters/pools.py, verify.py, tree.py and drafters/calibration.py. Sizes of
-trees are padded to powers of two, so that few kernels are compiled.
+trees are padded, so that few kernels are compiled.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _NOWHERE = tl.constexpr(-2)  # a node that is nobody's parent; -1 is the root's
 _LEAST_MISS = tl.constexpr(-1e-6)  # log chances are taken for this at most where log-odds are computed
 _SERIES_FROM = tl.constexpr(-0.02)  # 1 - exp(x) loses digits above
 _MOST_ODDS = tl.constexpr(8.0)
+_LEAST_SIZE, _MOST_SIZE = 64, 512  # that trees are padded to; larger ones to powers of two
 _SIZES = [  # no reason to compile anew
     *("num_nodes", "num_children", "num_expanded", "num_seen", "num_words", "num_blocks", "num_levels"),
     *("capacity", "num_filled", "num_chosen", "level", "depth"),
@@ -518,4 +519,5 @@ def locate_path(
 
 
 def _pad(count: int) -> int:
-    return triton.next_power_of_2(max(count, 1))
+    """Few sizes: each is compiled when it first comes, and a small tree takes no longer in a larger one."""
+    return _LEAST_SIZE if count <= _LEAST_SIZE else triton.next_power_of_2(max(count, _MOST_SIZE))

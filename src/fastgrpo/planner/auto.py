@@ -32,7 +32,6 @@ _STEPS_DECIDED, _MOST_DECIDED = 7, 23  # that a plan is kept for without asking 
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter, if it was seen lately
 _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
-_RECORDED_CHANGE = 1.1  # of another plan over the current one, where each plan is recorded before it is fast
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
 _FIRST_CREDIT = 4  # plain steps, that the first trials with about so many live may lose besides:
 _LIKELY, _LIKELY_KNOWN = 0.8, 0.92  # of plans of so much of the current rate, the more where acceptance is known
@@ -82,7 +81,6 @@ class AutoPlanner(Planner):
         self._costs = StepCosts(profile)
         self._grid = tuple(replace(plan, most_draft_tokens=None) for plan in GRID) if profile.runs_ahead else GRID
         self.margin, self.trial_share = margin, trial_share
-        self._change = max(margin, _RECORDED_CHANGE) if profile.runs_ahead else margin
         self.max_num_tokens = max_num_tokens or profile.num_tokens[-1]
         self._expectation = Expectation(acceptance)
         self._promised, self._accepted = _PRIOR_PROMISED, _PRIOR_PROMISED  # draft tokens, of shared budgets
@@ -100,7 +98,7 @@ class AutoPlanner(Planner):
         self._trial, self._trial_left = PLAIN, 0  # what is tried in place of it, for how many steps more
         self._prices: dict[tuple[SpeculationPlan, int], Vector] = {}  # tokens that so many drafts cost, until then
         self._recording = RecordingPrice(RECORDING_S if profile.runs_ahead else 0.0)
-        self._promised_gain = 0.0  # share of a plain step's time that drafts would save
+        self._promised_gain = 0.0  # share of a step's time that the best plan would save
 
     @property
     def expectation(self) -> Expectation:
@@ -159,25 +157,26 @@ class AutoPlanner(Planner):
         rates = dict(zip(self._grid, self._predict_rates(inputs).tolist(), strict=True))
         rates[PLAIN] = plain_rate = self.predict_rate(PLAIN, inputs)
         best, before = max(self._grid, key=rates.__getitem__), self._current
-        self._promised_gain, is_waiting = 1 - plain_rate / rates[best] if rates[best] else 0.0, False
-        if rates[best] <= plain_rate * (self.margin if self._current.is_plain else 1.0):
+        least_rate = plain_rate * (self.margin if self._current.is_plain else 1.0)
+        self._promised_gain, wait_s = 0.0, 0.0
+        if rates[best] <= least_rate:
             self._current = PLAIN
-        elif self._current.is_plain:
+        elif self._current.is_plain or rates[best] > self.margin * rates[self._current]:
+            self._promised_gain = 1 - rates[self._current] / rates[best]
             wait_s = self._recording.find_wait_s(inputs.num_seqs)
-            is_waiting = wait_s > 0
-            self._current = PLAIN if is_waiting else best
-        elif rates[best] > self._change * rates[self._current]:
-            self._current = best
+            if wait_s <= 0:
+                self._current = best
+                self._recording.pay(inputs.num_seqs)
         # with the first drafts all that is known changes; plain steps teach nothing of them
         is_learning = self.expectation.is_new and not self._current.is_plain
         stands = (decided_for, self._current) == (self._decided_for, before)
         self._steps_decided = min(2 * self._steps_decided + 1, _MOST_DECIDED) if stands else _STEPS_DECIDED
         self._decided_for, self._steps_left = decided_for, 0 if is_learning else self._steps_decided
         self._trial_left = 0
-        if is_waiting:
-            plain_s = inputs.num_seqs / plain_rate
-            self._steps_left = min(self._steps_left, int(wait_s / (self._promised_gain * plain_s)))
-            return PLAIN
+        if wait_s > 0:
+            lost_s = self._promised_gain * self.predict_step_s(self._current, inputs)  # by each step
+            self._steps_left = min(self._steps_left, int(wait_s / lost_s))
+            return self._current
         other = best if self._current.is_plain else self._choose_rival(rates)
         if not self._can_afford(other, rates, inputs):
             return self._current
@@ -260,10 +259,10 @@ class AutoPlanner(Planner):
         self._last_tried[record.plan] = self._num_steps
         if record.plan.is_plain:
             self._last_plain[record.num_seqs.bit_length()] = self._num_steps
-            if record.is_steady:
-                self._recording.lose(record.num_seqs, self._promised_gain * record.step_s)
         else:
             self._num_drafted[record.num_seqs.bit_length()] += 1
+        if record.is_steady and record.plan == self._current:
+            self._recording.lose(record.num_seqs, self._promised_gain * record.step_s)
         self._unheard.append(record)
 
     def _learn(self) -> None:

@@ -1,4 +1,4 @@
-"""When drafts are worth recording: where each is recorded before it is fast, and sizes do not last."""
+"""When a plan is worth recording, where each is recorded before it is fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LEAST, _MOST = 0.25, 2.0  # of it, that are seen: other work beside a step take
 
 
 class RecordingPrice:
-    """Drafting begins once plain decoding has lost, with about so many live sequences, as much as a recording takes.
+    """A better plan is taken once the present one has lost, with about so many live sequences, what a recording takes.
 
     So one rents skis until the rent has come to the price of a pair: whatever comes, it costs at most twice what the
     better choice would have. While sequences finish fast nothing is recorded for a few steps.
@@ -28,12 +28,16 @@ class RecordingPrice:
         self._lost_s.clear()
 
     def find_wait_s(self, num_seqs: int) -> float:
-        """What plain decoding has still to lose; 0 and less where it is time to draft."""
+        """What the present plan has still to lose; 0 and less where it is time for the better one."""
         return self.recording_s - self._lost_s[num_seqs.bit_length()]
 
     def lose(self, num_seqs: int, lost_s: float) -> None:
-        """A plain step took so much longer than drafts would have."""
-        self._lost_s[num_seqs.bit_length()] += max(lost_s, 0.0)
+        """A step took so much longer than the better plan's would have."""
+        self._lost_s[num_seqs.bit_length()] += lost_s
+
+    def pay(self, num_seqs: int) -> None:
+        """The better plan is taken."""
+        self._lost_s[num_seqs.bit_length()] = 0.0
 
     def observe(self, excess_s: float) -> None:
         """A step in which drafts were recorded took so much longer than one like it will."""
