@@ -21,7 +21,7 @@ from trl.trainer import add_fused_lm_head
 
 from conftest import build_model
 from fastgrpo import FastGRPOTrainer
-from fastgrpo.grpo import head, scoring, sharing
+from fastgrpo.grpo import head, scoring, segments, sharing
 from fastgrpo.grpo.head import add_token_scores, score_tokens
 from fastgrpo.grpo.scoring import find_sharing_obstacle, score_completions
 from fastgrpo.grpo.segments import Segment, SegmentMask
@@ -94,6 +94,13 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> list[sharing.PackedRows]:
     return seen
 
 
+@pytest.fixture(params=[False, True], ids=["call by call", "at once"])
+def is_padded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether other completions of a prompt are one padded call, as on a GPU."""
+    monkeypatch.setattr(segments, "may_pad", lambda *_: request.param)
+    return bool(request.param)
+
+
 def assert_same_gradient(trainer: FastGRPOTrainer, inputs: dict[str, Any]) -> None:
     """As TRL's to 1e-5 of its length, whole and by parameter; the log too."""
     expected, expected_log = compute_loss(trainer, inputs, is_stock=True)
@@ -123,7 +130,13 @@ def assert_same_gradient(trainer: FastGRPOTrainer, inputs: dict[str, Any]) -> No
     ],
 )
 def test_the_gradient_is_trls(
-    tmp_path: Path, family: str, peft: bool, loss_type: str, keys: dict, packings: list[sharing.PackedRows]
+    tmp_path: Path,
+    family: str,
+    peft: bool,
+    loss_type: str,
+    keys: dict,
+    packings: list[sharing.PackedRows],
+    is_padded: bool,
 ) -> None:
     settings = {"gradient_checkpointing": False} | keys
     trainer = build_family_trainer(tmp_path, family, peft=peft, loss_type=loss_type, **settings)
@@ -133,6 +146,7 @@ def test_the_gradient_is_trls(
     assert all(layer.gradient_checkpointing == settings["gradient_checkpointing"] for layer in layers)
     assert_same_gradient(trainer, build_inputs(trainer))
     assert packings[-1].input_ids.shape[1] == 5 + 3 + 9 + 7 + sum(c - 1 for _, c in ROWS)
+    assert any(group.padding for group in packings[-1].mask.groups) == is_padded
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -159,6 +173,7 @@ def test_every_loss_is_covered() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # norms of queries and keys leave autocast in float32
 @pytest.mark.parametrize("keys", [{}, {"cast_lm_head_to_fp32": True}])
+@pytest.mark.usefixtures("is_padded")
 def test_under_autocast_the_gradient_is_as_near_as_trls(
     tmp_path: Path, family: str, keys: dict, packings: list[sharing.PackedRows]
 ) -> None:
@@ -285,9 +300,10 @@ def build_dense_mask(segments: tuple[Segment, ...]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("is_padded")
 def test_attention_by_segments_is_attention_under_the_dense_mask(dtype: torch.dtype) -> None:
-    groups = [(4, 6, [3, 1, 5]), (2, 2, [2]), (7, 9, [])]
-    segments = tuple(
+    groups = [(4, 6, [3, 1, 5]), (2, 2, [2]), (7, 9, []), (1, 2, [1, 1])]
+    parts = tuple(
         segment
         for prompt, first, others in groups
         for segment in (
@@ -295,17 +311,27 @@ def test_attention_by_segments_is_attention_under_the_dense_mask(dtype: torch.dt
             *(Segment(num_tokens=n, num_prompt_tokens=prompt, is_first=False) for n in others),
         )
     )
-    dense = build_dense_mask(segments)
+    dense = build_dense_mask(parts)
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(1, 3, len(dense), 8, dtype=dtype, generator=generator) for _ in range(4)]
     results = []
-    for mask in (dense[None, None], SegmentMask(segments, torch.device("cpu"))):
+    for mask in (dense[None, None], SegmentMask(parts, torch.device("cpu"))):
         inputs = [x.clone().requires_grad_() for x in states[:3]]
         output = scaled_dot_product_attention(*inputs, attn_mask=mask, scale=0.5)
         results.append([output, *torch.autograd.grad(output, inputs, states[3])])
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for ours, expected in zip(*reversed(results), strict=True):
         torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "is_one_call"),
+    [([50] * 7, True), ([2000, 1, 1], False), ([2000, 30, 60], False), ([1500, 1, 1000], True), ([3000, 3000], True)],
+)
+def test_a_device_pads_where_that_wastes_little(lengths: list[int], is_one_call: bool) -> None:
+    """A few thousand tokens are done before their calls are launched."""
+    assert segments.may_pad(lengths, torch.device("meta")) == is_one_call
+    assert not segments.may_pad(lengths, torch.device("cpu"))
 
 
 def test_a_backend_that_reads_the_mask_is_told_so() -> None:

@@ -87,8 +87,8 @@ def can_share_prompts(trainer: Any) -> bool:
 @torch.no_grad()
 def find_mask_obstacle(model: Any) -> str | None:
     """Why a model does not take the mask of packed rows, though its kind does; found by asking it. None if it does."""
-    tokens = torch.arange(7, device=model.device) % model.config.vocab_size
-    rows = torch.stack((tokens[:5], tokens[[0, 1, 2, 5, 6]]))  # two completions of one prompt
+    tokens = torch.arange(9, device=model.device) % model.config.vocab_size
+    rows = torch.stack([tokens[[0, 1, 2, last, last + 1]] for last in (3, 5, 7)])  # three completions of one prompt
     packed = pack_rows(rows, torch.ones_like(rows, dtype=torch.bool), num_kept=2)
     try:
         expected = model.model(input_ids=rows).last_hidden_state[:, 2:4].flatten(0, 1).float()
