@@ -452,6 +452,39 @@ def test_savings_step_aside_for_a_loss_of_ones_own(tmp_path: Path, caplog: pytes
     assert sum(ours[1].rows) == sum(stock[1].rows)
 
 
+class OwnMaskTrainer(FastGRPOTrainer):
+    """A part of the loss alone, which reads what ours does not compute."""
+
+    def get_off_policy_mask(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return GRPOTrainer.get_off_policy_mask(*args, **kwargs)
+
+
+def test_savings_step_aside_for_a_part_of_the_loss_of_ones_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="fastgrpo"):
+        trainer = build(OwnMaskTrainer, tmp_path)
+    assert "OwnMaskTrainer.get_off_policy_mask is not ours" in caplog.text
+    assert trainer.savings.has_own_loss and not trainer.siblings.is_on
+
+
+def test_savings_step_aside_for_a_loss_that_is_put_in_place_afterwards(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, seen = build(FastGRPOTrainer, tmp_path), []
+    before = trainer._compute_loss
+
+    def compute_loss(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        seen.append(len(inputs["advantages"]))
+        return before(model, inputs)
+
+    trainer._compute_loss = compute_loss
+    with caplog.at_level(logging.WARNING, logger="fastgrpo"):
+        trainer.train()
+    assert seen and trainer.savings.has_own_loss
+    assert caplog.text.count("_compute_loss is not ours") == 1
+
+
 class AllOwnLossTrainer(FastGRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         return next(p for p in model.parameters() if p.requires_grad).sum() * inputs["advantages"].sum()

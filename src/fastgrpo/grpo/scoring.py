@@ -108,12 +108,20 @@ def has_dropout(model: nn.Module) -> bool:
     return any(rate > 0 for rate in rates)
 
 
+_LOSS_METHODS = (
+    *("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies"),
+    *("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights"),
+)
+
+
 def find_own_loss(trainer: Any) -> str | None:
-    """The method in which a subclass of somebody else's computes the loss."""
-    names = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
-    owners = ((name, getattr(type(trainer), name).__module__.partition(".")[0]) for name in names)
-    own = next((name for name, owner in owners if owner not in ("fastgrpo", "trl")), None)
-    return None if own is None else f"{type(trainer).__name__}.{own}"
+    """The method of somebody else's that computes the loss or a part of it: a subclass's, or one put in its place."""
+    for name in _LOSS_METHODS:
+        method = getattr(trainer, name)
+        owner = str(getattr(method, "__module__", "")).partition(".")[0]
+        if owner not in ("fastgrpo", "trl"):
+            return f"{type(trainer).__name__}.{name}"
+    return None
 
 
 def find_counted(inputs: dict[str, Any]) -> Bool[Tensor, "B C"]:

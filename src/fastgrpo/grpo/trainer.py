@@ -20,7 +20,7 @@ from fastgrpo.grpo.clock import StepClock, attach_clock
 from fastgrpo.grpo.config import FastGRPOConfig
 from fastgrpo.grpo.draft_learning import DraftLearning
 from fastgrpo.grpo.savings import Savings
-from fastgrpo.grpo.scoring import add_heads, fill_missing_gradients, score_completions
+from fastgrpo.grpo.scoring import add_heads, fill_missing_gradients, find_own_loss, score_completions
 from fastgrpo.grpo.siblings import Siblings, is_regrouped, unlogged
 from fastgrpo.grpo.state import load_state, save_state
 from fastgrpo.grpo.streaming import RewardStream
@@ -78,11 +78,19 @@ class FastGRPOTrainer(GRPOTrainer):
         self.learner = self.learning.learner
         self.reward_stream = RewardStream(self)
         self.engine.on_finish.extend([self.reward_stream.observe] if self.reward_stream.is_on else [])
-        self.savings = Savings(self)
-        self.siblings = Siblings(self, is_on=args.group_siblings and self.savings.shares_prompts)
+        self._choose_savings()
         add_heads(self)
         attach_clock(self, self._clock)
         self._rollout_place = (-1, 0)  # (global step, generation calls within it)
+
+    def _choose_savings(self) -> None:
+        self.savings = Savings(self)
+        self.siblings = Siblings(self, is_on=self.args.group_siblings and self.savings.shares_prompts)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if find_own_loss(self) is not None and not self.savings.has_own_loss:  # put in place since
+            self._choose_savings()
+        return super().train(*args, **kwargs)
 
     @property
     def timeline(self) -> Timeline | None:
