@@ -74,7 +74,9 @@ class ForwardBatch:
             counts = (width,) * len(num_nodes)
         pad_index = _find_used(num_nodes, width, counts)
         words = None
-        if pad_index is None and gpu.runs_on(token_ids):
+        if (
+            pad_index is None and width <= MOST_GPU_NODES and gpu.runs_on(token_ids)
+        ):  # of a long prompt nobody needs words
             from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
 
             *places, words = gpu_trees.lay_out(visible, lengths, blocks)

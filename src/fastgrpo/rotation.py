@@ -44,14 +44,22 @@ class RotationTable:
         self, positions: Int[Tensor, " T"], like: Float[Tensor, "*n"]
     ) -> tuple[Float[Tensor, "T d"], Float[Tensor, "T d"]]:
         if self._table is None or self._table[0].dtype != like.dtype:
-            one = self._compute(positions[:1], like)
-            num_bytes = 2 * self._num_positions * one[0].numel() * like.element_size()
-            if not 0 < num_bytes <= _MOST_BYTES or not len(positions):
-                return self._compute(positions, like)
-            self._table = self._compute(torch.arange(self._num_positions, device=positions.device), like)
-        at = positions.clamp(0, len(self._table[0]) - 1)
+            self._table = self._build_table(like)
+        if self._table is None:
+            return self._compute(positions, like)
+        at = positions.clamp(0, self._num_positions - 1)
         cos, sin = (part.index_select(0, at) for part in self._table)
         return cos, sin
+
+    def _build_table(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Of all positions that a device may ask for; None where that is too much."""
+        if self._num_positions:
+            first, _ = self._compute(torch.zeros(1, dtype=torch.int64, device=like.device), like)
+            if 2 * self._num_positions * first.numel() * first.element_size() > _MOST_BYTES:
+                self._num_positions = 0
+        if not self._num_positions:
+            return None
+        return self._compute(torch.arange(self._num_positions, device=like.device), like)
 
     def _compute(self, positions: Int[Tensor, " T"], like: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self._rotary_emb(like, position_ids=positions[None])

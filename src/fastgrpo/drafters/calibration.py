@@ -41,9 +41,7 @@ class Calibration:
     def __init__(self) -> None:
         self.offered = np.zeros((_LEVELS, _BINS))
         self.hits = np.zeros((_LEVELS, _BINS))
-        self._unfolded: Tensor | None = (
-            None  # [2, levels, bins], counted since they were last asked for; the first step's have weight 1
-        )
+        self._unfolded: Tensor | None = None  # [2, levels, bins], since the last fold, whose next step has weight 1
         self._unfolded_steps = 0
         self.slope, self.offset = np.ones(_LEVELS), np.zeros(_LEVELS)
 
