@@ -87,10 +87,10 @@ def list_tree_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, An
     yield "gpu_trees", "_prune", types, {"WIDTH": 512}, 1
     yield "gpu_trees", "_find_ancestors", types, {"NODES": 64}, 1
     yield "gpu_trees", "_lay_out", types, {"BLOCK": BLOCK_SIZE, "SEEN": 64}, 1
-    yield "gpu_trees", "_walk_level", types, {"NODES": 64}, 1
-    yield "gpu_trees", "_find_ranks", types, {"NODES": 64}, 1
-    yield "gpu_trees", "_count_judged", types, {"LEVELS": 8, "BINS": 33, "NODES": 64}, 1
-    yield "gpu_trees", "_locate_path", types, {"BLOCK": BLOCK_SIZE}, 1
+    yield "gpu_walk", "_walk_level", types, {"NODES": 64}, 1
+    yield "gpu_walk", "_find_ranks", types, {"NODES": 64}, 1
+    yield "gpu_walk", "_count_judged", types, {"LEVELS": 8, "BINS": 33, "NODES": 64}, 1
+    yield "gpu_walk", "_locate_path", types, {"BLOCK": BLOCK_SIZE}, 1
 
 
 def compile_kernel(module: str, name: str, types: dict[str, str], constants: dict[str, Any], warps: int) -> str:

@@ -19,7 +19,7 @@ from fastgrpo.types import SpeculationPlan
 from fastgrpo.verify import Verdict
 
 pytest.importorskip("triton")
-from fastgrpo.kernels import gpu_trees
+from fastgrpo.kernels import gpu_walk
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODULES = (attention, cache, calibration, pools, sampling, tree, verify)
@@ -229,7 +229,7 @@ def test_chances_near_certainty_fall_where_they_did(both):
 def test_where_walked_nodes_belong(num_levels):
     lengths, blocks = torch.tensor([0, 31, 95], device=DEVICE), BLOCK_SIZE * draw_ints(50, 3, 4)
     path = torch.tensor([[0, 2, 5, 7], [0, 3, -1, -1], [0, -1, -1, -1]], device=DEVICE)[:, :num_levels]
-    source, target = gpu_trees.locate_path(path, lengths, blocks)
+    source, target = gpu_walk.locate_path(path, lengths, blocks)
     rows, depth = _list_all(path)
     node = torch.where(path < 0, depth.view_as(path), path).flatten()
     assert torch.equal(source, locate_each(blocks, rows, lengths[rows] + node))

@@ -273,9 +273,9 @@ class SlotCache:
             lengths, blocks: of the rows, as this cache has them.
         """
         if gpu.runs_on(path):
-            from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
+            from fastgrpo.kernels import gpu_walk  # in Triton, which is imported only where it runs
 
-            source, target = gpu_trees.locate_path(path, lengths, blocks)
+            source, target = gpu_walk.locate_path(path, lengths, blocks)
         else:
             rows, depth = _find_moves(path) if is_host(path) else find_walked(path[:, 1:], first=1)
             start, node = lengths[rows], path[rows, depth]

@@ -269,9 +269,9 @@ def gather_path(
         cache.features.write(0, batch.write_index, features)
         return
     if gpu.runs_on(path):
-        from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
+        from fastgrpo.kernels import gpu_walk  # in Triton, which is imported only where it runs
 
-        _, index = gpu_trees.locate_path(path, batch.lengths, batch.blocks)
+        _, index = gpu_walk.locate_path(path, batch.lengths, batch.blocks)
         nodes = batch.row_starts[:, None] + path.clamp(min=0)
         cache.features.write(0, index, features[nodes.flatten()])
         return

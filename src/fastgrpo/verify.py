@@ -62,9 +62,9 @@ def verify(
         walked = trees.walk(logits, row_starts, draft.token_ids, draft.parents, *noise_rows, num_levels)
         return Verdict(**dict(zip(_VERDICT, walked, strict=True)))
     if gpu.runs_on(logits) and logits.dtype in gpu.DTYPES:
-        from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
+        from fastgrpo.kernels import gpu_walk  # in Triton, which is imported only where it runs
 
-        walk = gpu_trees.Walk(row_starts, draft.token_ids, draft.parents, num_levels)
+        walk = gpu_walk.Walk(row_starts, draft.token_ids, draft.parents, num_levels)
         for level in range(num_levels):
             walk.advance(*sample_rows(logits, walk.rows, batch.ahead(level), vocabulary))
         return Verdict(**{name: getattr(walk, name) for name in _VERDICT})
@@ -95,9 +95,9 @@ def find_ranks(verdict: Verdict, draft: Draft) -> tuple[Int[Tensor, "B D"], Int[
     if is_host(draft.parents) and cpu.is_available():
         return trees.find_ranks(verdict.path, verdict.token_ids, draft.token_ids, draft.parents)
     if gpu.runs_on(draft.parents):
-        from fastgrpo.kernels import gpu_trees
+        from fastgrpo.kernels import gpu_walk
 
-        return gpu_trees.find_ranks(verdict.path, verdict.token_ids, draft.token_ids, draft.parents)
+        return gpu_walk.find_ranks(verdict.path, verdict.token_ids, draft.token_ids, draft.parents)
     walked = (verdict.path >= 0)[..., None]
     is_child = walked & (draft.parents[:, None] == verdict.path[..., None])
     is_hit = is_child & (draft.token_ids[:, None] == verdict.token_ids[..., None])

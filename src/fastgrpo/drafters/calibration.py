@@ -71,11 +71,11 @@ class Calibration:
             self._fold()
         weight = _DECAY**-self._unfolded_steps  # later steps count more, until all are folded
         if gpu.runs_on(log_chances):
-            from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
+            from fastgrpo.kernels import gpu_walk  # in Triton, which is imported only where it runs
 
             if self._unfolded is None:
                 self._unfolded = torch.zeros(2, _LEVELS, _BINS, device=log_chances.device)
-            gpu_trees.count_judged_(self._unfolded, verdict.path, draft.parents, log_chances, weight)
+            gpu_walk.count_judged_(self._unfolded, verdict.path, draft.parents, log_chances, weight)
         else:
             new = weight * _count_judged(draft, verdict, log_chances)
             self._unfolded = new if self._unfolded is None else self._unfolded + new
