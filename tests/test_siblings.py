@@ -157,14 +157,14 @@ def test_one_micro_batch_a_step_has_nothing_to_regroup(tmp_path: Path, caplog: p
 def test_a_step_that_broke_off_leaves_nothing_behind(tmp_path: Path) -> None:
     trainer = build(FastGRPOTrainer, tmp_path, reward=uneven_reward, **ACCUMULATED)
     watch = Watch(trainer)
-    compute, calls = trainer._compute_loss, iter(range(100))
+    plan, calls = trainer.savings.plan, iter(range(100))
 
-    def interrupted(model: Any, inputs: dict[str, Any]) -> Any:
+    def interrupted(inputs: dict[str, Any], step: int) -> Any:
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return compute(model, inputs)
+        return plan(inputs, step)
 
-    trainer._compute_loss = interrupted
+    trainer.savings.plan = interrupted
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer._buffered_inputs = None  # as a new process begins
