@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,9 @@ from fastgrpo.kernels.trees import Beam
 from fastgrpo.transfer import is_host
 from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan
+
+if TYPE_CHECKING:
+    from fastgrpo.kernels import gpu_trees
 
 _MOST_GPU_WIDTH = 16  # nodes of a level, whose candidates one program looks at
 _LEVEL_PENALTY = 1e-4  # nats; a child never outranks its parent, not even at chance 1
@@ -52,29 +55,13 @@ def open_pool(roots: Int[Tensor, " B"], plan: SpeculationPlan, calibration: Cali
     return _TensorPool(roots, plan, calibration)
 
 
-class _Candidates(Protocol):
-    """What `kernels.trees.Pool` is on each device."""
-
-    def grow(
-        self,
-        chances: Float[Tensor, "B V K"],
-        token_ids: Int[Tensor, "B V K"],
-        beam: Beam,
-        width: int,
-        line: tuple[float, float],
-        penalty: float,
-    ) -> Beam: ...
-
-    def prune(self, count: int, roots: Int[Tensor, " B"]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
-
-
 class _CompiledPool:
     def __init__(
         self,
         roots: Int[Tensor, " B"],
         plan: SpeculationPlan,
         calibration: Calibration,
-        candidates: _Candidates,
+        candidates: trees.Pool | gpu_trees.Pool,
         beam: Beam,
     ) -> None:
         self._roots, self._plan, self._calibration = roots, plan, calibration
