@@ -231,9 +231,9 @@ def test_attention_is_that_of_the_dense_mask(dtype, heads, kv_heads, width):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("length", [0, 5, 28, 31, 32, 60, 63, 64, 94])
+@pytest.mark.parametrize("length", [0, 5, 28, 31, 32, 60, 63, 64, 94, 124, 127, 128, 160])
 def test_a_node_of_a_tree_has_the_bits_of_its_path_in_a_row(dtype, length):
-    """Where chunks and blocks end, too: the path of a deep node goes on in the next ones."""
+    """Where chunks, blocks and segments end, too: the path of a deep node goes on in the next ones."""
     torch.manual_seed(length)
     kv_heads, repeats, width = 2, 3, 64
     parents = [-1, 0, 0, 1, 2, 2, 4, 6, 1, 7]
@@ -262,6 +262,35 @@ def test_a_node_of_a_tree_has_the_bits_of_its_path_in_a_row(dtype, length):
         seen = torch.ones(1, 1, 1, dtype=torch.bool)
         alone = attend(query[node, None], row_keys, row_values, length + len(path) - 1, seen)
         assert torch.equal(tree[node], alone[0]), node
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_rows_that_share_a_prompt_have_the_bits_of_each_alone(dtype):
+    """More of them than are read for together, on one thread and on two; some are still at the end of the prompt."""
+    torch.manual_seed(0)
+    rows, kv_heads, repeats, width = 40, 2, 3, 64
+    lengths = torch.randint(2 * BLOCK_SIZE - 40, 3 * BLOCK_SIZE, (rows,))
+    blocks = torch.arange(rows * 4).view(rows, 4) * BLOCK_SIZE
+    blocks[3:37, :2] = blocks[3, :2]
+    counts, visible = torch.randint(1, 4, (rows,)), torch.ones(rows, 3, 3, dtype=torch.bool).tril()
+    keys, values = (torch.randn(rows * 4 * BLOCK_SIZE, kv_heads * width).to(dtype) for _ in range(2))
+    query = torch.randn(int(counts.sum()), kv_heads * repeats * width).to(dtype)
+    starts = counts.cumsum(0) - counts
+
+    def attend(chosen):
+        packed = torch.cat([query[starts[row] : starts[row] + counts[row]] for row in chosen])
+        own = {"starts": counts[chosen].cumsum(0) - counts[chosen], "num_nodes": counts[chosen]}
+        own |= {"lengths": lengths[chosen], "blocks": blocks[chosen], "visible": visible[chosen]}
+        return cpu.attend(packed, keys, values, **own, head_dim=width, scale=0.2)
+
+    alone = torch.cat([attend([row]) for row in range(rows)])
+    num_threads = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(attend(list(range(rows))), alone), threads
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def test_without_a_compiler_it_says_so_once(monkeypatch, tmp_path):

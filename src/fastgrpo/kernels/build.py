@@ -22,8 +22,9 @@ _FLAGS = (
     "-O3", "-march=native", *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
     "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fPIC",
 )  # fmt: skip
-_OWN_FLAGS = {"noise.c": "-ffp-contract=off", "decoder.c": "-ffp-contract=fast", "products.c": "-ffp-contract=fast",
-              "layer.c": "-ffp-contract=fast", "trees.c": "-ffp-contract=off"}  # fmt: skip
+_OWN_FLAGS = {"noise.c": "-ffp-contract=off", "decoder.c": "-ffp-contract=fast", "attention.c": "-ffp-contract=fast",
+              "products.c": "-ffp-contract=fast", "layer.c": "-ffp-contract=fast",
+              "trees.c": "-ffp-contract=off"}  # fmt: skip
 _LONGEST_S = 120.0
 
 

@@ -19,10 +19,10 @@
 #define TALLEST 6
 #endif
 #define WIDE (2 * SPAN)
-#define STEP 288  /* inputs after which the next tile takes its turn: their weights and rows stay in the nearest cache */
-#define ROWS 240  /* rows at a time at most, a multiple of the tallest tile's */
+#define STEP 192  /* inputs after which the next tile takes its turn: weights and rows stay in the nearest cache */
+#define ROWS 240  /* rows at a time at most */
 #define GROUP 120 /* rows of one task at most; half of ROWS */
-#define AHEAD 64  /* inputs whose weights are asked for early: memory is slow */
+#define AHEAD 64  /* inputs whose weights are asked for early where a step is one tile: memory is slow */
 
 typedef float span __attribute__((vector_size(4 * SPAN), aligned(4)));
 typedef uint32_t bits __attribute__((vector_size(4 * SPAN), aligned(4)));
@@ -64,17 +64,19 @@ static inline void place_float(packed_float *to, i64 output, float weight) { to[
 DEFINE_PACK(bf16)
 DEFINE_PACK(float)
 
-/* R rows and one block of outputs: adds products of `inputs` inputs to sums [R, WIDE]. */
+/* R rows and one block of outputs: adds products of `inputs` inputs to sums [R, WIDE]. With each input, weights are
+ * asked for that come later, `pace` bytes behind those before. */
 #define DEFINE_TILE(X, R)                                                                                             \
-    static void tile_##X##_##R(const float *rows, const packed_##X *weights, i64 inputs, float *sums) {               \
+    static void tile_##X##_##R(const float *rows, const packed_##X *weights, i64 inputs, float *sums,                 \
+                               const char *ahead, i64 pace) {                                                         \
         span low[R], high[R];                                                                                         \
         for (int r = 0; r < R; r++)                                                                                   \
             low[r] = *(const span *)(sums + r * WIDE), high[r] = *(const span *)(sums + r * WIDE + SPAN);             \
-        for (i64 i = 0; i < inputs; i++, weights += NUMBERS_##X, rows += R) {                                         \
+        for (i64 i = 0; i < inputs; i++, weights += NUMBERS_##X, rows += R, ahead += pace) {                          \
             span first, second;                                                                                       \
             widen_##X(weights, &first, &second);                                                                      \
             for (int line = 0; line < NUMBERS_##X; line += 16)                                                        \
-                __builtin_prefetch(weights + AHEAD * NUMBERS_##X + line);                                             \
+                __builtin_prefetch(ahead + line * sizeof *weights);                                                   \
             _Pragma("GCC unroll 12")                                                                                  \
             for (int r = 0; r < R; r++) {                                                                             \
                 span x = rows[r] - (span){0}; /* minus nothing: one load for all lanes */                             \
@@ -92,13 +94,16 @@ TILES
 TILES
 #undef X
 
-/* Rows of the next tile, where so many are left. */
-static inline i64 find_height(i64 left) { return left < TALLEST ? left : TALLEST; }
+static inline i64 count_tiles(i64 rows) { return (rows + TALLEST - 1) / TALLEST; }
+
+/* Rows of the next tile, where so many are left: as few tiles as can be, and all alike. */
+static inline i64 find_height(i64 left) { return (left + count_tiles(left) - 1) / count_tiles(left); }
 
 #define CASE(T, R) \
-    case R: tile_##T##_##R(rows, weights, inputs, sums); break;
+    case R: tile_##T##_##R(rows, weights, inputs, sums, ahead, pace); break;
 
-static inline void run_tile_bf16(i64 height, const float *rows, const packed_bf16 *weights, i64 inputs, float *sums) {
+static inline void run_tile_bf16(i64 height, const float *rows, const packed_bf16 *weights, i64 inputs, float *sums,
+                                const char *ahead, i64 pace) {
     switch (height) {
 #define X(R) CASE(bf16, R)
         TILES
@@ -106,7 +111,8 @@ static inline void run_tile_bf16(i64 height, const float *rows, const packed_bf1
     }
 }
 
-static inline void run_tile_float(i64 height, const float *rows, const packed_float *weights, i64 inputs, float *sums) {
+static inline void run_tile_float(i64 height, const float *rows, const packed_float *weights, i64 inputs, float *sums,
+                                 const char *ahead, i64 pace) {
     switch (height) {
 #define X(R) CASE(float, R)
         TILES
@@ -114,10 +120,10 @@ static inline void run_tile_float(i64 height, const float *rows, const packed_fl
     }
 }
 
-/* Rows of each of as few parts as hold `rows` of them with at most `most` in each: whole tiles, and parts alike. */
+/* Rows of each of as few parts as hold `rows` of them with at most `most` in each: parts alike. */
 static inline i64 share_rows(i64 rows, i64 most) {
-    i64 parts = (rows + most - 1) / most, share = (rows + parts - 1) / parts;
-    return (share + TALLEST - 1) / TALLEST * TALLEST;
+    i64 parts = (rows + most - 1) / most;
+    return (rows + parts - 1) / parts;
 }
 
 /* `stride` numbers lie between the starts of two rows of x; out is dense. */
@@ -132,7 +138,8 @@ static inline i64 share_rows(i64 rows, i64 most) {
             i64 groups = (count + group - 1) / group;                                                                 \
             _Pragma("omp for")                                                                                        \
             for (i64 row = 0; row < count; row++) {                                                                   \
-                i64 first = row / TALLEST * TALLEST, height = find_height(count - first);                             \
+                i64 first = row / group * group, left = first + group < count ? group : count - first, height;        \
+                while (first + (height = find_height(left)) <= row) first += height, left -= height;                  \
                 const X *from = x + (start + row) * stride;                                                           \
                 float *to = tiles + first * inputs + row - first;                                                     \
                 for (i64 i = 0; i < inputs; i++) to[i * height] = load_##X(from + i);                                 \
@@ -144,12 +151,16 @@ static inline i64 share_rows(i64 rows, i64 most) {
                 const packed_##X *weights = layout + block * inputs * NUMBERS_##X;                                    \
                 float sums[GROUP * WIDE];                                                                             \
                 memset(sums, 0, (to - from) * WIDE * sizeof(float));                                                  \
+                i64 bytes = NUMBERS_##X * sizeof *weights, num_tiles = count_tiles(to - from);                        \
+                i64 pace = (bytes + num_tiles - 1) / num_tiles; /* the tiles of a step ask for the next step's */     \
                 for (i64 i = 0; i < inputs; i += STEP) {                                                              \
                     i64 size = inputs - i < STEP ? inputs - i : STEP;                                                 \
-                    for (i64 row = from, height; row < to; row += height) {                                           \
+                    const packed_##X *own = weights + i * NUMBERS_##X;                                                \
+                    const char *ahead = (const char *)(own + (num_tiles == 1 ? AHEAD : size) * NUMBERS_##X);          \
+                    for (i64 row = from, height; row < to; row += height, ahead += size * pace) {                     \
                         height = find_height(to - row);                                                               \
-                        run_tile_##X(height, tiles + row * inputs + i * height, weights + i * NUMBERS_##X, size,      \
-                                     sums + (row - from) * WIDE);                                                     \
+                        run_tile_##X(height, tiles + row * inputs + i * height, own, size, sums + (row - from) * WIDE,\
+                                     ahead, pace);                                                                    \
                     }                                                                                                 \
                 }                                                                                                     \
                 i64 width = outputs - block * WIDE < WIDE ? outputs - block * WIDE : WIDE;                            \

@@ -1,0 +1,471 @@
+/* Attention of packed nodes over ragged rows of a paged cache.
+ *
+ * The cache is read in order, a chunk of positions at a time, once for all queries that see it: for all nodes and heads
+ * of a row, and for all rows that share it (a prompt's completions). A task is a segment of one row or of rows that
+ * share its beginning; what a row saw of its segments is added up in their order. So a row's result depends on nothing
+ * but the row, and what a node of a tree sees counts as if it stood in a row: it has the bits of the same text decoded
+ * token by token, whoever its neighbours are and however many threads there are.
+ */
+
+#include <stdlib.h>
+
+#include "common.h"
+
+#define BLOCK 64      /* cached positions that stand together, as in blocks.py */
+#define CHUNK 32      /* of them are read at once: two registers of scores */
+#define SEGMENT 128   /* of them are one task's: whole blocks */
+#define PAIR 32       /* numbers of a head that are read together; padded heads are a multiple of it */
+#define TOGETHER 4    /* queries that meet a chunk at once, so that each number of it is loaded once for all of them */
+#define MOST_ROWS 16  /* of a task */
+#define MOST_NODES 64 /* of a row in a task: their queries and sums stay near */
+
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
+
+/* ---- reading and writing ------------------------------------------------------------------------------------ */
+
+/* Rows become columns. */
+static inline void transpose(vec *x) {
+    vec a[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        a[i] = PICK(x[i], x[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+        a[i + 1] = PICK(x[i], x[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    }
+    for (int i = 0; i < LANES; i += 4)
+        for (int j = 0; j < 2; j++) {
+            vec even = a[i + j], odd = a[i + j + 2];
+            x[i + 2 * j] = PICK(even, odd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+            x[i + 2 * j + 1] = PICK(even, odd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+        }
+    for (int i = 0; i < 4; i++) {
+        vec p = PICK(x[i], x[4 + i], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        vec q = PICK(x[i], x[4 + i], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        vec r = PICK(x[8 + i], x[12 + i], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        vec s = PICK(x[8 + i], x[12 + i], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        a[i] = PICK(p, r, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        a[8 + i] = PICK(p, r, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        a[4 + i] = PICK(q, s, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        a[12 + i] = PICK(q, s, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < LANES; i++) x[i] = a[i];
+}
+
+static inline words round_words(vec x) {
+    words bits = (words)x, rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u, is_nan = (words)(x != x);
+    return (is_nan & 0x7FC00000u) | (~is_nan & rounded);
+}
+
+/* PAIR numbers as two registers, and back: even and odd ones of half precision, else the first ones and the others. */
+static inline void split_bf16(const bf16 *from, vec *first, vec *second) {
+    words both = *(const words *)from;
+    *first = (vec)(both << 16), *second = (vec)(both & 0xFFFF0000u);
+}
+
+static inline void join_bf16(bf16 *to, vec first, vec second) {
+    *(words *)to = round_words(first) >> 16 | round_words(second);
+}
+
+static inline void split_float(const float *from, vec *first, vec *second) {
+    *first = *(const vec *)from, *second = *(const vec *)(from + LANES);
+}
+
+static inline void join_float(float *to, vec first, vec second) {
+    *(vec *)to = first, *(vec *)(to + LANES) = second;
+}
+
+/* Numbers of a head in one register, and its columns once LANES heads stand below one another. */
+#define WHOLE_bf16 PAIR
+#define WHOLE_float LANES
+
+static inline void put_column_bf16(float *keys, int i, vec column) {
+    split_bf16((const bf16 *)&column, (vec *)(keys + 2 * i * CHUNK), (vec *)(keys + (2 * i + 1) * CHUNK));
+}
+
+static inline void put_column_float(float *keys, int i, vec column) { *(vec *)(keys + i * CHUNK) = column; }
+
+/* Keys of a chunk become columns [padded, CHUNK], values rows [CHUNK, padded] of pairs; in the cache positions stand
+ * `stride` numbers apart. Behind the last of `size` keys others of their block are read and never counted. */
+#define DEFINE_READ(X)                                                                                                \
+    static void read_keys_##X(const X *keys, float *columns, i64 size, i64 stride, i64 width) {                       \
+        for (i64 p = 0; p < size; p += LANES, keys += LANES * stride)                                                 \
+            for (i64 j = 0; j < width; j += WHOLE_##X) {                                                              \
+                X few[LANES][WHOLE_##X];                                                                              \
+                const X *from = keys + j;                                                                             \
+                i64 apart = stride;                                                                                   \
+                if (width - j < WHOLE_##X) {                                                                          \
+                    memset(few, 0, sizeof few);                                                                       \
+                    for (int i = 0; i < LANES; i++) memcpy(few[i], from + i * stride, (width - j) * sizeof(X));       \
+                    from = few[0], apart = WHOLE_##X;                                                                 \
+                }                                                                                                     \
+                vec heads[LANES];                                                                                     \
+                for (int i = 0; i < LANES; i++) heads[i] = *(const vec *)(from + i * apart);                          \
+                transpose(heads);                                                                                     \
+                for (int i = 0; i < LANES; i++) put_column_##X(columns + p + j * CHUNK, i, heads[i]);                 \
+            }                                                                                                         \
+    }                                                                                                                 \
+    static void read_values_##X(const X *values, float *rows, i64 size, i64 stride, i64 width, i64 padded) {          \
+        for (i64 p = 0; p < size; p++, values += stride, rows += padded)                                              \
+            for (i64 j = 0; j < width; j += PAIR) {                                                                   \
+                X few[PAIR] = {0};                                                                                    \
+                const X *from = values + j;                                                                           \
+                if (width - j < PAIR) memcpy(few, from, (width - j) * sizeof(X)), from = few;                         \
+                split_##X(from, (vec *)(rows + j), (vec *)(rows + j + LANES));                                        \
+            }                                                                                                         \
+    }                                                                                                                 \
+    static void write_values_##X(X *to, const float *sum, float mass, i64 width) {                                    \
+        for (i64 j = 0; j < width; j += PAIR) {                                                                       \
+            X few[PAIR];                                                                                              \
+            join_##X(few, *(const vec *)(sum + j) / mass, *(const vec *)(sum + j + LANES) / mass);                    \
+            memcpy(to + j, few, (width - j < PAIR ? width - j : PAIR) * sizeof(X));                                   \
+        }                                                                                                             \
+    }
+
+DEFINE_READ(bf16)
+DEFINE_READ(float)
+
+/* ---- queries and a chunk ------------------------------------------------------------------------------------ */
+
+/* What a query has seen: the sum of values by weight [padded], the sum of weights by lane, the best score. */
+#define ROOM(padded) ((padded) + 2 * LANES)
+#define MASS(state, padded) ((vec *)((state) + (padded)))
+#define BEST(state, padded) ((state) + (padded) + LANES)
+
+/* What is read next: memory is slow, so a little of it is asked for with each step of the sums. */
+typedef struct {
+    const char *keys, *values;
+    i64 pace; /* bytes a step */
+} ahead;
+
+static inline void ask(const char **next, i64 pace) {
+    __builtin_prefetch(*next), __builtin_prefetch(*next + 64);
+    *next += pace;
+}
+
+/* Products of Q queries with a chunk's keys, and a chunk's values added, each times its weight. Even and odd ones are
+ * summed apart, which saves waiting for each sum; a query's sums are the same whatever Q is. */
+#define DEFINE_SUMS(Q)                                                                                                \
+    static void score_##Q(const float *query, const float *keys, float *scores, i64 padded, ahead *next) {            \
+        vec sums[2][Q][2] = {{{{0}}}};                                                                                \
+        for (i64 j = 0; j < padded; j += 2, keys += 2 * CHUNK) {                                                      \
+            ask(&next->keys, next->pace);                                                                             \
+            for (int odd = 0; odd < 2; odd++)                                                                         \
+                for (int i = 0; i < Q; i++)                                                                           \
+                    for (int half = 0; half < 2; half++)                                                              \
+                        sums[odd][i][half] +=                                                                         \
+                            query[i * padded + j + odd] * *(const vec *)(keys + odd * CHUNK + half * LANES);          \
+        }                                                                                                             \
+        for (int i = 0; i < Q; i++)                                                                                   \
+            for (int half = 0; half < 2; half++)                                                                      \
+                *(vec *)(scores + i * CHUNK + half * LANES) = sums[0][i][half] + sums[1][i][half];                    \
+    }                                                                                                                 \
+    static void add_##Q(float *into, const float *weights, const float *values, i64 padded, ahead *next) {            \
+        for (i64 j = 0; j < padded; j += PAIR) {                                                                      \
+            vec sums[2][Q][2] = {{{{0}}}};                                                                            \
+            for (i64 p = 0; p < CHUNK; p += 2) {                                                                      \
+                const float *value = values + p * padded + j;                                                         \
+                ask(&next->values, next->pace);                                                                       \
+                for (int odd = 0; odd < 2; odd++)                                                                     \
+                    for (int i = 0; i < Q; i++)                                                                       \
+                        for (int half = 0; half < 2; half++)                                                          \
+                            sums[odd][i][half] +=                                                                     \
+                                weights[i * CHUNK + p + odd] * *(const vec *)(value + odd * padded + half * LANES);   \
+            }                                                                                                         \
+            for (int i = 0; i < Q; i++)                                                                               \
+                for (int half = 0; half < 2; half++)                                                                  \
+                    *(vec *)(into + i * ROOM(padded) + j + half * LANES) += sums[0][i][half] + sums[1][i][half];      \
+        }                                                                                                             \
+    }
+
+DEFINE_SUMS(1)
+DEFINE_SUMS(2)
+DEFINE_SUMS(3)
+DEFINE_SUMS(4)
+
+static void (*const score_keys[])(const float *, const float *, float *, i64, ahead *) = {score_1, score_2, score_3,
+                                                                                           score_4};
+static void (*const add_values[])(float *, const float *, const float *, i64, ahead *) = {add_1, add_2, add_3, add_4};
+
+/* Sums so far become those relative to a better score. */
+static inline void raise_best(float *state, float best, i64 padded) {
+    float fade = exp_negative(*BEST(state, padded) - best);
+    for (i64 j = 0; j < padded; j += LANES) *(vec *)(state + j) *= fade;
+    *MASS(state, padded) *= fade, *BEST(state, padded) = best;
+}
+
+/* What a query saw of the segment behind. */
+static void add_state(float *sum, float *other, i64 padded) {
+    float best = *BEST(sum, padded), theirs = *BEST(other, padded);
+    if (theirs > best) raise_best(sum, theirs, padded);
+    if (theirs < best) raise_best(other, best, padded);
+    for (i64 j = 0; j < padded + LANES; j += LANES) *(vec *)(sum + j) += *(vec *)(other + j);
+}
+
+/* `count` queries, one after the other, see the first `size` of a chunk. */
+static void attend_to_chunk(const float *queries, float *states, i64 count, const float *keys, const float *values,
+                            i64 size, i64 padded, ahead *next) {
+    float scores[TOGETHER * CHUNK] __attribute__((aligned(64)));
+    for (i64 i = 0, together; i < count; i += together) {
+        together = count - i < TOGETHER ? count - i : TOGETHER;
+        score_keys[together - 1](queries + i * padded, keys, scores, padded, next);
+        for (i64 t = 0; t < together; t++) {
+            float *own = scores + t * CHUNK, *state = states + (i + t) * ROOM(padded);
+            for (i64 p = size; p < CHUNK; p++) own[p] = -INFINITY;
+            float best = max_lane(max_vec(*(vec *)own, *(vec *)(own + LANES)));
+            if (best > *BEST(state, padded)) raise_best(state, best, padded);
+            best = *BEST(state, padded);
+            for (i64 p = 0; p < CHUNK; p++) own[p] = exp_negative(own[p] - best);
+            *MASS(state, padded) += *(vec *)own + *(vec *)(own + LANES);
+        }
+        add_values[together - 1](states + i * ROOM(padded), scores, values, padded, next);
+    }
+}
+
+/* ---- rows --------------------------------------------------------------------------------------------------- */
+
+/* See `fastgrpo_attend`. */
+typedef struct {
+    i64 rows;
+    const i64 *starts, *nodes, *lengths, *blocks;
+    i64 most_blocks;
+    const uint8_t *visible;
+    i64 most_nodes, seen, kv_heads, repeats, width, padded;
+    i64 *first_query, *first_state;     /* of each row */
+    i64 *num_prefix, *order, *num_seen; /* of each row, see order_nodes */
+} batch;
+
+/* A segment of rows `row` to `end`, which share its beginning where they are several; of each, these nodes. */
+typedef struct {
+    i64 row, end, first, node, last;
+} task;
+
+static inline i64 count_positions(const batch *b, i64 row) {
+    return b->nodes[row] ? b->lengths[row] + b->seen - b->most_nodes + b->nodes[row] : 0;
+}
+
+/* A row's queries stand head by head and node by node, and so do their states for each segment. */
+static inline i64 find_query(const batch *b, i64 row, i64 head) {
+    return b->first_query[row] + head * b->nodes[row] * b->repeats;
+}
+
+static inline i64 find_state(const batch *b, i64 row, i64 first, i64 head) {
+    return b->first_state[row] + (first / SEGMENT * b->kv_heads + head) * b->nodes[row] * b->repeats;
+}
+
+static inline i64 find_place(const batch *b, i64 row, i64 position) {
+    return b->blocks[row * b->most_blocks + position / BLOCK] + position % BLOCK;
+}
+
+/* Whether all nodes of two rows see one and the same chunk. */
+static inline int shares_chunk(const batch *b, i64 row, i64 other, i64 first) {
+    i64 end = first + CHUNK, nodes = b->nodes[row], others = b->nodes[other];
+    return end <= b->lengths[row] && end <= b->lengths[other] && nodes && nodes <= MOST_NODES && others &&
+           others <= MOST_NODES && find_place(b, row, first) == find_place(b, other, first);
+}
+
+/* All segments, the first ones of all rows first. */
+static i64 list_tasks(const batch *b, task *tasks) {
+    i64 count = 0, left = b->rows;
+    for (i64 first = 0; left; first += SEGMENT) {
+        left = 0;
+        for (i64 row = 0, end; row < b->rows; row = end) {
+            end = row + 1;
+            if (first >= count_positions(b, row)) continue;
+            while (end < b->rows && end - row < MOST_ROWS && shares_chunk(b, row, end, first)) end++;
+            for (i64 node = 0; node < b->nodes[row]; node += MOST_NODES, left++)
+                tasks[count++] = (task){row, end, first, node, node + MOST_NODES};
+        }
+    }
+    return count;
+}
+
+/* Where the chunk after the one at `first` of the rows before `end` begins; -1 where there is none. */
+static i64 find_next(const batch *b, const task *own, const task *soon, i64 end, i64 first) {
+    i64 next = first + CHUNK;
+    if (end < own->end) return find_place(b, end, first);
+    if (next < own->first + SEGMENT && next < count_positions(b, own->row)) return find_place(b, own->row, next);
+    return soon ? find_place(b, soon->row, soon->first) : -1;
+}
+
+static inline i64 find_last(const batch *b, const task *own, i64 row) {
+    return own->last < b->nodes[row] ? own->last : b->nodes[row];
+}
+
+/* Batches of queries that meet a chunk of rows `row` to `end` for each key head, more or less. */
+static i64 count_batches(const batch *b, const task *own, i64 row, i64 end) {
+    i64 count = 0;
+    for (; row < end; row++) count += ((find_last(b, own, row) - own->node) * b->repeats + TOGETHER - 1) / TOGETHER;
+    return count;
+}
+
+/* The nodes of a row, those first that see the first positions of `seen` and no others; what each of all nodes sees. */
+static void order_nodes(const batch *b, i64 row) {
+    i64 *order = b->order + row * b->most_nodes, *num_seen = b->num_seen + row * b->most_nodes;
+    i64 num_prefix = 0, num_others = 0;
+    for (i64 node = 0; node < b->nodes[row]; node++) {
+        const uint8_t *sees = b->visible + (row * b->most_nodes + node) * b->seen;
+        i64 count = 0, prefix = 0;
+        for (i64 e = 0; e < b->seen; e++) count += sees[e];
+        for (i64 e = 0; e < count; e++) prefix += sees[e];
+        num_seen[node] = count;
+        if (prefix == count)
+            order[num_prefix++] = node;
+        else
+            order[b->nodes[row] - ++num_others] = node;
+    }
+    b->num_prefix[row] = num_prefix;
+}
+
+#define DEFINE_ATTEND(X)                                                                                              \
+    /* A row's nodes and the chunk that holds what not all of them see. Neighbours that see all of it go together;    \
+     * those that do not see a prefix of it put their own path there. */                                              \
+    static void attend_to_end_##X(const batch *b, const task *own, i64 row, i64 first, i64 size, i64 head,            \
+                                  const X *keys, const X *values, const float *queries, float *states, float *columns,\
+                                  float *rows, ahead *next) {                                                         \
+        const i64 *order = b->order + row * b->most_nodes, *num_seen = b->num_seen + row * b->most_nodes;             \
+        i64 length = b->lengths[row], stride = b->kv_heads * b->width, last = find_last(b, own, row);                 \
+        for (i64 turn = 0, count; turn < b->nodes[row]; turn += count) {                                              \
+            i64 node = order[turn], end = length + num_seen[node] - first, at = node * b->repeats;                    \
+            count = 1;                                                                                                \
+            if (end <= 0 || node < own->node || node >= last) continue;                                               \
+            i64 most = turn < b->num_prefix[row] && end >= size ? b->num_prefix[row] - turn : 1;                      \
+            while (count < most && node + count < last && order[turn + count] == node + count &&                      \
+                   length + num_seen[node + count] - first >= size)                                                   \
+                count++;                                                                                              \
+            end = end < size ? end : size;                                                                            \
+            const uint8_t *sees = b->visible + (row * b->most_nodes + node) * b->seen;                                \
+            for (i64 e = 0, to = length - first; turn >= b->num_prefix[row] && to < end; e++) {                       \
+                if (!sees[e]) continue;                                                                               \
+                i64 from = find_place(b, row, length + e) * stride + head * b->width;                                 \
+                for (i64 j = 0; to >= 0 && j < b->width; j++) columns[j * CHUNK + to] = load_##X(keys + from + j);    \
+                if (to >= 0) read_values_##X(values + from, rows + to * b->padded, 1, stride, b->width, b->padded);   \
+                to++;                                                                                                 \
+            }                                                                                                         \
+            attend_to_chunk(queries + at * b->padded, states + at * ROOM(b->padded), count * b->repeats, columns, rows,\
+                            end, b->padded, next);                                                                    \
+        }                                                                                                             \
+    }                                                                                                                 \
+                                                                                                                      \
+    /* queries, states: [query of all rows, *], a state for each segment; see find_query and find_state. */           \
+    static void attend_to_segment_##X(const batch *b, const task *own, const task *soon, const X *keys,               \
+                                      const X *values, const float *queries, float *states, float *columns) {         \
+        i64 stride = b->kv_heads * b->width, room = ROOM(b->padded);                                                  \
+        float *rows = columns + CHUNK * b->padded;                                                                    \
+        for (i64 row = own->row; row < own->end; row++)                                                               \
+            for (i64 head = 0; head < b->kv_heads; head++)                                                            \
+                for (i64 i = own->node * b->repeats; i < find_last(b, own, row) * b->repeats; i++) {                  \
+                    float *state = states + (find_state(b, row, own->first, head) + i) * room;                        \
+                    memset(state, 0, room * sizeof(float));                                                           \
+                    *BEST(state, b->padded) = -INFINITY;                                                              \
+                }                                                                                                     \
+        for (i64 first = own->first; first < own->first + SEGMENT; first += CHUNK)                                    \
+            for (i64 row = own->row, end; row < own->end; row = end) {                                                \
+                i64 left = count_positions(b, row) - first, size = left < CHUNK ? left : CHUNK;                       \
+                end = row + 1;                                                                                        \
+                if (size <= 0) continue;                                                                              \
+                while (end < own->end && shares_chunk(b, row, end, first)) end++;                                     \
+                i64 place = find_place(b, row, first) * stride, soonest = find_next(b, own, soon, end, first);        \
+                i64 after = soonest < 0 ? place : soonest * stride;                                                   \
+                i64 steps = count_batches(b, own, row, end) * b->padded / 2;                                          \
+                ahead next = {(const char *)(keys + after), (const char *)(values + after), 0};                       \
+                if (soonest >= 0) next.pace = CHUNK * b->width * (i64)sizeof(X) / steps;                              \
+                for (i64 head = 0; head < b->kv_heads; head++, place += b->width) {                                   \
+                    read_keys_##X(keys + place, columns, size, stride, b->width);                                     \
+                    read_values_##X(values + place, rows, size, stride, b->width, b->padded);                         \
+                    for (i64 each = row; each < end; each++) {                                                        \
+                        const float *query = queries + find_query(b, each, head) * b->padded;                         \
+                        float *state = states + find_state(b, each, own->first, head) * room;                         \
+                        i64 from = own->node * b->repeats, count = find_last(b, own, each) * b->repeats - from;       \
+                        if (first + CHUNK <= b->lengths[each])                                                        \
+                            attend_to_chunk(query + from * b->padded, state + from * room, count, columns, rows, size,\
+                                            b->padded, &next);                                                        \
+                        else                                                                                          \
+                            attend_to_end_##X(b, own, each, first, size, head, keys, values, query, state, columns,   \
+                                              rows, &next);                                                           \
+                    }                                                                                                 \
+                }                                                                                                     \
+            }                                                                                                         \
+    }                                                                                                                 \
+                                                                                                                      \
+    static void take_queries_##X(const batch *b, const X *query, i64 stride, float scale, i64 row, i64 head,          \
+                                 float *to) {                                                                         \
+        for (i64 node = 0; node < b->nodes[row]; node++)                                                              \
+            for (i64 r = 0; r < b->repeats; r++, to += b->padded) {                                                   \
+                const X *from = query + (b->starts[row] + node) * stride + (head * b->repeats + r) * b->width;        \
+                for (i64 j = 0; j < b->width; j++) to[j] = load_##X(from + j) * scale;                                \
+                for (i64 j = b->width; j < b->padded; j++) to[j] = 0.0f;                                              \
+            }                                                                                                         \
+    }                                                                                                                 \
+                                                                                                                      \
+    /* A row's segments, added up in their order. */                                                                  \
+    static void write_row_##X(const batch *b, float *states, i64 row, i64 head, X *out) {                             \
+        for (i64 node = 0, i = 0; node < b->nodes[row]; node++)                                                       \
+            for (i64 r = 0; r < b->repeats; r++, i++) {                                                               \
+                float *sum = states + (find_state(b, row, 0, head) + i) * ROOM(b->padded);                            \
+                for (i64 first = SEGMENT; first < count_positions(b, row); first += SEGMENT)                          \
+                    add_state(sum, states + (find_state(b, row, first, head) + i) * ROOM(b->padded), b->padded);      \
+                i64 token = b->starts[row] + node, own = head * b->repeats + r;                                       \
+                write_values_##X(out + (token * b->kv_heads * b->repeats + own) * b->width, sum,                      \
+                                 sum_lane(*MASS(sum, b->padded)), b->width);                                          \
+            }                                                                                                         \
+    }                                                                                                                 \
+                                                                                                                      \
+    /* Nodes of `rows` trees over their own cached positions.                                                         \
+     *                                                                                                                \
+     * query: [tokens, heads, width], tokens `stride` numbers apart; row b has nodes[b] of them from starts[b] on.    \
+     * out: the same, one after the other.                                                                            \
+     * keys, values: [*, kv_heads * width]; position p of row b is number blocks[b][p / BLOCK] + p % BLOCK, where     \
+     * blocks is [rows, most_blocks]. Rows may share blocks: siblings read the same lines of their prompt.            \
+     * visible: [rows, most_nodes, seen]: entry (b, n, e) says whether node n sees position lengths[b] + e; every node\
+     * sees all positions below lengths[b]. */                                                                        \
+    void fastgrpo_attend_##X(const X *query, i64 stride, const X *keys, const X *values, X *out, i64 rows,            \
+                             const i64 *starts, const i64 *nodes, const i64 *lengths, const i64 *blocks,              \
+                             i64 most_blocks, const uint8_t *visible, i64 most_nodes, i64 seen, i64 heads,            \
+                             i64 kv_heads, i64 width, float scale) {                                                  \
+        i64 padded = (width + PAIR - 1) / PAIR * PAIR, num_tasks = 0, claimed = 0;                                    \
+        i64 *table = malloc((rows + 1) * (2 * most_nodes + 3) * sizeof(i64));                                         \
+        batch b = {rows, starts, nodes, lengths, blocks, most_blocks, visible, most_nodes, seen, kv_heads,            \
+                   heads / kv_heads, width, padded, table, table + rows + 1, table + 2 * (rows + 1),                  \
+                   table + 3 * (rows + 1), table + (3 + most_nodes) * (rows + 1)};                                    \
+        b.first_query[0] = b.first_state[0] = 0;                                                                      \
+        for (i64 row = 0; row < rows; row++) {                                                                        \
+            i64 segments = (count_positions(&b, row) + SEGMENT - 1) / SEGMENT;                                        \
+            b.first_query[row + 1] = b.first_query[row] + nodes[row] * heads;                                         \
+            b.first_state[row + 1] = b.first_state[row] + nodes[row] * heads * segments;                              \
+            num_tasks += segments * ((nodes[row] + MOST_NODES - 1) / MOST_NODES);                                     \
+        }                                                                                                             \
+        task *tasks = malloc((num_tasks + 1) * sizeof(task));                                                         \
+        num_tasks = list_tasks(&b, tasks);                                                                            \
+        i64 num_floats = b.first_query[rows] * padded + b.first_state[rows] * ROOM(padded) + LANES;                   \
+        float *queries = aligned_alloc(64, num_floats / LANES * LANES * sizeof(float));                               \
+        float *states = queries + b.first_query[rows] * padded;                                                       \
+        _Pragma("omp parallel if (rows * kv_heads > 1)")                                                              \
+        {                                                                                                             \
+            float *columns = aligned_alloc(64, 2 * CHUNK * padded * sizeof(float));                                   \
+            i64 mine, after;                                                                                          \
+            memset(columns, 0, 2 * CHUNK * padded * sizeof(float));                                                   \
+            _Pragma("omp for collapse(2)")                                                                            \
+            for (i64 row = 0; row < rows; row++)                                                                      \
+                for (i64 head = 0; head < kv_heads; head++) {                                                         \
+                    if (head == 0) order_nodes(&b, row);                                                              \
+                    float *to = queries + find_query(&b, row, head) * padded;                                         \
+                    take_queries_##X(&b, query, stride, scale, row, head, to);                                        \
+                }                                                                                                     \
+            _Pragma("omp atomic capture")                                                                             \
+            after = claimed++;                                                                                        \
+            while (after < num_tasks) { /* a thread knows its next one, so that its memory is asked for in time */    \
+                mine = after;                                                                                         \
+                _Pragma("omp atomic capture")                                                                         \
+                after = claimed++;                                                                                    \
+                attend_to_segment_##X(&b, tasks + mine, after < num_tasks ? tasks + after : NULL, keys, values,       \
+                                      queries, states, columns);                                                      \
+            }                                                                                                         \
+            _Pragma("omp barrier")                                                                                    \
+            _Pragma("omp for collapse(2)")                                                                            \
+            for (i64 row = 0; row < rows; row++)                                                                      \
+                for (i64 head = 0; head < kv_heads; head++) write_row_##X(&b, states, row, head, out);                \
+            free(columns);                                                                                            \
+        }                                                                                                             \
+        free(queries), free(tasks), free(table);                                                                      \
+    }
+
+DEFINE_ATTEND(bf16)
+DEFINE_ATTEND(float)
