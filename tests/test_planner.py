@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 import fastgrpo
@@ -262,6 +263,31 @@ def test_a_useless_drafter_is_dropped_whatever_the_profile_said(machine, speed, 
     assert sum(has_tried[:100]) <= 60
     assert sum(has_tried[100:]) <= 1 + 500 // 8, "trials are eight steps apart at least"
     assert compute_speed(planner, records[100:]) > 0.985
+
+
+@pytest.mark.parametrize("believed", [0.2, 0.5, 2.0, 3.0, 5.0, 10.0])
+@pytest.mark.parametrize("num_seqs", [1, 4])
+def test_a_profile_of_a_busy_machine_heals_within_some_tens_of_steps(believed, num_seqs):
+    """All of it was believed so many times dearer than it is, drafts too, of which plain steps say nothing."""
+    planner = SyntheticClockPlanner(XEON)
+    names = ("target_s", "draft_s", "draft_start_s")
+    every = {name: tuple(believed * s for s in getattr(XEON, name)) for name in names}
+    planner._costs = StepCosts(replace(XEON, **every, draft_read_s=believed * XEON.draft_read_s))
+    drafted = [not record.plan.is_plain for record in play(planner, 200, num_seqs, chance=0.75)]
+    assert sum(drafted[80:]) > 0.8 * 120
+
+
+def test_a_clock_that_goes_astray_teaches_nothing():
+    planner = SyntheticClockPlanner()
+    play(planner, 60, 4, chance=0.7)
+    before = planner.state_dict()["costs"]
+    for seconds in (math.nan, math.inf, -1.0, 0.0):
+        record = build_record(PLAIN, 4)
+        times = dict.fromkeys(("target_s", "draft_s", "verify_s", "step_s"), seconds)
+        AutoPlanner.observe(planner, replace(record, **times))
+        planner.expectation  # noqa: B018  it learns when it is asked
+    assert planner.state_dict()["costs"]["target"]["prices"] == before["target"]["prices"]
+    assert math.isfinite(planner._credit_s) and all(map(math.isfinite, planner.profile.target_s))
 
 
 @pytest.mark.parametrize("machine", [SMALL_CPU, FLAT], ids=["small_cpu", "flat"])
@@ -514,6 +540,20 @@ def test_while_sequences_finish_fast_nothing_is_recorded():
     assert not plans[-1].is_plain
 
 
+@pytest.mark.parametrize("runs_ahead", [False, True])
+@given(lives=st.lists(st.integers(1, 300), min_size=2, max_size=40), chance=st.sampled_from([0.3, 0.8, 0.95]))
+@example_settings(max_examples=40, deadline=None)
+def test_no_plan_goes_beyond_what_fits_while_a_better_one_waits(runs_ahead, lives, chance):
+    """Nor stays where it has come to lose to plain decoding."""
+    planner = AutoPlanner(replace(FLAT, runs_ahead=runs_ahead), acceptance=[[chance]] * 8, trial_share=0.0)
+    planner._recording.lose(lives[0], 1.0)  # so that the first drafts begin at once
+    for num_seqs in lives:
+        inputs = PlanInputs(num_seqs=num_seqs)
+        plan = planner.plan(inputs)
+        assert plan.is_plain or num_seqs * (1 + plan.num_draft_tokens) <= planner.max_num_tokens
+        assert plan.is_plain or planner.predict_rate(plan, inputs) >= planner.predict_rate(PLAIN, inputs)
+
+
 def test_a_recording_price_follows_what_is_seen_and_begins_anew_with_a_rollout():
     price = RecordingPrice(0.08)
     price.lose(9, 0.05)
@@ -563,6 +603,11 @@ def test_the_predicted_length_follows_the_measured_one(num_emitted):
         ({"num_tokens": (1, 1, 2)}, "increasing grid"),
         ({"num_tokens": (4, 2, 8)}, "increasing grid"),
         ({"num_tokens": (0, 1, 2)}, "increasing grid"),
+        ({"num_tokens": (1, math.nan, 2)}, "increasing grid"),
+        ({"num_tokens": (1, 2, math.inf)}, "increasing grid"),
+        ({"num_tokens": (1, 1.5, 2)}, "increasing grid"),
+        ({"read_s": 10**400}, "finite and positive"),
+        ({"draft_s": (), "draft_start_s": (1.0, 1.0, 1.0)}, "draft_start_s needs draft_s"),
         ({"target_s": (1.0, 2.0)}, "one time for each of 3 points, got 2"),
         ({"draft_s": (1.0, 2.0)}, "one time for each of 3 points"),
         ({"target_s": (1.0, math.nan, 2.0)}, "finite and positive"),
@@ -577,6 +622,42 @@ def test_the_predicted_length_follows_the_measured_one(num_emitted):
 def test_impossible_profiles_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(FLAT, **change)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"margin": 0.5}, "margin must be .* at least 1, got 0.5"),
+        ({"margin": math.nan}, "margin must be .* got nan"),
+        ({"trial_share": -1.0}, r"trial_share must be in \[0, 1\), got -1.0"),
+        ({"trial_share": math.nan}, "trial_share must be .* got nan"),
+        ({"max_num_tokens": 0}, "max_num_tokens must be at least 1, or None .* got 0"),
+        ({"acceptance": [[0.5, 1.7]]}, r"acceptance rates must be in \[0, 1\], got 1.7"),
+        ({"acceptance": [[math.nan]]}, "acceptance rates must be .* got nan"),
+    ],
+)
+def test_impossible_settings_of_auto_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AutoPlanner(FLAT, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"alpha": 0.0}, {"alpha": math.nan}, {"min_depth": 9}, {"max_depth": 0}, {"max_width": 0}]
+)
+def test_impossible_constants_of_the_papers_rule_are_refused(settings):
+    with pytest.raises(ValueError, match="must be"):
+        PaperPlanner(capacity=160, **settings)
+
+
+def test_a_step_is_planned_for_somebody():
+    with pytest.raises(ValueError, match="at least 1 live sequence, got 0"):
+        PlanInputs(num_seqs=0)
+
+
+def test_a_restored_planner_keeps_its_settings():
+    planner = AutoPlanner(FLAT, margin=1.5, trial_share=0.3, max_num_tokens=64)
+    restored = AutoPlanner.from_state(json.loads(json.dumps(planner.state_dict())))
+    assert (restored.margin, restored.trial_share, restored.max_num_tokens) == (1.5, 0.3, 64)
 
 
 @given(st.floats(1, 600))

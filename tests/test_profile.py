@@ -21,6 +21,7 @@ from fastgrpo.cache_folder import find_cache_folder, has_profile_cache
 from fastgrpo.cli import main
 from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.engine import Engine
+from fastgrpo.idleness import OthersWork
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import AcceptanceTable, AutoPlanner, HardwareProfile, describe_gains, forecast_gains
 from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
@@ -65,6 +66,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run takes four seconds, so few are made: what is measured does not depend on this machine."""
     set_clock(monkeypatch, itertools.repeat(4.0))
+    monkeypatch.setattr(OthersWork, "count_cores_taken", lambda _: 0.0)
 
 
 def build_target(**changes: object) -> TargetModel:
@@ -225,6 +227,23 @@ def test_a_busy_machine_is_named_with_its_figure(monkeypatch: pytest.MonkeyPatch
     assert not cache.exists(), "and not kept for the next time"
 
 
+def test_contexts_that_do_not_fit_the_memory_are_priced_with_fewer_rows(
+    steady: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = profiler._measure_forward
+
+    def measure(target: TargetModel, rows: int, width: int, *, context: int) -> TimedForward:
+        if rows * context > 2000:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return forward(target, rows, width, context=context)
+
+    monkeypatch.setattr(profiler, "_measure_forward", measure)
+    target = build_target()
+    with target.rollout_mode(), pytest.warns(UserWarning, match="16 sequences of 200 .* priced with 8"):
+        measured = measure_costs(target, build_drafter("none", target), contexts=(32, 200))
+    assert [each.num_seqs for each in measured.by_context] == [8, 8]
+
+
 @given(times=st.lists(st.floats(1e-4, 10), min_size=1, max_size=9), slow=st.integers(0, 8))
 def test_times_are_levelled_by_later_ones_alone(times: list[float], slow: int) -> None:
     """One disturbed point lifts no other."""
@@ -340,6 +359,12 @@ def test_a_profile_that_is_given_outlives_an_update_of_a_library(path: Path) -> 
         (lambda c: c.update(version=99), "has version 99"),
         (lambda c: c.update(capacity=0), "capacity must be at least 1 token, got 0"),
         (lambda c: c.update(capacity=None), "capacity must be at least 1 token, got None"),
+        (lambda c: c.update(capacity=5000), "capacity is 5000, the times beside it say"),
+        (lambda c: c["profile"].update(num_tokens=[1, 8, float("nan"), 64, 128, 256]), r"increasing grid.*nan"),
+        (lambda c: c["profile"].update(num_tokens=[1, 8, 32, 64, 128, float("inf")]), r"increasing grid.*inf"),
+        (lambda c: c["profile"].update(num_tokens=[1.5, 8, 32, 64, 128, 256]), r"increasing grid.*1\.5"),
+        (lambda c: c["profile"].update(read_s=10**400), "read_s is 1000"),
+        (lambda c: c["profile"].update(draft_s=[], draft_start_s=[1.0] * 6), "draft_start_s needs draft_s"),
         (lambda c: c.pop("identity"), "identity must be a mapping, got None"),
         (lambda c: c["profile"].pop("read_s"), "profile must be a mapping of num_tokens"),
         (lambda c: c["profile"].update(num_tokens=[4], target_s=[1.0], draft_s=[]), r"at least two.*got \(4,\)"),
@@ -365,6 +390,9 @@ def test_a_profile_that_cannot_be_is_refused_with_value_and_remedy(
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no profile at .*; fastgrpo profile writes one"):
         Engine(shared_model("llama"), drafter="ngram", profile=tmp_path / "nowhere.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep.json is not JSON.*measure again"):
+        read_profile(tmp_path / "deep.json")
     (tmp_path / "bytes.json").write_bytes(b"\xff\x00")
     with pytest.raises(ValueError, match=r"bytes.json is not JSON.*measure again"):
         read_profile(tmp_path / "bytes.json")

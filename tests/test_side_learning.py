@@ -21,7 +21,7 @@ from fastgrpo import idleness
 from fastgrpo.attention import ATTENTION_NAME
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.clock import StepClock
-from fastgrpo.idleness import IdleCores
+from fastgrpo.idleness import IdleCores, OthersWork
 from fastgrpo.learner import Learner, LearnReport
 from fastgrpo.side_learning import SideLearning, StepComparison
 from fastgrpo.types import BESIDE, PLAIN, SamplingParams, Sequence, SpeculationPlan, StepRecord
@@ -323,6 +323,19 @@ def test_idle_cores_are_counted_by_the_system(
     assert cores.suffice is suffice
     monkeypatch.setattr(idleness, "_count_own_cores", lambda: 0)
     assert cores.suffice is False, "idle, but not ours"
+
+
+@pytest.mark.parametrize(("busy", "num_cores", "taken"), [(1.5, 1, 1.5), (1.5, 2, 0.5), (1.5, 9, 0.0), (0.1, 1, 0.0)])
+def test_others_work_counts_where_it_takes_cores_from_our_threads(
+    busy: float, num_cores: int, taken: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cores beside those of each thread are for others."""
+    num_threads = torch.get_num_threads()
+    monkeypatch.setattr(idleness, "_count_own_cores", lambda: num_threads + num_cores - 1)
+    others = OthersWork()
+    others._since -= 100
+    monkeypatch.setattr(idleness, "_read_busy_s", lambda: others._busy_s + 100 * busy)
+    assert others.count_cores_taken() == pytest.approx(taken, abs=0.05)
 
 
 def test_real_counts_of_this_machine() -> None:

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from fastgrpo.cli import main
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine
 from fastgrpo.model import TargetModel
-from fastgrpo.options import words
+from fastgrpo.options import SimulateOptions, words
 from fastgrpo.planner import AutoPlanner, BanditPlanner, FixedPlanner, PaperPlanner, Planner
 from fastgrpo.planner.costs import IDLE_S
 from fastgrpo.simulation import (
@@ -309,6 +310,19 @@ def test_facts_come_back_from_their_file(tmp_path: Path) -> None:
     assert loaded.scores[used] == pytest.approx(facts.scores[used], rel=1e-3)
     again = replay(TreeTables(loaded), build_requests(loaded), FixedPlanner(fixed=PLANS[1]), COSTS, max_num_seqs=64)
     assert [r.hits for r in again.records] == [r.hits for r in simulate(FixedPlanner(fixed=PLANS[1])).records]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise": float("nan")}, "noise must be finite and at least 0, got nan"),
+        ({"longest_over_mean": 0.5}, "longest_over_mean must be finite and at least 1, got 0.5"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_measured(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SimulateOptions(facts=Path("facts.npz"), **change)
 
 
 def test_damaged_facts_are_refused_by_name(tmp_path: Path) -> None:

@@ -34,6 +34,20 @@ class IdleCores:
         return min(idle, left) >= _ENOUGH * torch.get_num_threads()
 
 
+class OthersWork:
+    """What else the machine does, from now on."""
+
+    def __init__(self) -> None:
+        self._since, self._busy_s, self._own_s = time.perf_counter(), _read_busy_s(), time.process_time()
+
+    def count_cores_taken(self) -> float:
+        """Cores that it took from PyTorch's threads in the mean so far; 0 where each could have one, or nearly so."""
+        busy_s = _read_busy_s() - self._busy_s - (time.process_time() - self._own_s)
+        cores = busy_s / max(time.perf_counter() - self._since, _WINDOW_S)
+        taken = cores - max(_count_own_cores() - torch.get_num_threads(), 0.0)
+        return taken if taken > 1 - _ENOUGH else 0.0
+
+
 class OtherProcesses:
     """Whether other processes of the run are still at what this one has done: asked without waiting for them.
 
@@ -71,6 +85,11 @@ def look_for_cores(others: OtherProcesses) -> bool:
 def _read_idle_s() -> float:
     times = psutil.cpu_times()
     return float(times.idle + getattr(times, "iowait", 0.0))
+
+
+def _read_busy_s() -> float:
+    times = psutil.cpu_times()
+    return float(times.user + times.system)
 
 
 def _count_own_cores() -> float:

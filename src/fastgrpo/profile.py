@@ -13,6 +13,7 @@ from fastgrpo.bench.measure import choose_turn_tokens, describe_run, interleave,
 from fastgrpo.data import build_task_dataset, load_prompts
 from fastgrpo.draft_timing import TimedDraft
 from fastgrpo.engine import Engine
+from fastgrpo.idleness import OthersWork
 from fastgrpo.loading import Opened, encode_prompts, open_model, quiet_libraries
 from fastgrpo.options import ProfileOptions
 from fastgrpo.planner import AcceptanceTable, Forecast, HardwareProfile, describe_gains, forecast_gains
@@ -66,15 +67,20 @@ def run_profile(options: ProfileOptions, command: str, console: Console | None =
     )
     prompts = [] if engine.drafter.name == "none" else _load_prompts(options, opened)
     identity = describe_identity(engine.target, engine.drafter)
+    others = OthersWork()
     measurement = _measure(engine)
+    cores_taken = others.count_cores_taken()
     profile = measurement.profile
     table, context_len = AcceptanceTable(), _UNMEASURED_CONTEXT
     check: Check | None = None
     if prompts:
         params = _choose_params(profile, len(prompts), options, opened.stop_token_ids)
         context_len = _count_acceptance(engine, prompts, params, table)
-        (expected,) = forecast_gains(profile, table, context_len=context_len, concurrencies=(len(prompts),))
-        check = _check_forecast(engine, prompts, params, expected)
+        live = range(len(prompts), 0, -1)  # as many as draft by the forecast
+        expected = forecast_gains(profile, table, context_len=context_len, concurrencies=tuple(live))
+        drafting = next((forecast for forecast in expected if not forecast.plan.is_plain), None)
+        if drafting is not None:
+            check = _check_forecast(engine, prompts[: drafting.num_seqs], params, drafting)
     forecasts = forecast_gains(profile, table, context_len=context_len)
     is_measured = table.offered[0][0] > 0
     verdict = _describe_verdict(engine.drafter.name, forecasts, table, is_measured)
@@ -84,14 +90,22 @@ def run_profile(options: ProfileOptions, command: str, console: Console | None =
         | _describe_measurement(measurement)
         | {"acceptance": {"is_measured": is_measured, "context_len": context_len, "rates": table.compute_rates()}}
         | {"forecasts": [dataclasses.asdict(forecast) for forecast in forecasts]}
-        | {"check": None if check is None else dataclasses.asdict(check)}
+        | {"check": None if check is None else dataclasses.asdict(check), "cores_taken_by_others": cores_taken}
     )
     console.print(_build_cost_table(profile))
     console.print(_build_table(forecasts, engine.drafter.name))
     console.print(verdict, markup=False, highlight=False)
     if check is not None:
         console.print(check.describe(), markup=False, highlight=False)
-    kept = keep_profile(measurement, identity)
+    if cores_taken:
+        console.print(
+            f"Other work took {cores_taken:.1f} cores while this was measured, so that all may look dearer than it is: "
+            "measure again where the machine is quiet.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    kept = None if cores_taken else keep_profile(measurement, identity)
     if options.output is not None:
         save_profile(profile, identity, options.output, result)
         spreads = [each.timing.spread for each in measurement.by_tokens]
@@ -100,6 +114,8 @@ def run_profile(options: ProfileOptions, command: str, console: Console | None =
         console.print(f"written: {options.output} and a plot beside it", markup=False, highlight=False, soft_wrap=True)
     if kept is not None:
         console.print(f"kept for the engine: {kept}", markup=False, highlight=False, soft_wrap=True)
+    elif cores_taken or not measurement.is_steady:
+        console.print("not kept for the engine, which measures for itself", markup=False, highlight=False)
     return result
 
 
@@ -144,12 +160,8 @@ def _count_acceptance(engine: Engine, prompts: list[list[int]], params: Sampling
     return round(num_read / num_rows)
 
 
-def _check_forecast(
-    engine: Engine, prompts: list[list[int]], params: SamplingParams, expected: Forecast
-) -> Check | None:
+def _check_forecast(engine: Engine, prompts: list[list[int]], params: SamplingParams, expected: Forecast) -> Check:
     """Rollouts by the plan that was forecast for as many live sequences, in turn with plain ones; other noise."""
-    if expected.plan.is_plain:
-        return None
     model, speculating = engine.target.model, engine.drafter
     engines = {
         "plain": Engine(model, drafter="none", speculation="off", max_num_seqs=len(prompts)),

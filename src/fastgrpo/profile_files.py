@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -20,7 +21,7 @@ from fastgrpo.kernels import cpu
 from fastgrpo.machine import describe_machine
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import HardwareProfile
-from fastgrpo.planner.profile import MEASURE_AGAIN
+from fastgrpo.planner.profile import MEASURE_AGAIN, is_finite
 from fastgrpo.profiler import Measurement, measure_costs
 
 if TYPE_CHECKING:
@@ -33,13 +34,15 @@ _SIZES = (
 )
 _LISTS = ("num_tokens", "target_s", "draft_s", "draft_start_s")
 _FLAG = "runs_ahead"
-_LIBRARIES = ("torch", "transformers")  # a profile that is given outlives their updates, a cached one does not
+_LIBRARIES = ("torch", "transformers")
+_COSTS = 2  # goes up when a step or a draft of ours takes notably less or more than before
+_VERSIONS = (*_LIBRARIES, "costs")  # a profile that is given outlives their updates, a cached one does not
 
 Identity = dict[str, Any]
 
 
 def describe_identity(target: TargetModel, drafter: Drafter) -> Identity:
-    """What a profile depends on: machine, threads, libraries, kernels, model (sizes and types), drafter."""
+    """What a profile depends on: machine, threads, versions, kernels, model (sizes and types), drafter."""
     machine = describe_machine()
     device = target.device
     return {
@@ -48,6 +51,7 @@ def describe_identity(target: TargetModel, drafter: Drafter) -> Identity:
         "num_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         **{name: machine[name] for name in _LIBRARIES},
+        "costs": _COSTS,
         **{name: getattr(target.config, name, None) for name in _SIZES},
         "dtype": str(target.dtype).removeprefix("torch."),
         "kernels": device.type == "cpu" and cpu.is_available(),
@@ -92,7 +96,7 @@ def read_profile(path: Path) -> tuple[HardwareProfile, Identity]:
         raise FileNotFoundError(f"no profile at {path}; fastgrpo profile writes one")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}; {MEASURE_AGAIN}") from error
     if not isinstance(content, dict) or content.get("format") != PROFILE_FORMAT:
         raise ValueError(f"{path} is no profile: its format is not {PROFILE_FORMAT!r}; {MEASURE_AGAIN}")
@@ -102,8 +106,12 @@ def read_profile(path: Path) -> tuple[HardwareProfile, Identity]:
         )
     try:
         profile, capacity = _build_profile(content.get("profile")), content.get("capacity")
-        if not (_is_number(capacity) and capacity >= 1):
-            raise ValueError(f"capacity must be at least 1 token, got {capacity!r}; {MEASURE_AGAIN}")
+        if not (_is_number(capacity) and is_finite(capacity) and capacity >= 1):
+            raise ValueError(f"capacity must be at least 1 token, got {capacity!r:.60}; {MEASURE_AGAIN}")
+        if not math.isclose(capacity, profile.capacity, rel_tol=1e-6):
+            raise ValueError(
+                f"capacity is {capacity!r:.60}, the times beside it say {profile.capacity:.1f} tokens; {MEASURE_AGAIN}"
+            )
         if not isinstance(content.get("identity"), dict):
             raise ValueError(f"identity must be a mapping, got {content.get('identity')!r:.60}; {MEASURE_AGAIN}")
     except ValueError as error:
@@ -149,8 +157,8 @@ def take_profile(profile: HardwareProfile | str | Path, target: TargetModel, dra
 
 
 def list_differences(theirs: Identity, ours: Identity) -> str:
-    """All that differs but versions of libraries, by name; empty where nothing does."""
-    names = [name for name in dict.fromkeys((*ours, *theirs)) if name not in _LIBRARIES]
+    """All that differs but versions, by name; empty where nothing does."""
+    names = [name for name in dict.fromkeys((*ours, *theirs)) if name not in _VERSIONS]
     differing = [name for name in names if ours.get(name) != theirs.get(name)]
     return "; ".join(f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in differing)
 

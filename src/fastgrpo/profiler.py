@@ -87,7 +87,7 @@ def measure_costs(
     grid = tuple(each.num_tokens for each in forwards)
     drafts = time_drafts(target, drafter)
     costs = fit_draft_costs(drafts, grid)
-    reads = [[_measure_forward(target, _READ_ROWS, width, context=c) for c in contexts] for width in widths]
+    reads = [_measure_contexts(target, width, contexts) for width in widths]
     sample_s, walk_s, fixed_s = _measure_rest(target)
     profile = HardwareProfile(
         num_tokens=grid,
@@ -137,6 +137,23 @@ def _measure_grid(target: TargetModel) -> tuple[TimedForward, ...]:
         [each.timing for each in forwards], lambda index: measure(forwards[index].num_tokens).timing
     )
     return tuple(replace(each, timing=timing) for each, timing in zip(forwards, timings, strict=True))
+
+
+def _measure_contexts(target: TargetModel, width: int, contexts: tuple[int, ...]) -> list[TimedForward]:
+    """Forwards that differ in cached positions alone; of fewer rows where the memory holds no more."""
+    rows = _READ_ROWS
+    while True:
+        try:
+            return [_measure_forward(target, rows, width, context=context) for context in contexts]
+        except (RuntimeError, OSError) as error:
+            if not is_out_of_memory(error) or rows == 1:
+                raise
+            warnings.warn(
+                f"{rows} sequences of {max(contexts)} positions do not fit the memory, so that cached positions are "
+                f"priced with {rows // 2}",
+                stacklevel=2,
+            )
+            rows //= 2
 
 
 def _goes_on(forwards: list[TimedForward]) -> bool:

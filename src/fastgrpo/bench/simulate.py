@@ -122,9 +122,11 @@ def _replay(options: SimulateOptions, command: str, facts: Facts, console: Conso
     tables = TreeTables(facts)
     result = describe_run(command, dataclasses.asdict(options)) | {"facts": _describe_facts(facts) | dict(facts.about)}
     reproductions: tuple[Reproduction, ...] = ()
-    profile, corrections = None, Corrections()
+    profile, corrections, machine = None, Corrections(), "this machine"
     if options.profile is not None:
-        profile = read_profile(options.profile)[0]
+        profile, measured_of = read_profile(options.profile)
+        if options.skip_measurement:  # else it is compared with what is measured
+            machine = f"the machine of {options.profile} ({measured_of.get('cpu')}, {measured_of.get('device')})"
     if not options.skip_measurement:
         profile, corrections, reproductions = reproduce(
             _open_workload(_take_workload(options, facts)),
@@ -141,7 +143,7 @@ def _replay(options: SimulateOptions, command: str, facts: Facts, console: Conso
         costs = ProfileCosts(profile=profile, corrections=corrections, noise=options.noise, seed=options.seed)
         slots = facts.about.get("settings", {}).get("max_num_seqs", options.max_num_seqs)
         predicted = predict_planners(tables, build_requests(facts), profile, costs, max_num_seqs=slots)
-        rows += _describe_predictions({"scenario": "this machine"}, predicted, errors)
+        rows += _describe_predictions({"scenario": machine}, predicted, errors)
     rows += _predict_larger_machines(options, tables, errors)
     for scenario, own in itertools.groupby(rows, key=lambda row: row["scenario"]):
         console.print(_build_table(scenario, list(own)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,3 +81,9 @@ class SimulateOptions:
             raise ValueError(
                 f"mean_lengths and group_sizes must be at least 1, got {self.mean_lengths} and {self.group_sizes}"
             )
+        if not 1 <= self.longest_over_mean < math.inf:
+            raise ValueError(f"longest_over_mean must be finite and at least 1, got {self.longest_over_mean}")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise must be finite and at least 0, got {self.noise}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")

@@ -25,6 +25,9 @@ class AcceptanceTable:
         window: sequences and steps that counts are remembered for; infinite forgets nothing.
         above: a table of more steps than this one's, whose rates are the prior instead.
         known: rates by depth and rank that were measured before, the prior instead.
+
+    Raises:
+        ValueError: a known rate is no number in [0, 1], or no sequence is to be remembered; the message names it.
     """
 
     def __init__(
@@ -37,7 +40,11 @@ class AcceptanceTable:
         known: Rates | None = None,
     ) -> None:
         self.prior, self.prior_weight, self.window, self.above = prior, prior_weight, window, above
-        self.known = [list(row[:MAX_WIDTH]) for row in (known or [])[:MAX_DEPTH]]
+        self.known = [list(row[:MAX_WIDTH]) for row in (known or [])[:MAX_DEPTH] if len(row)]
+        if bad := [rate for row in self.known for rate in row if not 0 <= rate <= 1]:
+            raise ValueError(f"acceptance rates must be in [0, 1], got {bad[0]} in {self.known}")
+        if not window > 0:
+            raise ValueError(f"window must be above 0 sequences, got {window}")
         self.offered = [[0.0] * MAX_WIDTH for _ in range(MAX_DEPTH)]
         self.hits = [[0.0] * MAX_WIDTH for _ in range(MAX_DEPTH)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -60,11 +61,14 @@ class AutoPlanner(Planner):
 
     Args:
         profile: what forwards and drafts cost, to begin with.
-        margin: rate over the present one that is worth a change, above 1.
+        margin: rate over the present one that is worth a change, at least 1.
         max_num_tokens: tokens in a target forward at most, roots included; None takes the end of the profile's grid,
             beyond which costs are guessed.
         trial_share: share of the time that trials may lose, in [0, 1).
         acceptance: of drafts by depth and rank, as measured before; what is seen takes its place within some steps.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
     """
 
     name = "auto"
@@ -78,10 +82,16 @@ class AutoPlanner(Planner):
         trial_share: float = 0.01,
         acceptance: Rates | None = None,
     ) -> None:
+        if not 1 <= margin < math.inf:
+            raise ValueError(f"margin must be a finite ratio of at least 1, got {margin}")
+        if not 0 <= trial_share < 1:
+            raise ValueError(f"trial_share must be in [0, 1), got {trial_share}")
+        if max_num_tokens is not None and max_num_tokens < 1:
+            raise ValueError(f"max_num_tokens must be at least 1, or None for the profile's, got {max_num_tokens}")
         self._costs = StepCosts(profile)
         self._grid = tuple(replace(plan, most_draft_tokens=None) for plan in GRID) if profile.runs_ahead else GRID
         self.margin, self.trial_share = margin, trial_share
-        self.max_num_tokens = max_num_tokens or profile.num_tokens[-1]
+        self.max_num_tokens = profile.num_tokens[-1] if max_num_tokens is None else max_num_tokens
         self._expectation = Expectation(acceptance)
         self._promised, self._accepted = _PRIOR_PROMISED, _PRIOR_PROMISED  # draft tokens, of shared budgets
         self._unheard: list[StepRecord] = []  # steps to learn from before the next decision
@@ -162,11 +172,14 @@ class AutoPlanner(Planner):
         if rates[best] <= least_rate:
             self._current = PLAIN
         elif self._current.is_plain or rates[best] > self.margin * rates[self._current]:
-            self._promised_gain = 1 - rates[self._current] / rates[best]
             wait_s = self._recording.find_wait_s(inputs.num_seqs)
             if wait_s <= 0:
                 self._current = best
                 self._recording.pay(inputs.num_seqs)
+            else:
+                if rates[self._current] < plain_rate:  # that of what does not fit any more is 0
+                    self._current = PLAIN
+                self._promised_gain = 1 - rates[self._current] / rates[best]
         # with the first drafts all that is known changes; plain steps teach nothing of them
         is_learning = self.expectation.is_new and not self._current.is_plain
         stands = (decided_for, self._current) == (self._decided_for, before)
@@ -251,9 +264,11 @@ class AutoPlanner(Planner):
 
     def observe(self, record: StepRecord) -> None:
         """Learnt from before the next decision: several steps at once take a fraction of the time."""
-        self._credit_s += self.trial_share * (record.step_s - record.prefill_s)
+        step_s = record.step_s if 0 <= record.step_s < math.inf else 0.0  # else a clock went astray
+        if 0 <= record.prefill_s <= step_s:
+            self._credit_s += self.trial_share * (step_s - record.prefill_s)
         if not record.is_steady and record.plan not in (PLAIN, self._current):
-            self._credit_s -= record.step_s  # a trial pays for what is recorded for it, too
+            self._credit_s -= step_s  # a trial pays for what is recorded for it, too
         self._trial_age += 1
         self._num_steps += 1
         self._last_tried[record.plan] = self._num_steps
@@ -262,7 +277,7 @@ class AutoPlanner(Planner):
         else:
             self._num_drafted[record.num_seqs.bit_length()] += 1
         if record.is_steady and record.plan == self._current:
-            self._recording.lose(record.num_seqs, self._promised_gain * record.step_s)
+            self._recording.lose(record.num_seqs, self._promised_gain * step_s)
         self._unheard.append(record)
 
     def _learn(self) -> None:
@@ -308,6 +323,9 @@ class AutoPlanner(Planner):
     def state_dict(self) -> dict[str, Any]:
         self._learn()
         return {
+            "margin": self.margin,
+            "trial_share": self.trial_share,
+            "max_num_tokens": self.max_num_tokens,
             "costs": self._costs.state_dict(),
             "expectation": self.expectation.state_dict(),
             "promised": self._promised,
@@ -326,7 +344,8 @@ class AutoPlanner(Planner):
     def from_state(cls, state: Mapping[str, Any]) -> AutoPlanner:
         """The planner that `state_dict` described."""
         costs = StepCosts.from_state(state["costs"])
-        planner = cls(costs.start)
+        settings = {name: state[name] for name in ("margin", "trial_share", "max_num_tokens") if name in state}
+        planner = cls(costs.start, **settings)  # older states have no settings
         planner._costs = costs
         planner._expectation = Expectation.from_state(state["expectation"])
         planner._promised, planner._accepted = float(state["promised"]), float(state["accepted"])

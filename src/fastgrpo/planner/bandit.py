@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 import random
 import statistics
 from collections import deque
@@ -75,9 +76,10 @@ class BanditPlanner(Planner):
 
     def observe(self, record: StepRecord) -> None:
         seconds = record.step_s - record.prefill_s
-        if record.is_steady and record.plan in ARMS and record.num_seqs <= MAX_SPECULATING and seconds > 0:
+        if record.is_steady and record.plan in ARMS and record.num_seqs <= MAX_SPECULATING:
             rewards = self.rewards[find_bucket(record.num_seqs)][ARMS.index(record.plan)]
-            rewards.append(record.acceptance_length * record.num_seqs / seconds)
+            is_sound = 0 < seconds < math.inf  # else a clock stood still or went back: it was played, for nothing
+            rewards.append(record.acceptance_length * record.num_seqs / seconds if is_sound else 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {

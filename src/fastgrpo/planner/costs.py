@@ -24,7 +24,8 @@ class StepCosts:
     """A profile that follows real steps: of forwards, by tokens and cached positions; of drafts; of all the rest.
 
     Rollouts in which contexts grow while sequences finish tell tokens and positions apart. More tokens never take
-    less. Plans are priced many at a time, as arrays.
+    less. Plans are priced many at a time, as arrays. Until something was drafted, drafts are thought to be as much
+    dearer than the profile says as forwards are, which is so where a machine was busy while it was measured.
 
     Args:
         start: what was measured before, perhaps long ago.
@@ -42,6 +43,7 @@ class StepCosts:
         self._rest = PriceFilter((start.fixed_s, start.walk_s, start.sample_s), noise=0.1)
         self._levels: Vector = np.array(start.draft_s)
         self._starts: Vector = np.array(start.draft_start_s or start.draft_s)
+        self._draft_scale, self._has_drafted = 1.0, False
 
     @property
     def profile(self) -> HardwareProfile:
@@ -110,11 +112,15 @@ class StepCosts:
                 bought[right - 1], bought[right], bought[-1] = max(1 - weight, 0.0), weight, _mean(some, "num_read")
                 self._target.observe(bought, _mean(some, "target_s"), len(some))
         prices = self._target.prices
-        prices[:-1] = np.exp(_level(np.log(prices[:-1]), 1 / self._target.doubts[:-1]))
+        weights = 1 / self._target.doubts[:-1]
+        prices[:-1] = np.exp(_level(np.log(prices[:-1]), weights))
+        if not self._has_drafted:
+            self._draft_scale = math.exp(np.average(np.log(prices[:-1] / self.start.target_s), weights=weights))
 
     def _observe_drafts(
         self, plan: SpeculationPlan, num_seqs: int, num_unread: float, draft_s: float, num_steps: int
     ) -> None:
+        self._has_drafted |= not plan.is_plain
         starts_s, levels_s = self._price_drafts(plan.depth, plan.width, num_seqs)
         reading_s = 0.0 if plan.is_plain else self.predict_reading_s(num_unread, num_seqs)
         bought = np.array([1.0, float(starts_s), float(levels_s)])
@@ -126,16 +132,16 @@ class StepCosts:
             self._reading.observe(read, (draft_s - drafting_s) / self.tempo, num_steps)
 
     def _price_drafts(self, depths: Vector | float, widths: Vector | float, num_seqs: int) -> tuple[Vector, Vector]:
-        """Seconds of a draft's start and of its further levels, by the profile it began with."""
+        """Seconds of a draft's start and of its further levels, by the profile it began with, scaled."""
         depths, widths = np.asarray(depths, dtype=np.float64), np.asarray(widths, dtype=np.float64)
         if not len(self._levels):
             return np.zeros_like(depths), np.zeros_like(depths)
-        starts_s = _interpolate(float(num_seqs), self._grid, self._starts)
-        levels_s = _interpolate(num_seqs * widths, self._grid, self._levels)
+        starts_s = self._draft_scale * _interpolate(float(num_seqs), self._grid, self._starts)
+        levels_s = self._draft_scale * _interpolate(num_seqs * widths, self._grid, self._levels)
         return np.where(depths > 0, starts_s, 0.0), np.maximum(depths - 1, 0.0) * levels_s
 
     def _price_reading(self, num_unread: float, num_seqs: int) -> float:
-        return self.start.draft_read_s * max(num_unread - READ_PER_DRAFT * num_seqs, 0)
+        return self._draft_scale * self.start.draft_read_s * max(num_unread - READ_PER_DRAFT * num_seqs, 0)
 
     def settle(self) -> None:
         """Predict for a machine at its usual tempo from now on."""
@@ -143,7 +149,8 @@ class StepCosts:
 
     def state_dict(self) -> dict[str, Any]:
         filters = {"target": self._target, "draft": self._draft, "reading": self._reading, "rest": self._rest}
-        return {"start": asdict(self.start)} | {name: each.state_dict() for name, each in filters.items()}
+        scale = {"draft_scale": self._draft_scale, "has_drafted": self._has_drafted}
+        return {"start": asdict(self.start)} | scale | {name: each.state_dict() for name, each in filters.items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> StepCosts:
@@ -156,6 +163,8 @@ class StepCosts:
         costs._draft.restore(state["draft"])
         costs._reading.restore(state["reading"])
         costs._rest.restore(state["rest"])
+        costs._draft_scale = float(state.get("draft_scale", 1.0))  # older states have none
+        costs._has_drafted = bool(state.get("has_drafted", True))
         return costs
 
 

@@ -31,7 +31,8 @@ class PaperPlanner(Planner):
         max_verify: N_verify at most, root included.
 
     Raises:
-        ValueError: a capacity below one token or not finite; the message names it.
+        ValueError: a capacity below one token or not finite, or another constant that is out of its range; the
+            message names it.
     """
 
     capacity: float
@@ -45,6 +46,12 @@ class PaperPlanner(Planner):
     def __post_init__(self) -> None:
         if not 1 <= self.capacity < math.inf:
             raise ValueError(f"verification capacity must be at least 1 token, got {self.capacity}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
+        if not 1 <= self.min_depth <= self.max_depth:
+            raise ValueError(f"depths must be 1 <= min <= max, got {self.min_depth} and {self.max_depth}")
+        if self.max_width < 1 or self.max_verify < 1:
+            raise ValueError(f"max_width and max_verify must be at least 1, got {self.max_width}, {self.max_verify}")
 
     @classmethod
     def with_own_capacity(cls) -> PaperPlanner:

@@ -16,12 +16,20 @@ Chances = Sequence[float] | NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInputs:
-    """What the engine knows before a step."""
+    """What the engine knows before a step.
+
+    Raises:
+        ValueError: no sequence is live; the message says how many are.
+    """
 
     num_seqs: int
     num_waiting: int = 0
     num_read: int = 0  # cached positions of all sequences, which attention will read
     num_unread: int = 0  # tokens the drafter has not read yet: the price of switching on
+
+    def __post_init__(self) -> None:
+        if self.num_seqs < 1:
+            raise ValueError(f"a step is planned for at least 1 live sequence, got {self.num_seqs}")
 
 
 class Planner(Protocol):

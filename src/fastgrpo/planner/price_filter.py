@@ -65,10 +65,13 @@ class PriceFilter:
         return np.diag(self.variance)[:-1]
 
     def observe(self, bought: Vector, measured_s: float, num_steps: int = 1) -> None:
-        """Learn from one measurement, the mean of so many steps in a row, which scatters as one does."""
+        """Learn from one measurement, the mean of so many steps in a row, which scatters as one does.
+
+        What no clock says, seconds that are not positive and finite, teaches nothing.
+        """
         spent = self.prices * bought
         predicted_s = float(spent.sum())
-        if predicted_s <= 0 or measured_s <= 0:
+        if predicted_s <= 0 or not 0 < measured_s < math.inf:
             return
         self._wait(num_steps)
         shares = np.append(spent / predicted_s, 1.0)

@@ -32,7 +32,8 @@ class HardwareProfile:
             what was drafted before it says what is verified.
 
     Raises:
-        ValueError: fewer than two points, an unordered grid, or a time that is not finite and positive.
+        ValueError: fewer than two points, an unordered grid, counts that are no integers, a time that is not finite
+            and positive, or times of a draft's start without those of its levels.
     """
 
     num_tokens: tuple[int, ...]
@@ -48,7 +49,8 @@ class HardwareProfile:
 
     def __post_init__(self) -> None:
         grid = self.num_tokens
-        if len(grid) < 2 or any(b <= a for a, b in itertools.pairwise(grid)) or grid[0] < 1:
+        are_counts = all(isinstance(each, int) and not isinstance(each, bool) for each in grid)
+        if not are_counts or len(grid) < 2 or any(b <= a for a, b in itertools.pairwise(grid)) or grid[0] < 1:
             raise ValueError(
                 f"a profile needs an increasing grid of at least two token counts, got {grid}; {MEASURE_AGAIN}"
             )
@@ -60,13 +62,15 @@ class HardwareProfile:
                     f"{MEASURE_AGAIN}"
                 )
             for num_tokens, seconds in zip(grid, getattr(self, name), strict=False):
-                if not (math.isfinite(seconds) and seconds > 0):
-                    where = f"{name} at {num_tokens} tokens is {seconds}"
+                if not (is_finite(seconds) and seconds > 0):
+                    where = f"{name} at {num_tokens} tokens is {seconds!r:.60}"
                     raise ValueError(f"profile times must be finite and positive: {where}; {MEASURE_AGAIN}")
         for name in ("read_s", "draft_read_s", "sample_s", "walk_s", "fixed_s"):  # these may be zero
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                where = f"{name} is {getattr(self, name)}"
+            if not (is_finite(getattr(self, name)) and getattr(self, name) >= 0):
+                where = f"{name} is {getattr(self, name)!r:.60}"
                 raise ValueError(f"profile times must be finite and positive, or 0: {where}; {MEASURE_AGAIN}")
+        if self.draft_start_s and not self.draft_s:
+            raise ValueError(f"a profile with draft_start_s needs draft_s, else drafts were free; {MEASURE_AGAIN}")
 
     def compute_target_s(self, num_tokens: float, num_read: float = 0.0) -> float:
         return interpolate(self.num_tokens, self.target_s, num_tokens) + self.read_s * num_read
@@ -100,6 +104,14 @@ class HardwareProfile:
         The paper's C_peak, calibrated: what the machine could compute while it reads the weights once.
         """
         return min(max(self.floor_s / self.per_token_s, 1.0), float(self.num_tokens[-1]))
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def interpolate(grid: Sequence[int], values: Sequence[float], at: float) -> float:
