@@ -277,6 +277,18 @@ def test_a_profile_of_a_busy_machine_heals_within_some_tens_of_steps(believed, n
     assert sum(drafted[80:]) > 0.8 * 120
 
 
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.4])
+def test_forwards_beyond_the_grid_are_learnt_as_they_are_predicted(factor):
+    costs = StepCosts(SMALL_CPU)
+    plan = SpeculationPlan(depth=1, width=8, num_draft_tokens=8)
+    truth = factor * SMALL_CPU.compute_target_s(9 * 64)
+    for _ in range(60):
+        record = build_record(plan, 64, offered=((64,) * 8,), hits=((0,) * 8,))
+        costs.observe(replace(record, target_s=truth, num_read=0))
+    assert float(costs.predict_target_s(9 * 64.0, 0)) == pytest.approx(truth, rel=0.05)
+    assert float(costs.profile.target_s[-1]) == pytest.approx(factor * SMALL_CPU.target_s[-1], rel=0.25)
+
+
 def test_a_clock_that_goes_astray_teaches_nothing():
     planner = SyntheticClockPlanner()
     play(planner, 60, 4, chance=0.7)

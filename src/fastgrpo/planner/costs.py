@@ -108,8 +108,13 @@ class StepCosts:
                 num_tokens = _mean(some, "num_tokens")
                 right = min(max(int(np.searchsorted(self._grid, num_tokens)), 1), len(self._grid) - 1)
                 left_at, right_at = self._grid[right - 1], self._grid[right]
-                weight = (num_tokens - left_at) / (right_at - left_at)
-                bought[right - 1], bought[right], bought[-1] = max(1 - weight, 0.0), weight, _mean(some, "num_read")
+                weight = max((num_tokens - left_at) / (right_at - left_at), 0.0)
+                if weight > 1:  # beyond the grid the last price alone is to blame
+                    weight = float(_interpolate(num_tokens, self._grid, self._target.prices[:-1]))
+                    weight /= self._target.prices[right]
+                    bought[right], bought[-1] = weight, _mean(some, "num_read")
+                else:
+                    bought[right - 1], bought[right], bought[-1] = 1 - weight, weight, _mean(some, "num_read")
                 self._target.observe(bought, _mean(some, "target_s"), len(some))
         prices = self._target.prices
         weights = 1 / self._target.doubts[:-1]
