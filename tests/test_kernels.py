@@ -293,6 +293,31 @@ def test_rows_that_share_a_prompt_have_the_bits_of_each_alone(dtype):
         torch.set_num_threads(num_threads)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("length", [0, 100])
+def test_a_long_prompt_has_the_bits_of_each_of_its_tokens_alone(dtype, length):
+    """Beside a short row; more nodes than a task has, over several segments."""
+    torch.manual_seed(length)
+    kv_heads, repeats, width, count = 2, 3, 64, 300
+    blocks = torch.arange(2 * 7).flip(0).view(2, 7) * BLOCK_SIZE
+    keys, values = (torch.randn(14 * BLOCK_SIZE, kv_heads * width).to(dtype) for _ in range(2))
+    query = torch.randn(count + 1, kv_heads * repeats * width).to(dtype)
+    visible = torch.ones(count, count, dtype=torch.bool).tril().expand(2, count, count)
+    given = {"head_dim": width, "scale": 0.2}
+
+    def attend(query, counts, lengths, blocks, visible):
+        counts = torch.tensor(counts)
+        rows = {"starts": counts.cumsum(0) - counts, "num_nodes": counts, "lengths": torch.tensor(lengths)}
+        return cpu.attend(query, keys, values, **rows, blocks=blocks, visible=visible, **given)
+
+    both = attend(query, [count, 1], [length, 150], blocks, visible)
+    one = torch.ones(1, 1, 1, dtype=torch.bool)
+    assert torch.equal(both[-1], attend(query[-1:], [1], [150], blocks[1:], one)[0])
+    for node in (0, 1, 31, 63, 64, 65, 127, 128, 200, 255, 299):
+        alone = attend(query[node, None], [1], [length + node], blocks[:1], one)
+        assert torch.equal(both[node], alone[0]), node
+
+
 def test_without_a_compiler_it_says_so_once(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(tmp_path / "missing"))
     build.load_library.cache_clear()

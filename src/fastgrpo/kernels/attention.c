@@ -17,7 +17,7 @@
 #define PAIR 32       /* numbers of a head that are read together; padded heads are a multiple of it */
 #define TOGETHER 4    /* queries that meet a chunk at once, so that each number of it is loaded once for all of them */
 #define MOST_ROWS 16  /* of a task */
-#define MOST_NODES 64 /* of a row in a task: their queries and sums stay near */
+#define MOST_NODES 64 /* of a row in a task: their queries and sums stay near; a row of more (a prompt) is long */
 
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
 
@@ -241,7 +241,15 @@ static inline i64 count_positions(const batch *b, i64 row) {
     return b->nodes[row] ? b->lengths[row] + b->seen - b->most_nodes + b->nodes[row] : 0;
 }
 
-/* A row's queries stand head by head and node by node, and so do their states for each segment. */
+/* Long rows have tasks enough without their segments, whose states would be too many: one task has all of them. */
+static inline int is_long(const batch *b, i64 row) { return b->nodes[row] > MOST_NODES; }
+
+/* Segments whose states are kept. */
+static inline i64 count_segments(const batch *b, i64 row) {
+    return is_long(b, row) ? 1 : (count_positions(b, row) + SEGMENT - 1) / SEGMENT;
+}
+
+/* A row's queries stand head by head and node by node, and so do their states for each segment that is kept. */
 static inline i64 find_query(const batch *b, i64 row, i64 head) {
     return b->first_query[row] + head * b->nodes[row] * b->repeats;
 }
@@ -256,9 +264,9 @@ static inline i64 find_place(const batch *b, i64 row, i64 position) {
 
 /* Whether all nodes of two rows see one and the same chunk. */
 static inline int shares_chunk(const batch *b, i64 row, i64 other, i64 first) {
-    i64 end = first + CHUNK, nodes = b->nodes[row], others = b->nodes[other];
-    return end <= b->lengths[row] && end <= b->lengths[other] && nodes && nodes <= MOST_NODES && others &&
-           others <= MOST_NODES && find_place(b, row, first) == find_place(b, other, first);
+    i64 end = first + CHUNK;
+    return end <= b->lengths[row] && end <= b->lengths[other] && b->nodes[row] && b->nodes[other] && !is_long(b, row) &&
+           !is_long(b, other) && find_place(b, row, first) == find_place(b, other, first);
 }
 
 /* All segments, the first ones of all rows first. */
@@ -268,7 +276,7 @@ static i64 list_tasks(const batch *b, task *tasks) {
         left = 0;
         for (i64 row = 0, end; row < b->rows; row = end) {
             end = row + 1;
-            if (first >= count_positions(b, row)) continue;
+            if (first / SEGMENT >= count_segments(b, row)) continue;
             while (end < b->rows && end - row < MOST_ROWS && shares_chunk(b, row, end, first)) end++;
             for (i64 node = 0; node < b->nodes[row]; node += MOST_NODES, left++)
                 tasks[count++] = (task){row, end, first, node, node + MOST_NODES};
@@ -287,6 +295,14 @@ static i64 find_next(const batch *b, const task *own, const task *soon, i64 end,
 
 static inline i64 find_last(const batch *b, const task *own, i64 row) {
     return own->last < b->nodes[row] ? own->last : b->nodes[row];
+}
+
+/* Where the states of a task's segment stand, counted from a head's first query on: those of a long row's further
+ * segments, of the task's own nodes, are in `scratch`. */
+static inline float *find_states(const batch *b, const task *own, i64 row, i64 head, float *states, float *scratch) {
+    if (is_long(b, row) && own->first > 0)
+        return scratch + (head * MOST_NODES - own->node) * b->repeats * ROOM(b->padded);
+    return states + find_state(b, row, own->first, head) * ROOM(b->padded);
 }
 
 /* Batches of queries that meet a chunk of rows `row` to `end` for each key head, more or less. */
@@ -344,15 +360,16 @@ static void order_nodes(const batch *b, i64 row) {
         }                                                                                                             \
     }                                                                                                                 \
                                                                                                                       \
-    /* queries, states: [query of all rows, *], a state for each segment; see find_query and find_state. */           \
+    /* queries, states: [query of all rows, *], a state for each segment; see find_query and find_states. */          \
     static void attend_to_segment_##X(const batch *b, const task *own, const task *soon, const X *keys,               \
-                                      const X *values, const float *queries, float *states, float *columns) {         \
+                                      const X *values, const float *queries, float *states, float *scratch,           \
+                                      float *columns) {                                                               \
         i64 stride = b->kv_heads * b->width, room = ROOM(b->padded);                                                  \
         float *rows = columns + CHUNK * b->padded;                                                                    \
         for (i64 row = own->row; row < own->end; row++)                                                               \
             for (i64 head = 0; head < b->kv_heads; head++)                                                            \
                 for (i64 i = own->node * b->repeats; i < find_last(b, own, row) * b->repeats; i++) {                  \
-                    float *state = states + (find_state(b, row, own->first, head) + i) * room;                        \
+                    float *state = find_states(b, own, row, head, states, scratch) + i * room;                        \
                     memset(state, 0, room * sizeof(float));                                                           \
                     *BEST(state, b->padded) = -INFINITY;                                                              \
                 }                                                                                                     \
@@ -372,7 +389,7 @@ static void order_nodes(const batch *b, i64 row) {
                     read_values_##X(values + place, rows, size, stride, b->width, b->padded);                         \
                     for (i64 each = row; each < end; each++) {                                                        \
                         const float *query = queries + find_query(b, each, head) * b->padded;                         \
-                        float *state = states + find_state(b, each, own->first, head) * room;                         \
+                        float *state = find_states(b, own, each, head, states, scratch);                              \
                         i64 from = own->node * b->repeats, count = find_last(b, own, each) * b->repeats - from;       \
                         if (first + CHUNK <= b->lengths[each])                                                        \
                             attend_to_chunk(query + from * b->padded, state + from * room, count, columns, rows, size,\
@@ -383,6 +400,21 @@ static void order_nodes(const batch *b, i64 row) {
                     }                                                                                                 \
                 }                                                                                                     \
             }                                                                                                         \
+    }                                                                                                                 \
+                                                                                                                      \
+    /* A long row's further segments are added as they come. */                                                       \
+    static void run_task_##X(const batch *b, const task *own, const task *soon, const X *keys, const X *values,       \
+                             const float *queries, float *states, float *scratch, float *columns) {                   \
+        attend_to_segment_##X(b, own, soon, keys, values, queries, states, scratch, columns);                         \
+        if (!is_long(b, own->row)) return;                                                                            \
+        task next = *own;                                                                                             \
+        while ((next.first += SEGMENT) < count_positions(b, own->row)) {                                              \
+            attend_to_segment_##X(b, &next, soon, keys, values, queries, states, scratch, columns);                   \
+            for (i64 head = 0; head < b->kv_heads; head++)                                                            \
+                for (i64 i = own->node * b->repeats; i < find_last(b, own, own->row) * b->repeats; i++)               \
+                    add_state(find_states(b, own, own->row, head, states, scratch) + i * ROOM(b->padded),             \
+                              find_states(b, &next, own->row, head, states, scratch) + i * ROOM(b->padded), b->padded);\
+        }                                                                                                             \
     }                                                                                                                 \
                                                                                                                       \
     static void take_queries_##X(const batch *b, const X *query, i64 stride, float scale, i64 row, i64 head,          \
@@ -400,7 +432,7 @@ static void order_nodes(const batch *b, i64 row) {
         for (i64 node = 0, i = 0; node < b->nodes[row]; node++)                                                       \
             for (i64 r = 0; r < b->repeats; r++, i++) {                                                               \
                 float *sum = states + (find_state(b, row, 0, head) + i) * ROOM(b->padded);                            \
-                for (i64 first = SEGMENT; first < count_positions(b, row); first += SEGMENT)                          \
+                for (i64 first = SEGMENT; first / SEGMENT < count_segments(b, row); first += SEGMENT)                 \
                     add_state(sum, states + (find_state(b, row, first, head) + i) * ROOM(b->padded), b->padded);      \
                 i64 token = b->starts[row] + node, own = head * b->repeats + r;                                       \
                 write_values_##X(out + (token * b->kv_heads * b->repeats + own) * b->width, sum,                      \
@@ -427,10 +459,10 @@ static void order_nodes(const batch *b, i64 row) {
                    table + 3 * (rows + 1), table + (3 + most_nodes) * (rows + 1)};                                    \
         b.first_query[0] = b.first_state[0] = 0;                                                                      \
         for (i64 row = 0; row < rows; row++) {                                                                        \
-            i64 segments = (count_positions(&b, row) + SEGMENT - 1) / SEGMENT;                                        \
+            i64 segments = count_segments(&b, row), blocks_of_nodes = (nodes[row] + MOST_NODES - 1) / MOST_NODES;     \
             b.first_query[row + 1] = b.first_query[row] + nodes[row] * heads;                                         \
             b.first_state[row + 1] = b.first_state[row] + nodes[row] * heads * segments;                              \
-            num_tasks += segments * ((nodes[row] + MOST_NODES - 1) / MOST_NODES);                                     \
+            num_tasks += segments * blocks_of_nodes;                                                                  \
         }                                                                                                             \
         task *tasks = malloc((num_tasks + 1) * sizeof(task));                                                         \
         num_tasks = list_tasks(&b, tasks);                                                                            \
@@ -439,9 +471,10 @@ static void order_nodes(const batch *b, i64 row) {
         float *states = queries + b.first_query[rows] * padded;                                                       \
         _Pragma("omp parallel if (rows * kv_heads > 1)")                                                              \
         {                                                                                                             \
-            float *columns = aligned_alloc(64, 2 * CHUNK * padded * sizeof(float));                                   \
+            i64 num_columns = 2 * CHUNK * padded, num_scratch = most_nodes > MOST_NODES ? MOST_NODES * heads : 0;     \
+            float *columns = aligned_alloc(64, (num_columns + num_scratch * ROOM(padded)) * sizeof(float));           \
             i64 mine, after;                                                                                          \
-            memset(columns, 0, 2 * CHUNK * padded * sizeof(float));                                                   \
+            memset(columns, 0, num_columns * sizeof(float));                                                          \
             _Pragma("omp for collapse(2)")                                                                            \
             for (i64 row = 0; row < rows; row++)                                                                      \
                 for (i64 head = 0; head < kv_heads; head++) {                                                         \
@@ -455,8 +488,8 @@ static void order_nodes(const batch *b, i64 row) {
                 mine = after;                                                                                         \
                 _Pragma("omp atomic capture")                                                                         \
                 after = claimed++;                                                                                    \
-                attend_to_segment_##X(&b, tasks + mine, after < num_tasks ? tasks + after : NULL, keys, values,       \
-                                      queries, states, columns);                                                      \
+                run_task_##X(&b, tasks + mine, after < num_tasks ? tasks + after : NULL, keys, values, queries, states,\
+                             columns + num_columns, columns);                                                         \
             }                                                                                                         \
             _Pragma("omp barrier")                                                                                    \
             _Pragma("omp for collapse(2)")                                                                            \
