@@ -294,6 +294,29 @@ def test_rows_that_share_a_prompt_have_the_bits_of_each_alone(dtype):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
+def test_a_row_that_overflowed_leaves_the_others_as_they_are(dtype):
+    """One thread, so that the rows behind it are read into where it was."""
+    torch.manual_seed(0)
+    keys, values = (torch.randn(3 * BLOCK_SIZE, 64).to(dtype) for _ in range(2))
+    values[:BLOCK_SIZE] = math.inf
+    query, one = torch.randn(3, 64).to(dtype), torch.ones(1, 1, 1, dtype=torch.bool)
+
+    def attend(rows):
+        given = {"starts": torch.arange(len(rows)), "num_nodes": torch.ones(len(rows), dtype=torch.int64)}
+        given |= {"lengths": torch.tensor([40, 3, 35])[rows], "blocks": torch.tensor(rows)[:, None] * BLOCK_SIZE}
+        visible = one.expand(len(rows), 1, 1)
+        return cpu.attend(query[rows], keys, values, **given, visible=visible, head_dim=64, scale=0.2)
+
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        together, alone = attend([0, 1, 2]), torch.cat([attend([row]) for row in (1, 2)])
+    finally:
+        torch.set_num_threads(num_threads)
+    assert torch.isfinite(together[1:]).all() and torch.equal(together[1:], alone)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("length", [0, 100])
 def test_a_long_prompt_has_the_bits_of_each_of_its_tokens_alone(dtype, length):
     """Beside a short row; more nodes than a task has, over several segments."""

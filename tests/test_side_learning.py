@@ -325,17 +325,17 @@ def test_idle_cores_are_counted_by_the_system(
     assert cores.suffice is False, "idle, but not ours"
 
 
-@pytest.mark.parametrize(("busy", "num_cores", "taken"), [(1.5, 1, 1.5), (1.5, 2, 0.5), (1.5, 9, 0.0), (0.1, 1, 0.0)])
+@pytest.mark.parametrize(("busy", "spare", "taken"), [(0.75, 0, 0.75), (1.5, 1, 0.5), (1.5, 8, 0.0), (0.1, 0, 0.0)])
 def test_others_work_counts_where_it_takes_cores_from_our_threads(
-    busy: float, num_cores: int, taken: float, monkeypatch: pytest.MonkeyPatch
+    busy: float, spare: int, taken: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cores beside those of each thread are for others."""
+    """For each thread; cores beside those of the threads are for others."""
     num_threads = torch.get_num_threads()
-    monkeypatch.setattr(idleness, "_count_own_cores", lambda: num_threads + num_cores - 1)
+    monkeypatch.setattr(idleness, "_count_own_cores", lambda: num_threads * (1 + spare))
     others = OthersWork()
     others._since -= 100
-    monkeypatch.setattr(idleness, "_read_busy_s", lambda: others._busy_s + 100 * busy)
-    assert others.count_cores_taken() == pytest.approx(taken, abs=0.05)
+    monkeypatch.setattr(idleness, "_read_busy_s", lambda: others._busy_s + 100 * busy * num_threads)
+    assert others.count_cores_taken() == pytest.approx(taken * num_threads, abs=0.05 * num_threads)
 
 
 def test_real_counts_of_this_machine() -> None:

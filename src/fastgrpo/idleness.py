@@ -41,11 +41,12 @@ class OthersWork:
         self._since, self._busy_s, self._own_s = time.perf_counter(), _read_busy_s(), time.process_time()
 
     def count_cores_taken(self) -> float:
-        """Cores that it took from PyTorch's threads in the mean so far; 0 where each could have one, or nearly so."""
+        """Cores that it took from PyTorch's threads in the mean so far; 0 where each had most of one."""
         busy_s = _read_busy_s() - self._busy_s - (time.process_time() - self._own_s)
         cores = busy_s / max(time.perf_counter() - self._since, _WINDOW_S)
-        taken = cores - max(_count_own_cores() - torch.get_num_threads(), 0.0)
-        return taken if taken > 1 - _ENOUGH else 0.0
+        num_threads = torch.get_num_threads()
+        taken = cores - max(_count_own_cores() - num_threads, 0.0)
+        return taken if taken > (1 - _ENOUGH) * num_threads else 0.0
 
 
 class OtherProcesses:

@@ -69,7 +69,7 @@ def run_profile(options: ProfileOptions, command: str, console: Console | None =
     identity = describe_identity(engine.target, engine.drafter)
     others = OthersWork()
     measurement = _measure(engine)
-    cores_taken = others.count_cores_taken()
+    cores_taken = others.count_cores_taken() if engine.target.device.type == "cpu" else 0.0
     profile = measurement.profile
     table, context_len = AcceptanceTable(), _UNMEASURED_CONTEXT
     check: Check | None = None

@@ -387,6 +387,8 @@ static void order_nodes(const batch *b, i64 row) {
                 for (i64 head = 0; head < b->kv_heads; head++, place += b->width) {                                   \
                     read_keys_##X(keys + place, columns, size, stride, b->width);                                     \
                     read_values_##X(values + place, rows, size, stride, b->width, b->padded);                         \
+                    if (size < CHUNK) /* what weighs nothing must be numbers: another row may have left none */       \
+                        memset(rows + size * b->padded, 0, (CHUNK - size) * b->padded * sizeof(float));               \
                     for (i64 each = row; each < end; each++) {                                                        \
                         const float *query = queries + find_query(b, each, head) * b->padded;                         \
                         float *state = find_states(b, own, each, head, states, scratch);                              \
