@@ -71,7 +71,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "command": "python bench/products.py",
         "commit": describe_commit(Path(__file__).parent),
-        "machine": describe_machine() | {"multiplies_bfloat16": linear.multiplies_bfloat16()},
+        "machine": describe_machine(),
         "milliseconds": measure(options.rows, options.rounds),
     }
     if options.output:

@@ -382,13 +382,13 @@ def test_own_products_are_rounded_sums(dtype, outputs, inputs, bias):
         assert torch.equal(cpu.multiply(x[7 : 7 + rows], layout, shift, sum(outputs)), whole[7 : 7 + rows])
 
 
-@pytest.mark.parametrize("multiplies", [True, False])
-def test_bfloat16_is_left_to_onednn_where_the_processor_multiplies_it(multiplies, monkeypatch):
-    monkeypatch.setattr(linear, "multiplies_bfloat16", lambda: multiplies)
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_bfloat16_is_left_to_onednn_where_the_processor_has_matrix_instructions(has_amx, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     linear.find_layout.cache_clear()
     try:
         is_onednn = linear.find_layout(BF16) is linear._OneDNNLayout
-        assert is_onednn == multiplies == linear.wants_round_rows(BF16)
+        assert is_onednn == has_amx == linear.wants_round_rows(BF16)
         assert not linear.wants_round_rows(F32)
         layer = nn.Linear(40, 24).to(BF16)
         x = torch.randn(7, 40).to(BF16)

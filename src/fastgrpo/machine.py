@@ -16,10 +16,25 @@ _CODE = ("py", "c", "h", "toml")
 
 def describe_cpu() -> str:
     """The processor's model name."""
-    cpuinfo = Path("/proc/cpuinfo")  # Linux only; elsewhere the platform knows a coarser name
+    return _read_cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def list_cpu_flags() -> list[str]:
+    """What the processor can do, in the words of Linux; empty elsewhere. Unlike its name it is not hidden in clouds."""
+    return sorted((_read_cpuinfo("flags") or _read_cpuinfo("Features")).split())
+
+
+def _read_cpuinfo(name: str) -> str:
+    """What Linux says of the first processor; empty elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+
+
+def _find_bfloat16() -> str | None:
+    """The best instructions for bfloat16 products on an x86 processor; None without any."""
+    flags = list_cpu_flags()
+    return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), None)
 
 
 def _memory_gib() -> float | None:
@@ -29,7 +44,7 @@ def _memory_gib() -> float | None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """CPU, usable cores, memory in GiB, accelerator (`None` without one) and the versions that matter."""
+    """CPU and its instructions for bfloat16, usable cores, memory in GiB, accelerator (`None` without one) and the versions that matter."""
     import torch
 
     installed = {distribution.name for distribution in metadata.distributions()}
@@ -37,6 +52,7 @@ def describe_machine() -> dict[str, Any]:
     has_affinity = hasattr(os, "sched_getaffinity")  # a container often gets a part of the machine
     return {
         "cpu": describe_cpu(),
+        "cpu_bfloat16": _find_bfloat16(),
         "num_cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
         "memory_gib": _memory_gib(),
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,

@@ -35,7 +35,7 @@ _SIZES = (
 _LISTS = ("num_tokens", "target_s", "draft_s", "draft_start_s")
 _FLAG = "runs_ahead"
 _LIBRARIES = ("torch", "transformers")
-_COSTS = 2  # goes up when a step or a draft of ours takes notably less or more than before
+_COSTS = 3  # goes up when a step or a draft of ours takes notably less or more than before
 _VERSIONS = (*_LIBRARIES, "costs")  # a profile that is given outlives their updates, a cached one does not
 
 Identity = dict[str, Any]
@@ -47,6 +47,7 @@ def describe_identity(target: TargetModel, drafter: Drafter) -> Identity:
     device = target.device
     return {
         "cpu": machine["cpu"],
+        "cpu_bfloat16": machine["cpu_bfloat16"],
         "num_cores": machine["num_cores"],
         "num_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 from fastgrpo.cache_folder import find_cache_folder
-from fastgrpo.machine import describe_cpu
+from fastgrpo.machine import describe_cpu, list_cpu_flags
 
 _HERE = Path(__file__).parent
 KERNELS_ENV = "FASTGRPO_KERNELS"  # `off` computes everything with PyTorch's operators
@@ -51,7 +51,7 @@ def _find_library() -> Path:
         raise OSError("no C compiler was found: neither CC is set nor gcc or cc in PATH")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     texts = [(_HERE / name).read_text() for name in (*_OWN_FLAGS, "common.h")]
-    parts = (*texts, *_FLAGS, *_OWN_FLAGS.values(), version, describe_cpu())
+    parts = (*texts, *_FLAGS, *_OWN_FLAGS.values(), version, describe_cpu(), *list_cpu_flags())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     library = find_cache_folder() / f"kernels-{key}.so"
     if not library.exists():

@@ -174,12 +174,12 @@ def multiply_silu(both: Float[Tensor, "M J"], num_tokens: int) -> Float[Tensor, 
     return out
 
 
-def pack_weights(weights: list[Float[Tensor, "_ I"]]) -> Float[Tensor, "P I W"]:
+def pack_weights(weights: list[Float[Tensor, "_ I"]]) -> Float[Tensor, "P J W"]:
     """Weights of linear layers side by side, in the layout of `multiply`."""
     assert all(weight.is_contiguous() for weight in weights), "weights must be contiguous"
     num_outputs, num_inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
     width = _load().fastgrpo_block_width()
-    layout = weights[0].new_zeros(-(-num_outputs // width), num_inputs, width)
+    layout = weights[0].new_zeros(-(-num_outputs // width), num_inputs + num_inputs % 2, width)  # whole pairs
     first = 0
     for weight in weights:
         call(f"pack_{NAMES[weight.dtype]}", weight, layout, first, *weight.shape)
@@ -188,10 +188,10 @@ def pack_weights(weights: list[Float[Tensor, "_ I"]]) -> Float[Tensor, "P I W"]:
 
 
 def multiply(
-    x: Float[Tensor, "M I"], layout: Float[Tensor, "P I W"], bias: Float[Tensor, " O"] | None, num_outputs: int
+    x: Float[Tensor, "M I"], layout: Float[Tensor, "P J W"], bias: Float[Tensor, " O"] | None, num_outputs: int
 ) -> Float[Tensor, "M O"]:
     """x W^T + bias, summed in float32; a row's result does not depend on the rows beside it."""
-    assert x.dtype == layout.dtype and x.shape[1] == layout.shape[1], f"{x.dtype} {x.shape} by {layout.dtype}"
+    assert x.dtype == layout.dtype and x.shape[1] + x.shape[1] % 2 == layout.shape[1], f"{x.shape} by {layout.shape}"
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(len(x), num_outputs)
     call(f"product_{NAMES[x.dtype]}", x, x.stride(0), layout, bias, out, *x.shape, num_outputs)

@@ -1,4 +1,4 @@
-"""Products with weights laid out once: oneDNN's where the processor multiplies bfloat16, else our own kernel's."""
+"""Products with weights laid out once: oneDNN's where the processor has matrix instructions, else our own kernel's."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def may_pack(model: nn.Module) -> bool:
 def find_layout(dtype: torch.dtype) -> type[_OneDNNLayout | OwnLayout] | None:
     """Whose product is fastest for weights of this type on this processor; None: that of the weights as they are."""
     has_onednn = dtype == torch.bfloat16 and _has_onednn()
-    if has_onednn and multiplies_bfloat16():
+    if has_onednn and _is_left_to_onednn():
         return _OneDNNLayout
     if dtype in cpu.DTYPES and cpu.is_available() and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
         return OwnLayout
@@ -163,9 +163,18 @@ def wants_round_rows(dtype: torch.dtype) -> bool:
     return find_layout(dtype) is _OneDNNLayout
 
 
+def _is_left_to_onednn() -> bool:
+    """Whether bfloat16 products are: those of AMX, and of processors that our kernel has no instructions of."""
+    return not _is_x86() or bool(torch.cpu._is_amx_tile_supported())
+
+
+def _is_x86() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
+
+
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for it: without them oneDNN's products take longer than float32's."""
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if not _is_x86():
         return True  # as oneDNN itself says
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 

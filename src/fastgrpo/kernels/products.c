@@ -1,13 +1,18 @@
 /* Matrix products of few rows with weights laid out once: out = x W^T + bias, sums in float32.
  *
- * Weights lie in blocks of WIDE outputs; within a block, input by input, as a tile reads them. Half precision is widened
- * in registers, so that memory sends half the bytes and no product needs a processor that multiplies it. Each output
- * is one sum over the inputs in their order, whatever rows stand beside it: a row's result depends on nothing but the row.
+ * Weights lie in blocks of WIDE outputs; within a block, unit by unit of the inputs, as a tile reads them. A unit is a
+ * pair of inputs where the processor multiplies pairs in half precision (vdpbf16ps), else one input, which is widened
+ * in registers: memory sends half the bytes either way. Each output is one sum over the inputs in their order, whatever
+ * rows stand beside it: a row's result depends on nothing but the row.
  */
 
 #include <stdlib.h>
 
 #include "common.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define SPAN 16 /* numbers in a register */
@@ -26,61 +31,93 @@
 
 typedef float span __attribute__((vector_size(4 * SPAN), aligned(4)));
 typedef uint32_t bits __attribute__((vector_size(4 * SPAN), aligned(4)));
-typedef uint32_t packed_bf16; /* output j of a block in the low half, output j + SPAN in the high one */
 typedef float packed_float;
 
-#define NUMBERS_bf16 SPAN /* of a block for one input, as they lie in memory */
-#define NUMBERS_float WIDE
+#define UNIT_float 1
+#define NUMBERS_float WIDE /* of a block for one unit, as they lie in memory */
+typedef float row_float; /* a row's unit */
+typedef span weights_float;
 
-static inline void widen_bf16(const packed_bf16 *from, span *low, span *high) {
+static inline void read_float(const packed_float *from, span *low, span *high) {
+    *low = *(const span *)from, *high = *(const span *)(from + SPAN);
+}
+static inline span repeat_float(float x) { return x - (span){0}; } /* minus nothing: one load for all lanes */
+static inline span add_float(span sum, span x, span weights) { return sum + x * weights; }
+static inline void place_float(packed_float *to, i64 output, i64 part, float weight) { to[output + part] = weight; }
+static inline row_float join_float(const float *x, i64 left) { return (void)left, *x; }
+
+typedef uint32_t packed_bf16;
+#if defined(__AVX512BF16__)
+#define UNIT_bf16 2
+#define NUMBERS_bf16 WIDE /* each output's two inputs, the first in the low half */
+typedef uint32_t row_bf16;
+typedef __m512bh weights_bf16;
+
+static inline void read_bf16(const packed_bf16 *from, weights_bf16 *low, weights_bf16 *high) {
+    *low = (weights_bf16)_mm512_loadu_si512(from), *high = (weights_bf16)_mm512_loadu_si512(from + SPAN);
+}
+static inline weights_bf16 repeat_bf16(row_bf16 x) { return (weights_bf16)_mm512_set1_epi32((int)x); }
+static inline span add_bf16(span sum, weights_bf16 x, weights_bf16 weights) {
+    return (span)_mm512_dpbf16_ps((__m512)sum, x, weights);
+}
+static inline void place_bf16(packed_bf16 *to, i64 output, i64 part, bf16 weight) {
+    to[output] |= (uint32_t)weight << 16 * part;
+}
+static inline row_bf16 join_bf16(const bf16 *x, i64 left) { return x[0] | (left > 1 ? (uint32_t)x[1] << 16 : 0); }
+#else
+#define UNIT_bf16 1
+#define NUMBERS_bf16 SPAN /* output j of a block in the low half, output j + SPAN in the high one */
+typedef float row_bf16;
+typedef span weights_bf16;
+
+static inline void read_bf16(const packed_bf16 *from, span *low, span *high) {
     bits both = *(const bits *)from;
     *low = (span)(both << 16), *high = (span)(both & 0xFFFF0000u);
 }
-
-static inline void widen_float(const packed_float *from, span *low, span *high) {
-    *low = *(const span *)from, *high = *(const span *)(from + SPAN);
+static inline span repeat_bf16(row_bf16 x) { return repeat_float(x); }
+static inline span add_bf16(span sum, span x, span weights) { return add_float(sum, x, weights); }
+static inline void place_bf16(packed_bf16 *to, i64 output, i64 part, bf16 weight) {
+    to[output % SPAN + part] |= (uint32_t)weight << (output < SPAN ? 0 : 16);
 }
-
-static inline void place_bf16(packed_bf16 *to, i64 output, bf16 weight) {
-    to[output % SPAN] |= (uint32_t)weight << (output < SPAN ? 0 : 16);
-}
-
-static inline void place_float(packed_float *to, i64 output, float weight) { to[output] = weight; }
+static inline row_bf16 join_bf16(const bf16 *x, i64 left) { return (void)left, load_bf16(x); }
+#endif
 
 /* `outputs` rows of weights become outputs `first`, first + 1, ... of a layout that was filled with zeros. */
 #define DEFINE_PACK(X)                                                                                                \
     void fastgrpo_pack_##X(const X *weight, packed_##X *layout, i64 first, i64 outputs, i64 inputs) {                 \
+        i64 units = (inputs + UNIT_##X - 1) / UNIT_##X;                                                               \
         _Pragma("omp parallel for")                                                                                   \
         for (i64 block = first / WIDE; block <= (first + outputs - 1) / WIDE; block++)                                \
             for (i64 output = 0; output < WIDE; output++) {                                                           \
                 i64 row = block * WIDE + output - first;                                                              \
                 if (row < 0 || row >= outputs) continue;                                                              \
                 const X *from = weight + row * inputs;                                                                \
-                packed_##X *to = layout + block * inputs * NUMBERS_##X;                                               \
-                for (i64 i = 0; i < inputs; i++, to += NUMBERS_##X) place_##X(to, output, from[i]);                   \
+                packed_##X *to = layout + block * units * NUMBERS_##X;                                                \
+                for (i64 i = 0; i < inputs; i++)                                                                      \
+                    place_##X(to + i / UNIT_##X * NUMBERS_##X, output, i % UNIT_##X, from[i]);                        \
             }                                                                                                         \
     }
 
 DEFINE_PACK(bf16)
 DEFINE_PACK(float)
 
-/* R rows and one block of outputs: adds products of `inputs` inputs to sums [R, WIDE]. With each input, weights are
+/* R rows and one block of outputs: adds products of `units` units to sums [R, WIDE]. With each unit, weights are
  * asked for that come later, `pace` bytes behind those before. */
 #define DEFINE_TILE(X, R)                                                                                             \
-    static void tile_##X##_##R(const float *rows, const packed_##X *weights, i64 inputs, float *sums,                 \
+    static void tile_##X##_##R(const row_##X *rows, const packed_##X *weights, i64 units, float *sums,                \
                                const char *ahead, i64 pace) {                                                         \
         span low[R], high[R];                                                                                         \
         for (int r = 0; r < R; r++)                                                                                   \
             low[r] = *(const span *)(sums + r * WIDE), high[r] = *(const span *)(sums + r * WIDE + SPAN);             \
-        for (i64 i = 0; i < inputs; i++, weights += NUMBERS_##X, rows += R, ahead += pace) {                          \
-            span first, second;                                                                                       \
-            widen_##X(weights, &first, &second);                                                                      \
+        for (i64 i = 0; i < units; i++, weights += NUMBERS_##X, rows += R, ahead += pace) {                           \
+            weights_##X first, second;                                                                                \
+            read_##X(weights, &first, &second);                                                                       \
             for (int line = 0; line < NUMBERS_##X; line += 16)                                                        \
                 __builtin_prefetch(ahead + line * sizeof *weights);                                                   \
             _Pragma("GCC unroll 12")                                                                                  \
             for (int r = 0; r < R; r++) {                                                                             \
-                span x = rows[r] - (span){0}; /* minus nothing: one load for all lanes */                             \
-                low[r] += x * first, high[r] += x * second;                                                           \
+                weights_##X x = repeat_##X(rows[r]);                                                                  \
+                low[r] = add_##X(low[r], x, first), high[r] = add_##X(high[r], x, second);                            \
             }                                                                                                         \
         }                                                                                                             \
         for (int r = 0; r < R; r++)                                                                                   \
@@ -99,11 +136,11 @@ static inline i64 count_tiles(i64 rows) { return (rows + TALLEST - 1) / TALLEST;
 /* Rows of the next tile, where so many are left: as few tiles as can be, and all alike. */
 static inline i64 find_height(i64 left) { return (left + count_tiles(left) - 1) / count_tiles(left); }
 
-#define CASE(T, R) \
-    case R: tile_##T##_##R(rows, weights, inputs, sums, ahead, pace); break;
+#define CASE(T, R)                                                                                                    \
+    case R: tile_##T##_##R(rows, weights, units, sums, ahead, pace); break;
 
-static inline void run_tile_bf16(i64 height, const float *rows, const packed_bf16 *weights, i64 inputs, float *sums,
-                                const char *ahead, i64 pace) {
+static inline void run_tile_bf16(i64 height, const row_bf16 *rows, const packed_bf16 *weights, i64 units,
+                                 float *sums, const char *ahead, i64 pace) {
     switch (height) {
 #define X(R) CASE(bf16, R)
         TILES
@@ -111,8 +148,8 @@ static inline void run_tile_bf16(i64 height, const float *rows, const packed_bf1
     }
 }
 
-static inline void run_tile_float(i64 height, const float *rows, const packed_float *weights, i64 inputs, float *sums,
-                                 const char *ahead, i64 pace) {
+static inline void run_tile_float(i64 height, const row_float *rows, const packed_float *weights, i64 units,
+                                  float *sums, const char *ahead, i64 pace) {
     switch (height) {
 #define X(R) CASE(float, R)
         TILES
@@ -131,7 +168,8 @@ static inline i64 share_rows(i64 rows, i64 most) {
     void fastgrpo_product_##X(const X *x, i64 stride, const packed_##X *layout, const X *bias, X *out, i64 rows,      \
                               i64 inputs, i64 outputs) {                                                              \
         i64 most = share_rows(rows, ROWS), blocks = (outputs + WIDE - 1) / WIDE;                                      \
-        float *tiles = malloc(most * inputs * sizeof(float)); /* rows of a tile side by side, input by input */       \
+        i64 units = (inputs + UNIT_##X - 1) / UNIT_##X, step = STEP / UNIT_##X, early = AHEAD / UNIT_##X;             \
+        row_##X *tiles = malloc(most * units * sizeof *tiles); /* rows of a tile side by side, unit by unit */        \
         _Pragma("omp parallel if (rows * inputs * outputs > FEW)")                                                    \
         for (i64 start = 0; start < rows; start += most) {                                                            \
             i64 count = rows - start < most ? rows - start : most, group = share_rows(count, GROUP);                  \
@@ -141,25 +179,26 @@ static inline i64 share_rows(i64 rows, i64 most) {
                 i64 first = row / group * group, left = first + group < count ? group : count - first, height;        \
                 while (first + (height = find_height(left)) <= row) first += height, left -= height;                  \
                 const X *from = x + (start + row) * stride;                                                           \
-                float *to = tiles + first * inputs + row - first;                                                     \
-                for (i64 i = 0; i < inputs; i++) to[i * height] = load_##X(from + i);                                 \
+                row_##X *to = tiles + first * units + row - first;                                                    \
+                for (i64 i = 0; i < units; i++)                                                                       \
+                    to[i * height] = join_##X(from + i * UNIT_##X, inputs - i * UNIT_##X);                            \
             }                                                                                                         \
             _Pragma("omp for")                                                                                        \
             for (i64 task = 0; task < groups * blocks; task++) {                                                      \
                 i64 block = task / groups, from = task % groups * group; /* a thread has its own blocks */            \
                 i64 to = from + group < count ? from + group : count;                                                 \
-                const packed_##X *weights = layout + block * inputs * NUMBERS_##X;                                    \
+                const packed_##X *weights = layout + block * units * NUMBERS_##X;                                     \
                 float sums[GROUP * WIDE];                                                                             \
                 memset(sums, 0, (to - from) * WIDE * sizeof(float));                                                  \
                 i64 bytes = NUMBERS_##X * sizeof *weights, num_tiles = count_tiles(to - from);                        \
                 i64 pace = (bytes + num_tiles - 1) / num_tiles; /* the tiles of a step ask for the next step's */     \
-                for (i64 i = 0; i < inputs; i += STEP) {                                                              \
-                    i64 size = inputs - i < STEP ? inputs - i : STEP;                                                 \
+                for (i64 i = 0; i < units; i += step) {                                                               \
+                    i64 size = units - i < step ? units - i : step;                                                   \
                     const packed_##X *own = weights + i * NUMBERS_##X;                                                \
-                    const char *ahead = (const char *)(own + (num_tiles == 1 ? AHEAD : size) * NUMBERS_##X);          \
+                    const char *ahead = (const char *)(own + (num_tiles == 1 ? early : size) * NUMBERS_##X);          \
                     for (i64 row = from, height; row < to; row += height, ahead += size * pace) {                     \
                         height = find_height(to - row);                                                               \
-                        run_tile_##X(height, tiles + row * inputs + i * height, own, size, sums + (row - from) * WIDE,\
+                        run_tile_##X(height, tiles + row * units + i * height, own, size, sums + (row - from) * WIDE, \
                                      ahead, pace);                                                                    \
                     }                                                                                                 \
                 }                                                                                                     \
