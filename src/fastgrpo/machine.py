@@ -44,7 +44,7 @@ def _memory_gib() -> float | None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """CPU and its instructions for bfloat16, usable cores, memory in GiB, accelerator (`None` without one) and the versions that matter."""
+    """CPU, its bfloat16 instructions, cores, memory in GiB, accelerator (`None` without one), versions that matter."""
     import torch
 
     installed = {distribution.name for distribution in metadata.distributions()}
