@@ -7,6 +7,7 @@
  * token by token, whoever its neighbours are and however many threads there are.
  */
 
+#include <omp.h>
 #include <stdlib.h>
 
 #include "common.h"
@@ -18,8 +19,16 @@
 #define TOGETHER 4    /* queries that meet a chunk at once, so that each number of it is loaded once for all of them */
 #define MOST_ROWS 16  /* of a task */
 #define MOST_NODES 64 /* of a row in a task: their queries and sums stay near; a row of more (a prompt) is long */
+#define FEW_TASKS 2   /* for each thread: fewer are parted once more, by heads */
 
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
+
+/* In a register, for compilers that would load it again for each use. */
+#if defined(__AVX512F__)
+#define KEEP(x) __asm__("" : "+v"(x))
+#else
+#define KEEP(x)
+#endif
 
 /* ---- reading and writing ------------------------------------------------------------------------------------ */
 
@@ -129,14 +138,20 @@ DEFINE_READ(float)
 #define MASS(state, padded) ((vec *)((state) + (padded)))
 #define BEST(state, padded) ((state) + (padded) + LANES)
 
-/* What is read next: memory is slow, so a little of it is asked for with each step of the sums. */
+/* What is read next: memory is slow, so a little of it is asked for with each step of the sums. AMD's processors wait
+ * for room in the nearest cache (1.5 times as long with 64 rows), others were measured with it. */
+#if defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
+#define NEARNESS 2
+#else
+#define NEARNESS 3
+#endif
 typedef struct {
     const char *keys, *values;
     i64 pace; /* bytes a step */
 } ahead;
 
 static inline void ask(const char **next, i64 pace) {
-    __builtin_prefetch(*next), __builtin_prefetch(*next + 64);
+    __builtin_prefetch(*next, 0, NEARNESS), __builtin_prefetch(*next + 64, 0, NEARNESS);
     *next += pace;
 }
 
@@ -147,11 +162,15 @@ static inline void ask(const char **next, i64 pace) {
         vec sums[2][Q][2] = {{{{0}}}};                                                                                \
         for (i64 j = 0; j < padded; j += 2, keys += 2 * CHUNK) {                                                      \
             ask(&next->keys, next->pace);                                                                             \
-            for (int odd = 0; odd < 2; odd++)                                                                         \
-                for (int i = 0; i < Q; i++)                                                                           \
-                    for (int half = 0; half < 2; half++)                                                              \
-                        sums[odd][i][half] +=                                                                         \
-                            query[i * padded + j + odd] * *(const vec *)(keys + odd * CHUNK + half * LANES);          \
+            for (int odd = 0; odd < 2; odd++) {                                                                       \
+                vec low = *(const vec *)(keys + odd * CHUNK), high = *(const vec *)(keys + odd * CHUNK + LANES);      \
+                KEEP(low);                                                                                            \
+                KEEP(high);                                                                                           \
+                for (int i = 0; i < Q; i++) {                                                                         \
+                    vec x = query[i * padded + j + odd] - (vec){0};                                                   \
+                    sums[odd][i][0] += x * low, sums[odd][i][1] += x * high;                                          \
+                }                                                                                                     \
+            }                                                                                                         \
         }                                                                                                             \
         for (int i = 0; i < Q; i++)                                                                                   \
             for (int half = 0; half < 2; half++)                                                                      \
@@ -163,11 +182,15 @@ static inline void ask(const char **next, i64 pace) {
             for (i64 p = 0; p < CHUNK; p += 2) {                                                                      \
                 const float *value = values + p * padded + j;                                                         \
                 ask(&next->values, next->pace);                                                                       \
-                for (int odd = 0; odd < 2; odd++)                                                                     \
-                    for (int i = 0; i < Q; i++)                                                                       \
-                        for (int half = 0; half < 2; half++)                                                          \
-                            sums[odd][i][half] +=                                                                     \
-                                weights[i * CHUNK + p + odd] * *(const vec *)(value + odd * padded + half * LANES);   \
+                for (int odd = 0; odd < 2; odd++, value += padded) {                                                  \
+                    vec low = *(const vec *)value, high = *(const vec *)(value + LANES);                              \
+                    KEEP(low);                                                                                        \
+                    KEEP(high);                                                                                       \
+                    for (int i = 0; i < Q; i++) {                                                                     \
+                        vec x = weights[i * CHUNK + p + odd] - (vec){0};                                              \
+                        sums[odd][i][0] += x * low, sums[odd][i][1] += x * high;                                      \
+                    }                                                                                                 \
+                }                                                                                                     \
             }                                                                                                         \
             for (int i = 0; i < Q; i++)                                                                               \
                 for (int half = 0; half < 2; half++)                                                                  \
@@ -232,9 +255,9 @@ typedef struct {
     i64 *num_prefix, *order, *num_seen; /* of each row, see order_nodes */
 } batch;
 
-/* A segment of rows `row` to `end`, which share its beginning where they are several; of each, these nodes. */
+/* A segment of rows `row` to `end`, which share its beginning where they are several; of each these nodes, heads. */
 typedef struct {
-    i64 row, end, first, node, last;
+    i64 row, end, first, node, last, head, last_head;
 } task;
 
 static inline i64 count_positions(const batch *b, i64 row) {
@@ -269,8 +292,8 @@ static inline int shares_chunk(const batch *b, i64 row, i64 other, i64 first) {
            !is_long(b, other) && find_place(b, row, first) == find_place(b, other, first);
 }
 
-/* All segments, the first ones of all rows first. */
-static i64 list_tasks(const batch *b, task *tasks) {
+/* All segments, the first ones of all rows first, with `heads` of their heads in a task. */
+static i64 list_tasks(const batch *b, i64 heads, task *tasks) {
     i64 count = 0, left = b->rows;
     for (i64 first = 0; left; first += SEGMENT) {
         left = 0;
@@ -279,7 +302,8 @@ static i64 list_tasks(const batch *b, task *tasks) {
             if (first / SEGMENT >= count_segments(b, row)) continue;
             while (end < b->rows && end - row < MOST_ROWS && shares_chunk(b, row, end, first)) end++;
             for (i64 node = 0; node < b->nodes[row]; node += MOST_NODES, left++)
-                tasks[count++] = (task){row, end, first, node, node + MOST_NODES};
+                for (i64 head = 0; head < b->kv_heads; head += heads)
+                    tasks[count++] = (task){row, end, first, node, node + MOST_NODES, head, head + heads};
         }
     }
     return count;
@@ -367,7 +391,7 @@ static void order_nodes(const batch *b, i64 row) {
         i64 stride = b->kv_heads * b->width, room = ROOM(b->padded);                                                  \
         float *rows = columns + CHUNK * b->padded;                                                                    \
         for (i64 row = own->row; row < own->end; row++)                                                               \
-            for (i64 head = 0; head < b->kv_heads; head++)                                                            \
+            for (i64 head = own->head; head < own->last_head; head++)                                                 \
                 for (i64 i = own->node * b->repeats; i < find_last(b, own, row) * b->repeats; i++) {                  \
                     float *state = find_states(b, own, row, head, states, scratch) + i * room;                        \
                     memset(state, 0, room * sizeof(float));                                                           \
@@ -384,9 +408,10 @@ static void order_nodes(const batch *b, i64 row) {
                 i64 steps = count_batches(b, own, row, end) * b->padded / 2;                                          \
                 ahead next = {(const char *)(keys + after), (const char *)(values + after), 0};                       \
                 if (soonest >= 0) next.pace = CHUNK * b->width * (i64)sizeof(X) / steps;                              \
-                for (i64 head = 0; head < b->kv_heads; head++, place += b->width) {                                   \
-                    read_keys_##X(keys + place, columns, size, stride, b->width);                                     \
-                    read_values_##X(values + place, rows, size, stride, b->width, b->padded);                         \
+                for (i64 head = own->head; head < own->last_head; head++) {                                           \
+                    i64 start = place + head * b->width;                                                              \
+                    read_keys_##X(keys + start, columns, size, stride, b->width);                                     \
+                    read_values_##X(values + start, rows, size, stride, b->width, b->padded);                         \
                     if (size < CHUNK) /* what weighs nothing must be numbers: another row may have left none */       \
                         memset(rows + size * b->padded, 0, (CHUNK - size) * b->padded * sizeof(float));               \
                     for (i64 each = row; each < end; each++) {                                                        \
@@ -412,7 +437,7 @@ static void order_nodes(const batch *b, i64 row) {
         task next = *own;                                                                                             \
         while ((next.first += SEGMENT) < count_positions(b, own->row)) {                                              \
             attend_to_segment_##X(b, &next, soon, keys, values, queries, states, scratch, columns);                   \
-            for (i64 head = 0; head < b->kv_heads; head++)                                                            \
+            for (i64 head = own->head; head < own->last_head; head++)                                                 \
                 for (i64 i = own->node * b->repeats; i < find_last(b, own, own->row) * b->repeats; i++)               \
                     add_state(find_states(b, own, own->row, head, states, scratch) + i * ROOM(b->padded),             \
                               find_states(b, &next, own->row, head, states, scratch) + i * ROOM(b->padded), b->padded);\
@@ -466,8 +491,9 @@ static void order_nodes(const batch *b, i64 row) {
             b.first_state[row + 1] = b.first_state[row] + nodes[row] * heads * segments;                              \
             num_tasks += segments * blocks_of_nodes;                                                                  \
         }                                                                                                             \
-        task *tasks = malloc((num_tasks + 1) * sizeof(task));                                                         \
-        num_tasks = list_tasks(&b, tasks);                                                                            \
+        task *tasks = malloc((num_tasks + 1) * kv_heads * sizeof(task));                                              \
+        num_tasks = list_tasks(&b, kv_heads, tasks);                                                                  \
+        if (num_tasks < FEW_TASKS * omp_get_max_threads()) num_tasks = list_tasks(&b, 1, tasks);                      \
         i64 num_floats = b.first_query[rows] * padded + b.first_state[rows] * ROOM(padded) + LANES;                   \
         float *queries = aligned_alloc(64, num_floats / LANES * LANES * sizeof(float));                               \
         float *states = queries + b.first_query[rows] * padded;                                                       \

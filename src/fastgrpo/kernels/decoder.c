@@ -90,15 +90,15 @@ DEFINE_HEAD_NORM(float, bf16)
 /* ---- rotation and cache write ----------------------------------------------------------------------------- */
 
 #define DEFINE_ROTATE(C, X)                                                                                           \
-    static inline void rotate_##C##_##X(const X *from, X *restrict to, const C *restrict cosine,                      \
-                                        const C *restrict sine, i64 width) {                                          \
+    static inline void rotate_##C##_##X(const X *from, X *to, const C *restrict cosine, const C *restrict sine,       \
+                                        i64 width) {                                                                  \
         i64 half = width / 2;                                                                                         \
         float first[half], second[half]; /* read before anything is written: the head may be its own target */        \
         for (i64 i = 0; i < half; i++) first[i] = load_##X(from + i), second[i] = load_##X(from + i + half);          \
         for (i64 i = 0; i < half; i++) {                                                                              \
-            float left = as_##X(first[i] * load_##C(cosine + i)), right = as_##X(second[i] * load_##C(sine + i));     \
-            float low = as_##X(second[i] * load_##C(cosine + i + half));                                              \
-            float high = as_##X(first[i] * load_##C(sine + i + half));                                                \
+            float left = as_##C(first[i] * load_##C(cosine + i)), right = as_##C(second[i] * load_##C(sine + i));     \
+            float low = as_##C(second[i] * load_##C(cosine + i + half));                                              \
+            float high = as_##C(first[i] * load_##C(sine + i + half));                                                \
             store_##X(to + i, left - right);                                                                          \
             store_##X(to + i + half, low + high);                                                                     \
         }                                                                                                             \
