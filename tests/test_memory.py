@@ -99,6 +99,21 @@ def test_who_had_to_wait_says_the_same(drafter, plan, dtype):
     assert_nothing_is_left(engine)
 
 
+@pytest.mark.parametrize("plan", ["tree", "auto"])
+def test_where_the_cache_has_little_room_trees_are_smaller(plan):
+    """The same is said; with a block more trees are as large as ever."""
+    prompt, params, sizes = [[5, 6, 7]], SamplingParams(seed=1, max_tokens=2 * BLOCK_SIZE - 2), {}
+    expected = build_engine("none", "off").generate(prompt, params)[0].token_ids
+    for num_blocks in (2, 3):
+        engine = build_engine("ngram", plan, num_blocks)
+        assert engine.generate(prompt, params)[0].token_ids == expected
+        last = [record for record in engine.records if record.num_read > 2 * BLOCK_SIZE - TREE.tree_size]
+        assert all(record.num_read + record.num_tokens <= num_blocks * BLOCK_SIZE for record in last)
+        sizes[num_blocks] = {record.plan.tree_size for record in last}
+    if plan == "tree":
+        assert sizes[3] == {TREE.tree_size} and len(sizes[2]) > 1 and 0 < max(sizes[2]) < TREE.tree_size
+
+
 class MemoryMeter:
     """The most that blocks of several caches came to at once, looked at whenever one is taken."""
 

@@ -34,6 +34,7 @@ from fastgrpo.planner import (
 )
 from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
 from fastgrpo.planner.auto import GRID
+from fastgrpo.planner.bandit import ARMS
 from fastgrpo.planner.costs import StepCosts
 from fastgrpo.planner.expectation import Expectation
 from fastgrpo.planner.recording_price import RecordingPrice
@@ -217,8 +218,9 @@ def test_acceptance_rates_are_counted_and_forgotten():
     chance=st.floats(0, 0.95),
     slope=st.floats(0, 0.01),
     draft_s=st.floats(0, 0.01),
+    room=st.none() | st.integers(0, 60),
 )
-def test_the_chosen_plan_promises_most(num_seqs, num_waiting, chance, slope, draft_s):
+def test_the_chosen_plan_promises_most(num_seqs, num_waiting, chance, slope, draft_s, room):
     """A fresh planner with a known table, against tokens per second computed for each plan in turn."""
     profile = HardwareProfile(
         num_tokens=(1, 64, 256),
@@ -238,8 +240,12 @@ def test_the_chosen_plan_promises_most(num_seqs, num_waiting, chance, slope, dra
             seconds += plan.depth * (draft_s + 1e-6)
         return num_seqs * length / seconds
 
-    fitting = [p for p in GRID if num_seqs * (1 + p.num_draft_tokens) <= planner.max_num_tokens]
-    chosen = planner.plan(PlanInputs(num_seqs=num_seqs, num_waiting=num_waiting))
+    most = 1000 if room is None else room
+    fitting = [
+        p for p in GRID
+        if num_seqs * (1 + p.num_draft_tokens) <= planner.max_num_tokens and p.num_draft_tokens <= most
+    ]  # fmt: skip
+    chosen = planner.plan(PlanInputs(num_seqs=num_seqs, num_waiting=num_waiting, max_draft_tokens=room))
     plain, best = tokens_per_s(PLAIN), max([tokens_per_s(plan) for plan in fitting], default=0.0)
     if not chosen.is_plain:
         assert chosen in fitting
@@ -664,6 +670,27 @@ def test_impossible_constants_of_the_papers_rule_are_refused(settings):
 def test_a_step_is_planned_for_somebody():
     with pytest.raises(ValueError, match="at least 1 live sequence, got 0"):
         PlanInputs(num_seqs=0)
+    with pytest.raises(ValueError, match="max_draft_tokens must be at least 0, or None, got -1"):
+        PlanInputs(num_seqs=1, max_draft_tokens=-1)
+
+
+def test_a_plan_gives_way_as_soon_as_the_cache_has_no_room_for_it():
+    planner = AutoPlanner(FLAT, acceptance=[[0.9]] * 8)
+    roomy, tight = PlanInputs(num_seqs=2), PlanInputs(num_seqs=2, max_draft_tokens=2)
+    assert planner.plan(roomy).num_draft_tokens > 2
+    assert 0 < planner.plan(tight).num_draft_tokens <= 2
+    assert planner.plan(replace(tight, max_draft_tokens=0)).is_plain
+    assert planner.plan(roomy).num_draft_tokens > 2
+
+
+@given(plan=st.sampled_from([PLAIN, *GRID, *ARMS]), room=st.none() | st.integers(0, 60))
+def test_a_limited_plan_is_the_same_with_smaller_trees(plan, room):
+    limited = plan.limit(room)
+    most = plan.tree_size if room is None else room
+    assert limited.tree_size == min(plan.tree_size, most)
+    assert (limited is plan) == (plan.tree_size <= most)
+    assert limited.num_draft_tokens == min(plan.num_draft_tokens, most) and limited.depth == min(plan.depth, most)
+    assert (limited.most_draft_tokens is None) == (limited.is_plain or plan.most_draft_tokens is None)
 
 
 def test_a_restored_planner_keeps_its_settings():

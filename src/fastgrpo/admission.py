@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 import warnings
@@ -20,6 +21,8 @@ from fastgrpo.types import PLAIN, Sequence, SpeculationPlan
 
 _SHARE = 0.8  # of the memory that is free at the start, for the cache; the rest is for forwards
 _MOST_NODES = 64  # of a draft behind a full row, for which there is room from the first
+
+_LARGEST = SpeculationPlan(depth=8, width=8, num_draft_tokens=_MOST_NODES - 1)  # of any plan
 
 Result = TypeVar("Result")
 
@@ -112,6 +115,16 @@ class Admission:
         num_nodes, left = 1 + plan.tree_size, self._compute_left(plan) / self.cache.block_bytes
         most = len(self.scheduler.running) * (2 + count_blocks(num_nodes))  # whatever the rows are like
         return most <= left or self._count_missing(num_nodes) <= left
+
+    def count_room(self) -> int | None:
+        """Draft tokens that the tree of every running row may have; None where any plan's may."""
+        if self.fits(_LARGEST):
+            return None
+
+        def is_too_many(count: int) -> bool:
+            return not self.fits(SpeculationPlan(depth=1, width=count, num_draft_tokens=count))
+
+        return bisect.bisect_left(range(1, _MOST_NODES), True, key=is_too_many)
 
     def retry_until_it_fits(self, attempt: Callable[[bool], Result]) -> Result:
         """Where memory runs out in spite of the bound, once more without a draft, and with ever fewer sequences.

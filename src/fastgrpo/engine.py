@@ -255,11 +255,12 @@ class Engine:
             num_waiting=len(self.scheduler.waiting),
             num_read=sum(self.cache.lengths),
             num_unread=self.drafter.count_unread(running),
+            max_draft_tokens=self.admission.count_room(),
         )
 
     def _plan(self, inputs: PlanInputs) -> SpeculationPlan:
-        """The planner's, or plain decoding where the cache has no room for its nodes."""
-        plan = self.planning.plan(inputs)
+        """The planner's, with no more nodes than the cache has room for."""
+        plan = self.planning.plan(inputs).limit(inputs.max_draft_tokens)
         return plan if plan.is_plain or self.admission.fits(plan) else PLAIN
 
     def _tell_drafter(self, draft: Draft | None, verdict: Verdict) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
@@ -178,6 +178,16 @@ class SpeculationPlan:
     def tree_size(self) -> int:
         """Draft tokens that one tree may have."""
         return self.num_draft_tokens if self.most_draft_tokens is None else self.most_draft_tokens
+
+    def limit(self, tree_size: int | None) -> SpeculationPlan:
+        """The same with so many draft tokens in a tree at most; plain decoding with none, None sets no limit."""
+        if tree_size is None or self.tree_size <= tree_size:
+            return self
+        if tree_size < 1:
+            return PLAIN
+        most = None if self.most_draft_tokens is None else tree_size
+        count = min(self.num_draft_tokens, tree_size)
+        return replace(self, depth=min(self.depth, tree_size), num_draft_tokens=count, most_draft_tokens=most)
 
 
 PLAIN = SpeculationPlan()

@@ -29,6 +29,7 @@ GRID = tuple(  # sequences share their budgets; one of them may have three times
 
 
 _DEPTHS, _WIDTHS, _NODES = shape_arrays(GRID)
+_NOTHING = (0, 0, None)
 _STEPS_DECIDED, _MOST_DECIDED = 7, 23  # that a plan is kept for without asking again: twice as many where it stands
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter, if it was seen lately
@@ -103,7 +104,8 @@ class AutoPlanner(Planner):
         self._num_steps = 0
         self._last_tried: dict[SpeculationPlan, int] = {}  # the number of the step, by plan
         self._current = PLAIN
-        self._decided_for, self._steps_left = (0, 0), 0  # sequences and context of the current plan; for how long
+        self._decided_for: tuple[int, int, int | None] = _NOTHING  # sequences, context and room of the current plan
+        self._steps_left = 0  # that it is kept for
         self._steps_decided = _STEPS_DECIDED
         self._trial, self._trial_left = PLAIN, 0  # what is tried in place of it, for how many steps more
         self._prices: dict[tuple[SpeculationPlan, int], Vector] = {}  # tokens that so many drafts cost, until then
@@ -146,17 +148,17 @@ class AutoPlanner(Planner):
 
     def _predict_rates(self, inputs: PlanInputs) -> Vector:
         """`predict_rate` of every plan of the grid; 0 of those that do not fit or go deeper than was explored."""
-        room, deepest = self.max_num_tokens // inputs.num_seqs, self.expectation.explored_depth + 1
+        room, deepest = inputs.find_room(self.max_num_tokens), self.expectation.explored_depth + 1
         lengths = self.expectation.predict_lengths(self._grid, inputs.num_seqs)
         seconds = self._predict_steps_s(_DEPTHS, _WIDTHS, _NODES, lengths, inputs)
         seconds += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs) / _LASTING_STEPS
-        return np.where((room > _NODES) & (deepest >= _DEPTHS), inputs.num_seqs * lengths / seconds, 0.0)
+        return np.where((room >= _NODES) & (deepest >= _DEPTHS), inputs.num_seqs * lengths / seconds, 0.0)
 
     # -- the decision ----------------------------------------------------------------------------------------
 
     def plan(self, inputs: PlanInputs) -> SpeculationPlan:
         """The current plan for some steps while nobody joins or leaves, else the best of the grid, or a trial."""
-        decided_for = (inputs.num_seqs, inputs.num_read.bit_length())
+        decided_for = (inputs.num_seqs, inputs.num_read.bit_length(), inputs.max_draft_tokens)
         if decided_for == self._decided_for and self._steps_left > 0:
             self._steps_left -= 1
             if self._trial_left > 0:
@@ -316,7 +318,7 @@ class AutoPlanner(Planner):
 
     def begin(self) -> None:
         self._learn()
-        self._current, self._decided_for, self._trial_left = PLAIN, (0, 0), 0
+        self._current, self._decided_for, self._trial_left = PLAIN, _NOTHING, 0
         self._recording.begin()
         self.expectation.fade(_KEEP_AT_BEGIN)  # a drafter once useless may have learnt
 

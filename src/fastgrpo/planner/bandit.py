@@ -58,8 +58,8 @@ class BanditPlanner(Planner):
         pass  # the window forgets by itself
 
     def plan(self, inputs: PlanInputs) -> SpeculationPlan:
-        room = self.max_num_tokens // inputs.num_seqs
-        arms = [arm for arm, plan in enumerate(ARMS) if 1 + plan.num_draft_tokens <= room]
+        room = inputs.find_room(self.max_num_tokens)
+        arms = [arm for arm, plan in enumerate(ARMS) if plan.num_draft_tokens <= room]
         if inputs.num_seqs > MAX_SPECULATING or not arms:
             return PLAIN
         return ARMS[self._choose(arms, self.rewards[find_bucket(inputs.num_seqs)])]

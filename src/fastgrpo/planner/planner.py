@@ -19,17 +19,25 @@ class PlanInputs:
     """What the engine knows before a step.
 
     Raises:
-        ValueError: no sequence is live; the message says how many are.
+        ValueError: no sequence is live, or a negative room; the message names the value.
     """
 
     num_seqs: int
     num_waiting: int = 0
     num_read: int = 0  # cached positions of all sequences, which attention will read
     num_unread: int = 0  # tokens the drafter has not read yet: the price of switching on
+    max_draft_tokens: int | None = None  # of each sequence, that the cache has room for; None: of any plan
 
     def __post_init__(self) -> None:
         if self.num_seqs < 1:
             raise ValueError(f"a step is planned for at least 1 live sequence, got {self.num_seqs}")
+        if self.max_draft_tokens is not None and self.max_draft_tokens < 0:
+            raise ValueError(f"max_draft_tokens must be at least 0, or None, got {self.max_draft_tokens}")
+
+    def find_room(self, max_num_tokens: int) -> int:
+        """Draft tokens of each sequence at most, with so many tokens in a target forward, roots included."""
+        room = max_num_tokens // self.num_seqs - 1
+        return room if self.max_draft_tokens is None else min(room, self.max_draft_tokens)
 
 
 class Planner(Protocol):
