@@ -398,6 +398,16 @@ def test_bfloat16_is_left_to_onednn_where_the_processor_has_matrix_instructions(
         linear.find_layout.cache_clear()
 
 
+def test_a_processor_of_the_same_name_that_can_do_something_else_has_kernels_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTGRPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "_compile", lambda compiler, library: library.touch())
+    files = set()
+    for flags in (["avx2"], ["avx2", "avx512_bf16"], ["avx2"]):
+        monkeypatch.setattr(build, "list_cpu_flags", lambda flags=flags: flags)
+        files.add(build._find_library())
+    assert len(files) == 2
+
+
 def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTGRPO_CACHE", str(tmp_path / "file" / "cache"))

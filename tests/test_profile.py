@@ -332,6 +332,7 @@ def test_a_profile_on_file_is_the_one_that_was_measured(path: Path) -> None:
     ("edit", "message"),
     [
         (lambda c: c["identity"].update(cpu="abacus"), "cpu is 'abacus' there and '.*' here"),
+        (lambda c: c["identity"].update(cpu_bfloat16="tiles"), "cpu_bfloat16 is 'tiles' there and .* here"),
         (lambda c: c["identity"].update(num_threads=99), "num_threads is 99 there and 1 here"),
         (lambda c: c["identity"].update(hidden_size=4096), "hidden_size is 4096 there and 32 here"),
         (lambda c: c["identity"].update(dtype="int4"), "dtype is 'int4' there and 'float64' here"),

@@ -305,6 +305,7 @@ def test_a_machine_and_a_commit_can_be_described(tmp_path: Path) -> None:
     machine = describe_machine()
     assert machine["num_cores"] >= 1
     assert machine["torch"]
+    assert machine["cpu_bfloat16"] in (None, "amx_bf16", "avx512_bf16")
     assert json.dumps(machine)
     assert describe_commit(tmp_path) == "unknown"
 
