@@ -21,8 +21,7 @@ from fastgrpo.types import PLAIN, Sequence, SpeculationPlan
 
 _SHARE = 0.8  # of the memory that is free at the start, for the cache; the rest is for forwards
 _MOST_NODES = 64  # of a draft behind a full row, for which there is room from the first
-
-_LARGEST = SpeculationPlan(depth=8, width=8, num_draft_tokens=_MOST_NODES - 1)  # of any plan
+_LARGEST = SpeculationPlan(depth=8, width=8, num_draft_tokens=_MOST_NODES - 1)  # larger ones fit whole or not at all
 
 Result = TypeVar("Result")
 

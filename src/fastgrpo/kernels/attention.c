@@ -138,13 +138,15 @@ DEFINE_READ(float)
 #define MASS(state, padded) ((vec *)((state) + (padded)))
 #define BEST(state, padded) ((state) + (padded) + LANES)
 
-/* What is read next: memory is slow, so a little of it is asked for with each step of the sums. AMD's processors wait
- * for room in the nearest cache (1.5 times as long with 64 rows), others were measured with it. */
-#if defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
+/* How near memory is brought that is read soon. Zen 4 waits for room in its nearest cache, and takes 1.5 times as long
+ * with 64 rows; gcc 12 calls it znver3. */
+#if defined(__AVX512F__) && (defined(__znver3__) || defined(__znver4__) || defined(__znver5__))
 #define NEARNESS 2
 #else
 #define NEARNESS 3
 #endif
+
+/* What is read next: memory is slow, so a little of it is asked for with each step of the sums. */
 typedef struct {
     const char *keys, *values;
     i64 pace; /* bytes a step */
