@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from fastgrpo.drafters import beams
 from fastgrpo.drafters.beams import rank_candidates
 from fastgrpo.kernels import build, cpu, linear
 from fastgrpo.kernels.linear import PackedLinear
+from fastgrpo.machine import list_cpu_flags
 from fastgrpo.sampling import SamplingBatch, gumbel_noise, gumbel_noise_of, sample, stream_key
 from fastgrpo.types import SamplingParams, Sequence
 
@@ -380,6 +384,17 @@ def test_own_products_are_rounded_sums(dtype, outputs, inputs, bias):
     assert torch.allclose(whole.double(), exact, rtol=rounding, atol=3e-6 * float(exact.abs().max()))
     for rows in (1, 2, 3, 5, 7, 11, 12, 13, 25, 119, 121, 239, 241):
         assert torch.equal(cpu.multiply(x[7 : 7 + rows], layout, shift, sum(outputs)), whole[7 : 7 + rows])
+
+
+@pytest.mark.skipif("avx2" not in list_cpu_flags(), reason="another processor")
+@pytest.mark.parametrize("change", [{"-march=native": "-march=x86-64-v3"}, {"-Wno-psabi": "-mno-avx512bf16"}])
+def test_own_products_of_processors_that_can_do_less(change, monkeypatch, tmp_path):
+    source, library = Path(build.__file__).parent / "products.c", tmp_path / "less.so"
+    flags = [change.get(flag, flag) for flag in build._FLAGS]
+    build._run(os.environ.get("CC", "gcc"), *flags, "-shared", str(source), "-o", str(library))
+    monkeypatch.setattr(cpu, "load_library", lambda: ctypes.CDLL(str(library)))
+    for dtype in (BF16, F32):
+        test_own_products_are_rounded_sums(dtype, (24, 8, 1), 41, True)
 
 
 @pytest.mark.parametrize("has_amx", [True, False])
