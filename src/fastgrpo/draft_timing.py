@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,10 +45,15 @@ class DraftCosts:
     read_s: float
 
 
-def time_drafts(target: TargetModel, drafter: Drafter) -> tuple[TimedDraft, ...]:
+def time_drafts(
+    target: TargetModel, drafter: Drafter, before: Callable[[], object] | None = None
+) -> tuple[TimedDraft, ...]:
     """Time drafts of one level and of four; empty where the drafter cannot be timed.
 
     Call inside `target.rollout_mode`.
+
+    Args:
+        before: what a step does before each draft, not timed; see `measure_on`.
     """
     drafter = getattr(drafter, "members", (drafter,))[0]
     if not getattr(drafter, "can_be_timed", False):
@@ -56,7 +62,7 @@ def time_drafts(target: TargetModel, drafter: Drafter) -> tuple[TimedDraft, ...]
     many_new = _MANY_NEW.get(target.device.type, _MANY_NEW["cpu"])
     try:
         for num_seqs, num_new in (*((n, _NEW) for n in _NUM_SEQS), (_PRICED_SEQS, many_new)):
-            drafts += [_time_draft(target, drafter, num_seqs, plan, num_new) for plan in (_SHALLOW, _DEEP)]
+            drafts += [_time_draft(target, drafter, num_seqs, plan, num_new, before) for plan in (_SHALLOW, _DEEP)]
     except (RuntimeError, OSError) as error:
         if not is_out_of_memory(error) or not drafts:
             raise
@@ -93,7 +99,12 @@ def _continue(points: list[int], times: list[float], at: int) -> float:
 
 
 def _time_draft(
-    target: TargetModel, drafter: Drafter, num_seqs: int, plan: SpeculationPlan, num_new: int
+    target: TargetModel,
+    drafter: Drafter,
+    num_seqs: int,
+    plan: SpeculationPlan,
+    num_new: int,
+    before: Callable[[], object] | None,
 ) -> TimedDraft:
     drafter.begin()
     device = target.device
@@ -112,7 +123,7 @@ def _time_draft(
         cache.lengths = [sequence.num_cached for sequence in sequences]
         drafter.propose(context, plan)
 
-    return TimedDraft(num_seqs=num_seqs, plan=plan, num_new=num_new, timing=measure_on(run, device))
+    return TimedDraft(num_seqs=num_seqs, plan=plan, num_new=num_new, timing=measure_on(run, device, before))
 
 
 def _build_sequence(request_id: int) -> Sequence:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _LEAST_TOKENS, _MOST_TOKENS = 256, 4096  # where the grid of tokens per forward may end
 _LINEAR = 1.7  # twice the tokens take so many times as long: past the knee, where few plans pay
 _BUDGET_S = 30.0  # timed runs of the grid; a machine too slow for all of it ends sooner
+_LONGEST_BETWEEN_S = 0.05  # of a forward that stands between timed drafts: small models leave heads in the caches
 _ROWS = 8  # sequences that share the tokens of a measured forward
 _READ_ROWS, _READ_CONTEXTS = 16, (32, 512)  # forwards whose difference prices a cached position
 
@@ -85,7 +86,8 @@ def measure_costs(
     """
     forwards = _measure_grid(target)
     grid = tuple(each.num_tokens for each in forwards)
-    drafts = time_drafts(target, drafter)
+    is_short = forwards[0].timing.least_s <= _LONGEST_BETWEEN_S
+    drafts = time_drafts(target, drafter, _build_forward(target, 1, 1, context=1) if is_short else None)
     costs = fit_draft_costs(drafts, grid)
     reads = [_measure_contexts(target, width, contexts) for width in widths]
     sample_s, walk_s, fixed_s = _measure_rest(target)
@@ -189,6 +191,11 @@ def _fit_read_s(groups: list[list[TimedForward]]) -> float:
 
 
 def _measure_forward(target: TargetModel, rows: int, width: int, *, context: int) -> TimedForward:
+    timing = measure_on(_build_forward(target, rows, width, context=context), target.device)
+    return TimedForward(num_tokens=rows * width, num_seqs=rows, context_len=context, timing=timing)
+
+
+def _build_forward(target: TargetModel, rows: int, width: int, *, context: int) -> Callable[[], object]:
     """A target forward of `rows` sequences with `width` tokens each behind `context` cached ones."""
     cache = target.build_cache(with_features=False)
     cache.add_rows(rows)
@@ -204,8 +211,7 @@ def _measure_forward(target: TargetModel, rows: int, width: int, *, context: int
         dtype=target.dtype,
         num_repeats=target.num_repeats,
     )
-    timing = measure_on(lambda: target.decode(batch, cache), device)
-    return TimedForward(num_tokens=rows * width, num_seqs=rows, context_len=context, timing=timing)
+    return lambda: target.decode(batch, cache)
 
 
 def _measure_rest(target: TargetModel) -> tuple[float, float, float]:

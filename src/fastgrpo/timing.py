@@ -86,11 +86,12 @@ class Timing:
     total_s: float
 
 
-def measure_timing(run: Callable[[], object]) -> Timing:
+def measure_timing(run: Callable[[], object], before: Callable[[], object] | None = None) -> Timing:
     """Time a call after one warm-up; runs that disagree are repeated, a bounded number of times.
 
     Args:
         run: returns when its work is done, an accelerator's included.
+        before: called before each run, and not timed.
 
     Raises:
         OSError: the clock stands still.
@@ -99,6 +100,8 @@ def measure_timing(run: Callable[[], object]) -> Timing:
     times: list[float] = []
     while True:
         for _ in range(_RUNS):
+            if before is not None:
+                before()
             times.append(_time(run))
             if sum(times) > _BUDGET_S and len(times) > 1:
                 break
@@ -107,10 +110,14 @@ def measure_timing(run: Callable[[], object]) -> Timing:
             return Timing(least_s=min(times), spread=spread, num_runs=len(times), total_s=sum(times))
 
 
-def measure_on(run: Callable[[], object], device: torch.device) -> Timing:
-    """`measure_timing` of work that an accelerator may still be at when the call returns, and may replay."""
+def measure_on(run: Callable[[], object], device: torch.device, before: Callable[[], object] | None = None) -> Timing:
+    """`measure_timing` of work that an accelerator may still be at when the call returns, and may replay.
+
+    Args:
+        before: of each run, on the host alone: it puts out of a processor's caches what a step would not find there.
+    """
     if device.type != "cuda":
-        return measure_timing(run)
+        return measure_timing(run, before)
 
     def finish() -> None:
         run()
