@@ -392,7 +392,11 @@ def test_own_products_of_processors_that_can_do_less(change, monkeypatch, tmp_pa
     source, library = Path(build.__file__).parent / "products.c", tmp_path / "less.so"
     flags = [change.get(flag, flag) for flag in build._FLAGS]
     build._run(os.environ.get("CC", "gcc"), *flags, "-shared", str(source), "-o", str(library))
+    x, weight = torch.randn(13, 41).to(BF16), torch.randn(33, 41).to(BF16)
+    ours = cpu.multiply(x, cpu.pack_weights([weight]), None, 33)
     monkeypatch.setattr(cpu, "load_library", lambda: ctypes.CDLL(str(library)))
+    theirs = cpu.multiply(x, cpu.pack_weights([weight]), None, 33)
+    assert torch.allclose(ours.float(), theirs.float(), rtol=2**-7, atol=1e-4)
     for dtype in (BF16, F32):
         test_own_products_are_rounded_sums(dtype, (24, 8, 1), 41, True)
 
