@@ -139,12 +139,8 @@ DEFINE_READ(float)
 #define BEST(state, padded) ((state) + (padded) + LANES)
 
 /* How near memory is brought that is read soon. Zen 4 waits for room in its nearest cache, and takes 1.5 times as long
- * with 64 rows; gcc 12 calls it znver3. */
-#if defined(__AVX512F__) && (defined(__znver3__) || defined(__znver4__) || defined(__znver5__))
-#define NEARNESS 2
-#else
-#define NEARNESS 3
-#endif
+ * with 64 rows. */
+#define NEARNESS (IS_ZEN_4 ? 2 : 3)
 
 /* What is read next: memory is slow, so a little of it is asked for with each step of the sums. */
 typedef struct {

@@ -9,6 +9,12 @@
 typedef uint16_t bf16;
 typedef int64_t i64;
 
+#if defined(__AVX512F__) && (defined(__znver3__) || defined(__znver4__) || defined(__znver5__))
+#define IS_ZEN_4 1 /* or later; gcc 12 calls it znver3 */
+#else
+#define IS_ZEN_4 0
+#endif
+
 #define LANES 16
 #define FEW 16384 /* numbers; fewer are not worth a second thread */
 
