@@ -127,7 +127,7 @@ def test_nodes_are_laid_out_as_by_the_operators(num_nodes, without_kernels):
     ("dtype", "compute_dtype"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)]
 )
 def test_layers_in_one_call_have_the_bits_of_kernels_one_by_one(family, dtype, compute_dtype, monkeypatch):
-    """Hidden states, kept inputs, and what was written to the cache; whatever the processor multiplies."""
+    """Hidden states, features, logits, and what was written to the cache; whatever the processor multiplies."""
     monkeypatch.setattr(linear, "find_layout", lambda _: linear.OwnLayout)
     target = TargetModel(build_model(family, dtype), compute_dtype=compute_dtype)
     found = []
@@ -137,8 +137,9 @@ def test_layers_in_one_call_have_the_bits_of_kernels_one_by_one(family, dtype, c
             assert target._fused._compiled is not None
             if not is_compiled:
                 target._fused._compiled = None
-            hidden, inputs = target._fused.run(batch, cache, target.feature_layers)
-            found.append([hidden, *(inputs[n] for n in target.feature_layers), cache.keys.data, cache.values.data])
+            output, logits = target.launch(batch, cache)
+            assert output.features is not None and output.features.shape == (9, 4 * target.hidden_size)
+            found.append([output.last_hidden, output.features, logits, cache.keys.data, cache.values.data])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 

@@ -66,7 +66,7 @@ def draft_chains(drafter: EagleDrafter, rollout: FinishedRollout, num_pairs: int
 @pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm_before_residual", [False, True])
-def test_the_layer_in_one_call_has_the_bits_of_kernels_one_by_one(dtype, norm_before_residual, monkeypatch):
+def test_a_pass_in_one_call_has_the_bits_of_kernels_one_by_one(dtype, norm_before_residual, monkeypatch):
     """Whole trees of several rows of unlike lengths, and what was written to the cache."""
     monkeypatch.setattr(linear, "find_layout", lambda _: linear.OwnLayout)
     drafter = build_drafter_for(build_model("llama", dtype))
@@ -74,9 +74,9 @@ def test_the_layer_in_one_call_has_the_bits_of_kernels_one_by_one(dtype, norm_be
     found = []
     for is_compiled in (True, False):
         drafter.begin()
-        assert drafter._layer is not None and drafter._layer._compiled is not None
+        assert drafter._layer is not None and drafter._compiled is not None
         if not is_compiled:
-            drafter._layer._compiled = None
+            drafter._compiled = None
         with drafter.target.rollout_mode():
             draft = drafter.propose(
                 build_context(drafter.target, [3, 9, 60]), SpeculationPlan(depth=4, width=3, num_draft_tokens=9)

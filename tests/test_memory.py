@@ -350,7 +350,7 @@ def test_one_sequence_goes_on_without_a_draft_before_it_gives_up():
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
     engine = build_engine("none", "off")
     for error in (RuntimeError("shapes differ"), OSError(2, "no such file")):
-        engine.target.forward = lambda batch, cache, error=error: (_ for _ in ()).throw(error)
+        engine.target.launch = lambda batch, cache, error=error: (_ for _ in ()).throw(error)
         with pytest.raises(type(error), match=re.escape(str(error))):
             engine.generate([[7]], SHORT[0])
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))

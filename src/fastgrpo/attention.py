@@ -269,12 +269,18 @@ def attend_to_rows(
 
 
 def describe_rows(
-    batch: ForwardBatch, keys: BlockStore, values: BlockStore, cos: Float[Tensor, "T d"], sin: Float[Tensor, "T d"]
+    batch: ForwardBatch, keys: BlockStore, values: BlockStore, cos: Float[Tensor, "C d"], sin: Float[Tensor, "C d"]
 ) -> CachedRows:
-    """The batch for layers that run in one call; for batches that `has_kernels` accepts."""
+    """The batch for layers that run in one call; for batches that `has_kernels` accepts.
+
+    Args:
+        cos, sin: of all positions up to the batch's, as `RotationTable.cover` has them.
+    """
     return CachedRows(
         cos=cos,
         sin=sin,
+        token_ids=batch.token_ids,
+        positions=batch.positions,
         places=batch.write_index,
         keys=keys.data,
         values=values.data,

@@ -2,11 +2,12 @@
 
 transformers' layers are chains of small operators, some forty for each layer; dispatching them on a CPU, and running
 them on a GPU, takes longer than a small batch's products. Here the same weights meet nine kernels a layer, rounded
-where transformers rounds; where the products are our own, all layers are one call (`kernels/layer.c`).
+where transformers rounds; where the products are our own, the whole forward is one call (`kernels/layer.c`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fastgrpo.attention import MOST_GPU_NODES, ForwardBatch, attend_to_rows, des
 from fastgrpo.cache import SlotCache
 from fastgrpo.kernels import cpu
 from fastgrpo.kernels.choose import find_kernels
-from fastgrpo.kernels.layers import CompiledLayers, LayerWeights, Norm
+from fastgrpo.kernels.layers import CompiledDecoder, LayerWeights, Norm, has_own_products
 from fastgrpo.kernels.linear import PackedLinear, may_pack, round_up, wants_round_rows
 from fastgrpo.rotation import RotationTable
 
@@ -70,9 +71,10 @@ class FusedDecoder:
     Args:
         decoder: transformers' model without its head, adapters merged.
         dtype: of the matrix products, and of keys and values.
+        output: from hidden states to logits; None where that product is none of ours.
     """
 
-    def __init__(self, decoder: Any, dtype: torch.dtype) -> None:
+    def __init__(self, decoder: Any, dtype: torch.dtype, output: PackedLinear | None = None) -> None:
         self._decoder, self._dtype = decoder, dtype
         self._kernels = find_kernels(decoder.embed_tokens.weight)
         assert self._kernels is not None, "ask find_obstacle first"
@@ -81,23 +83,40 @@ class FusedDecoder:
         self._layers = [_read_layer(layer, packs) for layer in decoder.layers]
         self._norm = _read_norm(decoder.norm)
         self._rotation = RotationTable(decoder.rotary_emb, count_positions(decoder.config))
-        is_own = self._kernels is cpu and CompiledLayers.covers(self._layers)
-        self._compiled = CompiledLayers(self._layers, decoder.embed_tokens.weight.dtype, dtype) if is_own else None
+        self._compiled: CompiledDecoder | None = None
+        if self._kernels is cpu and has_own_products(self._layers):
+            has_output = output is not None and output.own is not None and output.own.weight.dtype == dtype
+            self._compiled = CompiledDecoder(
+                self._layers,
+                embeddings=decoder.embed_tokens.weight,
+                last=self._norm,
+                output=output if has_output else None,
+                dtype=dtype,
+            )
 
     def run(
-        self, batch: ForwardBatch, cache: SlotCache, kept: tuple[int, ...]
-    ) -> tuple[Float[Tensor, "T H"], dict[int, Float[Tensor, "T H"]]]:
-        """Normed hidden states, and the inputs of the layers in `kept`; writes keys and values."""
-        residual = F.embedding(batch.token_ids, self._decoder.embed_tokens.weight)
-        cos, sin = self._rotation(batch.positions, residual)
+        self, batch: ForwardBatch, cache: SlotCache, kept: tuple[int, ...] | None, *, wants_logits: bool = False
+    ) -> tuple[Float[Tensor, "T H"], Float[Tensor, "T W"] | None, Float[Tensor, "T V"] | None]:
+        """Normed hidden states; writes keys and values.
+
+        Args:
+            kept: layers whose inputs are wanted.
+
+        Returns:
+            the states; those inputs and the states side by side, None if none are wanted; the logits where they come
+            at the same time, valid until the next call, else None.
+        """
+        embeddings = self._decoder.embed_tokens.weight
+        if self._compiled is not None and has_kernels(cache.keys.data, batch):
+            table = self._rotation.cover(batch.positions, embeddings.dtype)
+            rows = describe_rows(batch, cache.keys, cache.values, *table)
+            return self._compiled.run(rows, kept, wants_logits=wants_logits)
+        residual = F.embedding(batch.token_ids, embeddings)
+        rotation = self._rotation(batch.positions, residual)
         with torch.autocast(residual.device.type, enabled=False):
-            if self._compiled is not None and has_kernels(cache.keys.data, batch):
-                inputs = {number: torch.empty_like(residual) for number in kept}
-                rows = describe_rows(batch, cache.keys, cache.values, cos, sin)
-                delta = self._compiled.run(rows, residual, inputs)
-            else:
-                inputs, delta = self._run_layers(batch, cache, residual, (cos, sin), kept)
-            return self._add_norm(residual, delta, self._norm)[: len(residual)], inputs
+            inputs, delta = self._run_layers(batch, cache, residual, rotation, kept or ())
+            hidden = self._add_norm(residual, delta, self._norm)[: len(residual)]
+        return hidden, None if kept is None else join_features(inputs, kept, hidden, cache), None
 
     def _run_layers(
         self,
@@ -135,6 +154,13 @@ class FusedDecoder:
     def _add_norm(self, residual: Tensor, delta: Tensor | None, norm: Norm) -> Tensor:
         padded = round_up(len(residual)) if self._rounds_rows else None
         return self._kernels.add_norm(residual, delta, norm.weight, norm.eps, self._dtype, padded=padded)
+
+
+def join_features(
+    inputs: Mapping[int, Float[Tensor, "T H"]], kept: tuple[int, ...], hidden: Float[Tensor, "T H"], cache: SlotCache
+) -> Float[Tensor, "T W"]:
+    """Inputs of some layers and the hidden states behind all of them side by side, as the cache has them."""
+    return torch.cat([*(inputs[layer] for layer in kept), hidden], -1).to(cache.keys.data.dtype)
 
 
 def count_positions(config: Any) -> int:

@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from fastgrpo.attention import ATTENTION_NAME, ForwardBatch, has_gpu_kernel
 from fastgrpo.block_store import BlockStore
 from fastgrpo.cache import SlotCache
-from fastgrpo.decoder import NO_KERNELS, FusedDecoder, find_obstacle
+from fastgrpo.decoder import NO_KERNELS, FusedDecoder, find_obstacle, join_features
 from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder
 from fastgrpo.kernels import gpu
 from fastgrpo.kernels.linear import PackedLinear, has_own_product
@@ -181,18 +181,10 @@ class TargetModel:
 
     def forward(self, batch: ForwardBatch, cache: SlotCache) -> ForwardOutput:
         """Run the packed tokens, writing their keys and values; call inside `rollout_mode`."""
-        kept = () if cache.features is None else self.feature_layers
-        if self._fused is not None:
-            hidden, inputs = self._fused.run(batch, cache, kept)
-        else:
-            hidden, inputs = self._run_modules(batch, cache, kept)
-        if cache.features is None:
-            return ForwardOutput(last_hidden=hidden, features=None)
-        parts = [inputs[layer] for layer in kept] + [hidden]
-        return ForwardOutput(last_hidden=hidden, features=torch.cat(parts, -1).to(cache.features.data.dtype))
+        return self._run(batch, cache, wants_logits=False)[0]
 
     def decode(self, batch: ForwardBatch, cache: SlotCache) -> tuple[ForwardOutput, Float[Tensor, "T V"]]:
-        """`forward` and the logits of all tokens; on a GPU recorded and replayed, and valid until the next call."""
+        """`forward` and the logits of all tokens, valid until the next call; on a GPU recorded and replayed."""
         if self._recorder is None:
             return self.launch(batch, cache)
         if self._runner is None or self._runner[0] is not cache:
@@ -203,8 +195,8 @@ class TargetModel:
 
     def launch(self, batch: ForwardBatch, cache: SlotCache) -> tuple[ForwardOutput, Float[Tensor, "T V"]]:
         """`decode`, never recorded."""
-        output = self.forward(batch, cache)
-        return output, self.compute_logits(output.last_hidden)
+        output, logits = self._run(batch, cache, wants_logits=True)
+        return output, self.compute_logits(output.last_hidden) if logits is None else logits
 
     @property
     def records(self) -> bool:
@@ -234,9 +226,21 @@ class TargetModel:
         if obstacle is None:
             if type(self.lm_head) is nn.Linear and has_own_product(self.lm_head, self.dtype):
                 self._output = PackedLinear([self.lm_head])
-            return FusedDecoder(self.decoder, self.dtype)
+            return FusedDecoder(self.decoder, self.dtype, self._output)
         _warn_of(obstacle)
         return None
+
+    def _run(
+        self, batch: ForwardBatch, cache: SlotCache, *, wants_logits: bool
+    ) -> tuple[ForwardOutput, Float[Tensor, "T V"] | None]:
+        """The logits are there if they came at the same time."""
+        kept, logits = None if cache.features is None else self.feature_layers, None
+        if self._fused is not None:
+            hidden, features, logits = self._fused.run(batch, cache, kept, wants_logits=wants_logits)
+        else:
+            hidden, inputs = self._run_modules(batch, cache, kept or ())
+            features = None if kept is None else join_features(inputs, kept, hidden, cache)
+        return ForwardOutput(last_hidden=hidden, features=features), logits
 
     def _run_modules(
         self, batch: ForwardBatch, cache: SlotCache, kept: tuple[int, ...]

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastgrpo.kernels import cpu
 from fastgrpo.transfer import is_host
 
 _MOST_BYTES = 64 * 2**20  # of a table on a device
@@ -34,11 +35,17 @@ class RotationTable:
         """cos and sin, in the type and on the device of `like`."""
         if not is_host(positions):  # a device would have to be asked how long the table must be
             return self._look_up(positions, like)
-        most = int(positions.max())
-        if self._table is None or len(self._table[0]) <= most or self._table[0].dtype != like.dtype:
-            self._table = self._compute(torch.arange(2 * most + 2), like)
-        cos, sin = (part.index_select(0, positions) for part in self._table)
+        cos, sin = (part.index_select(0, positions) for part in self.cover(positions, like.dtype))
         return cos, sin
+
+    def cover(
+        self, positions: Int[Tensor, " T"], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "C d"], Float[Tensor, "C d"]]:
+        """cos and sin of all positions of the host up to these, and of more."""
+        most = cpu.find_most(positions) if cpu.is_available() else int(positions.max())
+        if self._table is None or len(self._table[0]) <= most or self._table[0].dtype != dtype:
+            self._table = self._compute(torch.arange(2 * most + 2), torch.empty(0, dtype=dtype))
+        return self._table
 
     def _look_up(
         self, positions: Int[Tensor, " T"], like: Float[Tensor, "*n"]

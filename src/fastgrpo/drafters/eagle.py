@@ -7,6 +7,7 @@ head's own outputs as features.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastgrpo.attention import ForwardBatch
+from fastgrpo.attention import ForwardBatch, describe_rows, has_kernels
 from fastgrpo.cache import SlotCache, locate_each
 from fastgrpo.decoder import count_positions
 from fastgrpo.drafters.beams import grow_trees
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.eagle_files import load_head, save_head
 from fastgrpo.drafters.eagle_head import EagleHead, build_head, start_from_target
-from fastgrpo.drafters.eagle_layer import FusedMidLayer
+from fastgrpo.drafters.eagle_layer import FusedMidLayer, compile_head, is_plain
 from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.drafters.head_inputs import HeadInputs, TableShape
 from fastgrpo.graphs import Replays, list_larger
+from fastgrpo.kernels.layers import CachedRows
 from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
 from fastgrpo.rotation import RotationTable
@@ -66,6 +68,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         self._rotation = RotationTable(self.target.decoder.rotary_emb, count_positions(self.target.config))
         self._layer = FusedMidLayer(self.fast_head) if FusedMidLayer.covers(self.fast_head) else None
         pack_modules(self.fast_head, leave=() if self._layer is None else ("midlayer",))
+        self._compiled = None if self._layer is None else compile_head(self.fast_head, self._layer)
 
     def begin(self) -> None:
         super().begin()
@@ -124,26 +127,35 @@ class EagleDrafter(HeadDrafter[EagleHead]):
     def _read_pairs(self, inputs: HeadInputs) -> Float[Tensor, "B H"]:
         """Run the pairs whose true features are new; returns each row's last output."""
         (num_rows, width), device = inputs.unread.shape, inputs.unread.device
-        num_new = inputs.lengths - inputs.num_read
-        every = torch.arange(num_rows, device=device)
-        if inputs.counts is None:
-            counts, num_nodes = (width,) * num_rows, torch.full_like(num_new, width)
-            rows = every[:, None].expand(-1, width).flatten()
-        else:
-            counts, num_nodes = inputs.counts, num_new
-            rows = every.repeat_interleave(num_new, output_size=sum(counts))
+        counts = (width,) * num_rows if inputs.counts is None else inputs.counts
         batch = ForwardBatch.build(
             token_ids=inputs.unread,
-            num_nodes=num_nodes,
-            visible=torch.ones(num_rows, width, width, dtype=torch.bool, device=device).tril(),
+            num_nodes=torch.full_like(inputs.num_read, width) if inputs.counts is None else upload(counts, device),
+            visible=_see_before(num_rows, width) if device.type == "cpu" else _build_triangles(num_rows, width, device),
             blocks=inputs.own_blocks,
             lengths=inputs.num_read,
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
             counts=counts,
         )
+        if inputs.counts is not None and self._runs_compiled(batch):
+            assert self._compiled is not None and self._cache is not None and self._cache.features is not None
+            embeddings, features = self.target.embed_tokens.weight, self._cache.features.flat(0)
+            return self._compiled.read(self._describe(batch), embeddings, features, inputs.blocks)
+        rows = torch.arange(num_rows, device=device).repeat_interleave(batch.num_nodes, output_size=sum(counts))
         hidden = self._read_features(locate_each(inputs.blocks, rows, batch.positions))
-        return self.forward(batch, hidden)[batch.row_starts + num_new - 1]
+        return self._run(batch, hidden)[batch.row_starts + (inputs.lengths - inputs.num_read) - 1]
+
+    def _runs_compiled(self, batch: ForwardBatch) -> bool:
+        """Whether a pass over the batch is one call."""
+        keys = self._rows.cache.keys.data
+        return (
+            self._compiled is not None and has_kernels(keys, batch) and is_plain(self.target.embed_tokens, keys.dtype)
+        )
+
+    def _describe(self, batch: ForwardBatch) -> CachedRows:
+        keys, values = self._rows.cache.keys, self._rows.cache.values
+        return describe_rows(batch, keys, values, *self._rotation.cover(batch.positions, keys.data.dtype))
 
     def _store_pairs(self, context: DraftContext) -> None:
         """Keys and values of all new pairs but each row's last, whose output alone is drafted from."""
@@ -177,19 +189,28 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         hidden: Tensor = self.fast_head.fc(features.to(self.target.dtype))
         return hidden
 
-    def forward(
-        self, batch: ForwardBatch, hidden: Float[Tensor, "P H"], above: Int[Tensor, " T"] | None = None
+    def expand(
+        self, batch: ForwardBatch, hidden: Float[Tensor, "B A H"], above: Int[Tensor, "B W"]
     ) -> Float[Tensor, "T H"]:
-        """One pass of the head over packed pairs, keys and values written behind each row.
+        """Outputs of nodes, W in each row, keys and values written behind it.
 
         Args:
-            above: which of the hidden states each pair has; None: its own.
+            hidden: outputs of the nodes expanded before.
+            above: which of its row's each node has.
         """
+        if self._runs_compiled(batch):
+            assert self._compiled is not None
+            return self._compiled.expand(self._describe(batch), self.target.embed_tokens.weight, hidden, above)
+        num_rows, num_above = hidden.shape[:2]
+        places = (torch.arange(num_rows, device=above.device) * num_above)[:, None] + above
+        return self._run(batch, hidden.flatten(0, 1)[places.flatten()])
+
+    def _run(self, batch: ForwardBatch, hidden: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
+        """One pass of the head over packed pairs, kernel by kernel."""
         head, target = self.fast_head, self.target
         cos, sin = self._rotation(batch.positions, hidden)
         if self._layer is not None:
-            return self._layer.run(target.embed_tokens, hidden, above, cos, sin, batch, self._rows)
-        hidden = hidden if above is None else hidden[above]
+            return self._layer.run(target.embed_tokens, hidden, cos, sin, batch, self._rows)
         embedded = target.embed_tokens(batch.token_ids).to(hidden.dtype)
         query, key, value = head.attention_inputs(embedded, hidden, cos, sin)
         return head.finish(hidden, self._rows.attend(0, batch, query, key, value))
@@ -198,7 +219,22 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         self, output: Float[Tensor, "B W H"], noise_rows: SamplingBatch, width: int
     ) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
         """The `width` most promising tokens after each output: log chance of being chosen, token id."""
-        return self.rank(self.fast_head.compute_logits(output), noise_rows, width)
+        if self._compiled is None:
+            return self.rank(self.fast_head.compute_logits(output), noise_rows, width)
+        rows = (noise_rows.stream_keys, noise_rows.positions, noise_rows.temperature)
+        with_noise = self.ranks_with_noise and noise_rows.is_noisy
+        return self._compiled.rank(output, self.head.draft_vocab, *rows, width, with_noise=with_noise)
+
+
+def _build_triangles(num_rows: int, width: int, device: torch.device) -> Bool[Tensor, "B N N"]:
+    """What pairs see of their row: those before, and themselves."""
+    return torch.ones(num_rows, width, width, dtype=torch.bool, device=device).tril()
+
+
+@functools.lru_cache(maxsize=256)
+def _see_before(num_rows: int, width: int) -> Bool[Tensor, "B N N"]:
+    """`_build_triangles` on the host; not for recordings, whose memory is their own."""
+    return _build_triangles(num_rows, width, torch.device("cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +267,4 @@ class _EagleLevels:
             num_repeats=drafter.target.num_repeats,
             counts=(token_ids.shape[1],) * len(token_ids),
         )
-        num_rows, num_above = self.hidden.shape[:2]
-        places = (torch.arange(num_rows, device=above.device) * num_above)[:, None] + above
-        output = drafter.forward(batch, self.hidden.flatten(0, 1), places.flatten())
-        self.hidden = output.unflatten(0, token_ids.shape)
+        self.hidden = drafter.expand(batch, self.hidden, above).unflatten(0, token_ids.shape)

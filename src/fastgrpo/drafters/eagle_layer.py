@@ -1,4 +1,4 @@
-"""The layer of an EAGLE-3 head without the modules in between, as `decoder` runs those of the target."""
+"""An EAGLE-3 head without the modules in between, as `decoder` runs the target's layers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fastgrpo.attention import ForwardBatch, attend_to_rows, describe_rows, has_kernels
+from fastgrpo.attention import ForwardBatch, attend_to_rows
 from fastgrpo.drafters.eagle_head import EagleHead
 from fastgrpo.drafters.head_rows import HeadRows
 from fastgrpo.kernels import cpu
 from fastgrpo.kernels.choose import find_kernels
-from fastgrpo.kernels.layers import CompiledLayers, LayerWeights, Norm, PairLayer
-from fastgrpo.kernels.linear import PackedLinear
+from fastgrpo.kernels.heads import CompiledHead
+from fastgrpo.kernels.layers import LayerWeights, Norm, has_own_products
+from fastgrpo.kernels.linear import PackedLinear, find_packed
 
 
 class FusedMidLayer:
-    """Four products and kernels between them, in one call where all are ours; the weights as they are when it is built.
+    """Four products and kernels between them; the weights as they are when it is built.
 
     Args:
         head: one that `covers` accepts, in the type it drafts in.
@@ -33,8 +34,8 @@ class FusedMidLayer:
             Norm(norm.weight.data, norm.eps)
             for norm in (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm)
         )
-        self._pair_norms = embedded, hidden
-        self._weights = LayerWeights(
+        self.pair_norms = embedded, hidden
+        self.weights = LayerWeights(
             before_attention=None,  # two norms side by side, here
             before_mlp=norm,
             states=PackedLinear((attention.q_proj, attention.k_proj, attention.v_proj)),
@@ -47,9 +48,6 @@ class FusedMidLayer:
             scale=head.head_dim**-0.5,
         )
         self._stored = PackedLinear((attention.k_proj, attention.v_proj))
-        self._compiled: PairLayer | None = None
-        if self._kernels is cpu and CompiledLayers.covers([self._weights]):
-            self._compiled = PairLayer(self._weights, embedded, hidden, keeps_normed=head.norm_before_residual)
 
     @staticmethod
     def covers(head: EagleHead) -> bool:
@@ -60,24 +58,15 @@ class FusedMidLayer:
     def run(
         self,
         embed_tokens: nn.Module,
-        hidden: Float[Tensor, "P H"],
-        above: Int[Tensor, " T"] | None,
+        hidden: Float[Tensor, "T H"],
         cos: Float[Tensor, "T d"],
         sin: Float[Tensor, "T d"],
         batch: ForwardBatch,
         rows: HeadRows,
     ) -> Float[Tensor, "T H"]:
-        """The layer's output for packed pairs; keys and values are written behind each row.
-
-        Args:
-            above: which of the hidden states each pair has; None: its own.
-        """
+        """The layer's output for packed pairs; keys and values are written behind each row."""
         keys, values = rows.cache.keys, rows.cache.values
-        if self._compiled is not None and has_kernels(hidden, batch) and _is_plain(embed_tokens, hidden):
-            place = describe_rows(batch, keys, values, cos, sin)
-            return self._compiled.run(place, embed_tokens.weight, batch.token_ids, hidden.contiguous(), above)
-        kernels, weights = self._kernels, self._weights
-        hidden = hidden if above is None else hidden[above]
+        kernels, weights = self._kernels, self.weights
         pairs, normed = self._norm_pairs(embed_tokens(batch.token_ids), hidden)
         states = weights.states(pairs)
         kernels.rotate_and_cache_(states, cos, sin, batch.write_index, keys.flat(0), values.flat(0))
@@ -94,7 +83,7 @@ class FusedMidLayer:
         """What the attention's products take, and the normed hidden states, its second half."""
         parts = [
             self._kernels.add_norm(states.contiguous(), None, norm.weight, norm.eps, hidden.dtype)
-            for states, norm in zip((embedded.to(hidden.dtype), hidden), self._pair_norms, strict=True)
+            for states, norm in zip((embedded.to(hidden.dtype), hidden), self.pair_norms, strict=True)
         ]
         return torch.cat(parts, -1), parts[1]
 
@@ -118,6 +107,32 @@ class FusedMidLayer:
         self._kernels.rotate_and_cache_(self._stored(pairs), cos, sin, places, keys.flat(0), values.flat(0))
 
 
-def _is_plain(embed_tokens: nn.Module, hidden: Tensor) -> TypeGuard[nn.Embedding]:
-    """Whether it only looks up rows of a table in the type of the hidden states."""
-    return type(embed_tokens) is nn.Embedding and embed_tokens.weight.dtype == hidden.dtype
+def compile_head(head: EagleHead, layer: FusedMidLayer) -> CompiledHead | None:
+    """The head in one call a pass; None where some product is not our own.
+
+    Args:
+        head: packed, in the type it drafts in.
+        layer: its layer.
+    """
+    dtype = layer.weights.before_mlp.weight.dtype
+    features, output = find_packed(head.fc), find_packed(head.lm_head)
+    is_own = features is not None and output is not None and features.own is not None and output.own is not None
+    if not is_own or not has_own_products([layer.weights]) or head.lm_head.weight.dtype != dtype:
+        return None
+    assert features is not None and output is not None
+    embedded, hidden = layer.pair_norms
+    return CompiledHead(
+        layer.weights,
+        embedded=embedded,
+        hidden=hidden,
+        keeps_normed=head.norm_before_residual,
+        features=features,
+        last=Norm(head.norm.weight.data, head.norm.eps),
+        output=output,
+        dtype=dtype,
+    )
+
+
+def is_plain(embed_tokens: nn.Module, dtype: torch.dtype) -> TypeGuard[nn.Embedding]:
+    """Whether it only looks up rows of a table that kernels read for products in this type."""
+    return type(embed_tokens) is nn.Embedding and cpu.covers(embed_tokens.weight.dtype, dtype)

@@ -12,7 +12,6 @@
 
 #include "common.h"
 
-#define BLOCK 64      /* cached positions that stand together, as in blocks.py */
 #define CHUNK 32      /* of them are read at once: two registers of scores */
 #define SEGMENT 128   /* of them are one task's: whole blocks */
 #define PAIR 32       /* numbers of a head that are read together; padded heads are a multiple of it */
@@ -279,15 +278,15 @@ static inline i64 find_state(const batch *b, i64 row, i64 first, i64 head) {
     return b->first_state[row] + (first / SEGMENT * b->kv_heads + head) * b->nodes[row] * b->repeats;
 }
 
-static inline i64 find_place(const batch *b, i64 row, i64 position) {
-    return b->blocks[row * b->most_blocks + position / BLOCK] + position % BLOCK;
+static inline i64 place_of(const batch *b, i64 row, i64 position) {
+    return find_place(b->blocks + row * b->most_blocks, b->most_blocks, position);
 }
 
 /* Whether all nodes of two rows see one and the same chunk. */
 static inline int shares_chunk(const batch *b, i64 row, i64 other, i64 first) {
     i64 end = first + CHUNK;
     return end <= b->lengths[row] && end <= b->lengths[other] && b->nodes[row] && b->nodes[other] && !is_long(b, row) &&
-           !is_long(b, other) && find_place(b, row, first) == find_place(b, other, first);
+           !is_long(b, other) && place_of(b, row, first) == place_of(b, other, first);
 }
 
 /* All segments, the first ones of all rows first, with `heads` of their heads in a task. */
@@ -310,9 +309,9 @@ static i64 list_tasks(const batch *b, i64 heads, task *tasks) {
 /* Where the chunk after the one at `first` of the rows before `end` begins; -1 where there is none. */
 static i64 find_next(const batch *b, const task *own, const task *soon, i64 end, i64 first) {
     i64 next = first + CHUNK;
-    if (end < own->end) return find_place(b, end, first);
-    if (next < own->first + SEGMENT && next < count_positions(b, own->row)) return find_place(b, own->row, next);
-    return soon ? find_place(b, soon->row, soon->first) : -1;
+    if (end < own->end) return place_of(b, end, first);
+    if (next < own->first + SEGMENT && next < count_positions(b, own->row)) return place_of(b, own->row, next);
+    return soon ? place_of(b, soon->row, soon->first) : -1;
 }
 
 static inline i64 find_last(const batch *b, const task *own, i64 row) {
@@ -372,7 +371,7 @@ static void order_nodes(const batch *b, i64 row) {
             const uint8_t *sees = b->visible + (row * b->most_nodes + node) * b->seen;                                \
             for (i64 e = 0, to = length - first; turn >= b->num_prefix[row] && to < end; e++) {                       \
                 if (!sees[e]) continue;                                                                               \
-                i64 from = find_place(b, row, length + e) * stride + head * b->width;                                 \
+                i64 from = place_of(b, row, length + e) * stride + head * b->width;                                   \
                 for (i64 j = 0; to >= 0 && j < b->width; j++) columns[j * CHUNK + to] = load_##X(keys + from + j);    \
                 if (to >= 0) read_values_##X(values + from, rows + to * b->padded, 1, stride, b->width, b->padded);   \
                 to++;                                                                                                 \
@@ -401,7 +400,7 @@ static void order_nodes(const batch *b, i64 row) {
                 end = row + 1;                                                                                        \
                 if (size <= 0) continue;                                                                              \
                 while (end < own->end && shares_chunk(b, row, end, first)) end++;                                     \
-                i64 place = find_place(b, row, first) * stride, soonest = find_next(b, own, soon, end, first);        \
+                i64 place = place_of(b, row, first) * stride, soonest = find_next(b, own, soon, end, first);          \
                 i64 after = soonest < 0 ? place : soonest * stride;                                                   \
                 i64 steps = count_batches(b, own, row, end) * b->padded / 2;                                          \
                 ahead next = {(const char *)(keys + after), (const char *)(values + after), 0};                       \

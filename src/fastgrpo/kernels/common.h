@@ -121,3 +121,11 @@ static inline void take_best(float *score, i64 width, i64 most, float *values, i
 #define load_float load_f32
 #define store_float store_f32
 #define as_float as_f32
+
+#define BLOCK 64 /* cached positions that stand together, as in blocks.py */
+
+/* Where a position of a row stands in the cache, one beyond its blocks anywhere. */
+static inline i64 find_place(const i64 *blocks, i64 most_blocks, i64 position) {
+    i64 block = position / BLOCK;
+    return blocks[block < most_blocks ? block : most_blocks - 1] + position % BLOCK;
+}

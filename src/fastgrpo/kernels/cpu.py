@@ -80,6 +80,11 @@ def rank(
     return chances, token_ids
 
 
+def find_most(values: Int[Tensor, " T"]) -> int:
+    """The largest of some numbers, none of which is negative; 0 of none."""
+    return int(call("find_most", values, len(values)))
+
+
 def lay_out(
     token_ids: Int[Tensor, "B N"],
     num_nodes: Int[Tensor, " B"],
@@ -135,7 +140,7 @@ def rotate_and_cache_(
     width, num_cached = cos.shape[1], keys.shape[1]
     num_heads = (states.shape[1] - 2 * num_cached) // width
     name = f"rotate_{NAMES[cos.dtype]}_{NAMES[states.dtype]}"
-    call(name, states, cos, sin, len(cos), num_heads, num_cached // width, width, places, keys, values)
+    call(name, states, cos, sin, None, len(cos), num_heads, num_cached // width, width, places, keys, values)
 
 
 def attend(
@@ -198,9 +203,9 @@ def multiply(
     return out
 
 
-def call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: Any) -> Any:
     """Call a kernel with tensors (their first number), numbers, and what ctypes passes by itself."""
-    getattr(_load(), f"fastgrpo_{name}")(*map(_pass, arguments))
+    return getattr(_load(), f"fastgrpo_{name}")(*map(_pass, arguments))
 
 
 def _load() -> ctypes.CDLL:

@@ -7,8 +7,6 @@
 
 #include "common.h"
 
-#define BLOCK 64 /* cached positions that stand together, as in blocks.py */
-
 /* ---- places ------------------------------------------------------------------------------------------------ */
 
 /* Packs the nodes in use of each row: token, position, place in the cache; and where each row's first one is. A node sees
@@ -20,13 +18,19 @@ void fastgrpo_lay_out(const i64 *nodes, const i64 *counts, const uint8_t *visibl
         starts[row] = t;
         for (i64 node = 0; node < counts[row]; node++, t++) {
             const uint8_t *sees = visible + (row * most_nodes + node) * seen;
-            i64 slot = lengths[row] + seen - most_nodes + node, block = slot / BLOCK, depth = 0;
+            i64 depth = 0;
             for (i64 e = 0; e < seen; e++) depth += sees[e];
             tokens[t] = nodes[row * most_nodes + node];
             positions[t] = lengths[row] + depth - 1;
-            places[t] = blocks[row * most_blocks + (block < most_blocks ? block : most_blocks - 1)] + slot % BLOCK;
+            places[t] = find_place(blocks + row * most_blocks, most_blocks, lengths[row] + seen - most_nodes + node);
         }
     }
+}
+
+int fastgrpo_find_most(const i64 *values, i64 count) {
+    i64 most = 0;
+    for (i64 i = 0; i < count; i++) most = values[i] > most ? values[i] : most;
+    return (int)most;
 }
 
 /* ---- norms ------------------------------------------------------------------------------------------------ */
@@ -104,13 +108,15 @@ DEFINE_HEAD_NORM(float, bf16)
         }                                                                                                             \
     }                                                                                                                 \
     /* A token's queries, keys and values stand side by side. Queries are rotated in place; keys, rotated, and values \
-     * go to their places in the cache. */                                                                            \
-    void fastgrpo_rotate_##C##_##X(X *states, const C *cosine, const C *sine, i64 tokens, i64 heads, i64 kv_heads,    \
-                                   i64 width, const i64 *places, X *keys, X *values) {                                \
+     * go to their places in the cache. Row n of cosine and sine is that of position n, or of token n where there are \
+     * no positions. */                                                                                               \
+    void fastgrpo_rotate_##C##_##X(X *states, const C *cosine, const C *sine, const i64 *positions, i64 tokens,       \
+                                   i64 heads, i64 kv_heads, i64 width, const i64 *places, X *keys, X *values) {       \
         i64 cached = kv_heads * width;                                                                                \
         _Pragma("omp parallel for if (tokens * heads * width > FEW)")                                                 \
         for (i64 token = 0; token < tokens; token++) {                                                                \
-            const C *cosines = cosine + token * width, *sines = sine + token * width;                                 \
+            i64 row = (positions ? positions[token] : token) * width;                                                 \
+            const C *cosines = cosine + row, *sines = sine + row;                                                     \
             X *query = states + token * (heads * width + 2 * cached), *key = query + heads * width;                   \
             for (i64 head = 0; head < heads; head++)                                                                  \
                 rotate_##C##_##X(query + head * width, query + head * width, cosines, sines, width);                  \

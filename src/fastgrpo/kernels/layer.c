@@ -1,5 +1,6 @@
-/* Whole decoder layers in one call: the kernels of decoder.c and products.c in the order that `decoder.FusedDecoder`
- * calls them in, so that the bits are the same and only the way from Python is saved, some nine times a layer.
+/* Whole decoders in one call: the kernels of decoder.c and products.c in the order that `decoder.FusedDecoder` calls
+ * them in, so that the bits are the same and only the way from Python is saved: some nine times a layer, and around the
+ * layers, where Python's own memory has left the caches for the weights that were read since.
  *
  * The records are those of layers.py, field by field, and so is the room for what stands in between (scratch). R: type
  * of residual, norms and rotation, X: of the products.
@@ -25,8 +26,15 @@ typedef struct {
 } layer;
 
 typedef struct {
-    const void *cosine, *sine;
-    const i64 *places;
+    const layer *layers;
+    i64 count;
+    const void *embeddings;
+    norm last;
+} decoder;
+
+typedef struct {
+    const void *cosine, *sine; /* of all positions that there are */
+    const i64 *ids, *positions, *places;
     void *keys, *values;
     i64 plane; /* numbers from the keys of one layer to those of the next */
     const i64 *starts, *nodes, *lengths, *blocks;
@@ -46,10 +54,22 @@ typedef struct {
 DECLARE(bf16)
 DECLARE(float)
 
+/* Rows of x go to rows that lie `stride` numbers apart. */
+#define DEFINE_PLACE(R, X)                                                                                            \
+    static inline void place_##R##_##X(const R *x, X *out, i64 stride, i64 rows, i64 width) {                         \
+        for (i64 row = 0; row < rows; row++)                                                                          \
+            for (i64 i = 0; i < width; i++) store_##X(out + row * stride + i, load_##R(x + row * width + i));         \
+    }
+
+DEFINE_PLACE(bf16, bf16)
+DEFINE_PLACE(float, float)
+DEFINE_PLACE(float, bf16)
+
 #define DEFINE_LAYER(R, X)                                                                                            \
     void fastgrpo_add_norm_##R##_##X(R *, const X *, const R *, X *, i64, i64, float);                                \
     void fastgrpo_head_norm_##R##_##X(X *, i64, const R *, i64, i64, i64, float);                                     \
-    void fastgrpo_rotate_##R##_##X(X *, const R *, const R *, i64, i64, i64, i64, const i64 *, X *, X *);             \
+    void fastgrpo_rotate_##R##_##X(X *, const R *, const R *, const i64 *, i64, i64, i64, i64, const i64 *, X *,      \
+                                   X *);                                                                              \
                                                                                                                       \
     /* What follows the first norm, whose output is x. The residual takes the attention's output; that of the MLP is  \
      * left in delta. */                                                                                              \
@@ -68,8 +88,8 @@ DECLARE(float)
         if (own->key_norm.weight)                                                                                     \
             fastgrpo_head_norm_##R##_##X(states + queries, stride, own->key_norm.weight, tokens, own->kv_heads,       \
                                          own->width, own->key_norm.eps);                                              \
-        fastgrpo_rotate_##R##_##X(states, b->cosine, b->sine, tokens, own->heads, own->kv_heads, own->width,          \
-                                  b->places, keys, values);                                                           \
+        fastgrpo_rotate_##R##_##X(states, b->cosine, b->sine, b->positions, tokens, own->heads, own->kv_heads,        \
+                                  own->width, b->places, keys, values);                                               \
         fastgrpo_attend_##X(states, stride, keys, values, attended, b->rows, b->starts, b->nodes, b->lengths,         \
                             b->blocks, b->most_blocks, b->visible, b->most_nodes, b->seen, own->heads, own->kv_heads, \
                             own->width, own->scale);                                                                  \
@@ -81,48 +101,99 @@ DECLARE(float)
         multiply_##X(&own->down, active, tokens, delta);                                                              \
     }                                                                                                                 \
                                                                                                                       \
-    /* `count` layers, one after the other; delta is still to be added to the residual. kept: where to put the input  \
-     * of each layer that is asked for, else none. */                                                                 \
-    void fastgrpo_layers_##R##_##X(const layer *layers, i64 count, const batch *b, R *residual, R *const *kept,       \
-                                   X *delta, X *scratch) {                                                            \
-        i64 size = b->tokens * layers->output.outputs;                                                                \
-        X *x = scratch;                                                                                               \
-        for (i64 number = 0; number < count; number++) {                                                              \
-            const norm *first = &layers[number].before_attention;                                                     \
-            fastgrpo_add_norm_##R##_##X(residual, number ? delta : NULL, first->weight, x, b->tokens,                 \
-                                        layers->output.outputs, first->eps);                                          \
-            if (kept[number]) memcpy(kept[number], residual, size * sizeof(R));                                       \
-            fastgrpo_layer_##R##_##X(layers + number, b, number, x, residual, delta, scratch + size);                 \
+    /* From token ids to normed hidden states; their logits where there is an output for them; and side by side the   \
+     * inputs of the `num_kept` layers in `kept` and the hidden states, where there is room for them (features). */   \
+    void fastgrpo_decode_##R##_##X(const decoder *own, const batch *b, const linear *output, const i64 *kept,         \
+                                   i64 num_kept, X *hidden, X *features, X *logits, R *residual, X *scratch) {        \
+        i64 width = own->layers->output.outputs, size = b->tokens * width, stride = (num_kept + 1) * width;           \
+        X *delta = scratch, *x = delta + size;                                                                        \
+        for (i64 t = 0; t < b->tokens; t++)                                                                           \
+            memcpy(residual + t * width, (const R *)own->embeddings + b->ids[t] * width, width * sizeof(R));          \
+        for (i64 number = 0; number < own->count; number++) {                                                         \
+            const norm *first = &own->layers[number].before_attention;                                                \
+            fastgrpo_add_norm_##R##_##X(residual, number ? delta : NULL, first->weight, x, b->tokens, width,          \
+                                        first->eps);                                                                  \
+            for (i64 n = 0; n < num_kept; n++)                                                                        \
+                if (kept[n] == number) place_##R##_##X(residual, features + n * width, stride, b->tokens, width);     \
+            fastgrpo_layer_##R##_##X(own->layers + number, b, number, x, residual, delta, x + size);                  \
         }                                                                                                             \
+        fastgrpo_add_norm_##R##_##X(residual, delta, own->last.weight, hidden, b->tokens, width, own->last.eps);      \
+        if (features) place_##X##_##X(hidden, features + num_kept * width, stride, b->tokens, width);                 \
+        if (output) multiply_##X(output, hidden, b->tokens, logits);                                                  \
     }
 
 DEFINE_LAYER(bf16, bf16)
 DEFINE_LAYER(float, float)
 DEFINE_LAYER(float, bf16)
 
-/* ---- the layer of an EAGLE-3 head --------------------------------------------------------------------------- */
+/* ---- an EAGLE-3 head ---------------------------------------------------------------------------------------- */
 
 typedef struct {
     norm embedded, hidden; /* side by side they are the layer's input */
     i64 keeps_normed;      /* the residual is the normed hidden state */
-} pairing;
+    layer layer;
+    linear features; /* from the target's features to hidden states */
+    norm last;
+    linear output; /* to logits of the tokens that are drafted */
+} head;
 
-/* The output for pairs of a hidden state and a token. above: which hidden state each has; none: its own. */
-#define DEFINE_PAIRS(X)                                                                                               \
-    void fastgrpo_pairs_##X(const pairing *pair, const layer *own, const batch *b, const X *embeddings,               \
-                            const i64 *tokens, const X *hidden, const i64 *above, X *out, X *scratch) {               \
-        i64 size = own->output.outputs;                                                                               \
+/* E: type of the embeddings. */
+#define DEFINE_PAIRS(E, X)                                                                                            \
+    /* The output for pairs of a hidden state and a token. above: which of its row's `num_above` hidden states each   \
+     * has, of rows that are alike; none: its own. */                                                                 \
+    void fastgrpo_pairs_##E##_##X(const head *own, const batch *b, const E *embeddings, const X *hidden,              \
+                                  const i64 *above, i64 num_above, X *out, X *scratch) {                              \
+        i64 size = own->layer.output.outputs;                                                                         \
         X *x = scratch, *delta = x + 2 * b->tokens * size;                                                            \
         for (i64 t = 0; t < b->tokens; t++) {                                                                         \
             X *left = x + 2 * t * size, *right = left + size;                                                         \
-            X *embedded = (X *)embeddings + tokens[t] * size, *state = (X *)hidden + (above ? above[t] : t) * size;   \
-            fastgrpo_add_norm_##X##_##X(embedded, NULL, pair->embedded.weight, left, 1, size, pair->embedded.eps);    \
-            fastgrpo_add_norm_##X##_##X(state, NULL, pair->hidden.weight, right, 1, size, pair->hidden.eps);          \
-            memcpy(out + t * size, pair->keeps_normed ? right : state, size * sizeof(X));                             \
+            X *state = (X *)hidden + (above ? t / b->most_nodes * num_above + above[t] : t) * size;                   \
+            place_##E##_##X(embeddings + b->ids[t] * size, left, size, 1, size);                                      \
+            fastgrpo_add_norm_##X##_##X(left, NULL, own->embedded.weight, left, 1, size, own->embedded.eps);          \
+            fastgrpo_add_norm_##X##_##X(state, NULL, own->hidden.weight, right, 1, size, own->hidden.eps);            \
+            memcpy(out + t * size, own->keeps_normed ? right : state, size * sizeof(X));                              \
         }                                                                                                             \
-        fastgrpo_layer_##X##_##X(own, b, 0, x, out, delta, delta + b->tokens * size);                                 \
+        fastgrpo_layer_##X##_##X(&own->layer, b, 0, x, out, delta, delta + b->tokens * size);                         \
         for (i64 i = 0; i < b->tokens * size; i++) store_##X(out + i, load_##X(out + i) + load_##X(delta + i));       \
+    }                                                                                                                 \
+                                                                                                                      \
+    /* The output of each row's last pair, of hidden states from the target's features, which are the first numbers of\
+     * rows `stride` apart. blocks: where the features of a row stand, from the head's first position on. */          \
+    void fastgrpo_read_pairs_##E##_##X(const head *own, const batch *b, const E *embeddings, const X *features,       \
+                                       i64 stride, const i64 *blocks, i64 most_blocks, X *last, X *scratch) {         \
+        i64 size = own->layer.output.outputs, width = own->features.inputs;                                           \
+        X *hidden = scratch, *out = hidden + b->tokens * size, *rest = out + b->tokens * size;                        \
+        for (i64 row = 0; row < b->rows; row++)                                                                       \
+            for (i64 t = b->starts[row]; t < b->starts[row] + b->nodes[row]; t++) {                                   \
+                i64 place = find_place(blocks + row * most_blocks, most_blocks, b->positions[t]);                     \
+                memcpy(rest + t * width, features + place * stride, width * sizeof(X));                               \
+            }                                                                                                         \
+        multiply_##X(&own->features, rest, b->tokens, hidden);                                                        \
+        fastgrpo_pairs_##E##_##X(own, b, embeddings, hidden, NULL, 0, out, rest);                                     \
+        for (i64 row = 0; row < b->rows; row++)                                                                       \
+            memcpy(last + row * size, out + (b->starts[row] + b->nodes[row] - 1) * size, size * sizeof(X));           \
     }
 
-DEFINE_PAIRS(bf16)
-DEFINE_PAIRS(float)
+DEFINE_PAIRS(bf16, bf16)
+DEFINE_PAIRS(float, float)
+DEFINE_PAIRS(float, bf16)
+
+/* The `most` likeliest tokens behind each of `nodes` outputs of a tree; see noise.c. */
+#define DEFINE_RANK_OUTPUTS(X)                                                                                        \
+    void fastgrpo_rank_##X(const X *, const int32_t *, const i64 *, const i64 *, const float *, i64, i64, i64, i64,   \
+                           i64, float *, i64 *);                                                                      \
+                                                                                                                      \
+    void fastgrpo_rank_outputs_##X(const head *own, const X *outputs, const int32_t *vocabulary,                      \
+                                   const i64 *stream_keys, const i64 *positions, const float *temperatures,           \
+                                   i64 trees, i64 nodes, i64 most, i64 is_noisy, float *chances, i64 *ids,            \
+                                   X *scratch) {                                                                      \
+        i64 rows = trees * nodes, size = own->output.inputs;                                                          \
+        X *normed = scratch, *logits = normed + rows * size;                                                          \
+        fastgrpo_add_norm_##X##_##X((X *)outputs, NULL, own->last.weight, normed, rows, size, own->last.eps);         \
+        multiply_##X(&own->output, normed, rows, logits);                                                             \
+        fastgrpo_rank_##X(logits, vocabulary, stream_keys, positions, temperatures, trees, nodes,                     \
+                          own->output.outputs, most, is_noisy, chances, ids);                                         \
+    }
+
+DEFINE_RANK_OUTPUTS(bf16)
+DEFINE_RANK_OUTPUTS(float)

@@ -1,9 +1,9 @@
-"""Whole decoder layers in one call (`layer.c`), where every product is our own."""
+"""Whole decoders in one call (`layer.c`), where every product is our own."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,48 +46,68 @@ class LayerWeights:
         return self.states, self.output, self.gate_and_up, self.down
 
 
-class _NormRecord(ctypes.Structure):
+class NormRecord(ctypes.Structure):
     _fields_ = (("weight", _Pointer), ("eps", ctypes.c_float))
 
+    @classmethod
+    def point_to(cls, norm: Norm | None) -> NormRecord:
+        return cls() if norm is None else cls(norm.weight.data_ptr(), norm.eps)
 
-class _LinearRecord(ctypes.Structure):
+
+class LinearRecord(ctypes.Structure):
     _fields_ = (("layout", _Pointer), ("bias", _Pointer), ("inputs", _Number), ("outputs", _Number))
 
+    @classmethod
+    def point_to(cls, linear: PackedLinear) -> LinearRecord:
+        own = linear.own
+        assert own is not None, "its product is not our own"
+        bias = None if own.bias is None else own.bias.data_ptr()
+        return cls(own.weight.data_ptr(), bias, linear.num_inputs, own.num_outputs)
 
-class _LayerRecord(ctypes.Structure):
+
+class LayerRecord(ctypes.Structure):
     _fields_ = (
-        *((name, _NormRecord) for name in ("before_attention", "query_norm", "key_norm", "before_mlp")),
-        *((name, _LinearRecord) for name in ("states", "output", "gate_and_up", "down")),
+        *((name, NormRecord) for name in ("before_attention", "query_norm", "key_norm", "before_mlp")),
+        *((name, LinearRecord) for name in ("states", "output", "gate_and_up", "down")),
         *((name, _Number) for name in ("heads", "kv_heads", "width")),
         ("scale", ctypes.c_float),
     )
 
+    @classmethod
+    def point_to(cls, layer: LayerWeights) -> LayerRecord:
+        norms = (layer.before_attention, layer.query_norm, layer.key_norm, layer.before_mlp)
+        sizes = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.scale)
+        return cls(*map(NormRecord.point_to, norms), *map(LinearRecord.point_to, layer.linears), *sizes)
+
+
+class _DecoderRecord(ctypes.Structure):
+    _fields_ = (("layers", _Pointer), ("count", _Number), ("embeddings", _Pointer), ("last", NormRecord))
+
 
 class _BatchRecord(ctypes.Structure):
     _fields_ = (
-        *((name, _Pointer) for name in ("cosine", "sine", "places", "keys", "values")),
+        *((name, _Pointer) for name in ("cosine", "sine", "ids", "positions", "places", "keys", "values")),
         ("plane", _Number),
         *((name, _Pointer) for name in ("starts", "nodes", "lengths", "blocks", "visible")),
         *((name, _Number) for name in ("tokens", "rows", "most_blocks", "most_nodes", "seen")),
     )
 
 
-class _PairingRecord(ctypes.Structure):
-    _fields_ = (("embedded", _NormRecord), ("hidden", _NormRecord), ("keeps_normed", _Number))
-
-
 class CachedRows:
-    """Packed nodes and where their rows stand in the cache: what `cpu.rotate_and_cache_` and `cpu.attend` are told.
+    """Packed nodes and where their rows stand in the cache: what layers that run in one call are told.
 
     Args:
+        cos, sin: of all positions that the nodes may have.
         keys, values: of all layers.
     """
 
     def __init__(
         self,
         *,
-        cos: Float[Tensor, "T d"],
-        sin: Float[Tensor, "T d"],
+        cos: Float[Tensor, "C d"],
+        sin: Float[Tensor, "C d"],
+        token_ids: Int[Tensor, " T"],
+        positions: Int[Tensor, " T"],
         places: Int[Tensor, " T"],
         keys: Float[Tensor, "L P kvd"],
         values: Float[Tensor, "L P kvd"],
@@ -98,107 +118,93 @@ class CachedRows:
         visible: Bool[Tensor, "B N E"],
     ) -> None:
         blocks, visible = blocks.contiguous(), visible.contiguous()
-        cached = (cos, sin, places, keys, values)
+        cached = (cos, sin, token_ids, positions, places, keys, values)
         rows = (starts, num_nodes, lengths, blocks, visible)
-        sizes = (len(cos), len(starts), blocks.shape[1], *visible.shape[1:])
+        sizes = (len(token_ids), len(starts), blocks.shape[1], *visible.shape[1:])
+        self.num_tokens, self.num_rows = sizes[:2]
         self._tensors = (*cached, *rows)  # kept alive for as long as the record points to them
-        self.record = _BatchRecord(*map(_point, cached), keys.stride(0), *map(_point, rows), *sizes)
+        pointers = [tensor.data_ptr() for tensor in self._tensors]
+        self.record = _BatchRecord(*pointers[:7], keys.stride(0), *pointers[7:], *sizes)
 
 
-class CompiledLayers:
-    """Layers that run in one call, with the bits of the kernels called one by one.
+class Room:
+    """Memory that calls write to one after the other, kept since new pages of it would cost more than what is written.
+
+    What stands there is valid until it is asked for again.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, count: int, dtype: torch.dtype) -> Float[Tensor, " N"]:
+        size = count * dtype.itemsize
+        if len(self._bytes) < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size].view(dtype)
+
+
+def has_own_products(layers: Sequence[LayerWeights]) -> bool:
+    """Whether layers can run in one call."""
+    return all(linear.own is not None for layer in layers for linear in layer.linears)
+
+
+class CompiledDecoder:
+    """A decoder that runs in one call, with the bits of the kernels called one by one.
 
     Args:
-        layers: that `covers` accepts.
-        residual: type of residual, norms and rotation.
+        layers: that `has_own_products`.
+        embeddings: of all tokens, in the type of residual, norms and rotation.
+        last: the norm behind the layers.
+        output: from hidden states to logits, a product of our own; None: there are none.
         dtype: of the products, and of keys and values.
     """
 
-    def __init__(self, layers: Sequence[LayerWeights], residual: torch.dtype, dtype: torch.dtype) -> None:
-        self._layers, self._dtype = tuple(layers), dtype  # the weights live as long as the records
-        self._num_between = max(map(_count_between, layers))
-        self._records = (_LayerRecord * len(layers))(*map(_record, layers))
-        self._name = f"{cpu.NAMES[residual]}_{cpu.NAMES[dtype]}"
-
-    @staticmethod
-    def covers(layers: Sequence[LayerWeights]) -> bool:
-        return all(linear.own is not None for layer in layers for linear in layer.linears)
-
-    def run(
-        self, rows: CachedRows, residual: Float[Tensor, "T H"], kept: Mapping[int, Float[Tensor, "T H"]]
-    ) -> Float[Tensor, "T H"]:
-        """All layers; the residual changes in place, and what is returned is still to be added to it.
-
-        Args:
-            kept: where to put the inputs of some layers.
-        """
-        delta = residual.new_empty(residual.shape, dtype=self._dtype)
-        number = len(self._records)
-        pointers = (_Pointer * number)(*(kept[n].data_ptr() if n in kept else None for n in range(number)))
-        batch = ctypes.byref(rows.record)
-        scratch = delta.new_empty(len(delta), delta.shape[1] + self._num_between)
-        cpu.call(f"layers_{self._name}", self._records, number, batch, residual, pointers, delta, scratch)
-        return delta
-
-
-class PairLayer:
-    """The layer of an EAGLE-3 head in one call, with the bits of the kernels called one by one.
-
-    Args:
-        layer: that `CompiledLayers.covers` accepts; it has no norm before attention, but these two:
-        embedded, hidden: side by side the layer's input.
-        keeps_normed: the residual is the normed hidden state.
-    """
-
-    def __init__(self, layer: LayerWeights, embedded: Norm, hidden: Norm, *, keeps_normed: bool) -> None:
-        self._weights = (layer, embedded, hidden)  # alive for as long as the records
-        self._layer, self._num_between = _record(layer), _count_between(layer)
-        norms = (_NormRecord(_point(norm.weight), norm.eps) for norm in (embedded, hidden))
-        self._pairing = _PairingRecord(*norms, keeps_normed)
-
-    def run(
+    def __init__(
         self,
-        rows: CachedRows,
+        layers: Sequence[LayerWeights],
+        *,
         embeddings: Float[Tensor, "V H"],
-        token_ids: Int[Tensor, " T"],
-        hidden: Float[Tensor, "P H"],
-        above: Int[Tensor, " T"] | None,
-    ) -> Float[Tensor, "T H"]:
-        """The layer's output for packed pairs.
+        last: Norm,
+        output: PackedLinear | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._tensors = (tuple(layers), embeddings, last, output)  # the weights live as long as the records
+        self._dtype, self._residual_dtype, self._hidden_size = dtype, embeddings.dtype, embeddings.shape[1]
+        self._num_between = 2 * self._hidden_size + max(map(count_between, layers))
+        self._layers = (LayerRecord * len(layers))(*map(LayerRecord.point_to, layers))
+        layers_at = ctypes.cast(self._layers, ctypes.c_void_p)
+        self._record = _DecoderRecord(layers_at, len(layers), embeddings.data_ptr(), NormRecord.point_to(last))
+        self._output = None if output is None else LinearRecord.point_to(output)
+        self._name = f"decode_{cpu.NAMES[embeddings.dtype]}_{cpu.NAMES[dtype]}"
+        self._residual, self._between, self._logits = Room(), Room(), Room()
+
+    def run(
+        self, rows: CachedRows, kept: tuple[int, ...] | None, *, wants_logits: bool
+    ) -> tuple[Float[Tensor, "T H"], Float[Tensor, "T W"] | None, Float[Tensor, "T V"] | None]:
+        """Normed hidden states; features; logits if they are wanted and there are any, valid until the next call.
 
         Args:
-            embeddings: of all tokens.
-            above: which of the hidden states each pair has; None: its own.
+            kept: layers whose inputs, and the hidden states behind them, are the features; None: there are none.
         """
-        assert embeddings.dtype == hidden.dtype and embeddings.is_contiguous() and hidden.is_contiguous()
-        out = hidden.new_empty(len(token_ids), hidden.shape[1])
-        records = (ctypes.byref(self._pairing), ctypes.byref(self._layer), ctypes.byref(rows.record))
-        scratch = out.new_empty(len(out), 3 * out.shape[1] + self._num_between)
-        cpu.call(f"pairs_{cpu.NAMES[hidden.dtype]}", *records, embeddings, token_ids, hidden, above, out, scratch)
-        return out
+        size, width, dtype = rows.num_tokens, self._hidden_size, self._dtype
+        hidden = torch.empty(size, width, dtype=dtype)
+        features = logits = output = None
+        if kept is not None:
+            features = torch.empty(size, (len(kept) + 1) * width, dtype=dtype)
+        if wants_logits and self._output is not None:
+            output = ctypes.byref(self._output)
+            logits = self._logits.take(size * self._output.outputs, dtype).view(size, -1)
+        layers = (ctypes.c_int64 * len(kept or ()))(*(kept or ()))
+        room = (
+            self._residual.take(size * width, self._residual_dtype),
+            self._between.take(size * self._num_between, dtype),
+        )
+        records = (ctypes.byref(self._record), ctypes.byref(rows.record), output)
+        cpu.call(self._name, *records, layers, len(layers), hidden, features, logits, *room)
+        return hidden, features, logits
 
 
-def _count_between(layer: LayerWeights) -> int:
+def count_between(layer: LayerWeights) -> int:
     """Numbers that one token takes inside a layer: states, attended, normed, gate and up, their product."""
-    states, output, down = (_record_linear(linear) for linear in (layer.states, layer.output, layer.down))
-    return int(states.outputs + layer.num_heads * layer.head_dim + output.outputs + 3 * down.inputs)
-
-
-def _record(layer: LayerWeights) -> _LayerRecord:
-    norms = (layer.before_attention, layer.query_norm, layer.key_norm, layer.before_mlp)
-    return _LayerRecord(
-        *(_NormRecord() if norm is None else _NormRecord(_point(norm.weight), norm.eps) for norm in norms),
-        *map(_record_linear, layer.linears),
-        *(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.scale),
-    )
-
-
-def _record_linear(linear: PackedLinear) -> _LinearRecord:
-    own = linear.own
-    assert own is not None, "ask covers first"
-    bias = None if own.bias is None else _point(own.bias)
-    return _LinearRecord(_point(own.weight), bias, own.weight.shape[1], own.num_outputs)
-
-
-def _point(tensor: Tensor) -> int:
-    return tensor.data_ptr()
+    num_queries = layer.num_heads * layer.head_dim
+    return layer.states.num_outputs + num_queries + layer.output.num_outputs + 3 * layer.down.num_inputs

@@ -72,6 +72,14 @@ class PackedLinear:
             self._layout = kind([linear.weight.data for linear in linears], torch.cat(biases) if biases else None)
 
     @property
+    def num_inputs(self) -> int:
+        return self._linears[0].in_features
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(linear.out_features for linear in self._linears)
+
+    @property
     def own(self) -> OwnLayout | None:
         """The weights as `kernels/products.c` has them, where that is whose product this is."""
         return self._layout if isinstance(self._layout, OwnLayout) else None
@@ -106,6 +114,11 @@ class _PackedModule(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n I"]) -> Float[Tensor, "*n O"]:
         return self.packed(x)
+
+
+def find_packed(module: nn.Module) -> PackedLinear | None:
+    """What `pack_modules` has put in the place of a linear layer."""
+    return module.packed if isinstance(module, _PackedModule) else None
 
 
 def pack_modules(module: nn.Module, *, leave: Collection[str] = ()) -> None:

@@ -7,7 +7,7 @@
 
 #include "common.h"
 
-#define BLOCK 1024 /* tokens of the vocabulary looked at at once */
+#define CHUNK 1024 /* tokens of the vocabulary looked at at once */
 
 /* natural logarithm of a positive normal number */
 static inline float log_positive(float x) {
@@ -87,12 +87,12 @@ static inline void add_weight(float below, float *mass, float *moment) {
                                       float *logprob, float *entropy) {                                               \
         uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);                                                   \
         float most = -INFINITY, mass = 0.0f, moment = 0.0f;                                                           \
-        float scaled[BLOCK], noisy[BLOCK], best[LANES], sums[LANES], moments[LANES];                                  \
+        float scaled[CHUNK], noisy[CHUNK], best[LANES], sums[LANES], moments[LANES];                                  \
         int32_t token[LANES];                                                                                         \
         int broken = 0;                                                                                               \
         for (int lane = 0; lane < LANES; lane++) best[lane] = -INFINITY, token[lane] = 0;                             \
-        for (i64 start = 0; start < width; start += BLOCK) {                                                          \
-            i64 count = width - start < BLOCK ? width - start : BLOCK;                                                \
+        for (i64 start = 0; start < width; start += CHUNK) {                                                          \
+            i64 count = width - start < CHUNK ? width - start : CHUNK;                                                \
             for (i64 i = 0; i < count; i++) scaled[i] = load_##T(own + start + i);                                    \
             for (i64 i = 0; i < count; i++) broken |= !(scaled[i] < INFINITY);                                        \
             if (temperature > 0) {                                                                                    \
@@ -180,7 +180,7 @@ DEFINE_SAMPLE(float)
             float noise[width], score[width], temperature = temperatures[tree];                                       \
             uint64_t key = position_key(stream_keys[tree], positions[tree]);                                          \
             uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);                                               \
-            if (is_noisy && temperature > 0) /* asked once: a condition inside would keep the loop from vectors */        \
+            if (is_noisy && temperature > 0) /* asked once: a condition inside would keep the loop from vectors */    \
                 for (i64 i = 0; i < width; i++) noise[i] = gumbel((uint32_t)vocabulary[i], low, high);                \
             else                                                                                                      \
                 memset(noise, 0, width * sizeof(float));                                                              \
