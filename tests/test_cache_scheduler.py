@@ -17,6 +17,7 @@ from fastgrpo import block_store
 from fastgrpo.block_store import BlockStore
 from fastgrpo.blocks import BLOCK_SIZE, BlockPool, count_blocks
 from fastgrpo.cache import RowPrefix, SlotCache, locate
+from fastgrpo.kernels import cpu
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.types import SamplingParams, Sequence
 
@@ -138,20 +139,29 @@ class CacheAndScheduler(RuleBasedStateMachine):
             missing, left = self.cache.count_missing(row, length + max(counts)), self.cache.num_left
             self.cache.reserve(row, length + max(counts))
             assert self.cache.num_left == left - missing
-        paths = []
+        paths, packed = [], []
         for row, count in enumerate(counts):
             marks = self.new_marks(count)
             self.write([self.cache.keys, self.cache.values], row, self.cache.lengths[row], marks)
             path = [0, *sorted(data.draw(st.sets(st.integers(1, count - 1)) if count > 1 else st.just(set())))]
             kept = data.draw(st.integers(1, len(path)))
-            if self.cache.features is not None:  # these are written when the path is known
-                self.write([self.cache.features], row, self.cache.lengths[row], [marks[node] for node in path])
+            packed += marks
             self.contents[running[row].request_id] += [marks[node] for node in path[:kept]]
             paths.append((path, kept))
         depth = max(len(path) for path, _ in paths)
         lengths = [length + len(path) for length, (path, _) in zip(self.cache.lengths, paths, strict=True)]
         padded = torch.tensor([path + [-1] * (depth - len(path)) for path, _ in paths])
-        self.cache.commit(padded, [len(path) for path, _ in paths])
+        features, before = None, torch.tensor(self.cache.lengths)
+        if self.cache.features is not None:  # these are written when the path is known
+            features = 0.5 * torch.tensor(packed, dtype=torch.float32)[:, None].repeat(
+                1, self.cache.features.data.shape[2]
+            )
+        starts = torch.tensor([sum(counts[:row]) for row in range(len(counts))])
+        with pytest.MonkeyPatch.context() as patch:
+            if data.draw(st.booleans(), label="by PyTorch's operators"):
+                patch.setattr(cpu, "is_available", lambda: False)
+            self.cache.gather(padded, before, self.cache.blocks, starts, features)
+        self.cache.advance([len(path) for path, _ in paths])
         assert self.cache.lengths == lengths
         for row, (path, kept) in enumerate(paths):
             self.cache.truncate(row, lengths[row] - len(path) + kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -134,3 +135,11 @@ def test_judged_drafts_are_counted_alike(rows, seed):
     for own, expected in zip(count(), without_kernels(count), strict=True):
         assert own.sum() == expected.sum()
         assert abs(own - expected).sum() <= 2, "a chance between two bins may fall to either side"
+
+
+@given(rows=st.lists(trees(), min_size=1, max_size=5), padding=st.integers(0, 2), seed=st.integers(0, 1000))
+def test_what_a_draft_promises_is_the_sum_of_its_chances(rows, padding, seed):
+    draft, generator = build_draft(rows, padding), torch.Generator().manual_seed(seed)
+    scores = (-6 * torch.rand(draft.token_ids.shape, generator=generator)).masked_fill(~draft.node_mask, -math.inf)
+    draft = replace(draft, scores=scores)
+    torch.testing.assert_close(draft.num_promised, without_kernels(lambda: draft.num_promised))

@@ -14,9 +14,11 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from fastgrpo.sampling import (
     SamplingBatch,
+    SamplingKind,
     add_noise,
     gumbel_noise,
     gumbel_noise_of,
+    list_columns,
     sample,
     scale_logits,
     stream_key,
@@ -270,3 +272,21 @@ def test_one_token_is_always_kept():
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0]])
     batch = build_batch([SamplingParams(top_p=1e-6)])
     assert torch.isfinite(truncate_logits(logits, batch)).sum() == 1
+
+
+def test_state_built_on_the_host_is_what_a_device_reads():
+    params = [
+        SamplingParams(temperature=0.7, top_k=5),
+        SamplingParams(temperature=0.0, top_p=0.9),
+        SamplingParams(seed=3, stream=9),
+    ]
+    sequences = [
+        Sequence(request_id=i, prompt_ids=[1], params=p, max_tokens=9, stream_key=stream_key(3, i), token_ids=[4] * i)
+        for i, p in enumerate(params)
+    ]
+    host = SamplingBatch.build(sequences, torch.device("cpu"))
+    device = SamplingBatch.read(torch.from_numpy(list_columns(sequences)), SamplingKind.find(sequences))
+    for name in ("stream_keys", "positions", "temperature", "top_k", "top_p"):
+        ours, theirs = getattr(host, name), getattr(device, name)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert (host.is_warped, host.is_truncated, host.is_noisy, host.is_greedy) == (True, True, True, True)

@@ -21,10 +21,14 @@ class BlockStore:
         num_layers: independent planes that move together.
         width: numbers per position.
         dtype, device: of the storage.
+
+    Attributes:
+        position_bytes: of one position in all layers.
     """
 
     def __init__(self, *, num_layers: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.data = torch.zeros(num_layers, 0, width, dtype=dtype, device=device)
+        self.position_bytes = num_layers * width * dtype.itemsize
         self._pages: mmap.mmap | None = None  # behind the data
 
     @property
@@ -35,11 +39,6 @@ class BlockStore:
     def num_bytes(self) -> int:
         """Set aside; on a CPU more than is in use."""
         return self.data.numel() * self.data.element_size()
-
-    @property
-    def position_bytes(self) -> int:
-        """One position of all layers."""
-        return self.data.shape[0] * self.data.shape[2] * self.data.element_size()
 
     def resize(self, num_blocks: int, num_kept: int) -> None:
         """Move the first `num_kept` blocks into room for `num_blocks`; the rest is zero.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgrpo.block_store import BlockStore
 from fastgrpo.blocks import BLOCK_SIZE, BlockPool, count_blocks
-from fastgrpo.kernels import gpu
+from fastgrpo.kernels import cpu, gpu, trees
 from fastgrpo.memory import is_out_of_memory
 from fastgrpo.transfer import is_host, upload
 
@@ -45,6 +45,7 @@ class SlotCache:
 
     Attributes:
         lengths: cached tokens of each running row.
+        position_bytes: of one position in all layers and stores.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class SlotCache:
         self.features = (
             BlockStore(num_layers=1, width=feature_width, dtype=dtype, device=device) if feature_width else None
         )
+        self.stores = [store for store in (self.keys, self.values, self.features) if store is not None]
+        self.position_bytes = sum(store.position_bytes for store in self.stores)
         self.lengths: list[int] = []
         self._pool = BlockPool()
         self._tables: list[list[int]] = []  # blocks of each row
@@ -74,15 +77,6 @@ class SlotCache:
         self._expected = 0
 
     # -- memory --------------------------------------------------------------------------------------
-
-    @property
-    def stores(self) -> list[BlockStore]:
-        return [store for store in (self.keys, self.values, self.features) if store is not None]
-
-    @property
-    def position_bytes(self) -> int:
-        """One position in all layers and stores."""
-        return sum(store.position_bytes for store in self.stores)
 
     @property
     def block_bytes(self) -> int:
@@ -259,31 +253,43 @@ class SlotCache:
         elif row < len(self.lengths):
             self.truncate(row, 0)
 
-    def commit(self, path: Int[Tensor, "B D"], num_tokens: list[int]) -> None:
-        """Keep the walked path of each row, of `num_tokens[b]` tokens (root included): see `gather` and `advance`."""
-        self.gather(path, upload(self.lengths, path.device), self.blocks)
-        self.advance(num_tokens)
-
-    def gather(self, path: Int[Tensor, "B D"], lengths: Int[Tensor, " B"], blocks: Int[Tensor, "B K"]) -> None:
+    def gather(
+        self,
+        path: Int[Tensor, "B D"],
+        lengths: Int[Tensor, " B"],
+        blocks: Int[Tensor, "B K"],
+        starts: Int[Tensor, " B"],
+        features: Float[Tensor, "T W"] | None,
+    ) -> None:
         """Node `path[b, j]` of each row moves to position length + j, behind which nothing is kept.
 
         Nodes that stand where they belong need no move; a device is not asked for them, and copies all.
 
         Args:
             lengths, blocks: of the rows, as this cache has them.
+            starts: first packed node of each row.
+            features: of packed nodes, written where they go; None leaves features as they are.
         """
+        if is_host(path) and cpu.is_available():
+            cached = None if features is None or self.features is None else (self.features.data, features)
+            trees.keep_path(path, lengths, blocks, self.keys.data, self.values.data, cached, starts)
+            return
         if gpu.runs_on(path):
             from fastgrpo.kernels import gpu_walk  # in Triton, which is imported only where it runs
 
             source, target = gpu_walk.locate_path(path, lengths, blocks)
+            nodes = (starts[:, None] + path.clamp(min=0)).flatten()
         else:
-            rows, depth = _find_moves(path) if is_host(path) else find_walked(path[:, 1:], first=1)
+            rows, depth = _find_walked(path)
             start, node = lengths[rows], path[rows, depth]
             source = locate_each(blocks, rows, start + torch.where(node < 0, depth, node))
             target = locate_each(blocks, rows, start + depth)
+            nodes = starts[rows] + node.clamp(min=0)
         if len(source):
             self.keys.move_positions(source, target)
             self.values.move_positions(source, target)
+        if features is not None and self.features is not None:
+            self.features.write(0, target, features[nodes])
 
     def advance(self, num_tokens: list[int]) -> None:
         """So many positions behind each row's own are kept."""
@@ -350,23 +356,13 @@ class SlotCache:
             assert store.num_blocks >= self._pool.size, f"{store.num_blocks} blocks stored of {self._pool.size}"
 
 
-def find_walked(path: Int[Tensor, "B D"], first: int = 0) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
-    """Rows and depths of the nodes on walked paths; a device is not asked for those, and has all there may be.
-
-    Args:
-        first: depth of the first column.
-    """
+def _find_walked(path: Int[Tensor, "B D"]) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
+    """Rows and depths of the nodes on walked paths; a device is not asked for those, and has all there may be."""
     if is_host(path):
-        rows, columns = (path >= 0).nonzero(as_tuple=True)
-        return rows, columns + first
-    rows, columns = (torch.arange(size, device=path.device) for size in path.shape)
-    return rows.repeat_interleave(path.shape[1]), (columns + first).repeat(path.shape[0])
-
-
-def _find_moves(path: Int[Tensor, "B D"]) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
-    """Rows and depths of the nodes that do not stand where they belong."""
-    rows, depth = (path > torch.arange(path.shape[1])).nonzero(as_tuple=True)
-    return rows, depth
+        rows, depth = (path >= 0).nonzero(as_tuple=True)
+        return rows, depth
+    rows, depth = (torch.arange(size, device=path.device) for size in path.shape)
+    return rows.repeat_interleave(path.shape[1]), depth.repeat(path.shape[0])
 
 
 def locate_each(blocks: Int[Tensor, "B K"], rows: Int[Tensor, " T"], positions: Int[Tensor, " T"]) -> Int[Tensor, " T"]:

@@ -13,6 +13,7 @@ tokens, is resolved to 2^-31, and neither end is infinite.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -181,24 +182,27 @@ class SamplingBatch(SamplingKind):
 
     @staticmethod
     def build(sequences: list[Sequence], device: torch.device) -> SamplingBatch:
-        return SamplingBatch.read(upload(list_columns(sequences), device), SamplingKind.find(sequences))
+        kind = SamplingKind.find(sequences)
+        if device.type != "cpu":
+            return SamplingBatch.read(upload(list_columns(sequences), device), kind)
+        params = [sequence.params for sequence in sequences]
+        integers = (
+            [sequence.stream_key for sequence in sequences],
+            [len(sequence.token_ids) for sequence in sequences],
+            [p.top_k for p in params],
+        )
+        fractions = ([p.temperature for p in params], [p.top_p for p in params])
+        values = [
+            *(torch.from_numpy(np.array(each, dtype=np.int64)) for each in integers),
+            *(torch.from_numpy(np.array(each, dtype=np.float32)) for each in fractions),
+        ]
+        return SamplingBatch(**_name_columns(values, kind))
 
     @staticmethod
     def read(columns: Int[Tensor, "5 R"], kind: SamplingKind) -> SamplingBatch:
         """What `list_columns` wrote."""
-        stream_keys, positions, top_k, *fractions = columns
-        temperature, top_p = (bits.view(torch.float64).float() for bits in fractions)
-        return SamplingBatch(
-            stream_keys=stream_keys,
-            positions=positions,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            is_warped=kind.is_warped,
-            is_truncated=kind.is_truncated,
-            is_noisy=kind.is_noisy,
-            is_greedy=kind.is_greedy,
-        )
+        values = (*columns[:3], *columns[3:].view(torch.float64).float())
+        return SamplingBatch(**_name_columns(values, kind))
 
     @staticmethod
     def build_blank(num_rows: int, device: torch.device) -> SamplingBatch:
@@ -223,6 +227,12 @@ class SamplingBatch(SamplingKind):
     def ahead(self, advance: int) -> SamplingBatch:
         """All rows, `advance` tokens further along."""
         return replace(self, positions=self.positions + advance) if advance else self
+
+
+def _name_columns(values: Iterable[Tensor], kind: SamplingKind) -> dict[str, Any]:
+    """Fields of a `SamplingBatch` in the order of `list_columns`."""
+    names = ("stream_keys", "positions", "top_k", "temperature", "top_p")
+    return vars(kind) | dict(zip(names, values, strict=True))
 
 
 def scale_logits(logits: Float[Tensor, "R *n V"], batch: SamplingBatch) -> Float[Tensor, "R *n V"]:

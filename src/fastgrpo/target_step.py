@@ -15,10 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgrpo.attention import ForwardBatch
-from fastgrpo.cache import SlotCache, find_walked, locate_each
+from fastgrpo.cache import SlotCache
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.graphs import Replays, list_larger, may_record, round_blocks, round_size
-from fastgrpo.kernels import gpu
 from fastgrpo.model import ForwardOutput, TargetModel
 from fastgrpo.sampling import NUM_COLUMNS, SamplingBatch, SamplingKind
 from fastgrpo.timing import DeviceClock, Moment
@@ -261,20 +260,7 @@ def gather_path(
 ) -> None:
     """The state of walked nodes moves to where it stands if they are kept: behind each row, the others after them."""
     if batch.most_nodes > 1:
-        cache.gather(path, batch.lengths, batch.blocks)
-    if features is None:
-        return
-    assert cache.features is not None
-    if batch.most_nodes == 1:  # the nodes are the rows, and stand where they belong
+        cache.gather(path, batch.lengths, batch.blocks, batch.row_starts, features)
+    elif features is not None:  # the nodes are the rows, and stand where they belong
+        assert cache.features is not None
         cache.features.write(0, batch.write_index, features)
-        return
-    if gpu.runs_on(path):
-        from fastgrpo.kernels import gpu_walk  # in Triton, which is imported only where it runs
-
-        _, index = gpu_walk.locate_path(path, batch.lengths, batch.blocks)
-        nodes = batch.row_starts[:, None] + path.clamp(min=0)
-        cache.features.write(0, index, features[nodes.flatten()])
-        return
-    rows, depth = find_walked(path)
-    index = locate_each(batch.blocks, rows, batch.lengths[rows] + depth)
-    cache.features.write(0, index, features[batch.row_starts[rows] + path[rows, depth].clamp(min=0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +33,9 @@ class Draft:
     @staticmethod
     def roots(pending_token_ids: Int[Tensor, " B"]) -> Draft:
         """The empty draft: plain decoding."""
-        parents = torch.full_like(pending_token_ids, -1)[:, None]
-        return Draft(
-            token_ids=pending_token_ids[:, None],
-            parents=parents,
-            num_nodes=torch.ones_like(pending_token_ids),
-            counts=(1,) * len(pending_token_ids),
-        )
+        num_rows, device = pending_token_ids.shape[0], pending_token_ids.device
+        parents, num_nodes = (_list_roots if device.type == "cpu" else _build_roots)(num_rows, device)
+        return Draft(token_ids=pending_token_ids[:, None], parents=parents, num_nodes=num_nodes, counts=(1,) * num_rows)
 
     def keep(self, counts: list[int]) -> Draft:
         """The first `counts` nodes of each row, root included."""
@@ -57,7 +54,11 @@ class Draft:
     @property
     def num_promised(self) -> Float[Tensor, " B"] | None:
         """Draft tokens of each row that are accepted if the scores are right; None where there are none."""
-        return None if self.scores is None else self.scores[:, 1:].exp().sum(1)
+        if self.scores is None:
+            return None
+        if is_host(self.scores) and cpu.is_available():
+            return trees.sum_chances(self.scores)
+        return self.scores[:, 1:].exp().sum(1)
 
     @property
     def num_tokens(self) -> int:
@@ -70,15 +71,32 @@ class Draft:
         return index < self.num_nodes[:, None]
 
 
+def _build_roots(num_rows: int, device: torch.device) -> tuple[Int[Tensor, "B 1"], Int[Tensor, " B"]]:
+    """Parents and number of nodes of trees without a draft."""
+    parents = torch.full((num_rows, 1), -1, dtype=torch.int64, device=device)
+    return parents, torch.ones(num_rows, dtype=torch.int64, device=device)
+
+
+_list_roots = functools.lru_cache(maxsize=256)(_build_roots)  # not for recordings, whose memory is their own
+
+
+@functools.lru_cache(maxsize=256)
+def _see_themselves(num_rows: int) -> Bool[Tensor, "B 1 1"]:
+    """What trees without a draft see."""
+    return torch.ones(num_rows, 1, 1, dtype=torch.bool)
+
+
 def compute_ancestors(parents: Int[Tensor, "B N"], depth: int | None = None) -> Bool[Tensor, "B N N"]:
     """`[b, i, j]` is True iff node j is node i or an ancestor of it.
 
     Args:
         depth: levels that a tree has at most; a device follows so many links, the host until there are no more.
     """
+    num_nodes = parents.shape[1]
+    if is_host(parents) and num_nodes == 1:
+        return _see_themselves(parents.shape[0])
     if is_host(parents) and cpu.is_available():
         return trees.find_ancestors(parents)
-    num_nodes = parents.shape[1]
     if gpu.runs_on(parents):
         from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
 

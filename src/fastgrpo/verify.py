@@ -113,11 +113,14 @@ def count_hits(verdict: Verdict, draft: Draft) -> tuple[Counts, Counts]:
 def _tally(children: np.ndarray, ranks: np.ndarray) -> tuple[Counts, Counts]:
     """The same of what `find_ranks` found."""
     offered, hits = [], []
-    for below, chosen in zip(children.T, ranks.T, strict=True):
-        width = int(below.max())
+    for below, chosen in zip(zip(*children.tolist(), strict=True), zip(*ranks.tolist(), strict=True), strict=True):
+        width = max(below)
         if width:
-            offered.append(tuple(int((below > rank).sum()) for rank in range(width)))
-            hits.append(tuple(int((chosen == rank).sum()) for rank in range(width)))
+            num_nodes = [0] * (width + 1)  # by how many children they have
+            for count in below:
+                num_nodes[count] += 1
+            offered.append(tuple(sum(num_nodes[rank + 1 :]) for rank in range(width)))
+            hits.append(tuple(chosen.count(rank) for rank in range(width)))
     return tuple(offered), tuple(hits)
 
 
@@ -188,7 +191,7 @@ def read_outcome(facts: Facts, num_rows: int, packed: Int[Tensor, " X"] | None =
         token_ids=read["token_ids"].tolist(),
         logprobs=read["logprobs"].tolist(),
         entropies=read["entropies"].tolist(),
-        num_promised=float(read["num_promised"].sum()) if "num_promised" in read else 0.0,
+        num_promised=sum(read["num_promised"].tolist()) if "num_promised" in read else 0.0,
         offered=offered,
         hits=hits,
     )

@@ -67,6 +67,11 @@ class Calibration:
         log_chances = draft.log_chances if log_chances is None else log_chances
         if log_chances is None:
             return
+        if is_host(log_chances) and cpu.is_available():
+            self._fold()
+            links = (verdict.path, draft.parents, log_chances.float())
+            trees.count_judged_(self.offered, self.hits, *links, _DECAY)
+            return
         if self._unfolded_steps >= _MOST_UNFOLDED:
             self._fold()
         weight = _DECAY**-self._unfolded_steps  # later steps count more, until all are folded
@@ -129,8 +134,6 @@ def _compute_log_odds(log_chances: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
 
 def _count_judged(draft: Draft, verdict: Verdict, log_chances: Tensor) -> Float[Tensor, "2 levels bins"]:
     """Children of walked nodes by level and chance, and those of them that the target chose."""
-    if is_host(log_chances) and cpu.is_available():
-        return trees.count_judged(verdict.path, draft.parents, log_chances.float(), _LEVELS, _BINS)
     num_rows, width = draft.parents.shape
     depths = torch.arange(verdict.path.shape[1], device=draft.parents.device).expand_as(verdict.path)
     depth_of = draft.parents.new_full((num_rows, width + 1), -1)  # of walked nodes; -1: the target did not walk here

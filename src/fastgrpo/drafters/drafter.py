@@ -31,7 +31,7 @@ class DraftContext:
     @functools.cached_property
     def sampling(self) -> SamplingBatch:
         """Rows at the position of the first draft token."""
-        return SamplingBatch.read(upload(self.columns, self.device), self.kind)
+        return SamplingBatch.build(self.sequences, self.device)
 
     @functools.cached_property
     def kind(self) -> SamplingKind:
@@ -39,7 +39,7 @@ class DraftContext:
 
     @functools.cached_property
     def columns(self) -> np.ndarray:
-        """What `sampling` is read from, on the host."""
+        """What a recorded step reads `sampling` from, on the host."""
         return list_columns(self.sequences)
 
     @functools.cached_property

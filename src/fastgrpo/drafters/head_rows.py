@@ -33,6 +33,12 @@ class HeadRows:
         self.head_dim = target.head_dim
         self.num_prompt_tokens = num_prompt_tokens
         self.starts: list[int] = []
+        nothing = np.zeros((0, 0), dtype=np.int64)
+        self._shifted: tuple[np.ndarray, list[int], np.ndarray] = (
+            nothing,
+            [],
+            nothing,
+        )  # the last table, and what of it
         self.cache = SlotCache(
             num_layers=num_layers,
             num_kv_heads=target.num_kv_heads,
@@ -86,8 +92,12 @@ class HeadRows:
         """The target's table of blocks, [B, K], each row from the block on that the head's row begins with."""
         if not any(self.starts):
             return table
-        columns = np.arange(table.shape[1]) + np.array(self.starts)[:, None] // BLOCK_SIZE
-        return np.take_along_axis(table, columns.clip(max=table.shape[1] - 1), axis=1)
+        known, starts, shifted = self._shifted
+        if known is not table or starts != self.starts:
+            columns = np.arange(table.shape[1]) + np.array(self.starts)[:, None] // BLOCK_SIZE
+            shifted = np.take_along_axis(table, columns.clip(max=table.shape[1] - 1), axis=1)
+            self._shifted = table, list(self.starts), shifted
+        return shifted
 
     def finish(self, lengths: list[int]) -> None:
         """So many tokens of each sequence were read."""

@@ -97,6 +97,14 @@ void fastgrpo_find_ancestors(const i64 *parents, i64 rows, i64 nodes, uint8_t *v
     }
 }
 
+/* Of each row, the chances of all nodes but the root, added up. */
+void fastgrpo_sum_chances(const float *scores, i64 rows, i64 nodes, float *sums) {
+    for (i64 row = 0; row < rows; row++) {
+        sums[row] = 0;
+        for (i64 n = 1; n < nodes; n++) sums[row] += expf(scores[row * nodes + n]);
+    }
+}
+
 /* Children of each walked node, and the place among them of the one that the target chose, or -1. */
 void fastgrpo_find_ranks(const i64 *path, const i64 *chosen, i64 rows, i64 levels, const i64 *tokens,
                          const i64 *parents, i64 nodes, i64 *num_children, i64 *ranks) {
@@ -112,10 +120,12 @@ void fastgrpo_find_ranks(const i64 *path, const i64 *chosen, i64 rows, i64 level
     }
 }
 
-/* Adds the children of walked nodes to tables of [levels, bins] by depth and log-odds, and those walked to. */
+/* Adds the children of walked nodes to tables of [levels, bins] by depth and log-odds, and those walked to; what was
+ * there counts for `decay` of itself. */
 void fastgrpo_count_judged(const i64 *path, i64 rows, i64 steps, const i64 *parents, const float *chances, i64 nodes,
-                           i64 levels, i64 bins, double *offered, double *hits) {
+                           i64 levels, i64 bins, double *offered, double *hits, double decay) {
     float scale = (float)(bins - 1) / (2 * MOST_ODDS);
+    for (i64 i = 0; i < levels * bins; i++) offered[i] *= decay, hits[i] *= decay;
     for (i64 row = 0; row < rows; row++) {
         i64 depth[nodes];
         for (i64 n = 0; n < nodes; n++) depth[n] = -1;
@@ -131,4 +141,25 @@ void fastgrpo_count_judged(const i64 *path, i64 rows, i64 steps, const i64 *pare
             hits[cell] += depth[n] >= 0;
         }
     }
+}
+
+/* Walked nodes of each row move to the positions behind its `lengths` ones, in all layers of keys and values; their
+ * features, which stand packed from `starts` on, are written there, where there are any. Sizes are bytes. A path's
+ * nodes rise, so that none is written over before it is read.
+ */
+void fastgrpo_keep_path(const i64 *path, i64 rows, i64 levels, const i64 *lengths, const i64 *blocks, i64 most_blocks,
+                        char *keys, char *values, i64 layers, i64 plane, i64 size, char *cached, const char *features,
+                        const i64 *starts, i64 feature_size) {
+    for (i64 row = 0; row < rows; row++)
+        for (i64 level = 0; level < levels && path[row * levels + level] >= 0; level++) {
+            i64 node = path[row * levels + level];
+            i64 from = find_place(blocks + row * most_blocks, most_blocks, lengths[row] + node);
+            i64 to = find_place(blocks + row * most_blocks, most_blocks, lengths[row] + level);
+            for (i64 layer = 0; node > level && layer < layers; layer++) {
+                memcpy(keys + layer * plane + to * size, keys + layer * plane + from * size, size);
+                memcpy(values + layer * plane + to * size, values + layer * plane + from * size, size);
+            }
+            if (!features) continue;
+            memcpy(cached + to * feature_size, features + (starts[row] + node) * feature_size, feature_size);
+        }
 }

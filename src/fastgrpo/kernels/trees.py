@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastgrpo.kernels.cpu import NAMES, call
+from fastgrpo.kernels.cpu import NAMES, call, find_most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +79,9 @@ class Pool:
         return tokens, parents, num_nodes, chances, scores
 
 
+@functools.lru_cache(maxsize=256)
 def begin_beam(num_trees: int) -> Beam:
-    """The root, above all candidates."""
+    """The root, above all candidates; not to be written to."""
     zeros = torch.zeros(num_trees, 1, dtype=torch.int64)
     return Beam(
         token_ids=zeros,
@@ -93,6 +97,13 @@ def find_ancestors(parents: Int[Tensor, "B N"]) -> Bool[Tensor, "B N N"]:
     visible = torch.empty(*parents.shape, parents.shape[1], dtype=torch.bool)
     call("find_ancestors", parents.contiguous(), *parents.shape, visible)
     return visible
+
+
+def sum_chances(scores: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
+    """See `fastgrpo.tree.Draft.num_promised`."""
+    sums = torch.empty(len(scores))
+    call("sum_chances", scores.contiguous(), *scores.shape, sums)
+    return sums
 
 
 def walk(
@@ -122,7 +133,7 @@ def walk(
     call(
         name, logits, logits.stride(0), logits.shape[1], *trees, *rows, path, chosen, logprobs, entropies, num_accepted
     )
-    deepest = int(num_accepted.max()) + 1
+    deepest = find_most(num_accepted) + 1
     path, chosen, logprobs, entropies = (
         each if deepest == num_levels else each[:, :deepest].contiguous()
         for each in (path, chosen, logprobs, entropies)
@@ -140,15 +151,44 @@ def find_ranks(
     return num_children, ranks
 
 
-def count_judged(
+def count_judged_(
+    offered: np.ndarray,
+    hits: np.ndarray,
     path: Int[Tensor, "B D"],
     parents: Int[Tensor, "B N"],
     log_chances: Float[Tensor, "B N"],
-    num_levels: int,
-    num_bins: int,
-) -> Float[Tensor, "2 levels bins"]:
-    """Children of walked nodes by depth and log-odds, and those that the target chose; see `Calibration`."""
-    tables = torch.zeros(2, num_levels, num_bins, dtype=torch.float64)
-    trees = (parents.contiguous(), log_chances.contiguous(), parents.shape[1])
-    call("count_judged", path.contiguous(), *path.shape, *trees, num_levels, num_bins, tables[0], tables[1])
-    return tables
+    decay: float,
+) -> None:
+    """Children of walked nodes by depth and log-odds, and those that the target chose; see `Calibration`.
+
+    Args:
+        offered, hits: what was counted so far, [levels, bins] of float64; added to.
+        decay: what it is multiplied with before.
+    """
+    links = (parents.contiguous(), log_chances.contiguous(), parents.shape[1])
+    tables = [torch.from_numpy(table) for table in (offered, hits)]
+    assert all(table.dtype == torch.float64 and table.is_contiguous() for table in tables)
+    call("count_judged", path.contiguous(), *path.shape, *links, *offered.shape, *tables, ctypes.c_double(decay))
+
+
+def keep_path(
+    path: Int[Tensor, "B D"],
+    lengths: Int[Tensor, " B"],
+    blocks: Int[Tensor, "B K"],
+    keys: Float[Tensor, "L P kvd"],
+    values: Float[Tensor, "L P kvd"],
+    features: tuple[Float[Tensor, "_ P W"], Float[Tensor, "T W"]] | None,
+    starts: Int[Tensor, " B"],
+) -> None:
+    """See `fastgrpo.cache.SlotCache.gather`.
+
+    Args:
+        features: the cache's, and those of packed nodes, which are written to it.
+    """
+    (_, num_positions, width), size = keys.shape, keys.element_size()
+    cached, own = features or (None, None)
+    assert own is None or (cached is not None and own.is_contiguous() and own.dtype == cached.dtype)
+    own_size = 0 if own is None else own.shape[1] * own.element_size()
+    sizes = (len(keys), num_positions * width * size, width * size)
+    rows = (*path.shape, lengths, blocks.contiguous(), blocks.shape[1])
+    call("keep_path", path.contiguous(), *rows, keys, values, *sizes, cached, own, starts, own_size)
