@@ -403,6 +403,16 @@ def test_a_dear_first_reading_says_little_of_drafts():
     assert costs.predict_reading_s(3000, 32) == pytest.approx(2 * 1e-5 * (3000 - 64), rel=0.01), "at most twice as dear"
 
 
+def test_what_the_planner_itself_takes_is_no_part_of_a_draft():
+    """It stands among the draft's seconds, whatever was decided."""
+    costs, plan = StepCosts(SMALL_CPU), SpeculationPlan(depth=1, width=1, num_draft_tokens=1)
+    before_s = float(costs.predict_draft_s(plan.depth, plan.width, 4))
+    target_s = SMALL_CPU.compute_target_s(8, 400)
+    for _ in range(20):
+        costs.observe(build_record(plan, 4, draft_s=before_s + 0.002, plan_s=0.002, target_s=target_s))
+    assert float(costs.predict_draft_s(plan.depth, plan.width, 4)) / costs.tempo == pytest.approx(before_s, rel=0.01)
+
+
 def test_a_switch_must_promise_more_than_the_margin():
     """Plans whose rates cross back and forth by less than it do not take turns."""
     planner, rng = SyntheticClockPlanner(), random.Random(0)

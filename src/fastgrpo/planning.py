@@ -94,6 +94,8 @@ class Planning:
         planner = self._ensure()
         with self._watch:
             budget = planner.choose_budget(plan, inputs, chances)
+        if budget == scores[:, 1:].size:
+            return pool
         rows = places[:budget] // max(scores.shape[1] - 1, 1)
         return pool.keep((1 + np.bincount(rows, minlength=len(num_nodes))).tolist())
 

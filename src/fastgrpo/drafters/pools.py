@@ -76,7 +76,14 @@ class _CompiledPool:
 
     def prune(self) -> Draft:
         token_ids, parents, num_nodes, log_chances, scores = self._pool.prune(self._plan.tree_size, self._roots)
-        return Draft(token_ids=token_ids, parents=parents, num_nodes=num_nodes, log_chances=log_chances, scores=scores)
+        return Draft(
+            token_ids=token_ids,
+            parents=parents,
+            num_nodes=num_nodes,
+            log_chances=log_chances,
+            scores=scores,
+            counts=tuple(num_nodes.tolist()) if is_host(num_nodes) else None,
+        )
 
 
 class _TensorPool:

@@ -95,8 +95,8 @@ class StepCosts:
             num_steps,
         )
         if plan.is_plain or all(record.offered for record in records):  # else it says what neither takes
-            num_unread, draft_s = _mean(records, "num_unread"), _mean(records, "draft_s")
-            self._observe_drafts(plan, num_seqs, num_unread, draft_s, num_steps)
+            draft_s = _mean(records, "draft_s") - _mean(records, "plan_s")  # decisions are no part of what is decided
+            self._observe_drafts(plan, num_seqs, _mean(records, "num_unread"), draft_s, num_steps)
 
     def _observe_forwards(self, records: Sequence[StepRecord]) -> None:
         """The smaller and the larger ones apart: their difference is what says how the time rises."""
