@@ -305,7 +305,7 @@ class SyntheticClockPlanner(AutoPlanner):
     def observe(self, record: StepRecord) -> None:
         target_s = self.speed * self.machine.compute_target_s(record.num_tokens, record.num_read)
         step_s = self.compute_step_s(record)
-        times = {"draft_s": step_s - target_s, "target_s": target_s, "verify_s": 0.0, "prefill_s": 0.0}
+        times = {"draft_s": step_s - target_s, "target_s": target_s, "verify_s": 0.0, "prefill_s": 0.0, "plan_s": 0.0}
         super().observe(replace(record, **times, step_s=step_s))
 
 

@@ -29,7 +29,7 @@ GRID = tuple(  # sequences share their budgets; one of them may have three times
 )
 
 
-_DEPTHS, _WIDTHS, _NODES = shape_arrays(GRID)
+_DEPTHS, _WIDTHS, _NODES = shape_arrays((*GRID, PLAIN))
 _NOTHING = (0, 0, None)
 _STEPS_DECIDED, _MOST_DECIDED = 7, 23  # that a plan is kept for without asking again: twice as many where it stands
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
@@ -96,7 +96,8 @@ class AutoPlanner(Planner):
         self.max_num_tokens = profile.num_tokens[-1] if max_num_tokens is None else max_num_tokens
         self._expectation = Expectation(acceptance)
         self._promised, self._accepted = _PRIOR_PROMISED, _PRIOR_PROMISED  # draft tokens, of shared budgets
-        self._unheard: list[StepRecord] = []  # steps to learn from before the next decision
+        self._unheard: list[StepRecord] = []  # steps since the last decision
+        self._unlearnt: list[StepRecord] = []  # and those before it that were too few to learn from
         self._credit_s = 0.0  # that trials may lose
         self._first_loss_s: defaultdict[int, float] = defaultdict(float)  # of first trials, by octave of live sequences
         self._num_drafted: Counter[int] = Counter()  # steps, likewise
@@ -105,10 +106,12 @@ class AutoPlanner(Planner):
         self._num_steps = 0
         self._last_tried: dict[SpeculationPlan, int] = {}  # the number of the step, by plan
         self._current = PLAIN
-        self._decided_for: tuple[int, int, int | None] = _NOTHING  # sequences, context and room of the current plan
+        self._decided_for: tuple[int, int, int | None] = _NOTHING  # octaves of sequences and of context; room
+        self._last_num_seqs = 0
         self._steps_left = 0  # that it is kept for
         self._steps_decided = _STEPS_DECIDED
         self._trial, self._trial_left = PLAIN, 0  # what is tried in place of it, for how many steps more
+        self._rates: tuple[int, dict[SpeculationPlan, float]] = (0, {})  # as the last decision saw them, of so many
         self._prices: dict[tuple[SpeculationPlan, int], list[float]] = {}  # tokens that so many drafts cost, until then
         self._recording = RecordingPrice(RECORDING_S if profile.runs_ahead else 0.0)
         self._promised_gain = 0.0  # share of a step's time that the best plan would save
@@ -129,7 +132,11 @@ class AutoPlanner(Planner):
 
     def predict_step_s(self, plan: SpeculationPlan, inputs: PlanInputs) -> float:
         """Seconds of a step with this plan, what the drafter has not read left out."""
-        length = self.expectation.predict_length(plan, inputs.num_seqs)
+        self._learn()
+        return self._predict_step_s(plan, inputs)
+
+    def _predict_step_s(self, plan: SpeculationPlan, inputs: PlanInputs) -> float:
+        length = self._expectation.predict_length(plan, inputs.num_seqs)
         return float(self._predict_steps_s(plan.depth, plan.width, plan.num_draft_tokens, length, inputs))
 
     def _predict_steps_s(
@@ -142,33 +149,48 @@ class AutoPlanner(Planner):
 
     def predict_rate(self, plan: SpeculationPlan, inputs: PlanInputs) -> float:
         """Tokens per second; the price of switching on is spread over the steps that drafts are expected to last."""
-        seconds = self.predict_step_s(plan, inputs)
+        self._learn()
+        return self._predict_rate(plan, inputs)
+
+    def _predict_rate(self, plan: SpeculationPlan, inputs: PlanInputs) -> float:
+        seconds = self._predict_step_s(plan, inputs)
         if not plan.is_plain:
             seconds += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs) / _LASTING_STEPS
-        return inputs.num_seqs * self.expectation.predict_length(plan, inputs.num_seqs) / seconds
+        return inputs.num_seqs * self._expectation.predict_length(plan, inputs.num_seqs) / seconds
 
-    def _predict_rates(self, inputs: PlanInputs) -> Vector:
-        """`predict_rate` of every plan of the grid; 0 of those that do not fit or go deeper than was explored."""
-        room, deepest = inputs.find_room(self.max_num_tokens), self.expectation.explored_depth + 1
-        lengths = self.expectation.predict_lengths(self._grid, inputs.num_seqs)
+    def _predict_rates(self, inputs: PlanInputs) -> dict[SpeculationPlan, float]:
+        """`predict_rate` of plain decoding and of every plan of the grid; 0 of those that do not fit or go deeper than
+        was explored.
+        """
+        room, deepest = inputs.find_room(self.max_num_tokens), self._expectation.explored_depth + 1
+        plans = (*self._grid, PLAIN)
+        lengths = self._expectation.predict_lengths(plans, inputs.num_seqs)
         seconds = self._predict_steps_s(_DEPTHS, _WIDTHS, _NODES, lengths, inputs)
-        seconds += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs) / _LASTING_STEPS
-        return np.where((room >= _NODES) & (deepest >= _DEPTHS), inputs.num_seqs * lengths / seconds, 0.0)
+        seconds[:-1] += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs) / _LASTING_STEPS
+        may_be = (room >= _NODES) & (deepest >= _DEPTHS)
+        may_be[-1] = True
+        rates = np.where(may_be, inputs.num_seqs * lengths / seconds, 0.0).tolist()
+        return dict(zip(plans, rates, strict=True))
 
     # -- the decision ----------------------------------------------------------------------------------------
 
     def plan(self, inputs: PlanInputs) -> SpeculationPlan:
-        """The current plan for some steps while nobody joins or leaves, else the best of the grid, or a trial."""
-        decided_for = (inputs.num_seqs, inputs.num_read.bit_length(), inputs.max_draft_tokens)
-        if decided_for == self._decided_for and self._steps_left > 0:
+        """The current plan for some steps while about as many run and nobody joins, else the best, or a trial."""
+        decided_for = (inputs.num_seqs.bit_length(), inputs.num_read.bit_length(), inputs.max_draft_tokens)
+        nobody_joined = inputs.num_seqs <= self._last_num_seqs
+        self._last_num_seqs = inputs.num_seqs
+        if decided_for == self._decided_for and nobody_joined and self._steps_left > 0:
             self._steps_left -= 1
             if self._trial_left > 0:
                 self._trial_left -= 1
                 return self._trial
             return self._current
-        self._learn()
-        rates = dict(zip(self._grid, self._predict_rates(inputs).tolist(), strict=True))
-        rates[PLAIN] = plain_rate = self.predict_rate(PLAIN, inputs)
+        self._hear()
+        if len(self._unlearnt) > _STEPS_DECIDED or self._expectation.is_new:
+            self._learn()
+        rates = self._predict_rates(inputs)
+        plain_rate = rates[PLAIN]
+        self._rates, self._prices = (inputs.num_seqs, rates), {}
         best, before = max(self._grid, key=rates.__getitem__), self._current
         least_rate = plain_rate * (self.margin if self._current.is_plain else 1.0)
         self._promised_gain, wait_s = 0.0, 0.0
@@ -184,13 +206,13 @@ class AutoPlanner(Planner):
                     self._current = PLAIN
                 self._promised_gain = 1 - rates[self._current] / rates[best]
         # with the first drafts all that is known changes; plain steps teach nothing of them
-        is_learning = self.expectation.is_new and not self._current.is_plain
+        is_learning = self._expectation.is_new and not self._current.is_plain
         stands = (decided_for, self._current) == (self._decided_for, before)
         self._steps_decided = min(2 * self._steps_decided + 1, _MOST_DECIDED) if stands else _STEPS_DECIDED
         self._decided_for, self._steps_left = decided_for, 0 if is_learning else self._steps_decided
         self._trial_left = 0
         if wait_s > 0:
-            lost_s = self._promised_gain * self.predict_step_s(self._current, inputs)  # by each step
+            lost_s = self._promised_gain * self._predict_step_s(self._current, inputs)  # by each step
             self._steps_left = min(self._steps_left, int(wait_s / lost_s))
             return self._current
         other = best if self._current.is_plain else self._choose_rival(rates)
@@ -219,7 +241,7 @@ class AutoPlanner(Planner):
         if self._trial_age < num_steps * _TRIAL_WAIT or is_clear or not rates[other]:
             return False
         rate = rates[self._current] * (self.margin if self._current.is_plain else 1.0)
-        emitted = inputs.num_seqs * self.expectation.predict_length(other, inputs.num_seqs)
+        emitted = inputs.num_seqs * self._expectation.predict_length(other, inputs.num_seqs)
         loss_s = num_steps * emitted * (1 / rates[other] - 1 / rate)
         if not other.is_plain:
             loss_s += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
@@ -254,7 +276,10 @@ class AutoPlanner(Planner):
         """What verifying 0, 1, 2, ... draft tokens costs, in promised ones; the same until the next decision."""
         key = (plan, inputs.num_seqs)
         if key not in self._prices:
-            rate = max(self.predict_rate(plan, inputs), self.predict_rate(PLAIN, inputs))
+            num_seqs, rates = self._rates
+            if num_seqs != inputs.num_seqs or plan not in rates:
+                rates = {each: self._predict_rate(each, inputs) for each in (plan, PLAIN)}
+            rate = max(rates[plan], rates[PLAIN])
             trust = self._accepted / self._promised
             worth = max(trust * (1 - rate * self._costs.sample_s), _LEAST_WORTH)  # of a token that is surely accepted
             num_tokens = np.arange(float(inputs.num_seqs), max(self.max_num_tokens, inputs.num_seqs) + 1.0)
@@ -265,25 +290,35 @@ class AutoPlanner(Planner):
     # -- learning --------------------------------------------------------------------------------------------
 
     def observe(self, record: StepRecord) -> None:
-        """Learnt from before the next decision: several steps at once take a fraction of the time."""
-        step_s = record.step_s if 0 <= record.step_s < math.inf else 0.0  # else a clock went astray
-        if 0 <= record.prefill_s <= step_s:
-            self._credit_s += self.trial_share * (step_s - record.prefill_s)
-        if not record.is_steady and record.plan not in (PLAIN, self._current):
-            self._credit_s -= step_s  # a trial pays for what is recorded for it, too
-        self._trial_age += 1
-        self._num_steps += 1
-        self._last_tried[record.plan] = self._num_steps
-        if record.plan.is_plain:
-            self._last_plain[record.num_seqs.bit_length()] = self._num_steps
-        else:
-            self._num_drafted[record.num_seqs.bit_length()] += 1
-        if record.is_steady and record.plan == self._current:
-            self._recording.lose(record.num_seqs, self._promised_gain * step_s)
+        """Learnt from before a decision: several steps at once take a fraction of the time."""
         self._unheard.append(record)
 
+    def _hear(self) -> None:
+        """Count the steps since the last decision."""
+        for record in self._unheard:
+            step_s = record.step_s if 0 <= record.step_s < math.inf else 0.0  # else a clock went astray
+            if 0 <= record.prefill_s <= step_s:
+                self._credit_s += self.trial_share * (step_s - record.prefill_s)
+            if not record.is_steady and record.plan not in (PLAIN, self._current):
+                self._credit_s -= step_s  # a trial pays for what is recorded for it, too
+            self._trial_age += 1
+            self._num_steps += 1
+            self._last_tried[record.plan] = self._num_steps
+            if record.plan.is_plain:
+                self._last_plain[record.num_seqs.bit_length()] = self._num_steps
+            else:
+                self._num_drafted[record.num_seqs.bit_length()] += 1
+            if record.is_steady and record.plan == self._current:
+                self._recording.lose(record.num_seqs, self._promised_gain * step_s)
+        self._unlearnt += self._unheard
+        self._unheard.clear()
+
     def _learn(self) -> None:
-        for records in _group_alike(self._unheard):
+        """Costs and acceptance, from all that was not learnt from."""
+        self._hear()
+        if not self._unlearnt:
+            return
+        for records in _group_alike(self._unlearnt):
             if records[0].is_steady:
                 self._costs.observe(*records)
             elif not records[0].plan.is_plain:
@@ -296,7 +331,7 @@ class AutoPlanner(Planner):
                 if record.num_promised:
                     self._promised = _KEEP_PROMISED * self._promised + record.num_promised
                     self._accepted = _KEEP_PROMISED * self._accepted + record.num_emitted - record.num_seqs
-        self._unheard.clear()
+        self._unlearnt.clear()
         self._prices.clear()
 
     def _learn_recording(self, record: StepRecord) -> None:
