@@ -57,6 +57,32 @@ def test_noise_is_that_of_the_operators(width, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("shape", ["random", "rising", "falling", "flat", "late spike", "few", "far apart"])
+def test_no_token_that_wins_is_passed_over(dtype, shape):
+    """Noise is computed of tokens near the best alone: the winner is that of all noise, wherever large logits stand."""
+    rows, width = _rows(400), 5003
+    logits = torch.randn(400, width, generator=torch.Generator().manual_seed(1))
+    if shape == "rising":
+        logits += torch.linspace(0, 30, width)
+    elif shape == "falling":
+        logits -= torch.linspace(0, 30, width)
+    elif shape == "flat":
+        logits.zero_()
+    elif shape == "late spike":
+        logits[:, 4500] += 20 * torch.rand(400)
+    elif shape == "few":
+        logits[:, torch.arange(width) % 997 != 3] = -math.inf
+    elif shape == "far apart":
+        logits *= 40
+    logits = logits.to(dtype)
+    noise = gumbel_noise(rows.stream_keys, rows.positions, torch.arange(width, dtype=torch.int32))
+    tokens, logprobs, _ = sample(logits, rows, torch.arange(width, dtype=torch.int32))
+    assert torch.equal(tokens, (noise + logits.float()).argmax(-1))
+    expected = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("width", [5, 16, 1024, 1040, 5003])
 def test_sampled_tokens_are_those_of_the_operators(dtype, temperature, width, monkeypatch):

@@ -38,13 +38,18 @@ static inline uint64_t position_key(i64 stream_key, i64 position) {
     return value ^ (value >> 31);
 }
 
-static inline float gumbel(uint32_t token, uint32_t low, uint32_t high) {
+/* 31 random bits; the fewer, the larger is the noise. */
+static inline int32_t hash_token(uint32_t token, uint32_t low, uint32_t high) {
     uint32_t bits = (token ^ low) * 0x7FEB352Du;
     bits = (bits ^ (bits >> 15)) ^ high;
     bits *= 0x846CA68Bu;
     bits = (bits ^ (bits >> 16)) * 0x9E3779B1u;
-    bits = (bits ^ (bits >> 15)) & 0x7FFFFFFF;
-    float u = ((float)(int32_t)bits + 0.5f) * (float)(0x1p-31 - 0x1p-55);
+    return (int32_t)((bits ^ (bits >> 15)) & 0x7FFFFFFF);
+}
+
+static inline float gumbel(uint32_t token, uint32_t low, uint32_t high) {
+    int32_t bits = hash_token(token, low, high);
+    float u = ((float)bits + 0.5f) * (float)(0x1p-31 - 0x1p-55);
     float t = 1.0f - u;
     float exponential = -(log_positive(t) - (u - (1.0f - t)) / t); /* -log1p(-u) */
     return -log_positive(exponential);
@@ -75,11 +80,33 @@ static inline void find_best(const float *score, i64 width, i64 offset, float *b
         if (score[i] > best[i % LANES]) best[i % LANES] = score[i], token[i % LANES] = (int32_t)(offset + i);
 }
 
-/* One token's share of sum(e^x) and of sum(x e^x), x being its logit below the greatest; nothing where e^x is 0. */
-static inline void add_weight(float below, float *mass, float *moment) {
+/* One token's share of sum(e^x) and of sum(x e^x), x being its logit below the greatest; nothing where e^x is 0.
+ * Returns e^x. */
+static inline float add_weight(float below, float *mass, float *moment) {
     float weight = exp_negative(below);
     *mass += weight;
     *moment += weight * (below < -88.0f ? -88.0f : below);
+    return weight;
+}
+
+/* Noise above n has a chance of e^-n, so that hardly any token comes near the best so far: of a logit x below the
+ * greatest those alone whose bits are fewer than e^x times this limit, and of the others no noise is computed. 0 where
+ * all must be looked at: before the first, behind a much larger logit than those so far, where one is no number. */
+#define NEAR 2.0f
+#define CAREFUL 1.001f /* sums, logarithms and exponentials are off by 1e-5 at most */
+
+static inline float find_limit(float most, float best) {
+    return most - best <= NEAR ? 0x1p31f * CAREFUL * expf(most - best) : 0.0f;
+}
+
+/* Tokens that may be better than the best of their lanes. */
+static void look_at(const float *scaled, const int32_t *is_near, int count, i64 first, uint32_t low, uint32_t high,
+                    float *best, int32_t *token) {
+    for (int n = 0; n < count; n++) {
+        float noisy = is_near[n] ? gumbel((uint32_t)(first + n), low, high) + scaled[n] : -INFINITY;
+        i64 lane = (first + n) % LANES;
+        if (noisy > best[lane]) best[lane] = noisy, token[lane] = (int32_t)(first + n);
+    }
 }
 
 #define DEFINE_SAMPLE(T)                                                                                              \
@@ -95,16 +122,17 @@ static inline void add_weight(float below, float *mass, float *moment) {
             i64 count = width - start < CHUNK ? width - start : CHUNK;                                                \
             for (i64 i = 0; i < count; i++) scaled[i] = load_##T(own + start + i);                                    \
             for (i64 i = 0; i < count; i++) broken |= !(scaled[i] < INFINITY);                                        \
-            if (temperature > 0) {                                                                                    \
-                if (temperature != 1)                                                                                 \
-                    for (i64 i = 0; i < count; i++) scaled[i] = scaled[i] / temperature;                              \
+            if (temperature > 0 && temperature != 1)                                                                  \
+                for (i64 i = 0; i < count; i++) scaled[i] = scaled[i] / temperature;                                  \
+            float top = find_max(scaled, count), limit = 0.0f;                                                        \
+            if (temperature > 0 && !broken) limit = find_limit(top > most ? top : most, find_max(best, LANES));       \
+            if (temperature > 0 && limit == 0) {                                                                      \
                 for (i64 i = 0; i < count; i++)                                                                       \
                     noisy[i] = gumbel((uint32_t)(start + i), low, high) + scaled[i];                                  \
                 find_best(noisy, count, start, best, token);                                                          \
-            } else {                                                                                                  \
+            } else if (temperature <= 0) {                                                                            \
                 find_best(scaled, count, start, best, token);                                                         \
             }                                                                                                         \
-            float top = find_max(scaled, count);                                                                      \
             if (top > most) {                                                                                         \
                 float shrink = exp_negative(most - top);                                                              \
                 moment = shrink > 0 ? (moment + mass * (most - top)) * shrink : 0.0f;                                 \
@@ -114,10 +142,24 @@ static inline void add_weight(float below, float *mass, float *moment) {
             if (top == -INFINITY) continue;                                                                           \
             for (int lane = 0; lane < LANES; lane++) sums[lane] = moments[lane] = 0;                                  \
             i64 i = 0;                                                                                                \
+            for (; i + LANES <= count && limit > 0; i += LANES) {                                                     \
+                int32_t is_near[LANES], any = 0;                                                                      \
+                for (int lane = 0; lane < LANES; lane++) {                                                            \
+                    float weight = add_weight(scaled[i + lane] - most, sums + lane, moments + lane);                  \
+                    int32_t bits = hash_token((uint32_t)(start + i + lane), low, high);                               \
+                    is_near[lane] = (float)bits < weight * limit;                                                     \
+                }                                                                                                     \
+                for (int lane = 0; lane < LANES; lane++) any |= is_near[lane];                                        \
+                if (any) look_at(scaled + i, is_near, LANES, start + i, low, high, best, token);                      \
+            }                                                                                                         \
             for (; i + LANES <= count; i += LANES)                                                                    \
                 for (int lane = 0; lane < LANES; lane++)                                                              \
                     add_weight(scaled[i + lane] - most, sums + lane, moments + lane);                                 \
-            for (; i < count; i++) add_weight(scaled[i] - most, sums, moments);                                       \
+            for (; i < count; i++) {                                                                                  \
+                float weight = add_weight(scaled[i] - most, sums, moments);                                           \
+                int32_t is_near = (float)hash_token((uint32_t)(start + i), low, high) < weight * limit;               \
+                if (is_near) look_at(scaled + i, &is_near, 1, start + i, low, high, best, token);                     \
+            }                                                                                                         \
             for (int lane = 0; lane < LANES; lane++) mass += sums[lane], moment += moments[lane];                     \
         }                                                                                                             \
         int winner = 0;                                                                                               \
