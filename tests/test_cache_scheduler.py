@@ -167,9 +167,10 @@ class CacheAndScheduler(RuleBasedStateMachine):
             self.cache.truncate(row, lengths[row] - len(path) + kept)
             running[row].append([0] * kept, [0.0] * kept, [0.0] * kept)
 
-    @precondition(lambda self: self.scheduler.running)
+    @precondition(lambda self: self.scheduler.running and all(s.token_ids for s in self.scheduler.running))
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
+        """After a step, in which each running sequence emits at least a token."""
         slot = data.draw(st.integers(0, len(self.scheduler.running) - 1))
         sequence = self.scheduler.remove(slot)
         self.cache.remove_row(slot)
@@ -195,10 +196,17 @@ class CacheAndScheduler(RuleBasedStateMachine):
         marks = self.contents[self.scheduler.running[row].request_id][:length]
         self.held.append((self.cache.hold(row, length), marks))
 
-    @precondition(lambda self: self.held and len(self.scheduler.running) < self.scheduler.max_num_seqs)
+    @precondition(
+        lambda self: (
+            self.held and len(self.scheduler.running) < self.scheduler.max_num_seqs and not self.scheduler.waiting
+        )
+    )
     @rule(is_dropped=st.booleans())
     def restore(self, is_dropped: bool) -> None:
-        """A sibling that comes when the others have gone; it writes into what it shares, and harms nobody."""
+        """A sibling that comes when the others have gone; it writes into what it shares, and harms nobody.
+
+        It comes alone: from a queue the scheduler would have taken the first.
+        """
         prefix, marks = self.held[0]
         sequence = build_sequence(self.num_requests, [3] * (len(marks) + 1))
         self.num_requests += 1
