@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from conftest import OracleDrafter, build_model, expected_tokens, shared_model
+from conftest import VOCAB_SIZE, OracleDrafter, build_model, expected_tokens, shared_model
 from fastgrpo import Engine, SamplingParams, SpeculationPlan
 from fastgrpo import model as model_module
 from fastgrpo.attention import ForwardBatch
@@ -141,6 +141,19 @@ def test_layers_in_one_call_have_the_bits_of_kernels_one_by_one(family, dtype, c
             assert output.features is not None and output.features.shape == (9, 4 * target.hidden_size)
             found.append([output.last_hidden, output.features, logits, cache.keys.data, cache.values.data])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("token_id", [-1, VOCAB_SIZE])
+def test_a_token_that_the_model_does_not_know_is_named_and_nothing_is_written(token_id, monkeypatch):
+    monkeypatch.setattr(linear, "find_layout", lambda _: linear.OwnLayout)
+    target = TargetModel(build_model("llama", torch.float32))
+    with target.rollout_mode():
+        cache, batch = _build_chains(target, lengths=[70, 0, 5], nodes=[3, 5, 1])
+        before = [store.data.clone() for store in cache.stores]
+        batch.token_ids[4] = token_id
+        with pytest.raises(IndexError, match=f"token {token_id} is none of the model's {VOCAB_SIZE}"):
+            target.launch(batch, cache)
+        assert all(torch.equal(store.data, kept) for store, kept in zip(cache.stores, before, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -34,11 +34,7 @@ class HeadRows:
         self.num_prompt_tokens = num_prompt_tokens
         self.starts: list[int] = []
         nothing = np.zeros((0, 0), dtype=np.int64)
-        self._shifted: tuple[np.ndarray, list[int], np.ndarray] = (
-            nothing,
-            [],
-            nothing,
-        )  # the last table, and what of it
+        self._shifted: tuple[np.ndarray, list[int], np.ndarray] = (nothing, [], nothing)  # table, starts, what came
         self.cache = SlotCache(
             num_layers=num_layers,
             num_kv_heads=target.num_kv_heads,

@@ -89,6 +89,7 @@ class CompiledHead:
             features: of the target, whose first numbers the head reads.
             blocks: where they stand, from the first position of the head's own rows on.
         """
+        assert embeddings.is_contiguous() and features.stride(1) == 1
         last = torch.empty(rows.num_rows, self._hidden_size, dtype=self._dtype)
         scratch = self._room.take(rows.num_tokens * self._num_read, self._dtype)
         records = (ctypes.byref(self._record), ctypes.byref(rows.record), embeddings)
@@ -109,6 +110,7 @@ class CompiledHead:
             embeddings: of all tokens.
             above: which of its row's hidden states each node has.
         """
+        assert embeddings.is_contiguous()
         out = torch.empty(rows.num_tokens, self._hidden_size, dtype=self._dtype)
         scratch = self._room.take(rows.num_tokens * self._num_between, self._dtype)
         records = (ctypes.byref(self._record), ctypes.byref(rows.record), embeddings)

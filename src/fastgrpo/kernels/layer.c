@@ -29,6 +29,7 @@ typedef struct {
     const layer *layers;
     i64 count;
     const void *embeddings;
+    i64 vocabulary;
     norm last;
 } decoder;
 
@@ -102,11 +103,14 @@ DEFINE_PLACE(float, bf16)
     }                                                                                                                 \
                                                                                                                       \
     /* From token ids to normed hidden states; their logits where there is an output for them; and side by side the   \
-     * inputs of the `num_kept` layers in `kept` and the hidden states, where there is room for them (features). */   \
-    void fastgrpo_decode_##R##_##X(const decoder *own, const batch *b, const linear *output, const i64 *kept,         \
-                                   i64 num_kept, X *hidden, X *features, X *logits, R *residual, X *scratch) {        \
+     * inputs of the `num_kept` layers in `kept` and the hidden states, where there is room for them (features).      \
+     * Returns 0, or which token, counted from 1, is none of the vocabulary; nothing has been written then. */        \
+    int fastgrpo_decode_##R##_##X(const decoder *own, const batch *b, const linear *output, const i64 *kept,          \
+                                  i64 num_kept, X *hidden, X *features, X *logits, R *residual, X *scratch) {         \
         i64 width = own->layers->output.outputs, size = b->tokens * width, stride = (num_kept + 1) * width;           \
         X *delta = scratch, *x = delta + size;                                                                        \
+        for (i64 t = 0; t < b->tokens; t++)                                                                           \
+            if (b->ids[t] < 0 || b->ids[t] >= own->vocabulary) return (int)(t + 1);                                   \
         for (i64 t = 0; t < b->tokens; t++)                                                                           \
             memcpy(residual + t * width, (const R *)own->embeddings + b->ids[t] * width, width * sizeof(R));          \
         for (i64 number = 0; number < own->count; number++) {                                                         \
@@ -120,6 +124,7 @@ DEFINE_PLACE(float, bf16)
         fastgrpo_add_norm_##R##_##X(residual, delta, own->last.weight, hidden, b->tokens, width, own->last.eps);      \
         if (features) place_##X##_##X(hidden, features + num_kept * width, stride, b->tokens, width);                 \
         if (output) multiply_##X(output, hidden, b->tokens, logits);                                                  \
+        return 0;                                                                                                     \
     }
 
 DEFINE_LAYER(bf16, bf16)

@@ -81,7 +81,11 @@ class LayerRecord(ctypes.Structure):
 
 
 class _DecoderRecord(ctypes.Structure):
-    _fields_ = (("layers", _Pointer), ("count", _Number), ("embeddings", _Pointer), ("last", NormRecord))
+    _fields_ = (
+        *(("layers", _Pointer), ("count", _Number)),
+        *(("embeddings", _Pointer), ("vocabulary", _Number)),
+        ("last", NormRecord),
+    )
 
 
 class _BatchRecord(ctypes.Structure):
@@ -121,7 +125,7 @@ class CachedRows:
         cached = (cos, sin, token_ids, positions, places, keys, values)
         rows = (starts, num_nodes, lengths, blocks, visible)
         sizes = (len(token_ids), len(starts), blocks.shape[1], *visible.shape[1:])
-        self.num_tokens, self.num_rows = sizes[:2]
+        self.num_tokens, self.num_rows, self.token_ids = *sizes[:2], token_ids
         self._tensors = (*cached, *rows)  # kept alive for as long as the record points to them
         pointers = [tensor.data_ptr() for tensor in self._tensors]
         self.record = _BatchRecord(*pointers[:7], keys.stride(0), *pointers[7:], *sizes)
@@ -173,7 +177,9 @@ class CompiledDecoder:
         self._num_between = 2 * self._hidden_size + max(map(count_between, layers))
         self._layers = (LayerRecord * len(layers))(*map(LayerRecord.point_to, layers))
         layers_at = ctypes.cast(self._layers, ctypes.c_void_p)
-        self._record = _DecoderRecord(layers_at, len(layers), embeddings.data_ptr(), NormRecord.point_to(last))
+        assert embeddings.is_contiguous(), "rows must be adjacent"
+        table = (embeddings.data_ptr(), len(embeddings))
+        self._record = _DecoderRecord(layers_at, len(layers), *table, NormRecord.point_to(last))
         self._output = None if output is None else LinearRecord.point_to(output)
         self._name = f"decode_{cpu.NAMES[embeddings.dtype]}_{cpu.NAMES[dtype]}"
         self._residual, self._between, self._logits = Room(), Room(), Room()
@@ -185,6 +191,9 @@ class CompiledDecoder:
 
         Args:
             kept: layers whose inputs, and the hidden states behind them, are the features; None: there are none.
+
+        Raises:
+            IndexError: a token that the model does not know; nothing has been written.
         """
         size, width, dtype = rows.num_tokens, self._hidden_size, self._dtype
         hidden = torch.empty(size, width, dtype=dtype)
@@ -200,7 +209,12 @@ class CompiledDecoder:
             self._between.take(size * self._num_between, dtype),
         )
         records = (ctypes.byref(self._record), ctypes.byref(rows.record), output)
-        cpu.call(self._name, *records, layers, len(layers), hidden, features, logits, *room)
+        unknown = cpu.call(self._name, *records, layers, len(layers), hidden, features, logits, *room)
+        if unknown:
+            token_id = int(rows.token_ids[unknown - 1])
+            raise IndexError(
+                f"token {token_id} is none of the model's {self._record.vocabulary}: a drafter may only propose those"
+            )
         return hidden, features, logits
 
 
