@@ -64,12 +64,15 @@ def draft_chains(drafter: EagleDrafter, rollout: FinishedRollout, num_pairs: int
 
 
 @pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)]
+)
 @pytest.mark.parametrize("norm_before_residual", [False, True])
-def test_a_pass_in_one_call_has_the_bits_of_kernels_one_by_one(dtype, norm_before_residual, monkeypatch):
+def test_a_pass_in_one_call_has_the_bits_of_kernels_one_by_one(dtype, compute_dtype, norm_before_residual, monkeypatch):
     """Whole trees of several rows of unlike lengths, and what was written to the cache."""
     monkeypatch.setattr(linear, "find_layout", lambda _: linear.OwnLayout)
-    drafter = build_drafter_for(build_model("llama", dtype))
+    target = TargetModel(build_model("llama", dtype), compute_dtype=compute_dtype)
+    drafter = EagleDrafter(target, draft_vocab_size=VOCAB_SIZE)
     drafter.head.norm_before_residual = norm_before_residual
     found = []
     for is_compiled in (True, False):
