@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -426,6 +428,42 @@ def test_own_products_of_processors_that_can_do_less(change, monkeypatch, tmp_pa
     for dtype in (BF16, F32):
         test_own_products_are_rounded_sums(dtype, (24, 8, 1), 41, True)
 
+
+_STARVED = """
+import resource, sys, torch
+from pathlib import Path
+from fastgrpo.kernels import cpu
+torch.set_num_threads(2)
+ones = lambda *shape: torch.ones(*shape)
+whole = lambda *shape: torch.zeros(*shape, dtype=torch.int64)
+rows, inputs = 4096, 2**20
+x, layout = ones(8, inputs), cpu.pack_weights([ones(1, inputs)])
+query, keys = ones(rows, 1024), ones(64, 64)
+trees = dict(starts=torch.arange(rows), num_nodes=1 + whole(rows), lengths=whole(rows), blocks=whole(rows, 1))
+asked = {
+    "product": lambda: cpu.multiply(x, layout, None, 1),  # 32 MiB of tiles
+    "attend": lambda: cpu.attend(query, keys, keys, visible=ones(rows, 1, 1).bool(), head_dim=64, scale=1.0, **trees),
+}[sys.argv[1]]  # 42 MiB of queries and sums, beside 16 of what comes out
+cpu.multiply(ones(8, 8), cpu.pack_weights([ones(8, 8)]), None, 8)  # threads have their stacks
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (24 << 20), hard))
+try:
+    asked()
+except MemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+print(asked().shape[0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process has")
+@pytest.mark.parametrize(("kernel", "rows"), [("product", 8), ("attend", 4096)])
+def test_a_kernel_without_memory_says_so_and_works_again(kernel, rows):
+    done = subprocess.run([sys.executable, "-c", _STARVED, kernel], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    error, works = done.stdout.splitlines()
+    assert f"no memory for what {kernel}_float computes" in error and int(works) == rows
 
 @pytest.mark.parametrize("has_amx", [True, False])
 def test_bfloat16_is_left_to_onednn_where_the_processor_has_matrix_instructions(has_amx, monkeypatch):

@@ -219,11 +219,8 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         self, output: Float[Tensor, "B W H"], noise_rows: SamplingBatch, width: int
     ) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
         """The `width` most promising tokens after each output: log chance of being chosen, token id."""
-        if self._compiled is None:
-            return self.rank(self.fast_head.compute_logits(output), noise_rows, width)
-        rows = (noise_rows.stream_keys, noise_rows.positions, noise_rows.temperature)
-        with_noise = self.ranks_with_noise and noise_rows.is_noisy
-        return self._compiled.rank(output, self.head.draft_vocab, *rows, width, with_noise=with_noise)
+        scorer = self.fast_head if self._compiled is None else self._compiled
+        return self.rank(scorer.compute_logits(output), noise_rows, width)
 
 
 def _build_triangles(num_rows: int, width: int, device: torch.device) -> Bool[Tensor, "B N N"]:

@@ -472,12 +472,13 @@ static void order_nodes(const batch *b, i64 row) {
      * blocks is [rows, most_blocks]. Rows may share blocks: siblings read the same lines of their prompt.            \
      * visible: [rows, most_nodes, seen]: entry (b, n, e) says whether node n sees position lengths[b] + e; every node\
      * sees all positions below lengths[b]. */                                                                        \
-    void fastgrpo_attend_##X(const X *query, i64 stride, const X *keys, const X *values, X *out, i64 rows,            \
+    int fastgrpo_attend_##X(const X *query, i64 stride, const X *keys, const X *values, X *out, i64 rows,             \
                              const i64 *starts, const i64 *nodes, const i64 *lengths, const i64 *blocks,              \
                              i64 most_blocks, const uint8_t *visible, i64 most_nodes, i64 seen, i64 heads,            \
                              i64 kv_heads, i64 width, float scale) {                                                  \
         i64 padded = (width + PAIR - 1) / PAIR * PAIR, num_tasks = 0, claimed = 0;                                    \
         i64 *table = malloc((rows + 1) * (2 * most_nodes + 3) * sizeof(i64));                                         \
+        if (!table) return NO_MEMORY;                                                                                 \
         batch b = {rows, starts, nodes, lengths, blocks, most_blocks, visible, most_nodes, seen, kv_heads,            \
                    heads / kv_heads, width, padded, table, table + rows + 1, table + 2 * (rows + 1),                  \
                    table + 3 * (rows + 1), table + (3 + most_nodes) * (rows + 1)};                                    \
@@ -488,16 +489,21 @@ static void order_nodes(const batch *b, i64 row) {
             b.first_state[row + 1] = b.first_state[row] + nodes[row] * heads * segments;                              \
             num_tasks += segments * blocks_of_nodes;                                                                  \
         }                                                                                                             \
+        i64 num_queries = b.first_query[rows] * padded, num_states = b.first_state[rows] * ROOM(padded);              \
+        i64 num_columns = 2 * CHUNK * padded, num_scratch = most_nodes > MOST_NODES ? MOST_NODES * heads : 0;         \
+        i64 own = num_columns + num_scratch * ROOM(padded), threads = omp_get_max_threads();                          \
         task *tasks = malloc((num_tasks + 1) * kv_heads * sizeof(task));                                              \
+        float *queries = aligned_alloc(64, (num_queries + num_states + threads * own) * sizeof(float));               \
+        if (!tasks || !queries) {                                                                                     \
+            free(queries), free(tasks), free(table);                                                                  \
+            return NO_MEMORY;                                                                                         \
+        }                                                                                                             \
         num_tasks = list_tasks(&b, kv_heads, tasks);                                                                  \
-        if (num_tasks < FEW_TASKS * omp_get_max_threads()) num_tasks = list_tasks(&b, 1, tasks);                      \
-        i64 num_floats = b.first_query[rows] * padded + b.first_state[rows] * ROOM(padded) + LANES;                   \
-        float *queries = aligned_alloc(64, num_floats / LANES * LANES * sizeof(float));                               \
-        float *states = queries + b.first_query[rows] * padded;                                                       \
+        if (num_tasks < FEW_TASKS * threads) num_tasks = list_tasks(&b, 1, tasks);                                    \
+        float *states = queries + num_queries, *columns_of_all = states + num_states;                                 \
         _Pragma("omp parallel if (rows * kv_heads > 1)")                                                              \
         {                                                                                                             \
-            i64 num_columns = 2 * CHUNK * padded, num_scratch = most_nodes > MOST_NODES ? MOST_NODES * heads : 0;     \
-            float *columns = aligned_alloc(64, (num_columns + num_scratch * ROOM(padded)) * sizeof(float));           \
+            float *columns = columns_of_all + omp_get_thread_num() * own;                                             \
             i64 mine, after;                                                                                          \
             memset(columns, 0, num_columns * sizeof(float));                                                          \
             _Pragma("omp for collapse(2)")                                                                            \
@@ -520,9 +526,9 @@ static void order_nodes(const batch *b, i64 row) {
             _Pragma("omp for collapse(2)")                                                                            \
             for (i64 row = 0; row < rows; row++)                                                                      \
                 for (i64 head = 0; head < kv_heads; head++) write_row_##X(&b, states, row, head, out);                \
-            free(columns);                                                                                            \
         }                                                                                                             \
         free(queries), free(tasks), free(table);                                                                      \
+        return 0;                                                                                                     \
     }
 
 DEFINE_ATTEND(bf16)

@@ -15,6 +15,8 @@ typedef int64_t i64;
 #define IS_ZEN_4 0
 #endif
 
+#define NO_MEMORY (-1) /* what a kernel that takes some returns where there is none; what it was to write is unfinished */
+
 #define LANES 16
 #define FEW 16384 /* numbers; fewer are not worth a second thread */
 

@@ -18,6 +18,7 @@ from fastgrpo.kernels.build import load_library
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
 DTYPES = tuple(NAMES)
+_NO_MEMORY = -1  # as in common.h
 _RESIDUALS = {  # (type of residual and norms, type of the products)
     (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)
 }  # fmt: skip
@@ -168,7 +169,7 @@ def attend(
     out = query.new_empty(query.shape)
     sizes = (visible.shape[1], visible.shape[2], query.shape[1] // head_dim, keys.shape[1] // head_dim, head_dim)
     rows = (len(starts), starts, num_nodes, lengths, blocks.contiguous(), blocks.shape[1], visible.contiguous())
-    call(f"attend_{NAMES[query.dtype]}", query, query.stride(0), keys, values, out, *rows, *sizes, scale)
+    compute(f"attend_{NAMES[query.dtype]}", query, query.stride(0), keys, values, out, *rows, *sizes, scale)
     return out
 
 
@@ -199,13 +200,25 @@ def multiply(
     assert x.dtype == layout.dtype and x.shape[1] + x.shape[1] % 2 == layout.shape[1], f"{x.shape} by {layout.shape}"
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(len(x), num_outputs)
-    call(f"product_{NAMES[x.dtype]}", x, x.stride(0), layout, bias, out, *x.shape, num_outputs)
+    compute(f"product_{NAMES[x.dtype]}", x, x.stride(0), layout, bias, out, *x.shape, num_outputs)
     return out
 
 
 def call(name: str, *arguments: Any) -> Any:
     """Call a kernel with tensors (their first number), numbers, and what ctypes passes by itself."""
     return getattr(_load(), f"fastgrpo_{name}")(*map(_pass, arguments))
+
+
+def compute(name: str, *arguments: Any) -> int:
+    """`call` of a kernel that takes memory for what it computes in between; returns what it does.
+
+    Raises:
+        MemoryError: there was none.
+    """
+    found = int(call(name, *arguments))
+    if found == _NO_MEMORY:
+        raise MemoryError(f"there is no memory for what {name} computes in between")
+    return found
 
 
 def _load() -> ctypes.CDLL:

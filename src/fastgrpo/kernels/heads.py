@@ -94,7 +94,7 @@ class CompiledHead:
         scratch = self._room.take(rows.num_tokens * self._num_read, self._dtype)
         records = (ctypes.byref(self._record), ctypes.byref(rows.record), embeddings)
         where = (features, features.stride(0), blocks.contiguous(), blocks.shape[1])
-        cpu.call(self._name("read_pairs", embeddings), *records, *where, last, scratch)
+        cpu.compute(self._name("read_pairs", embeddings), *records, *where, last, scratch)
         return last
 
     def expand(
@@ -115,32 +115,17 @@ class CompiledHead:
         scratch = self._room.take(rows.num_tokens * self._num_between, self._dtype)
         records = (ctypes.byref(self._record), ctypes.byref(rows.record), embeddings)
         where = (hidden.contiguous(), above.contiguous(), hidden.shape[1])
-        cpu.call(self._name("pairs", embeddings), *records, *where, out, scratch)
+        cpu.compute(self._name("pairs", embeddings), *records, *where, out, scratch)
         return out
 
-    def rank(
-        self,
-        outputs: Float[Tensor, "B W H"],
-        vocabulary: Int[Tensor, " C"],
-        stream_keys: Int[Tensor, " B"],
-        positions: Int[Tensor, " B"],
-        temperature: Float[Tensor, " B"],
-        width: int,
-        *,
-        with_noise: bool,
-    ) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
-        """`cpu.rank` of the logits of outputs."""
-        num_trees, num_nodes = outputs.shape[:2]
-        num_columns = self._record.output.outputs
-        most = min(width, num_columns)
-        chances = torch.empty(num_trees, num_nodes, most)
-        token_ids = torch.empty(num_trees, num_nodes, most, dtype=torch.int64)
-        scratch = self._room.take(num_trees * num_nodes * (self._hidden_size + num_columns), self._dtype)
-        rows = (vocabulary, stream_keys, positions, temperature)
-        sizes = (num_trees, num_nodes, most, int(with_noise))
-        name = f"rank_outputs_{cpu.NAMES[self._dtype]}"
-        cpu.call(name, ctypes.byref(self._record), outputs.contiguous(), *rows, *sizes, chances, token_ids, scratch)
-        return chances, token_ids
+    def compute_logits(self, outputs: Float[Tensor, "B W H"]) -> Float[Tensor, "B W C"]:
+        """Of the tokens that are drafted, valid until the next call."""
+        num_rows, num_columns = outputs.shape[0] * outputs.shape[1], self._record.output.outputs
+        scratch = self._room.take(num_rows * (self._hidden_size + num_columns), self._dtype)
+        logits, normed = scratch.split((num_rows * num_columns, num_rows * self._hidden_size))
+        name = f"score_{cpu.NAMES[self._dtype]}"
+        cpu.compute(name, ctypes.byref(self._record), outputs.contiguous(), num_rows, logits, normed)
+        return logits.view(*outputs.shape[:2], num_columns)
 
     def _name(self, what: str, embeddings: Tensor) -> str:
         return f"{what}_{cpu.NAMES[embeddings.dtype]}_{cpu.NAMES[self._dtype]}"

@@ -194,6 +194,7 @@ class CompiledDecoder:
 
         Raises:
             IndexError: a token that the model does not know; nothing has been written.
+            MemoryError: there is none for what is computed in between; nothing is lost but this forward.
         """
         size, width, dtype = rows.num_tokens, self._hidden_size, self._dtype
         hidden = torch.empty(size, width, dtype=dtype)
@@ -209,7 +210,7 @@ class CompiledDecoder:
             self._between.take(size * self._num_between, dtype),
         )
         records = (ctypes.byref(self._record), ctypes.byref(rows.record), output)
-        unknown = cpu.call(self._name, *records, layers, len(layers), hidden, features, logits, *room)
+        unknown = cpu.compute(self._name, *records, layers, len(layers), hidden, features, logits, *room)
         if unknown:
             token_id = int(rows.token_ids[unknown - 1])
             raise IndexError(

@@ -169,11 +169,12 @@ static inline i64 share_rows(i64 rows, i64 most) {
 
 /* `stride` numbers lie between the starts of two rows of x; out is dense. */
 #define DEFINE_PRODUCT(X)                                                                                             \
-    void fastgrpo_product_##X(const X *x, i64 stride, const packed_##X *layout, const X *bias, X *out, i64 rows,      \
+    int fastgrpo_product_##X(const X *x, i64 stride, const packed_##X *layout, const X *bias, X *out, i64 rows,       \
                               i64 inputs, i64 outputs) {                                                              \
         i64 most = share_rows(rows, ROWS), blocks = (outputs + WIDE - 1) / WIDE;                                      \
         i64 units = (inputs + UNIT_##X - 1) / UNIT_##X, step = STEP / UNIT_##X, early = AHEAD / UNIT_##X;             \
         row_##X *tiles = malloc(most * units * sizeof *tiles); /* rows of a tile side by side, unit by unit */        \
+        if (!tiles && rows) return NO_MEMORY;                                                                         \
         _Pragma("omp parallel if (rows * inputs * outputs > FEW)")                                                    \
         for (i64 start = 0; start < rows; start += most) {                                                            \
             i64 count = rows - start < most ? rows - start : most, group = share_rows(count, GROUP);                  \
@@ -211,11 +212,12 @@ static inline i64 share_rows(i64 rows, i64 most) {
                     for (i64 j = 0; j < width; j++) {                                                                 \
                         i64 output = block * WIDE + j;                                                                \
                         float sum = sums[(row - from) * WIDE + j];                                                    \
-                        store_##X(out + (start + row) * outputs + output, bias ? sum + load_##X(bias + output) : sum); \
+                        store_##X(out + (start + row) * outputs + output, bias ? sum + load_##X(bias + output) : sum);\
                     }                                                                                                 \
             }                                                                                                         \
         }                                                                                                             \
         free(tiles);                                                                                                  \
+        return 0;                                                                                                     \
     }
 
 DEFINE_PRODUCT(bf16)
