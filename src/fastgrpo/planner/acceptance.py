@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from fastgrpo.types import SpeculationPlan, StepRecord
 
@@ -105,23 +106,25 @@ def _complete(rates: list[float]) -> list[float]:
     return [*rates, *(rates[-1] * 0.5**rank for rank in range(1, missing + 1))]
 
 
-def compute_expected_length(
-    plan: SpeculationPlan, rates: list[list[float]], num_draft_tokens: int | None = None
-) -> float:
+def compute_expected_length(plan: SpeculationPlan, rates: Rates, num_draft_tokens: int | None = None) -> float:
     """Expected tokens per sequence and forward: one, plus the best `num_draft_tokens` path chances of the tree.
 
     Args:
         num_draft_tokens: None takes those of the plan.
     """
-    heap: list[tuple[float, int]] = [(-rate, 1) for rate in rates[0][: plan.width]] if plan.depth else []
-    heapq.heapify(heap)
-    total = 1.0
-    for _ in range(plan.num_draft_tokens if num_draft_tokens is None else num_draft_tokens):
-        if not heap:
-            break
-        chance, depth = heapq.heappop(heap)
-        total -= chance
-        if depth < plan.depth:
-            for rate in rates[depth][: plan.width]:
-                heapq.heappush(heap, (chance * rate, depth + 1))
-    return total
+    best = _list_best_nodes(rates, plan.width, plan.depth)
+    most = plan.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
+    return 1 + sum(chance for chance, _ in itertools.islice(best, most))
+
+
+def _list_best_nodes(rates: Rates, width: int, depth: int) -> Iterator[tuple[float, int]]:
+    """Path chance and depth of the nodes of a tree, the best first, so that none stands before its parent."""
+    levels = [sorted(row[:width], reverse=True) for row in rates[:depth]]
+    heap = [(-levels[0][0], 1, 0, 1.0)] if levels and width else []  # negative chance, depth, place, chance above
+    while heap:
+        negative, level, place, above = heapq.heappop(heap)
+        yield -negative, level
+        if place + 1 < len(levels[level - 1]):
+            heapq.heappush(heap, (-above * levels[level - 1][place + 1], level, place + 1, above))
+        if level < len(levels):
+            heapq.heappush(heap, (negative * levels[level][0], level + 1, 0, -negative))

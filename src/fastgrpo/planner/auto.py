@@ -23,13 +23,15 @@ from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 GRID = tuple(  # sequences share their budgets; one of them may have three times its share, or all that is drafted
     SpeculationPlan(depth=d, width=w, num_draft_tokens=n, most_draft_tokens=min(w + w * w * (d - 1), 3 * n))
     for d, w, n in (
-        *((1, 1, 1), (1, 2, 2), (1, 3, 3), (2, 1, 2), (2, 2, 3), (2, 2, 4), (2, 3, 6), (3, 1, 3), (3, 2, 6)),
-        *((3, 3, 8), (3, 4, 12), (4, 2, 8), (4, 4, 16), (5, 4, 16), (5, 4, 24), (6, 4, 24), (6, 8, 32), (8, 8, 48)),
+        *((1, 1, 1), (1, 2, 2), (1, 3, 3), (2, 1, 2), (2, 2, 2), (2, 2, 3), (2, 2, 4), (2, 3, 6), (2, 6, 12)),
+        *((3, 1, 3), (3, 2, 6), (3, 3, 6), (3, 3, 8), (3, 4, 12), (3, 6, 24), (3, 8, 48), (4, 2, 8), (4, 4, 12)),
+        *((4, 4, 16), (4, 8, 48), (5, 4, 24), (5, 8, 48), (6, 1, 6), (8, 2, 12), (8, 4, 24), (8, 8, 48)),
     )
 )
 
 
-_DEPTHS, _WIDTHS, _NODES = shape_arrays((*GRID, PLAIN))
+_DEPTHS, _WIDTHS, _NODES = shape_arrays(GRID)
+_PLACES = _DEPTHS.astype(int) - 1, _WIDTHS.astype(int) - 1  # in tables that begin with 1
 _NOTHING = (0, 0, None)
 _STEPS_DECIDED, _MOST_DECIDED = 7, 23  # that a plan is kept for without asking again: twice as many where it stands
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
@@ -159,18 +161,24 @@ class AutoPlanner(Planner):
         return inputs.num_seqs * self._expectation.predict_length(plan, inputs.num_seqs) / seconds
 
     def _predict_rates(self, inputs: PlanInputs) -> dict[SpeculationPlan, float]:
-        """`predict_rate` of plain decoding and of every plan of the grid; 0 of those that do not fit or go deeper than
-        was explored.
+        """`predict_rate` of plain decoding and of every plan of the grid; 0 of those that do not fit, go deeper than
+        was explored, or cannot be worth a trial beside the best.
         """
+        batch, reading_s = inputs.num_seqs, self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
         room, deepest = inputs.find_room(self.max_num_tokens), self._expectation.explored_depth + 1
-        plans = (*self._grid, PLAIN)
-        lengths = self._expectation.predict_lengths(plans, inputs.num_seqs)
-        seconds = self._predict_steps_s(_DEPTHS, _WIDTHS, _NODES, lengths, inputs)
-        seconds[:-1] += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs) / _LASTING_STEPS
-        may_be = (room >= _NODES) & (deepest >= _DEPTHS)
-        may_be[-1] = True
-        rates = np.where(may_be, inputs.num_seqs * lengths / seconds, 0.0).tolist()
-        return dict(zip(plans, rates, strict=True))
+        bounds = self._expectation.bound_lengths(batch)[_PLACES]
+        seconds = self._predict_steps_s(_DEPTHS, _WIDTHS, _NODES, bounds, inputs) + reading_s / _LASTING_STEPS
+        most = np.where((room >= _NODES) & (deepest >= _DEPTHS), batch * bounds / seconds, 0.0)
+        rates = dict.fromkeys(self._grid, 0.0) | {PLAIN: self._predict_rate(PLAIN, inputs)}
+        best = 0.0
+        for index in most.argsort()[::-1].tolist():
+            if most[index] <= _PROMISING * best:
+                break
+            length = self._expectation.predict_length(self._grid[index], batch)
+            spared_s = batch * (float(bounds[index]) - length) * self._costs.sample_s
+            rates[self._grid[index]] = rate = batch * length / (float(seconds[index]) - spared_s)
+            best = max(best, rate)
+        return rates
 
     # -- the decision ----------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -61,7 +61,7 @@ class Expectation:
         self._num_unpredicted = 0  # drafts that predictions do not know of
         self._rates: dict[int, list[list[float]]] = {}  # by octave, until they are computed anew
         self._trees: dict[tuple[int, SpeculationPlan], float] = {}
-        self._lengths: dict[tuple[int, SpeculationPlan, int], NDArray[np.float64]] = {}
+        self._bounds: dict[int, NDArray[np.float64]] = {}
 
     @property
     def explored_depth(self) -> int:
@@ -81,12 +81,14 @@ class Expectation:
         accepted = self._predict_accepted(plan, num_seqs) * (own.ratio if own else 1.0)
         return 1 + min(accepted, plan.depth)
 
-    def predict_lengths(self, plans: Sequence[SpeculationPlan], num_seqs: int) -> NDArray[np.float64]:
-        """`predict_length` of each of these plans."""
-        key = (num_seqs.bit_length(), plans[0], len(plans))
-        if key not in self._lengths:
-            self._lengths[key] = np.array([self.predict_length(plan, num_seqs) for plan in plans])
-        return self._lengths[key]
+    def bound_lengths(self, num_seqs: int) -> NDArray[np.float64]:
+        """At least what plans may be predicted, [depth, width] from 1 on, however many draft tokens they have."""
+        octave = num_seqs.bit_length()
+        if octave not in self._bounds:
+            rates = np.minimum(np.cumsum(self._find_rates(num_seqs), axis=1), 1.0)  # that any child is accepted
+            ratio = self._all.ratio * max((each.ratio for each in self._plans.values()), default=1.0)
+            self._bounds[octave] = 1 + max(ratio, self._all.ratio) * rates.cumprod(axis=0).cumsum(axis=0)
+        return self._bounds[octave]
 
     def observe(self, *records: StepRecord) -> None:
         """Learn from steps that offered drafts, all of one plan and with as many live sequences."""
@@ -137,7 +139,7 @@ class Expectation:
         self._num_unpredicted = 0
         self._rates.clear()
         self._trees.clear()
-        self._lengths.clear()
+        self._bounds.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {
