@@ -13,7 +13,7 @@ from conftest import HIDDEN_SIZE, VOCAB_SIZE, build_model, shared_model
 from fastgrpo import draft_loss, unroll
 from fastgrpo.cache import locate
 from fastgrpo.draft_loss import LOSSES, DraftLoss
-from fastgrpo.drafters import DraftContext, eagle
+from fastgrpo.drafters import DraftContext, head_drafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_layer import FusedMidLayer
 from fastgrpo.engine import FinishedRollout
@@ -121,11 +121,9 @@ def test_a_long_text_is_read_by_its_keys_and_values_alone(dtype, tolerance, monk
     context, plan = build_context(drafter.target, [3, 1, 60, 9]), SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
     found = []
     for most, num_passes in ((10**9, 0), (0, 1)):
-        monkeypatch.setattr(eagle, "_MANY_PAIRS", most)
+        monkeypatch.setattr(head_drafter, "_MANY_TOKENS", most)
         passes = []
-        monkeypatch.setattr(
-            drafter, "_store_pairs", lambda c, p=passes: p.append(1) or EagleDrafter._store_pairs(drafter, c)
-        )
+        monkeypatch.setattr(drafter, "catch_up", lambda c, p=passes: p.append(1) or EagleDrafter.catch_up(drafter, c))
         drafter.begin()
         with drafter.target.rollout_mode():
             draft = drafter.propose(context, plan)

@@ -311,14 +311,15 @@ def test_the_bound_counts_the_scratch_block(num_blocks, monkeypatch):
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("drafter", ["eagle-new", "block"])
 @pytest.mark.parametrize("plan", [SpeculationPlan(depth=3, width=1, num_draft_tokens=3), TREE])
-def test_a_replayed_draft_is_the_one_that_is_launched(plan, monkeypatch):
+def test_a_replayed_draft_is_the_one_that_is_launched(plan, drafter, monkeypatch):
     """Rows that come, go and fall behind while others draft; what stands in the scratch blocks is anything."""
     prompts, drafts = [GROUP, [7], GROUP, [8, 8], [9, 3, 4]], []
     params = [SamplingParams(max_tokens=90 - 15 * row, stream=row, temperature=0.5) for row in range(len(prompts))]
     for recorder in (None, EagerRecorder()):
         monkeypatch.setattr(TargetModel, "_build_recorder", lambda _, recorder=recorder: recorder)
-        engine = Engine(build_model("llama", torch.float32), drafter="eagle-new", speculation=plan, max_num_seqs=3)
+        engine = Engine(build_model("llama", torch.float32), drafter=drafter, speculation=plan, max_num_seqs=3)
         steps, propose = iter(range(10**6)), engine.drafter.propose
         # now and then nothing is drafted, so that more is unread than a table has columns for
         monkeypatch.setattr(engine, "_plan", lambda _, steps=steps: PLAIN if next(steps) % 20 > 13 else plan)
@@ -334,6 +335,7 @@ def test_a_replayed_draft_is_the_one_that_is_launched(plan, monkeypatch):
         if recorder is not None:
             engine.on_step.append(lambda _, engine=engine: spoil_scratch(engine.drafter._rows.cache))
         completions = engine.generate(prompts, params)
+        assert recorder is None or len(engine.drafter._replays) > 0
         drafts.append((told, [completion.token_ids for completion in completions]))
     assert recorder.num_replayed > 2 * recorder.num_recorded
     (launched, expected), (replayed, tokens) = drafts

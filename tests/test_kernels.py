@@ -465,6 +465,7 @@ def test_a_kernel_without_memory_says_so_and_works_again(kernel, rows):
     error, works = done.stdout.splitlines()
     assert f"no memory for what {kernel}_float computes" in error and int(works) == rows
 
+
 @pytest.mark.parametrize("has_amx", [True, False])
 def test_bfloat16_is_left_to_onednn_where_the_processor_has_matrix_instructions(has_amx, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)

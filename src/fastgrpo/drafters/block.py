@@ -8,21 +8,27 @@ and ranked with the target's own noise, as for every drafter here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as ListOf
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastgrpo.attention import ForwardBatch
+from fastgrpo.cache import locate_each
+from fastgrpo.decoder import count_positions
 from fastgrpo.drafters.beams import grow_trees
 from fastgrpo.drafters.block_files import load_block_head, save_block_head
 from fastgrpo.drafters.block_head import BlockHead, build_block_head, start_from_target
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.head_drafter import HeadDrafter
+from fastgrpo.drafters.head_inputs import HeadInputs
 from fastgrpo.model import TargetModel
+from fastgrpo.rotation import RotationTable
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
@@ -66,58 +72,65 @@ class BlockDrafter(HeadDrafter[BlockHead]):
     def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         return super().propose(context, replace(plan, depth=min(plan.depth, self.head.block_size)))
 
-    def grow(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
-        last = self._read_features(context)
-        lengths = self._rows.place(context.cache.lengths)
-        levels = _BlockLevels(self, context.pending_token_ids, last, lengths, plan.depth)
-        return grow_trees(context, plan, levels, self.calibration)
+    def prepare(self) -> None:
+        super().prepare()
+        self._rotation = RotationTable(self.target.decoder.rotary_emb, count_positions(self.target.config))
 
-    def _read_features(self, context: DraftContext) -> Float[Tensor, "B H"]:
-        """Keys and values of the cached tokens that are new; returns each row's last context."""
-        store = context.cache.features
-        assert store is not None
-        device = self.target.device
-        read, lengths, starts = upload([self._rows.num_read, context.cache.lengths, self._rows.starts], device)
-        counts = lengths - read
-        num_unread = sum(context.cache.lengths) - sum(self._rows.num_read)
-        rows = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=num_unread)
-        first = (read - counts.cumsum(0) + counts)[rows]
-        positions = first + torch.arange(len(rows), device=device)
-        hidden = self._fuse(store.flat(0)[context.cache.locate(rows, positions)])
-        own = positions - starts[rows]
-        cos, sin = (x[0] for x in self.target.decoder.rotary_emb(hidden, position_ids=own[None]))
-        index = self._rows.cache.locate(rows, own)
+    def catch_up(self, context: DraftContext) -> None:
+        cache, own, num_read = context.cache, self._rows, self._rows.num_read
+        rows, behind = _spread([length - 1 - read for length, read in zip(cache.lengths, num_read, strict=True)])
+        starts = np.array(own.starts)[rows]
+        positions = np.array(own.place(num_read))[rows] + behind
+        at_rows, at, own_at = upload(np.stack((rows, positions + starts, positions)), self.target.device)
+        self._read(cache.locate(at_rows, at), own.cache.locate(at_rows, own_at), own_at)
+
+    def draft(self, inputs: HeadInputs, plan: SpeculationPlan) -> Draft:
+        (num_rows, width), device = inputs.unread.shape, inputs.unread.device
+        # where it is not known how much is new, what is read behind a row's last token is written over by its block
+        if inputs.counts is None:
+            rows, behind = _count(num_rows, width, device)
+        else:
+            rows, behind = upload(np.stack(_spread(inputs.counts)), device)
+        positions = inputs.num_read[rows] + behind
+        places, own_places = (locate_each(blocks, rows, positions) for blocks in (inputs.blocks, inputs.own_blocks))
+        self._read(places, own_places, positions)
+        every_row = torch.arange(num_rows, device=device)
+        last = self._fuse(locate_each(inputs.blocks, every_row, (inputs.lengths - 1).clamp(min=0)))
+        return grow_trees(inputs, plan, _BlockLevels(self, inputs, last, plan.depth), self.calibration)
+
+    def _read(self, places: Int[Tensor, " T"], own_places: Int[Tensor, " T"], positions: Int[Tensor, " T"]) -> None:
+        """Keys and values of cached tokens: where they stand in the target's cache, in the head's, and in its rows."""
+        hidden = self._fuse(places)
+        cos, sin = self._rotation(positions, hidden)
         for number, layer in enumerate(self.fast_head.layers):
-            self._rows.write(number, index, *layer.read_context(hidden, cos, sin))
-        ends = context.cache.locate(torch.arange(len(counts), device=device), lengths - 1)
-        return self._fuse(store.flat(0)[ends])
+            self._rows.write(number, own_places, *layer.read_context(hidden, cos, sin))
 
-    def _fuse(self, features: Float[Tensor, "T F"]) -> Float[Tensor, "T H"]:
-        return self.fast_head.fc(features[:, : 3 * self.target.hidden_size].to(self.target.dtype))
+    def _fuse(self, places: Int[Tensor, " T"]) -> Float[Tensor, "T H"]:
+        """The context that the head makes of the target's features at these places."""
+        context: Tensor = self.fast_head.fc(self._take_features(places))
+        return context
 
-    def forward(
-        self, pending_token_ids: Int[Tensor, " B"], last: Float[Tensor, "B H"], lengths: list[int], depth: int
-    ) -> Float[Tensor, "B D H"]:
-        """One pass over blocks of `depth` positions.
+    def forward(self, inputs: HeadInputs, last: Float[Tensor, "B H"], depth: int) -> Float[Tensor, "B D H"]:
+        """One pass over blocks of `depth` positions, behind those that were read.
 
         Args:
             last: context of the token before the pending one.
-            lengths: positions read of each row, behind which its block stands.
         """
-        head, target, num_rows = self.fast_head, self.target, len(lengths)
+        head, target, pending, num_rows = self.fast_head, self.target, inputs.pending_token_ids, len(last)
         masks = head.mask_embeddings[: depth - 1, None].expand(-1, num_rows, -1)
-        embedded = torch.cat((self.embed(pending_token_ids)[None], masks))
+        embedded = torch.cat((self.embed(pending)[None], masks))
         hidden = head.join(embedded, last).transpose(0, 1).flatten(0, 1)
         batch = ForwardBatch.build(
-            token_ids=pending_token_ids[:, None].expand(-1, depth),
-            num_nodes=torch.full_like(pending_token_ids, depth),
+            token_ids=pending[:, None].expand(-1, depth),
+            num_nodes=torch.full_like(pending, depth),
             visible=torch.ones(depth, depth, dtype=torch.bool, device=target.device).tril().expand(num_rows, -1, -1),
-            blocks=self._rows.cache.blocks,
-            lengths=upload(lengths, target.device),
+            blocks=inputs.own_blocks,
+            lengths=inputs.lengths,
             dtype=target.dtype,
             num_repeats=target.num_repeats,
+            counts=(depth,) * num_rows,
         )
-        cos, sin = (x[0] for x in target.decoder.rotary_emb(hidden, position_ids=batch.positions[None]))
+        cos, sin = self._rotation(batch.positions, hidden)
         for number, layer in enumerate(head.layers):
             attended = self._rows.attend(number, batch, *layer.read_block(hidden, cos, sin))
             hidden = layer.finish(hidden, attended)
@@ -136,20 +149,25 @@ class BlockDrafter(HeadDrafter[BlockHead]):
         return logits[:, None] + F.linear(self.fast_head.previous_in(self.embed(token_ids)), self._correction)
 
 
+def _spread(counts: ListOf[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Row, and place behind the row's first, of so many of each row."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return rows, np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _count(num_rows: int, width: int, device: torch.device) -> tuple[Int[Tensor, " T"], Int[Tensor, " T"]]:
+    """The same of rows that are alike, on a device."""
+    at = torch.arange(num_rows * width, device=device)
+    return at // width, at % width
+
+
 class _BlockLevels:
     """A block under way: its logits are all there, each level waits for the tokens chosen above it."""
 
-    def __init__(
-        self,
-        drafter: BlockDrafter,
-        pending_token_ids: Int[Tensor, " B"],
-        last: Float[Tensor, "B H"],
-        lengths: list[int],
-        depth: int,
-    ) -> None:
+    def __init__(self, drafter: BlockDrafter, inputs: HeadInputs, last: Float[Tensor, "B H"], depth: int) -> None:
         self.drafter = drafter
-        self.logits = drafter.compute_level_logits(drafter.forward(pending_token_ids, last, lengths, depth))
-        self.tokens = pending_token_ids[:, None]  # of the nodes expanded last
+        self.logits = drafter.compute_level_logits(drafter.forward(inputs, last, depth))
+        self.tokens = inputs.pending_token_ids[:, None]  # of the nodes expanded last
         self.level = 0
 
     def rank(self, noise_rows: SamplingBatch, width: int) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:

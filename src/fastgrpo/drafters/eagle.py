@@ -8,16 +8,14 @@ head's own outputs as features.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastgrpo.attention import ForwardBatch, describe_rows, has_kernels
-from fastgrpo.cache import SlotCache, locate_each
+from fastgrpo.cache import locate_each
 from fastgrpo.decoder import count_positions
 from fastgrpo.drafters.beams import grow_trees
 from fastgrpo.drafters.drafter import DraftContext
@@ -25,8 +23,7 @@ from fastgrpo.drafters.eagle_files import load_head, save_head
 from fastgrpo.drafters.eagle_head import EagleHead, build_head, start_from_target
 from fastgrpo.drafters.eagle_layer import FusedMidLayer, compile_head, is_plain
 from fastgrpo.drafters.head_drafter import HeadDrafter
-from fastgrpo.drafters.head_inputs import HeadInputs, TableShape
-from fastgrpo.graphs import Replays, list_larger
+from fastgrpo.drafters.head_inputs import HeadInputs
 from fastgrpo.kernels.layers import CachedRows
 from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
@@ -36,19 +33,12 @@ from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan
 
-_PARTS = ("token_ids", "parents", "num_nodes", "log_chances", "scores")  # of a draft, recorded
-_MANY_PAIRS = 8  # new ones a row, from which on keys and values of all but the last are computed apart
-_PRICED_PAIRS = 512  # new ones in all, fewer of which take a device less time than launching what reads them
-
 
 class EagleDrafter(HeadDrafter[EagleHead]):
     """Drafts with an `EagleHead`, one level at a time."""
 
     name = "eagle"
     num_prompt_tokens = 32
-    _cache: SlotCache | None = None  # the target's, whose features were read last
-    _replays: Replays[_Recorded] | None = None  # of drafts with the weights as they are
-    _num_caught_up = 0  # pairs read before the last draft, by what is not recorded
 
     @staticmethod
     def build_head(target: TargetModel, draft_vocab_size: int) -> EagleHead:
@@ -70,59 +60,8 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         pack_modules(self.fast_head, leave=() if self._layer is None else ("midlayer",))
         self._compiled = None if self._layer is None else compile_head(self.fast_head, self._layer)
 
-    def begin(self) -> None:
-        super().begin()
-        self._replays = None  # the weights are new ones
-
-    @property
-    def was_replayed(self) -> bool:
-        """Whether the last draft took no longer than the next one like it will, but for what it had to read first."""
-        if self._replays is None:
-            return True
-        return self._replays.was_replayed and not 0 < self._num_caught_up < _PRICED_PAIRS
-
-    def grow(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
-        own, replays = self._rows.cache, self._find_replays(context.cache)
-        num_read, lengths = self._rows.num_read, context.cache.lengths
-        most = max(length - read for length, read in zip(lengths, num_read, strict=True))
-        num_unread = sum(lengths) - sum(num_read)
-        is_behind = num_unread > _MANY_PAIRS * len(lengths) or (replays is not None and most > plan.depth + 1)
-        self._num_caught_up = num_unread if is_behind else 0
-        if is_behind:
-            self._store_pairs(context)
-            num_read = [length - 1 for length in lengths]
-        if replays is not None:
-            own.take_scratch()
-            shape = TableShape.find(context, plan, own, with_noise=self.ranks_with_noise)
-            found = replays(
-                shape,
-                lambda: _Recorded(shape=shape, table=shape.build(self.target.device)),
-                lambda inputs: inputs.shape.fill(inputs.table, context, num_read, self._rows),
-                larger=[replace(shape, rows=rows) for rows in list_larger(shape.rows)],
-            )
-            if found is not None:
-                parts: dict[str, Any] = {name: part[: len(lengths)] for name, part in zip(_PARTS, found, strict=True)}
-                return Draft(**parts)
-        return self._grow(HeadInputs.gather(context, num_read, self._rows), plan)
-
-    def _grow(self, inputs: HeadInputs, plan: SpeculationPlan) -> Draft:
+    def draft(self, inputs: HeadInputs, plan: SpeculationPlan) -> Draft:
         return grow_trees(inputs, plan, _EagleLevels(self, inputs, self._read_pairs(inputs)), self.calibration)
-
-    def _find_replays(self, cache: SlotCache) -> Replays[_Recorded] | None:
-        """Of drafts from the features of this cache; None where nothing is recorded."""
-        if cache is not self._cache:
-            self._replays, self._cache = None, cache
-        if self._replays is None and (recorder := self.target.open_recorder()) is not None:
-            self._replays = Replays(self._run_recorded, self._list_stores, recorder)
-        return self._replays
-
-    def _run_recorded(self, inputs: _Recorded) -> tuple[Tensor, ...]:
-        draft = self._grow(inputs.shape.read(inputs.table), inputs.shape.plan)
-        return tuple(getattr(draft, name) for name in _PARTS)
-
-    def _list_stores(self) -> list[Tensor]:
-        assert self._cache is not None
-        return [store.data for store in (*self._rows.cache.stores, *self._cache.stores)]
 
     def _read_pairs(self, inputs: HeadInputs) -> Float[Tensor, "B H"]:
         """Run the pairs whose true features are new; returns each row's last output."""
@@ -157,7 +96,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         keys, values = self._rows.cache.keys, self._rows.cache.values
         return describe_rows(batch, keys, values, *self._rotation.cover(batch.positions, keys.data.dtype))
 
-    def _store_pairs(self, context: DraftContext) -> None:
+    def catch_up(self, context: DraftContext) -> None:
         """Keys and values of all new pairs but each row's last, whose output alone is drafted from."""
         tokens: list[int] = []
         rows: list[int] = []
@@ -184,9 +123,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
 
     def _read_features(self, places: Int[Tensor, " T"]) -> Float[Tensor, "T H"]:
         """The head's hidden state for the target's features at these places."""
-        assert self._cache is not None and self._cache.features is not None
-        features = self._cache.features.flat(0)[places, : 3 * self.target.hidden_size]
-        hidden: Tensor = self.fast_head.fc(features.to(self.target.dtype))
+        hidden: Tensor = self.fast_head.fc(self._take_features(places))
         return hidden
 
     def expand(
@@ -232,14 +169,6 @@ def _build_triangles(num_rows: int, width: int, device: torch.device) -> Bool[Te
 def _see_before(num_rows: int, width: int) -> Bool[Tensor, "B N N"]:
     """`_build_triangles` on the host; not for recordings, whose memory is their own."""
     return _build_triangles(num_rows, width, torch.device("cpu"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Recorded:
-    """What a recorded draft is fed with."""
-
-    shape: TableShape
-    table: Int[Tensor, "R C"]
 
 
 class _EagleLevels:

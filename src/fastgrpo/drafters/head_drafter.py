@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastgrpo.cache import SlotCache
 from fastgrpo.drafters.acceptance_file import read_acceptance, write_acceptance
 from fastgrpo.drafters.beams import rank_candidates
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
+from fastgrpo.drafters.head_inputs import HeadInputs, TableShape
 from fastgrpo.drafters.head_parts import DraftHead, choose_vocab_size
 from fastgrpo.drafters.head_rows import HeadRows
+from fastgrpo.graphs import Replays, list_larger
 from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
@@ -25,6 +29,18 @@ from fastgrpo.types import Sequence, SpeculationPlan
 from fastgrpo.verify import Verdict
 
 Head = TypeVar("Head", bound=DraftHead)
+
+_PARTS = ("token_ids", "parents", "num_nodes", "log_chances", "scores")  # of a draft, recorded
+_MANY_TOKENS = 8  # new ones a row, from which on all but the last are read apart
+_PRICED_TOKENS = 512  # new ones in all, fewer of which take a device less time than launching what reads them
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recorded:
+    """What a recorded draft is fed with."""
+
+    shape: TableShape
+    table: Int[Tensor, "R C"]
 
 
 class HeadDrafter(ABC, Generic[Head]):
@@ -47,6 +63,9 @@ class HeadDrafter(ABC, Generic[Head]):
     name: str
     wants_features = True
     can_be_timed = True
+    _cache: SlotCache | None = None  # the target's, whose features were read last
+    _replays: Replays[_Recorded] | None = None  # of drafts with the weights as they are
+    _num_caught_up = 0  # tokens read before the last draft, by what is not recorded
     num_prompt_tokens: int  # read of each prompt, as many as in training
 
     def __init__(
@@ -95,8 +114,12 @@ class HeadDrafter(ABC, Generic[Head]):
         """
 
     @abstractmethod
-    def grow(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
-        """Read what the rows have not read yet, and draft behind it; there is room for both."""
+    def catch_up(self, context: DraftContext) -> None:
+        """Read what the rows have not read yet but the last token of each."""
+
+    @abstractmethod
+    def draft(self, inputs: HeadInputs, plan: SpeculationPlan) -> Draft:
+        """Read what is left, and draft behind it. On a device it launches work alone: it may be recorded."""
 
     # -- learning ------------------------------------------------------------------------------------
 
@@ -162,6 +185,14 @@ class HeadDrafter(ABC, Generic[Head]):
         self._rows.clear()
         self.calibration.fit()
         self.refresh()
+        self._replays = None  # the weights are new ones
+
+    @property
+    def was_replayed(self) -> bool:
+        """Whether the last draft took no longer than the next one like it will, but for what it had to read first."""
+        if self._replays is None:
+            return True
+        return self._replays.was_replayed and not 0 < self._num_caught_up < _PRICED_TOKENS
 
     def count_unread(self, sequences: list[Sequence]) -> int:
         return self._rows.count_unread(sequences)
@@ -181,11 +212,57 @@ class HeadDrafter(ABC, Generic[Head]):
             return Draft.roots(context.pending_token_ids)
         try:
             self._rows.reserve(context.sequences, plan.width * plan.depth)
-            draft = self.grow(context, plan)
+            draft = self._grow(context, plan)
             self._rows.finish(lengths)
         finally:
             self._rows.trim()  # where memory ran out, too
         return draft
+
+    def _grow(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
+        """Read what the rows have not read yet, and draft behind it; there is room for both."""
+        own, replays = self._rows.cache, self._find_replays(context.cache)
+        num_read, lengths = self._rows.num_read, context.cache.lengths
+        most = max(length - read for length, read in zip(lengths, num_read, strict=True))
+        num_unread = sum(lengths) - sum(num_read)
+        is_behind = num_unread > _MANY_TOKENS * len(lengths) or (replays is not None and most > plan.depth + 1)
+        self._num_caught_up = num_unread if is_behind else 0
+        if is_behind:
+            self.catch_up(context)
+            num_read = [length - 1 for length in lengths]
+        if replays is not None:
+            own.take_scratch()
+            shape = TableShape.find(context, plan, own, with_noise=self.ranks_with_noise)
+            found = replays(
+                shape,
+                lambda: _Recorded(shape=shape, table=shape.build(self.target.device)),
+                lambda inputs: inputs.shape.fill(inputs.table, context, num_read, self._rows),
+                larger=[replace(shape, rows=rows) for rows in list_larger(shape.rows)],
+            )
+            if found is not None:
+                parts: dict[str, Any] = {name: part[: len(lengths)] for name, part in zip(_PARTS, found, strict=True)}
+                return Draft(**parts)
+        return self.draft(HeadInputs.gather(context, num_read, self._rows), plan)
+
+    def _find_replays(self, cache: SlotCache) -> Replays[_Recorded] | None:
+        """Of drafts from the features of this cache; None where nothing is recorded."""
+        if cache is not self._cache:
+            self._replays, self._cache = None, cache
+        if self._replays is None and (recorder := self.target.open_recorder()) is not None:
+            self._replays = Replays(self._run_recorded, self._list_stores, recorder)
+        return self._replays
+
+    def _run_recorded(self, inputs: _Recorded) -> tuple[Tensor, ...]:
+        draft = self.draft(inputs.shape.read(inputs.table), inputs.shape.plan)
+        return tuple(getattr(draft, name) for name in _PARTS)
+
+    def _list_stores(self) -> list[Tensor]:
+        assert self._cache is not None
+        return [store.data for store in (*self._rows.cache.stores, *self._cache.stores)]
+
+    def _take_features(self, places: Int[Tensor, " T"]) -> Float[Tensor, "T F"]:
+        """The target's features at these places of its cache, as many of their numbers as a head reads."""
+        assert self._cache is not None and self._cache.features is not None
+        return self._cache.features.flat(0)[places, : 3 * self.target.hidden_size].to(self.target.dtype)
 
     def rank(
         self, logits: Float[Tensor, "B W C"], noise_rows: SamplingBatch, width: int
