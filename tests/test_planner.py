@@ -391,6 +391,19 @@ def test_the_price_of_switching_on_counts(num_unread):
     assert planner.plan(PlanInputs(num_seqs=1, num_unread=num_unread)).is_plain == bool(num_unread)
 
 
+def test_the_price_of_switching_on_is_spread_further_the_more_still_wait():
+    """Whoever ends is followed by somebody, so that drafts last: what is too dear for the last ones pays then."""
+
+    def count_drafting(num_waiting: int) -> int:
+        planners = {num_unread: AutoPlanner(replace(FLAT, draft_read_s=1e-4)) for num_unread in range(0, 60000, 1000)}
+        return sum(
+            not planner.plan(PlanInputs(num_seqs=4, num_waiting=num_waiting, num_unread=num_unread)).is_plain
+            for num_unread, planner in planners.items()
+        )
+
+    assert 0 < count_drafting(0) < count_drafting(4) < count_drafting(12)
+
+
 def test_a_dear_first_reading_says_little_of_drafts():
     """Where every trial begins with reading, its price must not make drafts look dear, and drafts stay untried."""
     profile = replace(SMALL_CPU, draft_read_s=1e-5)

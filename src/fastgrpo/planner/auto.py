@@ -34,7 +34,7 @@ _DEPTHS, _WIDTHS, _NODES = shape_arrays(GRID)
 _PLACES = _DEPTHS.astype(int) - 1, _WIDTHS.astype(int) - 1  # in tables that begin with 1
 _NOTHING = (0, 0, None)
 _STEPS_DECIDED, _MOST_DECIDED = 7, 23  # that a plan is kept for without asking again: twice as many where it stands
-_LASTING_STEPS = 32  # that drafts are expected to last once they are switched on
+_LASTING_STEPS = 32  # that drafts are expected to last once they are switched on, while nobody waits
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter, if it was seen lately
 _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
@@ -157,17 +157,22 @@ class AutoPlanner(Planner):
     def _predict_rate(self, plan: SpeculationPlan, inputs: PlanInputs) -> float:
         seconds = self._predict_step_s(plan, inputs)
         if not plan.is_plain:
-            seconds += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs) / _LASTING_STEPS
+            seconds += self._predict_reading_s(inputs)
         return inputs.num_seqs * self._expectation.predict_length(plan, inputs.num_seqs) / seconds
+
+    def _predict_reading_s(self, inputs: PlanInputs) -> float:
+        """The price of switching on, of each step that drafts are expected to last: the longer, the more still wait."""
+        num_steps = _LASTING_STEPS * (1 + inputs.num_waiting / inputs.num_seqs)
+        return self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs) / num_steps
 
     def _predict_rates(self, inputs: PlanInputs) -> dict[SpeculationPlan, float]:
         """`predict_rate` of plain decoding and of every plan of the grid; 0 of those that do not fit, go deeper than
         was explored, or cannot be worth a trial beside the best.
         """
-        batch, reading_s = inputs.num_seqs, self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
+        batch = inputs.num_seqs
         room, deepest = inputs.find_room(self.max_num_tokens), self._expectation.explored_depth + 1
         bounds = self._expectation.bound_lengths(batch)[_PLACES]
-        seconds = self._predict_steps_s(_DEPTHS, _WIDTHS, _NODES, bounds, inputs) + reading_s / _LASTING_STEPS
+        seconds = self._predict_steps_s(_DEPTHS, _WIDTHS, _NODES, bounds, inputs) + self._predict_reading_s(inputs)
         most = np.where((room >= _NODES) & (deepest >= _DEPTHS), batch * bounds / seconds, 0.0)
         rates = dict.fromkeys(self._grid, 0.0) | {PLAIN: self._predict_rate(PLAIN, inputs)}
         best = 0.0
