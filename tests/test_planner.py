@@ -384,6 +384,23 @@ def test_a_clear_gain_over_plain_decoding_that_was_not_seen_is_tried(is_asked):
     assert all(drafted[:8]) and (sum(drafted[200:]) < 40) == is_asked, sum(drafted[200:])
 
 
+@pytest.mark.parametrize("num_seqs", [1, 2, 4, 8])
+def test_a_drafter_that_was_good_for_long_is_dropped_as_soon_as_it_is_useless(num_seqs):
+    """With few live sequences what is remembered spans a thousand steps, and a budget of nothing shows no misses."""
+    planner, rng, drafted = AutoPlanner(XEON), random.Random(1), []
+    planner.begin()
+    for step in range(2400):
+        plan = planner.plan(PlanInputs(num_seqs=num_seqs, num_read=200 * num_seqs, num_unread=2 * num_seqs))
+        record = play_step(plan, num_seqs, 0.85 if step < 2000 else 0.0, rng)
+        drafted.append(not plan.is_plain)
+        num_tokens = record.num_tokens if step < 2000 else num_seqs
+        target_s = XEON.compute_target_s(num_tokens)
+        draft_s = XEON.compute_draft_s(plan, num_seqs)
+        planner.observe(replace(record, num_tokens=num_tokens, target_s=target_s, draft_s=draft_s))
+    assert sum(drafted[1000:2000]) > 900
+    assert sum(drafted[2000:]) < 120
+
+
 @pytest.mark.parametrize("num_unread", [0, 10**6])
 def test_the_price_of_switching_on_counts(num_unread):
     """Reading a million tokens takes longer than the next steps could win; what was read is free."""

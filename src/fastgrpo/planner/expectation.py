@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,7 @@ _WINDOW = 1200.0  # sequences and steps that what was counted is remembered for
 _LOCAL_WEIGHT = 50.0  # trials that the table of the octave below counts for
 _KNOWN_WEIGHT = 32.0  # and that what was measured before does, on other text
 _PRIOR_ALL, _PRIOR_PLAN = 60.0, 300.0  # draft tokens that agreement with the tables counts for, of all and of a plan
+_SURPRISE, _SURPRISE_STEPS, _LEAST_RATE = 4.0, 16, 0.02  # standard deviations; half-life; as if so many were accepted
 _NEW_STEPS = 16  # speculating steps that all is new for
 _KEEP_STEPS, _MOST_KEPT = 16, 128  # steps that predictions are kept for; drafts, where fewer than a quarter of all
 
@@ -40,6 +41,33 @@ class _Agreement:
         return (self.accepted + self.prior) / (self.predicted + self.prior)
 
 
+class _Surprise:
+    """First draft tokens that were accepted beyond what was expected, in the steps just past.
+
+    They are counted whatever was verified: a budget of nothing, which a bad drafter gets, hides none of them.
+    """
+
+    def __init__(self, excess: float = 0.0, variance: float = 0.0, num_drafts: float = 0.0) -> None:
+        self.excess, self.variance, self.num_drafts = excess, variance, num_drafts
+
+    def observe(self, records: Sequence[StepRecord], rate: float) -> float | None:
+        """The drafts just past, where chance does not explain what became of them; then it begins anew.
+
+        Args:
+            rate: of first draft tokens, that one of them is accepted.
+        """
+        rate = min(max(rate, _LEAST_RATE), 1 - _LEAST_RATE)
+        num_drafts = sum(record.offered[0][0] for record in records)
+        keep = 0.5 ** (len(records) / _SURPRISE_STEPS)
+        self.excess = keep * self.excess + sum(sum(record.hits[0]) for record in records) - rate * num_drafts
+        self.variance = keep**2 * self.variance + rate * (1 - rate) * num_drafts
+        self.num_drafts = keep * self.num_drafts + num_drafts
+        if self.excess**2 <= _SURPRISE**2 * self.variance:
+            return None
+        recent, self.excess, self.variance, self.num_drafts = self.num_drafts, 0.0, 0.0, 0.0
+        return recent
+
+
 class Expectation:
     """Expected tokens of plans, whether they were tried or not.
 
@@ -57,6 +85,7 @@ class Expectation:
         self._local: dict[int, AcceptanceTable] = {}
         self._all = _Agreement(_PRIOR_ALL)
         self._plans: dict[SpeculationPlan, _Agreement] = {}
+        self._surprise = _Surprise()
         self._age = 0
         self._num_unpredicted = 0  # drafts that predictions do not know of
         self._rates: dict[int, list[list[float]]] = {}  # by octave, until they are computed anew
@@ -95,18 +124,38 @@ class Expectation:
         plan, num_seqs, num_steps = records[0].plan, records[0].num_seqs, len(records)
         num_drafts = num_seqs * num_steps
         accepted = float(sum(record.num_emitted for record in records) - num_drafts)
-        nodes = round(sum(record.num_tokens for record in records) / num_drafts) - 1
-        predicted = num_drafts * (compute_expected_length(plan, self._find_rates(num_seqs), nodes) - 1)
+        nodes = sum(record.num_tokens for record in records) / num_drafts - 1
+        predicted = num_drafts * self._predict_mean_tree(plan, num_seqs, nodes)
         if not self.is_new:  # while it is, the tables are far off, which says nothing of this plan
-            own = self._plans.setdefault(plan, _Agreement(_PRIOR_PLAN))
-            own.observe(accepted, self._all.ratio * predicted, num_drafts)
             self._all.observe(accepted, predicted, num_drafts)
+            own = self._plans.setdefault(plan, _Agreement(_PRIOR_PLAN))
+            own.observe(
+                accepted, self._all.ratio * predicted, num_drafts
+            )  # what all plans explain is not explained twice
+            self._notice(plan, records)
         self.table.observe(*records)
         self._find_local(num_seqs.bit_length()).observe(*records)
         self._age += num_steps
         self._num_unpredicted += num_drafts
         if self.is_new or self._num_unpredicted >= max(_KEEP_STEPS * num_seqs, min(self._age // 4, _MOST_KEPT)):
             self._forget_predictions()
+
+    def _notice(self, plan: SpeculationPlan, records: Sequence[StepRecord]) -> None:
+        """Where first draft tokens are clearly accepted as they were not before, that was of other text or drafts.
+
+        With few live sequences the window is many steps long; what went before counts for no more than what showed it.
+        """
+        num_seqs = records[0].num_seqs
+        rate = sum(self._find_rates(num_seqs)[0][: plan.width])
+        recent = self._surprise.observe(records, rate)
+        if recent is None:
+            return
+        for table in (self.table, self._find_local(num_seqs.bit_length())):
+            table.fade(min(recent / max(table.offered[0][0], 1.0), 1.0))
+        for agreement in (self._all, *self._plans.values()):
+            agreement.fade(min(recent / _WINDOW, 1.0))
+        self._age = min(self._age, _NEW_STEPS)  # predictions are made anew more often again
+        self._forget_predictions()
 
     def fade(self, keep: float) -> None:
         """Weigh down all that was counted."""
@@ -122,6 +171,12 @@ class Expectation:
         if key not in self._trees:
             self._trees[key] = compute_expected_length(plan, self._find_rates(num_seqs)) - 1
         return self._trees[key] * self._all.ratio
+
+    def _predict_mean_tree(self, plan: SpeculationPlan, num_seqs: int, num_nodes: float) -> float:
+        """The same of a tree of so many nodes in the mean, before what agreement says."""
+        rates, fewer = self._find_rates(num_seqs), int(num_nodes)
+        least, most = (compute_expected_length(plan, rates, count) - 1 for count in (fewer, fewer + 1))
+        return least + (num_nodes - fewer) * (most - least)
 
     def _find_local(self, octave: int) -> AcceptanceTable:
         if octave not in self._local:
@@ -148,6 +203,7 @@ class Expectation:
             "local": [[octave, table.state_dict()] for octave, table in self._local.items()],
             "all": [self._all.accepted, self._all.predicted],
             "plans": [[asdict(plan), each.accepted, each.predicted] for plan, each in self._plans.items()],
+            "surprise": list(vars(self._surprise).values()),
             "age": self._age,
         }
 
@@ -162,6 +218,7 @@ class Expectation:
         expectation._plans = {
             SpeculationPlan(**plan): _Agreement(_PRIOR_PLAN, *counts) for plan, *counts in state["plans"]
         }
+        expectation._surprise = _Surprise(*map(float, state.get("surprise", ())))  # older states have none
         expectation._age = int(state["age"])
         return expectation
 
