@@ -84,6 +84,8 @@ def test_the_number_of_params_must_fit(prompts, params, message):
         ({"temperature": -0.1}, "temperature must be a finite number >= 0, got -0.1; use 0 for greedy"),
         ({"temperature": math.nan}, "temperature must be a finite number >= 0, got nan"),
         ({"temperature": math.inf}, "temperature must be a finite number >= 0, got inf"),
+        ({"temperature": 1e-38}, "float32 can divide logits, got 1e-38; use 0 for greedy"),
+        ({"temperature": 1e39}, "temperature must be 0 or between 1e-30 and 1e+30"),
         ({"top_p": 0.0}, "top_p must be in (0, 1], got 0.0"),
         ({"top_p": 1.5}, "top_p must be in (0, 1], got 1.5"),
         ({"top_p": -0.5}, "top_p must be in (0, 1], got -0.5"),

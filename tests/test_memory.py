@@ -20,6 +20,7 @@ from fastgrpo.blocks import BLOCK_SIZE, count_blocks
 from fastgrpo.cache import SlotCache
 from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.engine import Engine, FinishedRollout
+from fastgrpo.kernels import cpu, linear
 from fastgrpo.lengths import LengthPredictor
 from fastgrpo.memory import describe_bytes, find_available_bytes, is_out_of_memory
 from fastgrpo.model import TargetModel
@@ -34,6 +35,10 @@ PARAMS = [SamplingParams(seed=3, stream=index, max_tokens=190 - 25 * index) for 
 SHORT = [replace(params, max_tokens=8) for params in PARAMS]
 NUM_BLOCKS = 7  # the longest sequence comes to five
 FEWER_BLOCKS = 6  # where a row of the drafter is as large as the target's: fewer get in, and fit for longer
+HAS_OWN_BITS = pytest.mark.skipif(
+    not cpu.is_available() or linear.wants_round_rows(torch.bfloat16),
+    reason="rows of half precision have no bits of their own",
+)
 PLANNERS: dict[str, Callable[[], Planner]] = {
     "off": FixedPlanner,
     "tree": lambda: FixedPlanner(fixed=TREE),
@@ -83,6 +88,7 @@ def generate_freely(dtype: torch.dtype) -> list[Completion]:
         ("eagle_untrained", "tree", torch.float64),
         ("none", "off", torch.float32),
         *((drafter, plan, torch.float32) for drafter in ("ngram", "eagle_untrained") for plan in ("tree", "auto")),
+        *(pytest.param(drafter, "tree", torch.bfloat16, marks=HAS_OWN_BITS) for drafter in ("none", "eagle_untrained")),
         ("lm", "tree", torch.float32),
     ],
 )
@@ -353,7 +359,42 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         engine.target.launch = lambda batch, cache, error=error: (_ for _ in ()).throw(error)
         with pytest.raises(type(error), match=re.escape(str(error))):
             engine.generate([[7]], SHORT[0])
-    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    for words in ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "std::bad_alloc"):
+        assert is_out_of_memory(RuntimeError(words)) and not is_out_of_memory(ValueError(words))
+
+
+@pytest.mark.filterwarnings("ignore:memory ran out")
+def test_prompts_that_are_kept_go_before_a_rollout_is_given_up():
+    """One runs at a time, and the prompt of the first is kept for the third while the second needs its room."""
+    prompts, params = [GROUP * 5, [7], GROUP * 5], [SamplingParams(max_tokens=count) for count in (4, 100, 4)]
+    expected = build_engine("none", "off").generate(prompts, params)
+    engine = build_engine("none", "off")
+    engine.scheduler.max_num_seqs = 1
+    pool, take = engine.cache._pool, engine.cache._pool.take
+
+    def take_one_of_few() -> int:
+        if pool.num_taken >= 6:
+            raise MemoryError("no room")
+        return take()
+
+    pool.take = take_one_of_few
+    assert [c.token_ids for c in engine.generate(prompts, params)] == [c.token_ids for c in expected]
+
+
+def test_a_learner_does_without_the_features_that_there_is_no_memory_for():
+    engine, heard = build_engine("eagle_untrained"), []
+    expected = [completion.token_ids for completion in engine.generate(PROMPTS, SHORT)]
+    engine.on_finish.append(heard.append)
+    read, failures = engine.cache.read_features, [torch.OutOfMemoryError("no room")]
+
+    def fail_once(row: int) -> torch.Tensor | None:
+        if failures:
+            raise failures.pop()
+        return read(row)
+
+    engine.cache.read_features = fail_once
+    assert [completion.token_ids for completion in engine.generate(PROMPTS, SHORT)] == expected
+    assert [rollout.features is None for rollout in heard] == [True] + [False] * (len(PROMPTS) - 1)
 
 
 # -- how much is in use --------------------------------------------------------------------------------------

@@ -277,6 +277,46 @@ def test_what_would_run_wrongly_is_refused_by_name(build: Callable[[], nn.Module
         Engine(build(), drafter="none")
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_engines_that_take_turns_may_end_in_any_order(first_to_end, compute_dtype):
+    """What each found is put back when those that began later are gone: the trained weights are what they were."""
+    model = build_lora(dtype=torch.float32)
+    model.train()
+    weights = copy_weights(model)
+    attention = model.get_base_model().config._attn_implementation
+    engines = [Engine(model, drafter="none", speculation="off", compute_dtype=compute_dtype) for _ in range(2)]
+    params = SamplingParams(max_tokens=12)
+    expected = [completion.token_ids for completion in engines[0].generate(PROMPTS, params)]
+    requests = [engine.take_requests(PROMPTS, params) for engine in engines]
+    rollouts = [engine.roll_out(own) for engine, own in zip(engines, requests, strict=True)]
+    for rollout in rollouts:
+        next(rollout)
+    for index in (first_to_end, 1 - first_to_end):
+        assert not model.training
+        for _ in rollouts[index]:
+            assert not torch.is_grad_enabled()
+    assert [[sequence.token_ids for sequence in own] for own in requests] == [expected, expected]
+    assert model.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    assert model.get_base_model().config._attn_implementation == attention
+    assert_same_weights(model, weights)
+
+
+def test_a_rollout_that_is_under_way_goes_on_when_another_of_its_engine_is_asked_for():
+    engine, params = Engine(shared_model("llama"), drafter="none", speculation="off"), SamplingParams(max_tokens=6)
+    expected = [completion.token_ids for completion in engine.generate(PROMPTS, params)]
+    sequences = engine.take_requests(PROMPTS, params)
+    rollout = engine.roll_out(sequences)
+    next(rollout)
+    with pytest.raises(RuntimeError, match="in the middle of a rollout: exhaust or close that one first"):
+        engine.generate(PROMPTS, params)
+    assert len(engine.records) == 1
+    for _ in rollout:
+        pass
+    assert [sequence.token_ids for sequence in sequences] == expected
+    assert [completion.token_ids for completion in engine.generate(PROMPTS, params)] == expected
+
+
 def test_a_drafter_may_belong_to_another_adapter_of_the_same_model():
     model = shared_model("llama")
     engine = Engine(model, drafter=EagleDrafter(TargetModel(model)), speculation=TREE)

@@ -104,6 +104,27 @@ def test_slow_runs_are_repeated_less(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timing.measure_timing(lambda: None).num_runs == 2
 
 
+def test_when_patience_has_ended_each_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, itertools.cycle([0.01, 0.03, 0.03]))
+    with timing.be_patient(60.0):
+        assert timing.measure_timing(lambda: None).num_runs == 12
+        with timing.be_patient(-1.0):
+            hurried = timing.measure_timing(lambda: None)
+        assert (hurried.num_runs, hurried.spread) == (1, 0)
+        assert timing.measure_timing(lambda: None).num_runs == 12
+
+
+def test_a_machine_that_is_too_busy_for_repetitions_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    measure = timing.measure_timing
+    monkeypatch.setattr(timing, "measure_timing", lambda *args: (runs.append(0), measure(*args))[1])
+    target = TargetModel(shared_model("llama"))
+    with target.rollout_mode():
+        measured = profiler.measure_costs(target, build_drafter("ngram", target), patience_s=0.0)
+    timings = [each.timing for each in (*measured.by_tokens, *measured.by_context)]
+    assert {each.num_runs for each in timings} == {1} and len(measured.profile.num_tokens) >= 9
+
+
 def test_a_clock_that_stalls_is_asked_again_over_more_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     set_clock(monkeypatch, [0.0, 0.0, 0.4, 0.1, 0.1])
     calls: list[None] = []

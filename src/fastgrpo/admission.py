@@ -126,7 +126,8 @@ class Admission:
         return bisect.bisect_left(range(1, _MOST_NODES), True, key=is_too_many)
 
     def retry_until_it_fits(self, attempt: Callable[[bool], Result]) -> Result:
-        """Where memory runs out in spite of the bound, once more without a draft, and with ever fewer sequences.
+        """Where memory runs out in spite of the bound, once more without prompts that are kept for those who wait, then
+        without a draft, then with ever fewer sequences.
 
         Args:
             attempt: is told whether to decode plainly; nothing that it emits is kept where it fails.
@@ -141,6 +142,8 @@ class Admission:
             except (MemoryError, OSError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.prefiller.drop_kept():
+                    continue
                 if len(self.scheduler.running) > 1 or is_plain:
                     self._shrink(error)
                 is_plain = True

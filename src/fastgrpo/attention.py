@@ -16,10 +16,11 @@ from fastgrpo.block_store import BlockStore
 from fastgrpo.cache import locate
 from fastgrpo.kernels import cpu, gpu
 from fastgrpo.kernels.layers import CachedRows
+from fastgrpo.kernels.linear import wants_round_rows
 from fastgrpo.transfer import is_host, upload
 
 ATTENTION_NAME = "fastgrpo_tree"
-_MOST_NODES, MOST_GPU_NODES = 64, 256  # of one row that our kernels take: on a CPU, on a GPU
+_MOST_NODES, MOST_GPU_NODES = 64, 256  # of one row that our kernels take: on a CPU with oneDNN's products, on a GPU
 READ_BLOCK = 16
 """Rows are read up to a multiple of this. A partly filled last block is summed in another order, so
 without it a row's half-precision result would depend on the length of its neighbours (PyTorch's CPU
@@ -320,9 +321,13 @@ def has_gpu_kernel(values: Tensor, batch: ForwardBatch) -> bool:
 
 
 def has_kernels(query: Tensor, batch: ForwardBatch) -> bool:
-    """Long prompts are left to PyTorch's attention, which is made for them."""
-    is_covered = query.device.type == "cpu" and cpu.covers(query.dtype, query.dtype)
-    return is_covered and batch.most_nodes <= _MOST_NODES and cpu.is_available()
+    """Where oneDNN has matrix instructions, which leave no row its own bits, PyTorch's attention to prompts has them too.
+
+    Elsewhere a prompt's bits are its own, and those of its tokens decoded one by one.
+    """
+    if query.device.type != "cpu" or not cpu.covers(query.dtype, query.dtype):
+        return False
+    return (batch.most_nodes <= _MOST_NODES or not wants_round_rows(query.dtype)) and cpu.is_available()
 
 
 AttentionInterface.register(ATTENTION_NAME, tree_attention)

@@ -18,6 +18,7 @@ from fastgrpo.attempt import Attempt
 from fastgrpo.drafters import Drafter, build_drafter, find_own_target
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.none import NoDrafter
+from fastgrpo.memory import is_out_of_memory
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import HardwareProfile, PlanInputs, Planner
 from fastgrpo.planning import Planning
@@ -39,7 +40,8 @@ class FinishedRollout:
     """One finished sequence as a learner wants it.
 
     `features[i]` belongs to token i of prompt + completion; the last token has none. `request_id` is the place of its
-    prompt among those of `Engine.generate`; None for one that comes from elsewhere, such as a file.
+    prompt among those of `Engine.generate`; None for one that comes from elsewhere, such as a file. No features are
+    kept where no drafter learns from them, or where there was no memory for them.
     """
 
     prompt_ids: list[int]
@@ -173,8 +175,12 @@ class Engine:
         """`generate` step by step: fills the sequences and yields each step's facts; errors as there.
 
         Until it is exhausted or closed the model is in `rollout_mode`; closed early, it leaves nothing behind. Engines
-        of one model may take turns, closed in the reverse order of their first steps.
+        of one model may take turns; the model is its owner's again when the last of them ends.
+
+        Raises:
+            RuntimeError: another rollout of this engine is under way, which goes on.
         """
+        self._check_idle()
         self.records = []
         if not sequences:
             return
@@ -221,6 +227,13 @@ class Engine:
         """Assert the conservation laws of scheduler and cache."""
         self.scheduler.check()
         self.cache.check([sequence.num_cached for sequence in self.scheduler.running])
+
+    def _check_idle(self) -> None:
+        if self.scheduler.has_work:
+            raise RuntimeError(
+                "this engine is in the middle of a rollout: exhaust or close that one first, or build another engine "
+                "of the same model, which may take turns with it"
+            )
 
     # -- the rooms behind `step` ---------------------------------------------------------------------
 
@@ -287,9 +300,18 @@ class Engine:
             prompt_ids=sequence.prompt_ids,
             token_ids=sequence.token_ids,
             temperature=sequence.params.temperature,
-            features=self.cache.read_features(slot),
+            features=self._read_features(slot),
             request_id=sequence.request_id,
         )
+
+    def _read_features(self, slot: int) -> Float[Tensor, "T W"] | None:
+        """None where there are none, or no memory for a copy: a learner does without them."""
+        try:
+            return self.cache.read_features(slot)
+        except (MemoryError, OSError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     def _reset(self) -> None:
         """Leave nothing behind, whether the rollout ended or broke off."""

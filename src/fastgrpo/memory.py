@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+_NO_MEMORY = (  # of PyTorch's CPU allocator; CUDA; cuBLAS and cuDNN; C++; oneDNN
+    *("DefaultCPUAllocator", "CUDA error: out of memory", "ALLOC_FAILED", "bad_alloc", "create a memory object"),
+)
 _MEMINFO, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
@@ -34,10 +37,12 @@ def _find_group_bytes() -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be had; PyTorch's CPU allocator raises no type of its own."""
+    """Whether memory could not be had; PyTorch's CPU allocator and libraries below it raise no type of their own."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def describe_bytes(num_bytes: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,6 +59,30 @@ class _CacheView(Cache):
             return store.flat(layer).unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(0, 1)[None]
         rows = store.read(layer, batch.read_index)
         return rows.unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(1, 2)
+
+
+class _Modes(threading.local):
+    """What rollouts of this thread have changed, of models and of PyTorch, the last one last."""
+
+    def __init__(self) -> None:
+        self._entered: list[contextlib.ExitStack] = []
+        self._left: list[contextlib.ExitStack] = []
+
+    def enter(self, mode: contextlib.ExitStack) -> None:
+        self._entered.append(mode)
+
+    def leave(self, mode: contextlib.ExitStack) -> None:
+        """Put back what it found, and what those found that have left before and had to wait for it."""
+        if mode not in self._entered:  # closed by another thread than began it
+            mode.close()
+            return
+        self._left.append(mode)
+        while self._entered and self._entered[-1] in self._left:
+            self._left.remove(self._entered[-1])
+            self._entered.pop().close()
+
+
+_MODES = _Modes()
 
 
 class TargetModel:
@@ -157,8 +182,20 @@ class TargetModel:
     def rollout_mode(self) -> Iterator[None]:
         """Evaluation mode, merged LoRA, tree attention; everything is put back, whatever happens inside.
 
-        Engines that share the adapter may be in it at once, one inside the other.
+        Several may be in it at once and leave in any order: what one found is put back once those that came later are
+        gone.
         """
+        with contextlib.ExitStack() as entering:
+            entering.enter_context(self._change_mode())
+            mode = entering.pop_all()
+        _MODES.enter(mode)
+        try:
+            yield
+        finally:
+            _MODES.leave(mode)
+
+    @contextlib.contextmanager
+    def _change_mode(self) -> Iterator[None]:
         before = (self._fused, self._output, self._recorder, self._runner)
         training = [module for module in self.model.modules() if module.training]
         attention = self.config._attn_implementation

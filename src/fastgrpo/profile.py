@@ -24,6 +24,7 @@ from fastgrpo.types import SamplingParams, SpeculationPlan
 
 _CONTEXTS, _WIDTHS = (32, 128, 512, 1024), (1, 4)  # of the forwards that price cached positions
 _WIDE = SpeculationPlan(depth=6, width=4, num_draft_tokens=32)  # offers what any smaller plan would
+_PATIENCE_S = 20.0  # for repetitions
 _ROLLOUT_S, _LEAST_TOKENS = 20.0, 8  # about what the rollout may take, and what each completion has at least
 _DRAFT_COLUMNS = ("draft level of so many nodes, ms", "draft of one level for so many sequences, ms")
 _CHECKS = 2  # rollouts that a forecast is checked with
@@ -133,7 +134,7 @@ def _measure(engine: Engine) -> Measurement:
     if len(contexts) < 2:
         contexts = _CONTEXTS[:2]
     with target.rollout_mode():
-        return measure_costs(target, engine.drafter, contexts=contexts, widths=_WIDTHS)
+        return measure_costs(target, engine.drafter, contexts=contexts, widths=_WIDTHS, patience_s=_PATIENCE_S)
 
 
 def _choose_params(

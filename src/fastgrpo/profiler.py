@@ -16,7 +16,7 @@ from fastgrpo.memory import is_out_of_memory
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import HardwareProfile
 from fastgrpo.sampling import SamplingBatch
-from fastgrpo.timing import LARGE_SPREAD, Timing, level, measure_on, repeat_disturbed
+from fastgrpo.timing import LARGE_SPREAD, Timing, be_patient, level, measure_on, repeat_disturbed
 from fastgrpo.tree import Draft
 from fastgrpo.verify import verify
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _LEAST_TOKENS, _MOST_TOKENS = 256, 4096  # where the grid of tokens per forward may end
 _LINEAR = 1.7  # twice the tokens take so many times as long: past the knee, where few plans pay
+PATIENCE_S = 6.0  # for repetitions; about what a small model takes in all where the machine is quiet
 _BUDGET_S = 30.0  # timed runs of the grid; a machine too slow for all of it ends sooner
 _LONGEST_BETWEEN_S = 0.05  # of a forward that stands between timed drafts: small models leave heads in the caches
 _ROWS = 8  # sequences that share the tokens of a measured forward
@@ -72,25 +73,28 @@ def measure_costs(
     *,
     contexts: tuple[int, ...] = _READ_CONTEXTS,
     widths: tuple[int, ...] = (1,),
+    patience_s: float = PATIENCE_S,
 ) -> Measurement:
     """Time target forwards over a grid of tokens per forward, whole drafts, and sampling; price cached positions.
 
-    Takes about a second on a small model. Call inside `target.rollout_mode`. Warns where repeated runs disagree much.
+    Takes a few seconds on a small model. Call inside `target.rollout_mode`. Warns where repeated runs disagree much.
 
     Args:
         contexts: cached positions of each row in the forwards that price them, at least two.
         widths: tokens of each row in these forwards.
+        patience_s: seconds after which everything is timed once: on a busy machine repetitions would take minutes.
 
     Raises:
         OSError: the machine's clock stands still.
     """
-    forwards = _measure_grid(target)
+    with be_patient(patience_s):
+        forwards = _measure_grid(target)
+        is_short = forwards[0].timing.least_s <= _LONGEST_BETWEEN_S
+        drafts = time_drafts(target, drafter, _build_forward(target, 1, 1, context=1) if is_short else None)
+        reads = [_measure_contexts(target, width, contexts) for width in widths]
+        sample_s, walk_s, fixed_s = _measure_rest(target)
     grid = tuple(each.num_tokens for each in forwards)
-    is_short = forwards[0].timing.least_s <= _LONGEST_BETWEEN_S
-    drafts = time_drafts(target, drafter, _build_forward(target, 1, 1, context=1) if is_short else None)
     costs = fit_draft_costs(drafts, grid)
-    reads = [_measure_contexts(target, width, contexts) for width in widths]
-    sample_s, walk_s, fixed_s = _measure_rest(target)
     profile = HardwareProfile(
         num_tokens=grid,
         target_s=tuple(level([each.timing.least_s for each in forwards])),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from time import perf_counter
+from time import monotonic, perf_counter
 
 import torch
 
@@ -86,8 +89,21 @@ class Timing:
     total_s: float
 
 
+_patient_until: ContextVar[float] = ContextVar("patient_until", default=math.inf)
+
+
+@contextlib.contextmanager
+def be_patient(seconds: float) -> Iterator[None]:
+    """For so long each call is timed several times, and more often where runs disagree; after that once."""
+    token = _patient_until.set(monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _patient_until.reset(token)
+
+
 def measure_timing(run: Callable[[], object], before: Callable[[], object] | None = None) -> Timing:
-    """Time a call after one warm-up; runs that disagree are repeated, a bounded number of times.
+    """Time a call after one warm-up; runs that disagree are repeated, a bounded number of times (see `be_patient`).
 
     Args:
         run: returns when its work is done, an accelerator's included.
@@ -103,10 +119,11 @@ def measure_timing(run: Callable[[], object], before: Callable[[], object] | Non
             if before is not None:
                 before()
             times.append(_time(run))
-            if sum(times) > _BUDGET_S and len(times) > 1:
+            is_late = monotonic() > _patient_until.get()
+            if is_late or (sum(times) > _BUDGET_S and len(times) > 1):
                 break
         spread = statistics.median(times) / min(times) - 1
-        if spread <= _REPEAT_SPREAD or sum(times) > _BUDGET_S or len(times) >= _RUNS * _MAX_ROUNDS:
+        if is_late or spread <= _REPEAT_SPREAD or sum(times) > _BUDGET_S or len(times) >= _RUNS * _MAX_ROUNDS:
             return Timing(least_s=min(times), spread=spread, num_runs=len(times), total_s=sum(times))
 
 

@@ -28,12 +28,15 @@ STREAMED_REWARD = "streamed reward"  # beside the phases: a reward asked for whi
 BESIDE = "draft learning beside"  # likewise: on what stands idle while few sequences decode
 
 
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-30, 1e30
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one request is sampled.
 
     Args:
-        temperature: divides the logits; 0 is greedy decoding.
+        temperature: divides the logits, from 1e-30 to 1e30; 0 is greedy decoding.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches this share, in (0, 1].
         max_tokens: completion tokens at most, at least 1.
@@ -57,6 +60,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}; use 0 for greedy")
+        if self.temperature and not _LEAST_TEMPERATURE <= self.temperature <= _MOST_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be 0 or between {_LEAST_TEMPERATURE:g} and {_MOST_TEMPERATURE:g}, of which float32 "
+                f"can divide logits, got {self.temperature}; use 0 for greedy"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k must be >= 0, got {self.top_k}; use 0 to keep every token")
         if not 0 < self.top_p <= 1:
