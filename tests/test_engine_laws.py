@@ -33,6 +33,7 @@ from fastgrpo.drafters.lm import LmDrafter
 from fastgrpo.drafters.ngram import NgramDrafter
 from fastgrpo.drafters.none import NoDrafter
 from fastgrpo.engine import Engine, FinishedRollout
+from fastgrpo.kernels import cpu, linear
 from fastgrpo.learner import Learner
 from fastgrpo.lengths import LengthPredictor
 from fastgrpo.model import TargetModel
@@ -54,6 +55,10 @@ PLANNERS: dict[str, Callable[[], Planner]] = {
     "bandit": lambda: BanditPlanner(max_num_tokens=256, epsilon=0.5),
     "auto": SyntheticClockPlanner,
 }
+HAS_OWN_BITS = pytest.mark.skipif(
+    not cpu.is_available() or linear.find_layout(torch.bfloat16) is not linear.OwnLayout,
+    reason="in half precision rows have no own bits here",
+)
 DRAFTERS = ("none", "ngram", "eagle_untrained", "eagle_trained", "lm", "always_wrong", "oracle")
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -517,3 +522,23 @@ def test_generating_leaves_the_global_generators_alone():
     before = torch.random.get_rng_state()
     build_engine(model, "eagle", TREE).generate(PROMPTS[:3], SamplingParams(max_tokens=4))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@HAS_OWN_BITS
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("planner", ["off", "chain", "shared", "paper-own", "auto"])
+def test_half_precision_says_the_same_beside_anybody(planner):
+    """Short prompts beside long ones, trees of more nodes than run together: the bits are those of each alone."""
+    model = shared_model("llama", torch.bfloat16, max_position_embeddings=512)
+    rng = random.Random(5)
+    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(count)] for count in (5, 300, 64, 1, 130, 65)]
+    params = [SamplingParams(max_tokens=40, seed=8, stream=index) for index in range(len(prompts))]
+    alone = [
+        Engine(model, drafter="none", speculation="off").generate([p], [q])[0]
+        for p, q in zip(prompts, params, strict=True)
+    ]
+    engine = Engine(model, drafter="ngram", speculation="off")
+    engine.planner = PLANNERS[planner]()
+    together = engine.generate(prompts, params)
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert [c.logprobs for c in together] == [c.logprobs for c in alone]

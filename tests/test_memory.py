@@ -20,14 +20,13 @@ from fastgrpo.blocks import BLOCK_SIZE, count_blocks
 from fastgrpo.cache import SlotCache
 from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.engine import Engine, FinishedRollout
-from fastgrpo.kernels import cpu, linear
 from fastgrpo.lengths import LengthPredictor
 from fastgrpo.memory import describe_bytes, find_available_bytes, is_out_of_memory
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import FixedPlanner, Planner
 from fastgrpo.sampling import stream_key
 from fastgrpo.types import Completion, SamplingParams, Sequence
-from test_engine_laws import TREE, assert_nothing_is_left, build_test_drafter
+from test_engine_laws import HAS_OWN_BITS, TREE, assert_nothing_is_left, build_test_drafter
 
 GROUP = [(7 * index) % 120 for index in range(70)]
 PROMPTS = [GROUP, [7], GROUP, [8, 8], GROUP, [5, 4, 3, 2, 1], [7]]
@@ -35,10 +34,6 @@ PARAMS = [SamplingParams(seed=3, stream=index, max_tokens=190 - 25 * index) for 
 SHORT = [replace(params, max_tokens=8) for params in PARAMS]
 NUM_BLOCKS = 7  # the longest sequence comes to five
 FEWER_BLOCKS = 6  # where a row of the drafter is as large as the target's: fewer get in, and fit for longer
-HAS_OWN_BITS = pytest.mark.skipif(
-    not cpu.is_available() or linear.wants_round_rows(torch.bfloat16),
-    reason="rows of half precision have no bits of their own",
-)
 PLANNERS: dict[str, Callable[[], Planner]] = {
     "off": FixedPlanner,
     "tree": lambda: FixedPlanner(fixed=TREE),
