@@ -490,22 +490,26 @@ static void order_nodes(const batch *b, i64 row) {
             num_tasks += segments * blocks_of_nodes;                                                                  \
         }                                                                                                             \
         i64 num_queries = b.first_query[rows] * padded, num_states = b.first_state[rows] * ROOM(padded);              \
-        i64 num_columns = 2 * CHUNK * padded, num_scratch = most_nodes > MOST_NODES ? MOST_NODES * heads : 0;         \
-        i64 own = num_columns + num_scratch * ROOM(padded), threads = omp_get_max_threads();                          \
         task *tasks = malloc((num_tasks + 1) * kv_heads * sizeof(task));                                              \
-        float *queries = aligned_alloc(64, (num_queries + num_states + threads * own) * sizeof(float));               \
+        float *queries = aligned_alloc(64, (num_queries + num_states) * sizeof(float));                               \
         if (!tasks || !queries) {                                                                                     \
             free(queries), free(tasks), free(table);                                                                  \
             return NO_MEMORY;                                                                                         \
         }                                                                                                             \
         num_tasks = list_tasks(&b, kv_heads, tasks);                                                                  \
-        if (num_tasks < FEW_TASKS * threads) num_tasks = list_tasks(&b, 1, tasks);                                    \
-        float *states = queries + num_queries, *columns_of_all = states + num_states;                                 \
+        if (num_tasks < FEW_TASKS * omp_get_max_threads()) num_tasks = list_tasks(&b, 1, tasks);                      \
+        float *states = queries + num_queries;                                                                        \
+        int is_short = 0; /* of memory */                                                                             \
         _Pragma("omp parallel if (rows * kv_heads > 1)")                                                              \
         {                                                                                                             \
-            float *columns = columns_of_all + omp_get_thread_num() * own;                                             \
+            i64 num_columns = 2 * CHUNK * padded, num_scratch = most_nodes > MOST_NODES ? MOST_NODES * heads : 0;     \
+            float *columns = aligned_alloc(64, (num_columns + num_scratch * ROOM(padded)) * sizeof(float));           \
             i64 mine, after;                                                                                          \
-            memset(columns, 0, num_columns * sizeof(float));                                                          \
+            if (columns) memset(columns, 0, num_columns * sizeof(float));                                             \
+            else {                                                                                                    \
+                _Pragma("omp atomic write")                                                                           \
+                is_short = 1;                                                                                         \
+            }                                                                                                         \
             _Pragma("omp for collapse(2)")                                                                            \
             for (i64 row = 0; row < rows; row++)                                                                      \
                 for (i64 head = 0; head < kv_heads; head++) {                                                         \
@@ -515,7 +519,7 @@ static void order_nodes(const batch *b, i64 row) {
                 }                                                                                                     \
             _Pragma("omp atomic capture")                                                                             \
             after = claimed++;                                                                                        \
-            while (after < num_tasks) { /* a thread knows its next one, so that its memory is asked for in time */    \
+            while (after < num_tasks && !is_short) { /* a thread knows its next one, and asks for its memory */       \
                 mine = after;                                                                                         \
                 _Pragma("omp atomic capture")                                                                         \
                 after = claimed++;                                                                                    \
@@ -525,10 +529,12 @@ static void order_nodes(const batch *b, i64 row) {
             _Pragma("omp barrier")                                                                                    \
             _Pragma("omp for collapse(2)")                                                                            \
             for (i64 row = 0; row < rows; row++)                                                                      \
-                for (i64 head = 0; head < kv_heads; head++) write_row_##X(&b, states, row, head, out);                \
+                for (i64 head = 0; head < kv_heads; head++)                                                           \
+                    if (!is_short) write_row_##X(&b, states, row, head, out);                                         \
+            free(columns);                                                                                            \
         }                                                                                                             \
         free(queries), free(tasks), free(table);                                                                      \
-        return 0;                                                                                                     \
+        return is_short ? NO_MEMORY : 0;                                                                              \
     }
 
 DEFINE_ATTEND(bf16)
