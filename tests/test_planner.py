@@ -384,6 +384,17 @@ def test_a_clear_gain_over_plain_decoding_that_was_not_seen_is_tried(is_asked):
     assert all(drafted[:8]) and (sum(drafted[200:]) < 40) == is_asked, sum(drafted[200:])
 
 
+def test_what_is_accepted_of_the_likeliest_few_says_nothing_of_all():
+    """A budget of half of the drafts has eight in ten of them accepted, where five in ten are of all."""
+    plan = SpeculationPlan(depth=1, width=1, num_draft_tokens=1, most_draft_tokens=1)
+    expectation, rng = Expectation(), random.Random(0)
+    for step in range(200):
+        is_whole, hits = step < 30, sum(rng.random() < 0.5 for _ in range(16))
+        facts = {"num_tokens": 32 if is_whole else 24, "num_emitted": 16 + (hits if is_whole else round(0.8 * hits))}
+        expectation.observe(build_record(plan, 16, offered=((16,),), hits=((hits,),), **facts))
+    assert expectation.predict_length(plan, 16) == pytest.approx(1.5, abs=0.04)
+
+
 @pytest.mark.parametrize("num_seqs", [1, 2, 4, 8])
 def test_a_drafter_that_was_good_for_long_is_dropped_as_soon_as_it_is_useless(num_seqs):
     """With few live sequences what is remembered spans a thousand steps, and a budget of nothing shows no misses."""

@@ -321,7 +321,7 @@ def has_gpu_kernel(values: Tensor, batch: ForwardBatch) -> bool:
 
 
 def has_kernels(query: Tensor, batch: ForwardBatch) -> bool:
-    """Where oneDNN has matrix instructions, which leave no row its own bits, PyTorch's attention to prompts has them too.
+    """Where oneDNN has matrix instructions, with which no row has its own bits, PyTorch's attention reads prompts.
 
     Elsewhere a prompt's bits are its own, and those of its tokens decoded one by one.
     """

@@ -12,9 +12,6 @@ from fastgrpo.types import Sequence
 
 _PREFILL_TOKENS = 4096  # prompt tokens in one forward, padding included
 _PREFILL_CHUNK = 512  # prompt tokens of one row in one forward
-_EMITTED_CHUNK = (
-    64  # tokens that were emitted before: as many as are verified at once, by the same kernels, bit for bit
-)
 
 
 class Prefiller:
@@ -45,7 +42,7 @@ class Prefiller:
         lacking = [slot for slot, sequence in enumerate(running) if lengths[slot] < sequence.num_cached]
         if lacking:
             self._fill_prompts(lacking)
-            self._fill({slot: running[slot].all_token_ids[lengths[slot] : -1] for slot in lacking}, _EMITTED_CHUNK)
+            self._fill({slot: running[slot].all_token_ids[lengths[slot] : -1] for slot in lacking})
 
     def has_prompt(self, sequence: Sequence) -> bool:
         """Whether a sibling's row, or one kept aside, will hold the prompt."""
@@ -99,17 +96,17 @@ class Prefiller:
                 return slot
         return None
 
-    def _fill(self, left: dict[int, list[int]], most: int = _PREFILL_CHUNK) -> None:
-        """Tokens behind some rows, in forwards of bounded size, at most so many of a row; longest rows together."""
+    def _fill(self, left: dict[int, list[int]]) -> None:
+        """Tokens behind some rows, in forwards of bounded size; longest rows together."""
         while left := {slot: ids for slot, ids in left.items() if ids}:
             chosen: list[int] = []
             width = 0
             for slot in sorted(left, key=lambda s: -len(left[s])):
-                width = width or min(len(left[slot]), most)
+                width = width or min(len(left[slot]), _PREFILL_CHUNK)
                 if chosen and (len(chosen) + 1) * width > _PREFILL_TOKENS:
                     break
                 chosen.append(slot)
-            chunks = [left[slot][:most] for slot in chosen]
+            chunks = [left[slot][:_PREFILL_CHUNK] for slot in chosen]
             self._fill_chunks(chosen, chunks)
             for slot, chunk in zip(chosen, chunks, strict=True):
                 left[slot] = left[slot][len(chunk) :]

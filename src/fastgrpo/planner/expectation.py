@@ -17,6 +17,7 @@ _LOCAL_WEIGHT = 50.0  # trials that the table of the octave below counts for
 _KNOWN_WEIGHT = 32.0  # and that what was measured before does, on other text
 _PRIOR_ALL, _PRIOR_PLAN = 60.0, 300.0  # draft tokens that agreement with the tables counts for, of all and of a plan
 _SURPRISE, _SURPRISE_STEPS, _LEAST_RATE = 4.0, 16, 0.02  # standard deviations; half-life; as if so many were accepted
+_WHOLE = 0.9  # of a plan's draft tokens, that were verified where what was accepted is compared with what was predicted
 _NEW_STEPS = 16  # speculating steps that all is new for
 _KEEP_STEPS, _MOST_KEPT = 16, 128  # steps that predictions are kept for; drafts, where fewer than a quarter of all
 
@@ -125,13 +126,12 @@ class Expectation:
         num_drafts = num_seqs * num_steps
         accepted = float(sum(record.num_emitted for record in records) - num_drafts)
         nodes = sum(record.num_tokens for record in records) / num_drafts - 1
-        predicted = num_drafts * self._predict_mean_tree(plan, num_seqs, nodes)
         if not self.is_new:  # while it is, the tables are far off, which says nothing of this plan
-            self._all.observe(accepted, predicted, num_drafts)
-            own = self._plans.setdefault(plan, _Agreement(_PRIOR_PLAN))
-            own.observe(
-                accepted, self._all.ratio * predicted, num_drafts
-            )  # what all plans explain is not explained twice
+            if nodes > _WHOLE * plan.num_draft_tokens:  # the likeliest of fewer say nothing of all
+                predicted = num_drafts * self._predict_mean_tree(plan, num_seqs, nodes)
+                self._all.observe(accepted, predicted, num_drafts)
+                own = self._plans.setdefault(plan, _Agreement(_PRIOR_PLAN))  # of what all plans together do not explain
+                own.observe(accepted, self._all.ratio * predicted, num_drafts)
             self._notice(plan, records)
         self.table.observe(*records)
         self._find_local(num_seqs.bit_length()).observe(*records)
