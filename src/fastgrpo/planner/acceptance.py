@@ -114,16 +114,16 @@ def compute_expected_length(plan: SpeculationPlan, rates: Rates, num_draft_token
     """
     best = _list_best_nodes(rates, plan.width, plan.depth)
     most = plan.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
-    return 1 + sum(chance for chance, _ in itertools.islice(best, most))
+    return 1 + sum(itertools.islice(best, most))
 
 
-def _list_best_nodes(rates: Rates, width: int, depth: int) -> Iterator[tuple[float, int]]:
-    """Path chance and depth of the nodes of a tree, the best first, so that none stands before its parent."""
+def _list_best_nodes(rates: Rates, width: int, depth: int) -> Iterator[float]:
+    """Path chances of the nodes of a tree, the best first, so that none stands before its parent."""
     levels = [sorted(row[:width], reverse=True) for row in rates[:depth]]
     heap = [(-levels[0][0], 1, 0, 1.0)] if levels and width else []  # negative chance, depth, place, chance above
     while heap:
         negative, level, place, above = heapq.heappop(heap)
-        yield -negative, level
+        yield -negative
         if place + 1 < len(levels[level - 1]):
             heapq.heappush(heap, (-above * levels[level - 1][place + 1], level, place + 1, above))
         if level < len(levels):
