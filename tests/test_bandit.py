@@ -45,6 +45,11 @@ def test_the_bandit_fits_its_bound_and_is_a_function_of_its_state(max_num_tokens
         planner.observe(build_record(plan, num_seqs, step_s=step_s))
 
 
+def test_it_speculates_below_32_live_sequences_alone():
+    planner = BanditPlanner(max_num_tokens=4096)
+    assert [planner.plan(PlanInputs(num_seqs=count)).is_plain for count in (31, 32, 33)] == [False, True, True]
+
+
 @given(st.integers(1, 500))
 def test_buckets_begin_at_their_thresholds(num_seqs):
     bucket = find_bucket(num_seqs)
@@ -52,7 +57,7 @@ def test_buckets_begin_at_their_thresholds(num_seqs):
 
 
 @pytest.mark.parametrize("best", range(len(ARMS)))
-@pytest.mark.parametrize("num_seqs", [1, 4, 20, 32])
+@pytest.mark.parametrize("num_seqs", [1, 4, 20, 31])
 def test_the_bandit_tries_each_arm_and_then_mostly_plays_the_best(best, num_seqs):
     played = reward_arms(BanditPlanner(max_num_tokens=4096), num_seqs, 400, best)
     assert played[: len(ARMS)] == list(range(len(ARMS)))

@@ -294,3 +294,28 @@ def test_generate_refuses_in_one_line(
     capsys: pytest.CaptureFixture[str], folder: Path, model_dir: Path, argv: list[str], message: str
 ) -> None:
     assert message in read_error(capsys, "generate", "--model", str(model_dir), *argv)
+
+
+@pytest.mark.parametrize("command", [["profile"], ["bench", "plans"], ["bench", "order"], ["bench", "budget"]])
+def test_results_that_could_not_be_written_are_refused_before_anything_is_measured(command, tmp_path, capsys):
+    (tmp_path / "a file").write_text("")
+    for output, message in (
+        (tmp_path, "output must be a file, got the folder"),
+        (tmp_path / "a.png", "the plot beside it: name it otherwise"),
+        (tmp_path / "a file" / "b.json", "cannot be written"),
+    ):
+        assert main([*command, "--model", str(tmp_path / "nowhere"), "--output", str(output)]) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("64 tokens would fit"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_memory_that_runs_out_is_said_in_one_line(error, monkeypatch, capsys):
+    def run_out(options):
+        raise error
+
+    monkeypatch.setattr("fastgrpo.bench.order.run_order_bench", run_out)
+    assert main(["bench", "order"]) == 2
+    assert capsys.readouterr().err == f"fastgrpo: error: {error}\n"

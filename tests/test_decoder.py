@@ -196,6 +196,37 @@ def _with_own_linear(model):
     model.model.layers[0].mlp.up_proj.__class__ = Scaled
 
 
+def _lie_apart(parameter):
+    parameter.data = parameter.data.repeat_interleave(2, -1)[..., ::2]
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", lambda model: model.model.norm.bfloat16()),
+        ("llama", lambda model: model.model.layers[1].input_layernorm.bfloat16()),
+        ("qwen3", lambda model: model.model.layers[0].self_attn.k_norm.bfloat16()),
+        ("llama", lambda model: _lie_apart(model.model.layers[0].post_attention_layernorm.weight)),
+        ("llama", lambda model: _lie_apart(model.model.layers[0].mlp.down_proj.weight)),
+        ("llama", lambda model: _lie_apart(model.model.embed_tokens.weight)),
+        ("llama", lambda model: _lie_apart(model.lm_head.weight)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:decoding goes through transformers' modules")
+def test_weights_of_other_types_and_layouts_say_what_they_say_in_transformers(family, change):
+    model = build_model(family, torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.2, 3.0)
+    change(model)
+    completion = Engine(model, drafter="none", speculation="off").generate([[5, 6, 7, 8]], SamplingParams(max_tokens=8))
+    ids = torch.tensor([[5, 6, 7, 8, *completion[0].token_ids]])
+    with torch.no_grad():
+        logprobs = model(input_ids=ids).logits[0].log_softmax(-1)[3:-1].gather(1, ids[0, 4:, None])[:, 0]
+    assert torch.allclose(torch.tensor(completion[0].logprobs), logprobs, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -130,6 +130,10 @@ def assert_nothing_is_left(engine: Engine) -> None:
     engine.check()
     assert not engine.scheduler.has_work
     assert engine.cache.num_bytes == 0
+    for drafter in getattr(engine.drafter, "members", [engine.drafter]):
+        own = getattr(drafter, "cache", None) or getattr(getattr(drafter, "_rows", None), "cache", None)
+        assert own is None or own.num_bytes == 0
+        assert getattr(drafter, "_replays", None) is None
 
 
 # -- law 1 ---------------------------------------------------------------------------------------------------
@@ -282,7 +286,7 @@ def test_the_order_of_admission_changes_no_token(drafter, max_num_seqs):
     expected = expected_tokens(model, prompts, params)
     engine = build_engine(model, build_test_drafter(drafter, model, requests), TREE, max_num_seqs)
     admit, orders = engine.scheduler.admit, []
-    engine.scheduler.admit = lambda may_enter: [orders[-1].append(s.request_id) or s for s in admit(may_enter)]
+    engine.scheduler.admit = lambda *may: [orders[-1].append(s.request_id) or s for s in admit(*may)]
     for is_made_up in (False, False, True):
         if is_made_up:
             engine.scheduler.lengths = LengthPredictor()

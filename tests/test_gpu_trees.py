@@ -153,6 +153,25 @@ def test_the_best_candidates_are_kept(plan, line, both):
     assert draft.num_nodes[~is_there].tolist() == [1]
 
 
+@pytest.mark.parametrize("broken", [slice(None), slice(0, 1)])
+def test_candidates_without_a_number_are_absent(broken, monkeypatch):
+    """As a head that has diverged says them, or one that reads a target that has."""
+    monkeypatch.setattr(gpu, "runs_on", lambda _: True)
+    monkeypatch.setattr(pools, "is_host", lambda _: False)
+    pool = pools.open_pool(draw_ints(9, 2), SpeculationPlan(depth=3, width=2, num_draft_tokens=6), Calibration())
+    num_nodes = 1
+    for level in range(3):
+        chances, tokens = draw_chances(2, num_nodes, 2, seed=level), draw_ints(9, 2, num_nodes, 2, seed=level)
+        chances[broken] = torch.nan
+        beam = pool.add(chances, tokens)
+        if beam is not None:
+            num_nodes = beam.token_ids.shape[1]
+            assert bool(((beam.above >= 0) & (beam.above < chances.shape[1])).all())
+    draft = pool.prune()
+    assert draft.num_nodes.tolist()[broken] == [1, 1][broken]
+    assert not bool(draft.scores.isnan().any())
+
+
 def walk(draft, logits, num_levels):
     count, width = draft.token_ids.shape
     rows = SamplingBatch.build_blank(count, DEVICE)

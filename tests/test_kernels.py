@@ -373,6 +373,12 @@ def test_a_long_prompt_has_the_bits_of_each_of_its_tokens_alone(dtype, length):
         assert torch.equal(both[node], alone[0]), node
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rows_have_no_products(dtype):
+    layout = cpu.pack_weights([torch.randn(8, 4, dtype=dtype)])
+    assert cpu.multiply(torch.empty(0, 4, dtype=dtype), layout, None, 8).shape == (0, 8)
+
+
 def test_without_a_compiler_it_says_so_once(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(tmp_path / "missing"))
     build.load_library.cache_clear()
@@ -380,6 +386,18 @@ def test_without_a_compiler_it_says_so_once(monkeypatch, tmp_path):
         with pytest.warns(UserWarning, match="could not be compiled.*install gcc, or set FASTGRPO_KERNELS=off"):
             assert not cpu.is_available()
         assert not cpu.is_available()
+    finally:
+        build.load_library.cache_clear()
+
+
+def test_a_damaged_library_is_compiled_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTGRPO_CACHE", str(tmp_path))
+    build.load_library.cache_clear()
+    try:
+        library = build._find_library()
+        library.write_bytes(b"\x7fELF")
+        assert cpu.is_available()
+        assert library.stat().st_size > 4
     finally:
         build.load_library.cache_clear()
 

@@ -166,6 +166,17 @@ def test_later_arrivals_are_put_in_order_with_those_who_wait():
     scheduler.check()
 
 
+@pytest.mark.parametrize("num_slots", [4, 8, 64])
+def test_longest_first_where_the_memory_holds_fewer_than_there_are_slots(num_slots):
+    lengths = [20] * 31 + [300]
+    scheduler = Scheduler(num_slots, warm([([index], length) for index, length in enumerate(lengths)]))
+    for index in range(32):
+        scheduler.add(build_sequence(index, [index]))
+    room = iter(range(4))
+    admitted = scheduler.admit(lambda sequence: next(room, None) is not None, lambda: False)
+    assert len(admitted) == 4 and admitted[0].request_id == 31
+
+
 # -- what it gains -------------------------------------------------------------------------------------------
 
 

@@ -376,6 +376,42 @@ def test_prompts_that_are_kept_go_before_a_rollout_is_given_up():
     assert [c.token_ids for c in engine.generate(prompts, params)] == [c.token_ids for c in expected]
 
 
+@pytest.mark.filterwarnings("ignore:memory ran out")
+@pytest.mark.parametrize("num_good", range(0, 24, 3))
+def test_tokens_that_there_is_no_memory_to_count_are_emitted_all_the_same(num_good, monkeypatch):
+    monkeypatch.setattr("fastgrpo.drafters.ngram._MOST_COLLECTED", 1)
+    engine = build_engine("ngram", "tree")
+    count, due = engine.drafter.table.add, [num_good]
+
+    def fail_once(*args):
+        due[0] -= 1
+        if due[0] == -1:
+            raise MemoryError("no room")
+        count(*args)
+
+    engine.drafter.table.add = fail_once
+    expected = [completion.token_ids[:8] for completion in generate_freely(torch.float32)]
+    assert [completion.token_ids for completion in engine.generate(PROMPTS, SHORT)] == expected
+
+
+@pytest.mark.parametrize("drafter", ["eagle_untrained"])
+def test_what_was_drafted_before_memory_ran_out_is_drafted_again(drafter):
+    """A prompt that is kept goes first, and the step is made again as it was planned."""
+    expected = build_engine("none", "off").generate([GROUP] * 3, SHORT[0])
+    engine = build_engine(drafter, "tree")
+    engine.scheduler.max_num_seqs = 1
+    decode, failures = engine.target.decode, [torch.OutOfMemoryError("no room")]
+
+    def fail_once(batch, cache):
+        if failures and batch.most_nodes > 1 and engine.prefiller._kept:
+            raise failures.pop()
+        return decode(batch, cache)
+
+    engine.target.decode = fail_once
+    assert [c.token_ids for c in engine.generate([GROUP] * 3, SHORT[0])] == [c.token_ids for c in expected]
+    assert not failures
+
+
 def test_a_learner_does_without_the_features_that_there_is_no_memory_for():
     engine, heard = build_engine("eagle_untrained"), []
     expected = [completion.token_ids for completion in engine.generate(PROMPTS, SHORT)]
@@ -501,3 +537,17 @@ def test_bytes_in_words():
     assert [describe_bytes(n) for n in (512, 12 * 2**10, 410 * 2**20, 3.25 * 2**30)] == [
         "0.5 KiB", "12 KiB", "410 MiB", "3.25 GiB",
     ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:the cache is full")
+def test_the_longest_go_first_where_memory_and_not_slots_decide_who_waits():
+    engine = build_engine("none", "off", num_blocks=NUM_BLOCKS)
+    prompts = [[index + 1] * 9 for index in range(16)]
+    for index, prompt in enumerate(prompts):
+        engine.scheduler.lengths.observe(prompt, 300 if index == 15 else 10)
+    begun: list[int] = []
+    admit = engine.scheduler.admit
+    engine.scheduler.admit = lambda *may: [begun.append(s.request_id) or s for s in admit(*may)]
+    engine.generate(prompts, [SamplingParams(stream=index, max_tokens=20) for index in range(16)])
+    assert len(begun) == 16 and engine.records[0].num_waiting > 0
+    assert begun[0] == 15

@@ -404,6 +404,7 @@ def test_a_profile_that_is_given_outlives_an_update_of_a_library(path: Path) -> 
         (lambda c: c["profile"].update(num_tokens=[1, 8, float("nan"), 64, 128, 256]), r"increasing grid.*nan"),
         (lambda c: c["profile"].update(num_tokens=[1, 8, 32, 64, 128, float("inf")]), r"increasing grid.*inf"),
         (lambda c: c["profile"].update(num_tokens=[1.5, 8, 32, 64, 128, 256]), r"increasing grid.*1\.5"),
+        (lambda c: c["profile"].update(num_tokens=[1, 8, 32, 64, 128, 10**400]), "increasing grid"),
         (lambda c: c["profile"].update(read_s=10**400), "read_s is 1000"),
         (lambda c: c["profile"].update(draft_s=[], draft_start_s=[1.0] * 6), "draft_start_s needs draft_s"),
         (lambda c: c.pop("identity"), "identity must be a mapping, got None"),
@@ -553,6 +554,17 @@ def test_a_good_drafter_pays_until_the_knee() -> None:
     assert describe_gains("eagle", forecast_gains(flat, build_table(0.5), context_len=9)).endswith("pays with 64.")
 
 
+def test_where_few_live_sequences_do_not_pay_that_is_said() -> None:
+    forecasts = forecast_gains(SMALL_CPU, build_table(0.5), context_len=100)
+    plain = forecast_gains(SMALL_CPU, build_table(0.0), context_len=100)
+    mixed = (*plain[:3], *forecasts[3:4], *plain[4:])
+    assert [forecast.plan.is_plain for forecast in mixed] == [True] * 3 + [False] + [True] * 3
+    text = describe_gains("eagle", mixed)
+    assert "but not with 1, 2, 4, where auto decodes plainly; from 16 live sequences on it stops paying" in text
+    text = describe_gains("eagle", mixed[:4])
+    assert "but not with 1, 2, 4, where auto decodes plainly" in text and text.endswith("it still pays with 8.")
+
+
 # -- the command -------------------------------------------------------------------------------------------------
 
 
@@ -613,3 +625,16 @@ def test_profile_refuses_in_one_line(
         warnings.simplefilter("error")
         assert main(argv) == 2
     assert "the clock of this machine stood still" in capsys.readouterr().err
+
+
+def test_prompts_that_cannot_be_completed_are_refused_before_anything_is_measured(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastgrpo.profile.measure_costs", lambda *_, **__: pytest.fail("it was measured"))
+    prompts = tmp_path / "long.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a" * 600}) + "\n")
+    argv = ["profile", "--model", str(model_dir), "--device", "cpu", "--dtype", "float32"]
+    assert main([*argv, "--prompts", str(prompts)]) == 2
+    assert "the model's context ends at 512" in capsys.readouterr().err
+    assert main([*argv, "--temperature", "1e99"]) == 2
+    assert "temperature must be 0 or between" in capsys.readouterr().err

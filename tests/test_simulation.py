@@ -464,6 +464,7 @@ def test_a_replay_without_a_measurement_says_so(tmp_path: Path, capsys: pytest.C
         ([*argv, "--record", "here.npz"], "give either a file to record facts to"),
         (["bench", "simulate", "--record", "here.npz", "--drafter", "auto"], "got drafter=auto"),
         ([*argv, "--skip-measurement", *shape, "--num-completions", "1"], "lengths need at least 2 completions"),
+        ([*argv, *shape, "--group-sizes", "64"], "groups of 1 to all of them"),  # before anything is measured
         (["bench", "simulate", "--facts", str(tmp_path / "none.npz")], "no facts at"),
     ):
         assert main(wrong) == 2

@@ -221,9 +221,15 @@ class Admission:
             left -= needed
             return True
 
-        for sequence in self.scheduler.admit(may_enter):
+        def may_all_enter() -> bool:
+            waiting = self.scheduler.waiting
+            fits = len(running) + len(waiting) <= self._most_running
+            return fits and sum(map(self._compute_entering, waiting)) <= left
+
+        admitted = self.scheduler.admit(may_enter, may_all_enter)
+        self.cache.add_rows(len(running) - len(self.cache.lengths))  # before anybody may run out of memory
+        for sequence in admitted:
             self.drafter.observe(sequence, 0)
-        self.cache.add_rows(len(running) - len(self.cache.lengths))
 
     def _preempt_youngest(self) -> None:
         running = self.scheduler.running

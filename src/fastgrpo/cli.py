@@ -141,6 +141,14 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
         return _report(error, str(error))
+    except (MemoryError, RuntimeError) as error:
+        from fastgrpo.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _report(
+            error, str(error) or "memory ran out; a smaller model, or fewer and shorter sequences, would fit"
+        )
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise

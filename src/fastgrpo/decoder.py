@@ -186,11 +186,18 @@ def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
             return f"its layers are of type {type(layer).__name__}"
         for name in _LINEARS:
             linear = layer.get_submodule(name)
-            if type(linear) is not nn.Linear or linear.weight.dtype != dtype:
+            if type(linear) is not nn.Linear or any(parameter.dtype != dtype for parameter in linear.parameters()):
                 return f"{name} is a {type(linear).__name__} in {linear.weight.dtype}, and not linear in {dtype}"
-    norms = {type(module).__name__ for name, module in decoder.named_modules() if name.endswith("norm")}
-    if not norms <= set(_NORMS):
-        return f"its norms are of type {', '.join(sorted(norms))}"
+    norms = {name: module for name, module in decoder.named_modules() if name.endswith("norm")}
+    kinds = {type(norm).__name__ for norm in norms.values()}
+    if not kinds <= set(_NORMS):
+        return f"its norms are of type {', '.join(sorted(kinds))}"
+    for name, norm in norms.items():
+        if norm.weight.dtype != weight.dtype:
+            return f"{name} is in {norm.weight.dtype}, and the embedding in {weight.dtype}"
+    for name, parameter in decoder.named_parameters():
+        if not parameter.is_contiguous():
+            return f"{name} is not contiguous"
     if any(_is_touched(module) for module in decoder.modules()):
         return "its modules have hooks or a forward of their own"
     return NO_KERNELS if find_kernels(weight) is None else None

@@ -317,5 +317,8 @@ class Engine:
         """Leave nothing behind, whether the rollout ended or broke off."""
         self.scheduler.abort()
         self._verify.end()
+        end: Callable[[], None] | None = getattr(self.drafter, "end", None)
+        if end is not None:
+            end()
         self.cache.clear()
         self.prefiller.clear()

@@ -67,6 +67,8 @@ def run_profile(options: ProfileOptions, command: str, console: Console | None =
         tokenizer=opened.tokenizer,
     )
     prompts = [] if engine.drafter.name == "none" else _load_prompts(options, opened)
+    wanted = SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens)
+    engine.take_requests(prompts, wanted)  # what cannot be asked for is said before anything is measured
     identity = describe_identity(engine.target, engine.drafter)
     others = OthersWork()
     measurement = _measure(engine)

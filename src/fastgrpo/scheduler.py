@@ -14,7 +14,8 @@ class Scheduler:
 
     Where not all who wait can be admitted, prompts of the longest expected completions go first, that a long one
     does not begin when the others end. Ties, and all while no length is known, keep the order of arrival, as does a
-    queue that fits into the free slots. Siblings stand together, so that their prompt is kept only for a short while.
+    queue that fits into the free slots and the memory. Siblings stand together, so that their prompt is kept only for a
+    short while.
     A sequence that was preempted waits at the front, with what it has emitted.
 
     Args:
@@ -44,14 +45,20 @@ class Scheduler:
         self._has_arrivals = True
         self._num_waiting_siblings[sequence.group_key] += 1
 
-    def admit(self, may_enter: Callable[[Sequence], bool] = lambda sequence: True) -> list[Sequence]:
+    def admit(
+        self,
+        may_enter: Callable[[Sequence], bool] = lambda sequence: True,
+        may_all_enter: Callable[[], bool] = lambda: True,
+    ) -> list[Sequence]:
         """Move waiting sequences behind the running ones while slots are free; returns those moved.
 
         Args:
             may_enter: asked of each in turn; the first that may not stays at the front, and all behind it.
+            may_all_enter: whether nobody is going to be refused; else the queue is put in order before.
         """
         admitted = []
-        if self._has_arrivals and 0 < self.max_num_seqs - len(self.running) < len(self.waiting):
+        num_free = self.max_num_seqs - len(self.running)
+        if self._has_arrivals and num_free > 0 and (num_free < len(self.waiting) or not may_all_enter()):
             self._put_longest_first()
         while self.waiting and len(self.running) < self.max_num_seqs and may_enter(self.waiting[0]):
             sequence = self.waiting.popleft()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +46,7 @@ _WORKLOAD = (
     "max_num_seqs",
 )
 Row = dict[str, Any]
+Drawn = dict[tuple[int, int], NDArray[np.int64]]  # completion lengths by their mean and the group size
 
 
 def run_simulate_bench(options: SimulateOptions, command: str, console: Console | None = None) -> dict[str, Any]:
@@ -120,6 +122,7 @@ def _take_workload(options: SimulateOptions, facts: Facts) -> SimulateOptions:
 
 def _replay(options: SimulateOptions, command: str, facts: Facts, console: Console) -> dict[str, Any]:
     tables = TreeTables(facts)
+    drawn = _draw_all_lengths(options)  # before minutes of measurement: they may be impossible
     result = describe_run(command, dataclasses.asdict(options)) | {"facts": _describe_facts(facts) | dict(facts.about)}
     reproductions: tuple[Reproduction, ...] = ()
     profile, corrections, machine = None, Corrections(), "this machine"
@@ -144,7 +147,7 @@ def _replay(options: SimulateOptions, command: str, facts: Facts, console: Conso
         slots = facts.about.get("settings", {}).get("max_num_seqs", options.max_num_seqs)
         predicted = predict_planners(tables, build_requests(facts), profile, costs, max_num_seqs=slots)
         rows += _describe_predictions({"scenario": machine}, predicted, errors)
-    rows += _predict_larger_machines(options, tables, errors)
+    rows += _predict_larger_machines(options, tables, errors, drawn)
     for scenario, own in itertools.groupby(rows, key=lambda row: row["scenario"]):
         console.print(_build_table(scenario, list(own)))
     console.print(_describe_error(errors, bool(options.devices)), markup=False, highlight=False)
@@ -170,7 +173,29 @@ def _describe_facts(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _predict_larger_machines(options: SimulateOptions, tables: TreeTables, errors: dict[str, float]) -> list[Row]:
+def _draw_all_lengths(options: SimulateOptions) -> Drawn:
+    """Completion lengths on larger machines, by mean and group size; none without such machines.
+
+    Raises:
+        ValueError: there are no such lengths.
+    """
+    if not options.devices:
+        return {}
+    return {
+        (mean, group_size): draw_lengths(
+            options.num_completions,
+            mean=mean,
+            longest_over_mean=options.longest_over_mean,
+            group_size=group_size,
+            seed=options.seed,
+        )
+        for mean, group_size in itertools.product(options.mean_lengths, options.group_sizes)
+    }
+
+
+def _predict_larger_machines(
+    options: SimulateOptions, tables: TreeTables, errors: dict[str, float], drawn: Drawn
+) -> list[Row]:
     """Every device with every model, mean length and group size; drafts are accepted as they were recorded."""
     facts, rows = tables.facts, []
     prompt_len = int(np.median(facts.prompt_lens))
@@ -179,13 +204,7 @@ def _predict_larger_machines(options: SimulateOptions, tables: TreeTables, error
     ):
         cached_positions = min(options.max_num_seqs, options.num_completions) * (prompt_len + mean)
         roofline = build_roofline_profile(device, model, cached_positions=cached_positions)
-        lengths = draw_lengths(
-            options.num_completions,
-            mean=mean,
-            longest_over_mean=options.longest_over_mean,
-            group_size=group_size,
-            seed=options.seed,
-        )
+        lengths = drawn[mean, group_size]
         requests = draw_requests(facts, lengths, prompt_len=prompt_len, group_size=group_size, seed=options.seed)
         costs = ProfileCosts(profile=roofline.profile, noise=options.noise, seed=options.seed)
         predicted = predict_planners(tables, requests, roofline.profile, costs, max_num_seqs=options.max_num_seqs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -117,6 +118,12 @@ class AutoDrafter:
         self._num_drafts.clear()
         for member in self.members:
             member.begin()
+
+    def end(self) -> None:
+        for member in self.members:
+            end: Callable[[], None] | None = getattr(member, "end", None)
+            if end is not None:
+                end()
 
     @property
     def was_replayed(self) -> bool:

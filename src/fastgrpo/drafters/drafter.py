@@ -54,9 +54,10 @@ class Drafter(Protocol):
     `position_bytes` is what a position takes in the rows that the drafter itself keeps of running sequences, 0 without
     any; a row holds no more than the sequence's cached tokens, its pending one and, while `propose` runs,
     `plan.width * plan.depth` nodes, in blocks of `fastgrpo.blocks.BLOCK_SIZE`.
-    A method is optional: `judge(draft, verdict)` hears what the target chose of the draft proposed last. Two
-    attributes too, for the profiler: `can_be_timed` True says that `propose` may be called for sequences that are
-    made up, after which `begin` forgets them; of a drafter with `members`, the first is timed in its place.
+    Two methods are optional: `judge(draft, verdict)` hears what the target chose of the draft proposed last, and
+    `end()` that no sequence runs any more, so that memory for them goes back. Two attributes too, for the profiler:
+    `can_be_timed` True says that `propose` may be called for sequences that are made up, after which `begin` forgets
+    them; of a drafter with `members`, the first is timed in its place.
     """
 
     name: str

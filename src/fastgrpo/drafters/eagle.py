@@ -33,6 +33,8 @@ from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan
 
+_MOST_KEPT = 2**16  # bytes of a mask; larger ones are not worth their memory
+
 
 class EagleDrafter(HeadDrafter[EagleHead]):
     """Drafts with an `EagleHead`, one level at a time."""
@@ -67,10 +69,12 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         """Run the pairs whose true features are new; returns each row's last output."""
         (num_rows, width), device = inputs.unread.shape, inputs.unread.device
         counts = (width,) * num_rows if inputs.counts is None else inputs.counts
+        is_kept = device.type == "cpu" and num_rows * width**2 <= _MOST_KEPT
+        visible = _see_before(num_rows, width) if is_kept else _build_triangles(num_rows, width, device)
         batch = ForwardBatch.build(
             token_ids=inputs.unread,
             num_nodes=torch.full_like(inputs.num_read, width) if inputs.counts is None else upload(counts, device),
-            visible=_see_before(num_rows, width) if device.type == "cpu" else _build_triangles(num_rows, width, device),
+            visible=visible,
             blocks=inputs.own_blocks,
             lengths=inputs.num_read,
             dtype=self.target.dtype,

@@ -187,6 +187,10 @@ class HeadDrafter(ABC, Generic[Head]):
         self.refresh()
         self._replays = None  # the weights are new ones
 
+    def end(self) -> None:
+        self._rows.clear()
+        self._replays = self._cache = None
+
     @property
     def was_replayed(self) -> bool:
         """Whether the last draft took no longer than the next one like it will, but for what it had to read first."""
@@ -221,7 +225,8 @@ class HeadDrafter(ABC, Generic[Head]):
     def _grow(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         """Read what the rows have not read yet, and draft behind it; there is room for both."""
         own, replays = self._rows.cache, self._find_replays(context.cache)
-        num_read, lengths = self._rows.num_read, context.cache.lengths
+        lengths = context.cache.lengths  # an attempt that failed behind its draft has read all: the last are read again
+        num_read = [min(read, length - 1) for read, length in zip(self._rows.num_read, lengths, strict=True)]
         most = max(length - read for length, read in zip(lengths, num_read, strict=True))
         num_unread = sum(lengths) - sum(num_read)
         is_behind = num_unread > _MANY_TOKENS * len(lengths) or (replays is not None and most > plan.depth + 1)

@@ -75,6 +75,9 @@ class LmDrafter:
         self.cache.clear()
         self.calibration.fit()
 
+    def end(self) -> None:
+        self.cache.clear()
+
     def count_unread(self, sequences: list[Sequence]) -> int:
         """Tokens to read, the pending ones included; rows that are too long for the LM are not read any more."""
         lengths = [sequence.num_cached for sequence in sequences]

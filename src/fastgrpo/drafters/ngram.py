@@ -11,6 +11,7 @@ distribution, whose noise siblings do not share.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zlib
@@ -88,7 +89,8 @@ class NgramDrafter:
         if sequence.finish_reason is not None:
             del self._groups[sequence]
         if self._texts.num_new_tokens >= _MOST_COLLECTED:
-            self.count_observed()
+            with contextlib.suppress(MemoryError):  # what was emitted is kept; `propose` tries again
+                self.count_observed()
 
     def count_observed(self) -> None:
         """Move what was collected into the table."""

@@ -34,7 +34,12 @@ def load_library() -> ctypes.CDLL | None:
     if os.environ.get(KERNELS_ENV) == "off":
         return None
     try:
-        return ctypes.CDLL(str(_find_library()))
+        library = _find_library()
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:  # damaged, or of another system that shares the folder
+            library.unlink()
+            return ctypes.CDLL(str(_find_library()))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", "") or str(error)
         warnings.warn(

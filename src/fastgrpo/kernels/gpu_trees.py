@@ -98,6 +98,7 @@ def _grow_level(
     token = tl.load(tokens + row * width + index, mask=is_inside, other=0)
     score = _calibrate(chance, slope, offset) if IS_CALIBRATED else chance
     score = tl.load(sums + node, mask=is_inside, other=0.0) + score - penalty
+    score = tl.where(score == score, score, float("-inf"))  # what is no number could not be found among the rest
     first = row * capacity + num_filled + index
     tl.store(pool_chances + first, chance, mask=is_inside)
     tl.store(pool_tokens + first, token, mask=is_inside)

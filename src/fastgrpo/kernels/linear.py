@@ -142,6 +142,7 @@ def can_pack(linears: Sequence[nn.Linear]) -> bool:
     return (
         all(
             linear.weight.device.type == "cpu"
+            and linear.weight.is_contiguous()
             and linear.weight.dtype == dtype
             and (linear.bias is not None) == has_bias
             for linear in linears
@@ -152,7 +153,9 @@ def can_pack(linears: Sequence[nn.Linear]) -> bool:
 
 def has_own_product(linear: nn.Linear, dtype: torch.dtype) -> bool:
     """Whether a `PackedLinear` of it multiplies inputs of this type otherwise than the layer itself does."""
-    return can_pack([linear]) or (gpu.runs_on(linear.weight) and linear.weight.dtype == dtype)
+    return can_pack([linear]) or (
+        gpu.runs_on(linear.weight) and linear.weight.dtype == dtype and linear.weight.is_contiguous()
+    )
 
 
 def may_pack(model: nn.Module) -> bool:

@@ -171,10 +171,11 @@ static inline i64 share_rows(i64 rows, i64 most) {
 #define DEFINE_PRODUCT(X)                                                                                             \
     int fastgrpo_product_##X(const X *x, i64 stride, const packed_##X *layout, const X *bias, X *out, i64 rows,       \
                               i64 inputs, i64 outputs) {                                                              \
+        if (!rows) return 0; /* which have no shares */                                                               \
         i64 most = share_rows(rows, ROWS), blocks = (outputs + WIDE - 1) / WIDE;                                      \
         i64 units = (inputs + UNIT_##X - 1) / UNIT_##X, step = STEP / UNIT_##X, early = AHEAD / UNIT_##X;             \
         row_##X *tiles = malloc(most * units * sizeof *tiles); /* rows of a tile side by side, unit by unit */        \
-        if (!tiles && rows) return NO_MEMORY;                                                                         \
+        if (!tiles) return NO_MEMORY;                                                                                 \
         _Pragma("omp parallel if (rows * inputs * outputs > FEW)")                                                    \
         for (i64 start = 0; start < rows; start += most) {                                                            \
             i64 count = rows - start < most ? rows - start : most, group = share_rows(count, GROUP);                  \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import types
 from collections.abc import Callable
 from dataclasses import fields
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
+
+_WRITTEN = ("output", "record")  # files, where they are optional; else folders
 
 
 def about(help: str, *, choices: tuple[str, ...] = (), many: bool = False) -> dict[str, Any]:
@@ -54,9 +57,34 @@ def read_options(record: type[Record], namespace: argparse.Namespace) -> Record:
 
     Raises:
         ValueError: a value is out of its range.
+        OSError: a file that is to be written cannot be.
     """
     values = {entry.name: getattr(namespace, entry.name) for entry in fields(record)}  # type: ignore[arg-type]
-    return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    taken = record(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    for entry in fields(record):  # type: ignore[arg-type]
+        if entry.name in _WRITTEN and entry.default is None and values[entry.name] is not None:
+            check_writable(entry.name, values[entry.name])
+    return taken
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Before anything is measured: results of minutes would be lost where they cannot be written.
+
+    Raises:
+        ValueError: it is no name of a file, or that of the plot beside it.
+        OSError: it cannot be written there.
+    """
+    if not path.name or path.is_dir():
+        raise ValueError(f"{name} must be a file, got the folder '{path}'; name a file in it")
+    if path.suffix == ".png":
+        raise ValueError(f"{name} is the file for the results, and '{path}' the plot beside it: name it otherwise")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial = path.with_name(f".{path.name}.{os.getpid()}")
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise OSError(f"{name}={path} cannot be written ({error}); name another file") from error
 
 
 def _plain_type(hint: Any) -> type:

@@ -16,7 +16,7 @@ from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
 ARMS = tuple(SpeculationPlan(depth=8, width=4, num_draft_tokens=nodes) for nodes in (48, 32, 16, 8))
 BUCKETS = (1, 2, 5, 21)  # least live sequences of each bucket
-MAX_SPECULATING = 32  # live sequences; above, plain decoding
+MAX_SPECULATING = 31  # live sequences: TLT speculates below 32, from there on it decodes plainly
 
 
 @dataclass(kw_only=True)
@@ -24,7 +24,7 @@ class BanditPlanner(Planner):
     """Epsilon-greedy over four trees, apart for each bucket of live sequences; no model of what a step costs.
 
     An arm's reward is what its steps emitted a second (acceptance length x live sequences / step seconds, prompts
-    left out), the median of the last `window`. Untried arms are played first, in their order. Up to 32 live
+    left out), the median of the last `window`. Untried arms are played first, in their order. Below 32 live
     sequences it always speculates: plain decoding is no arm, whatever the drafter is worth.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ def find_break_even(forecasts: Sequence[Forecast]) -> int | None:
 
 
 def describe_gains(drafter: str, forecasts: Sequence[Forecast]) -> str:
-    """In one sentence: whether speculation will pay, by how much, and from which concurrency on it no longer does."""
+    """In one sentence: whether speculation will pay, by how much, and with how many live sequences it does not."""
     break_even = find_break_even(forecasts)
     fewest, most = forecasts[0].num_seqs, forecasts[-1].num_seqs
     if break_even == fewest:
@@ -76,6 +77,10 @@ def describe_gains(drafter: str, forecasts: Sequence[Forecast]) -> str:
         )
     best = max(forecasts, key=lambda forecast: forecast.speed_up)
     gain = f"Speculation with {drafter} pays here: {best.speed_up:.2f}x is expected with {best.num_seqs} live"
+    speculating_until = math.inf if break_even is None else break_even
+    plain = [each.num_seqs for each in forecasts if each.plan.is_plain and each.num_seqs < speculating_until]
+    if plain:
+        gain += f", but not with {', '.join(map(str, plain))}, where auto decodes plainly"
     if break_even is None:
         return f"{gain}, and it still pays with {most}."
     return f"{gain}; from {break_even} live sequences on it stops paying, and auto decodes plainly."

@@ -49,10 +49,10 @@ class HardwareProfile:
 
     def __post_init__(self) -> None:
         grid = self.num_tokens
-        are_counts = all(isinstance(each, int) and not isinstance(each, bool) for each in grid)
+        are_counts = all(isinstance(each, int) and not isinstance(each, bool) and is_finite(each) for each in grid)
         if not are_counts or len(grid) < 2 or any(b <= a for a, b in itertools.pairwise(grid)) or grid[0] < 1:
             raise ValueError(
-                f"a profile needs an increasing grid of at least two token counts, got {grid}; {MEASURE_AGAIN}"
+                f"a profile needs an increasing grid of at least two token counts, got {grid!r:.60}; {MEASURE_AGAIN}"
             )
         for name in ("target_s", "draft_s", "draft_start_s"):
             num_times = len(getattr(self, name))
