@@ -301,7 +301,7 @@ def test_results_that_could_not_be_written_are_refused_before_anything_is_measur
     (tmp_path / "a file").write_text("")
     for output, message in (
         (tmp_path, "output must be a file, got the folder"),
-        (tmp_path / "a.png", "the plot beside it: name it otherwise"),
+        (tmp_path / "a.png", "is the name of the picture beside it; take another ending"),
         (tmp_path / "a file" / "b.json", "cannot be written"),
     ):
         assert main([*command, "--model", str(tmp_path / "nowhere"), "--output", str(output)]) == 2

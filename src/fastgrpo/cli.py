@@ -32,6 +32,7 @@ from fastgrpo.options import (
     SimulateOptions,
     UpdateOptions,
     add_options,
+    check_outputs,
     read_options,
 )
 
@@ -173,6 +174,7 @@ def _run(argv: list[str]) -> None:
         return
     arguments = build_parser().parse_args(argv)
     options = read_options(arguments.command.record, arguments)
+    check_outputs(options)
     module, function = arguments.command.function.split(":")
     run = getattr(importlib.import_module(f"fastgrpo.{module}"), function)
     if "command" in inspect.signature(run).parameters:  # what it measures names the command

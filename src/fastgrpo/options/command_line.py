@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import tempfile
 import types
 from collections.abc import Callable
 from dataclasses import fields
@@ -12,18 +12,17 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
 
-_WRITTEN = ("output", "record")  # files, where they are optional; else folders
 
-
-def about(help: str, *, choices: tuple[str, ...] = (), many: bool = False) -> dict[str, Any]:
+def about(help: str, *, choices: tuple[str, ...] = (), many: bool = False, writes: bool = False) -> dict[str, Any]:
     """What makes a field an option of the command line; the help adds its default, unless that is None.
 
     Args:
         help: what it does, with its unit.
         choices: the words it takes; a tuple of words takes several, parted by commas.
         many: takes several arguments, parted by spaces.
+        writes: names a file that is written in the end, a picture beside it.
     """
-    return {"help": help, "choices": choices, "many": many}
+    return {"help": help, "choices": choices, "many": many, "writes": writes}
 
 
 def check_positive(record: Any, *names: str) -> None:
@@ -57,34 +56,32 @@ def read_options(record: type[Record], namespace: argparse.Namespace) -> Record:
 
     Raises:
         ValueError: a value is out of its range.
-        OSError: a file that is to be written cannot be.
     """
     values = {entry.name: getattr(namespace, entry.name) for entry in fields(record)}  # type: ignore[arg-type]
-    taken = record(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-    for entry in fields(record):  # type: ignore[arg-type]
-        if entry.name in _WRITTEN and entry.default is None and values[entry.name] is not None:
-            check_writable(entry.name, values[entry.name])
-    return taken
+    return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def check_writable(name: str, path: Path) -> None:
-    """Before anything is measured: results of minutes would be lost where they cannot be written.
+def check_outputs(options: Any) -> None:
+    """Before anything is measured, since results that cannot be written would be lost; makes their folders.
 
     Raises:
-        ValueError: it is no name of a file, or that of the plot beside it.
+        ValueError: a file that is to be written has no name, or that of a picture.
         OSError: it cannot be written there.
     """
-    if not path.name or path.is_dir():
-        raise ValueError(f"{name} must be a file, got the folder '{path}'; name a file in it")
-    if path.suffix == ".png":
-        raise ValueError(f"{name} is the file for the results, and '{path}' the plot beside it: name it otherwise")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial = path.with_name(f".{path.name}.{os.getpid()}")
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise OSError(f"{name}={path} cannot be written ({error}); name another file") from error
+    for entry in fields(options):
+        path = getattr(options, entry.name)
+        if not entry.metadata["writes"] or path is None:
+            continue
+        if not path.name or path.is_dir():
+            raise ValueError(f"{entry.name} must be a file, got the folder '{path}'; name a file in it")
+        if path.suffix == ".png":
+            raise ValueError(f"{entry.name}='{path}' is the name of the picture beside it; take another ending")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise OSError(f"{entry.name}='{path}' cannot be written ({error}); name another file") from error
 
 
 def _plain_type(hint: Any) -> type:

@@ -47,7 +47,9 @@ class GenerateOptions:
         default="auto",
         metadata=about("type of the weights; auto keeps the type they are saved in", choices=("auto", *DTYPES)),
     )
-    output: Path | None = field(default=None, metadata=about("JSONL file for the completions, one object for each"))
+    output: Path | None = field(
+        default=None, metadata=about("JSONL file for the completions, one object for each", writes=True)
+    )
 
     def __post_init__(self) -> None:
         check_positive(self, "num_generations")

@@ -38,7 +38,7 @@ class DraftersOptions:
     dtype: str = field(default="bfloat16", metadata=about("type of the weights", choices=DTYPES))
     seed: int = field(default=1000, metadata=about("seed of prompts and noise; 0 to 2 made the shipped head's"))
     output: Path | None = field(
-        default=None, metadata=about("JSON file for the results; without it they are only printed")
+        default=None, metadata=about("JSON file for the results; without it they are only printed", writes=True)
     )
 
     def __post_init__(self) -> None:
@@ -97,7 +97,9 @@ class RolloutOptions:
     seed: int = field(default=0, metadata=about("seed of prompts and noise; repeat r takes seed + r"))
     output: Path | None = field(
         default=None,
-        metadata=about("JSON file for the results, a picture of a rollout beside it; without it they are only printed"),
+        metadata=about(
+            "JSON file for the results, a picture of a rollout beside it; without it they are only printed", writes=True
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -141,7 +143,7 @@ class AcceptanceOptions:
     seed: int = field(default=1000, metadata=about("seed of prompts and noise; 0 made the shipped head's"))
     output: Path | None = field(
         default=None,
-        metadata=about("JSON file for the results, a plot beside it; without it they are only printed"),
+        metadata=about("JSON file for the results, a plot beside it; without it they are only printed", writes=True),
     )
 
     def __post_init__(self) -> None:
@@ -176,7 +178,9 @@ class ProfileOptions:
     seed: int = field(default=1000, metadata=about("seed of prompts and noise; 0 to 2 made the shipped head's"))
     output: Path | None = field(
         default=None,
-        metadata=about("JSON file for the profile, a plot beside it; without it they are only printed and cached"),
+        metadata=about(
+            "JSON file for the profile, a plot beside it; without it they are only printed and cached", writes=True
+        ),
     )
 
     def __post_init__(self) -> None:

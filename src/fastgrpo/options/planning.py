@@ -32,7 +32,7 @@ class SteadyOptions:
     seed: int = field(default=1000, metadata=about("seed of prompts and noise; 0 to 2 made the shipped head's"))
     output: Path | None = field(
         default=None,
-        metadata=about("JSON file for the results, a plot beside it; without it they are only printed"),
+        metadata=about("JSON file for the results, a plot beside it; without it they are only printed", writes=True),
     )
 
     def __post_init__(self) -> None:
@@ -138,7 +138,7 @@ class OrderOptions:
     repeats: int = field(default=3, metadata=about("measured rollouts in each order, in turn"))
     output: Path | None = field(
         default=None,
-        metadata=about("JSON file for the results, a plot beside it; without it they are only printed"),
+        metadata=about("JSON file for the results, a plot beside it; without it they are only printed", writes=True),
     )
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ class SimulateOptions:
 
     record: Path | None = field(
         default=None,
-        metadata=about("roll out, write what drafts would have brought to this file, and end"),
+        metadata=about("roll out, write what drafts would have brought to this file, and end", writes=True),
     )
     facts: Path | None = field(default=None, metadata=about("replay a recorded file; its workload is taken from it"))
     model: str = field(
@@ -64,7 +64,8 @@ class SimulateOptions:
         default=0.0, metadata=about("scatter of simulated times, the standard deviation of their logarithm")
     )
     output: Path | None = field(
-        default=None, metadata=about("JSON file for the results, a plot beside it; without it they are only printed")
+        default=None,
+        metadata=about("JSON file for the results, a plot beside it; without it they are only printed", writes=True),
     )
 
     def __post_init__(self) -> None:

@@ -83,7 +83,9 @@ class E2EOptions(Workload):
     )
     output: Path | None = field(
         default=None,
-        metadata=about("JSON file for the results, a picture of a step beside it; without it they are only printed"),
+        metadata=about(
+            "JSON file for the results, a picture of a step beside it; without it they are only printed", writes=True
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -110,7 +112,7 @@ class UpdateOptions(E2EOptions):
     )
     equal_groups: int = field(default=0, metadata=about("groups of equal rewards: their rows have no advantage"))
     output: Path | None = field(
-        default=None, metadata=about("JSON file for the results; without it they are only printed")
+        default=None, metadata=about("JSON file for the results; without it they are only printed", writes=True)
     )
 
     def __post_init__(self) -> None:
@@ -137,7 +139,9 @@ class RewardsOptions(Workload):
     speculation: str = field(default="auto", metadata=about("how drafts are sized", choices=SPECULATION))
     output: Path | None = field(
         default=None,
-        metadata=about("JSON file for the results, a picture of a step beside it; without it they are only printed"),
+        metadata=about(
+            "JSON file for the results, a picture of a step beside it; without it they are only printed", writes=True
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -163,7 +167,8 @@ class LearningOptions(Workload):
         metadata=about("safetensors file of the rollouts; written by the run, and read instead of a run if it exists"),
     )
     output: Path | None = field(
-        default=None, metadata=about("JSON file for the results, a plot beside it; without it they are only printed")
+        default=None,
+        metadata=about("JSON file for the results, a plot beside it; without it they are only printed", writes=True),
     )
 
     def __post_init__(self) -> None:
