@@ -186,8 +186,10 @@ def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
             return f"its layers are of type {type(layer).__name__}"
         for name in _LINEARS:
             linear = layer.get_submodule(name)
-            if type(linear) is not nn.Linear or any(parameter.dtype != dtype for parameter in linear.parameters()):
-                return f"{name} is a {type(linear).__name__} in {linear.weight.dtype}, and not linear in {dtype}"
+            dtypes = {parameter.dtype for parameter in linear.parameters()}
+            if type(linear) is not nn.Linear or dtypes != {dtype}:
+                found = f"{type(linear).__name__} in {', '.join(sorted(map(str, dtypes)))}"
+                return f"{name} is a {found}, and not linear in {dtype}"
     norms = {name: module for name, module in decoder.named_modules() if name.endswith("norm")}
     kinds = {type(norm).__name__ for norm in norms.values()}
     if not kinds <= set(_NORMS):

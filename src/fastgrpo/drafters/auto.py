@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -70,6 +69,8 @@ class Member(StatefulDrafter, Protocol):
 
     def judge(self, draft: Draft, verdict: Verdict) -> None: ...
 
+    def end(self) -> None: ...
+
 
 class AutoDrafter:
     """Drafts with one of two drafters or with both trees joined, whichever emits more tokens a second.
@@ -121,9 +122,7 @@ class AutoDrafter:
 
     def end(self) -> None:
         for member in self.members:
-            end: Callable[[], None] | None = getattr(member, "end", None)
-            if end is not None:
-                end()
+            member.end()
 
     @property
     def was_replayed(self) -> bool:

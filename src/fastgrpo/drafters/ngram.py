@@ -74,6 +74,9 @@ class NgramDrafter:
         self._prompts.clear()
         self.calibration.fit()
 
+    def end(self) -> None:
+        self._groups.clear()
+
     def count_unread(self, sequences: list[Sequence]) -> int:
         return 0
 
