@@ -893,6 +893,20 @@ def test_long_contexts_make_drafts_pay():
     assert planner.plan(long).num_draft_tokens > 1
 
 
+@pytest.mark.parametrize(
+    ("num_read", "is_asked"), [(1023, False), (1025, False), (520, False), (400, True), (2100, True)]
+)
+def test_a_plan_is_kept_while_about_as_much_is_read(monkeypatch, num_read, is_asked):
+    """Octaves of what was read have no edges: only twice as much, or half, asks for another decision."""
+    planner, decisions = AutoPlanner(SMALL_CPU, acceptance=[[0.5] * 4] * 2), []
+    predict = planner._predict_rates
+    monkeypatch.setattr(planner, "_predict_rates", lambda inputs: decisions.append(inputs) or predict(inputs))
+    planner.expectation._age = 100
+    planner.plan(PlanInputs(num_seqs=4, num_read=1024))
+    planner.plan(PlanInputs(num_seqs=4, num_read=num_read))
+    assert len(decisions) == 1 + is_asked
+
+
 def test_what_speculation_saved_is_known():
     """Steps that take what the profile says, at two tokens a sequence, against plain steps for as many."""
     planner = AutoPlanner(SMALL_CPU)

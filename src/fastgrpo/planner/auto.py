@@ -30,9 +30,9 @@ GRID = tuple(  # sequences share their budgets; one of them may have three times
 )
 
 
-_DEPTHS, _WIDTHS, _NODES = shape_arrays(GRID)
-_PLACES = _DEPTHS.astype(int) - 1, _WIDTHS.astype(int) - 1  # in tables that begin with 1
-_NOTHING = (0, 0, None)
+_DEPTHS, _WIDTHS, _NODES = shape_arrays((PLAIN, *GRID))
+_PLACES = _DEPTHS.astype(int), np.maximum(_WIDTHS.astype(int) - 1, 0)  # in tables that begin with depth 0 and width 1
+_NOTHING = (0, None)
 _STEPS_DECIDED, _MOST_DECIDED = 7, 23  # that a plan is kept for without asking again: twice as many where it stands
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on, while nobody waits
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter, if it was seen lately
@@ -108,7 +108,8 @@ class AutoPlanner(Planner):
         self._num_steps = 0
         self._last_tried: dict[SpeculationPlan, int] = {}  # the number of the step, by plan
         self._current = PLAIN
-        self._decided_for: tuple[int, int, int | None] = _NOTHING  # octaves of sequences and of context; room
+        self._decided_for: tuple[int, int | None] = _NOTHING  # octave of sequences; room
+        self._decided_read = 0  # cached positions that forwards read then
         self._last_num_seqs = 0
         self._steps_left = 0  # that it is kept for
         self._steps_decided = _STEPS_DECIDED
@@ -172,27 +173,34 @@ class AutoPlanner(Planner):
         batch = inputs.num_seqs
         room, deepest = inputs.find_room(self.max_num_tokens), self._expectation.explored_depth + 1
         bounds = self._expectation.bound_lengths(batch)[_PLACES]
-        seconds = self._predict_steps_s(_DEPTHS, _WIDTHS, _NODES, bounds, inputs) + self._predict_reading_s(inputs)
-        most = np.where((room >= _NODES) & (deepest >= _DEPTHS), batch * bounds / seconds, 0.0)
-        rates = dict.fromkeys(self._grid, 0.0) | {PLAIN: self._predict_rate(PLAIN, inputs)}
-        best = 0.0
+        seconds = self._predict_steps_s(_DEPTHS, _WIDTHS, _NODES, bounds, inputs)
+        rates = dict.fromkeys(self._grid, 0.0) | {PLAIN: batch / float(seconds[0])}
+        seconds += self._predict_reading_s(inputs)
+        most = np.where((room >= _NODES) & (deepest >= _DEPTHS), batch * bounds / seconds, 0.0)[1:]
+        best, sample_s = 0.0, self._costs.sample_s
         for index in most.argsort()[::-1].tolist():
             if most[index] <= _PROMISING * best:
                 break
-            length = self._expectation.predict_length(self._grid[index], batch)
-            spared_s = batch * (float(bounds[index]) - length) * self._costs.sample_s
-            rates[self._grid[index]] = rate = batch * length / (float(seconds[index]) - spared_s)
+            plan = self._grid[index]
+            length = self._expectation.predict_length(plan, batch)
+            spared_s = batch * (float(bounds[1 + index]) - length) * sample_s
+            rates[plan] = rate = batch * length / (float(seconds[1 + index]) - spared_s)
             best = max(best, rate)
         return rates
 
     # -- the decision ----------------------------------------------------------------------------------------
 
     def plan(self, inputs: PlanInputs) -> SpeculationPlan:
-        """The current plan for some steps while about as many run and nobody joins, else the best, or a trial."""
-        decided_for = (inputs.num_seqs.bit_length(), inputs.num_read.bit_length(), inputs.max_draft_tokens)
+        """The current plan for some steps while about as many run, read about as much, and nobody joins; else the best,
+        or a trial.
+        """
+        decided_for = (inputs.num_seqs.bit_length(), inputs.max_draft_tokens)
+        is_alike = (
+            decided_for == self._decided_for and self._decided_read <= 2 * inputs.num_read <= 4 * self._decided_read
+        )
         nobody_joined = inputs.num_seqs <= self._last_num_seqs
         self._last_num_seqs = inputs.num_seqs
-        if decided_for == self._decided_for and nobody_joined and self._steps_left > 0:
+        if is_alike and nobody_joined and self._steps_left > 0:
             self._steps_left -= 1
             if self._trial_left > 0:
                 self._trial_left -= 1
@@ -220,9 +228,10 @@ class AutoPlanner(Planner):
                 self._promised_gain = 1 - rates[self._current] / rates[best]
         # with the first drafts all that is known changes; plain steps teach nothing of them
         is_learning = self._expectation.is_new and not self._current.is_plain
-        stands = (decided_for, self._current) == (self._decided_for, before)
+        stands = is_alike and self._current == before
         self._steps_decided = min(2 * self._steps_decided + 1, _MOST_DECIDED) if stands else _STEPS_DECIDED
-        self._decided_for, self._steps_left = decided_for, 0 if is_learning else self._steps_decided
+        self._decided_for, self._decided_read = decided_for, inputs.num_read
+        self._steps_left = 0 if is_learning else self._steps_decided
         self._trial_left = 0
         if wait_s > 0:
             lost_s = self._promised_gain * self._predict_step_s(self._current, inputs)  # by each step
@@ -279,9 +288,8 @@ class AutoPlanner(Planner):
 
         These are the rates of this plan and of plain decoding.
         """
-        batch = inputs.num_seqs
-        most = max(min(len(chances), self.max_num_tokens - batch), 0)
-        worth = itertools.accumulate(map(float, chances[:most]), initial=0.0)
+        most = max(min(len(chances), self.max_num_tokens - inputs.num_seqs), 0)
+        worth = itertools.accumulate(np.asarray(chances)[:most].tolist(), initial=0.0)
         gains = list(map(operator.sub, worth, self._find_prices(plan, inputs)))  # a step's few: NumPy begins slower
         return gains.index(max(gains))
 

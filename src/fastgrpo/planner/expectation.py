@@ -112,12 +112,13 @@ class Expectation:
         return 1 + min(accepted, plan.depth)
 
     def bound_lengths(self, num_seqs: int) -> NDArray[np.float64]:
-        """At least what plans may be predicted, [depth, width] from 1 on, however many draft tokens they have."""
+        """At least what plans may be predicted, however many draft tokens they have: [depth from 0, width from 1]."""
         octave = num_seqs.bit_length()
         if octave not in self._bounds:
             rates = np.minimum(np.cumsum(self._find_rates(num_seqs), axis=1), 1.0)  # that any child is accepted
             ratio = self._all.ratio * max((each.ratio for each in self._plans.values()), default=1.0)
-            self._bounds[octave] = 1 + max(ratio, self._all.ratio) * rates.cumprod(axis=0).cumsum(axis=0)
+            accepted = max(ratio, self._all.ratio) * rates.cumprod(axis=0).cumsum(axis=0)
+            self._bounds[octave] = np.concatenate((np.ones_like(accepted[:1]), 1 + accepted))
         return self._bounds[octave]
 
     def observe(self, *records: StepRecord) -> None:
