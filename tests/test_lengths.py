@@ -14,7 +14,7 @@ from fastgrpo.lengths import LengthPredictor, hash_prompt
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.types import SamplingParams, Sequence
 
-PROMPTS = st.lists(st.integers(0, 3), min_size=1, max_size=4)
+PROMPTS = st.lists(st.integers(0, 3), min_size=1, max_size=4) | st.lists(st.integers(0, 1), min_size=8, max_size=12)
 FORWARD_S, ROW_S = 0.040, 0.001  # of a step, and of each live sequence in it
 
 
@@ -74,6 +74,41 @@ def test_the_same_prompt_counts_before_prompts_as_long_and_those_before_all():
     assert 20 < predictor.predict([1]) < 100, "of a length never seen"
 
 
+SYSTEM = list(range(100, 130))  # what all prompts begin with
+TASKS = {30: [1, 2, 3, 4] * 5, 200: [5, 6, 7, 8] * 5}  # mean completion lengths, and what prompts of a task say first
+
+
+@pytest.mark.parametrize("system", [[], SYSTEM], ids=["bare", "system_prompt"])
+def test_prompts_that_begin_alike_are_of_one_task(system):
+    """Two tasks of as long prompts, as often completed: their lengths are told apart, as means of both are not."""
+    draws = random.Random(0)
+    seen = [
+        (system + begins + [draws.randrange(1000) for _ in range(9)], draws.randint(mean // 2, 3 * mean // 2))
+        for mean, begins in TASKS.items()
+        for _ in range(40)
+    ]
+    predictor = warm(draws.sample(seen, len(seen)))
+    for mean, begins in TASKS.items():
+        assert predictor.predict([*system, *begins, *range(9)]) == pytest.approx(mean, rel=0.25)
+    unknown = predictor.predict([*system, *range(50, 79)])
+    assert 1.5 * min(TASKS) < unknown < 0.75 * max(TASKS), "of no task: as all"
+
+
+def test_a_tasks_long_prompts_have_other_completions_than_its_short_ones():
+    begins = TASKS[30]
+    predictor = warm(
+        [([*begins, *range(i, i + 5)], 20) for i in range(30)]
+        + [([*begins, *range(i, i + 60)], 300) for i in range(30)]
+    )
+    assert predictor.predict([*begins, *range(90, 95)]) < 60 and predictor.predict([*begins, *range(90, 150)]) > 200
+
+
+def test_beginnings_least_recently_completed_are_forgotten():
+    predictor = warm([([i] * 600, 10 + i) for i in range(30)], max_prompts=2)
+    assert len(predictor.state_dict()["kinds"]) == 16
+    assert predictor.predict([29] * 500) > predictor.predict([0] * 500)
+
+
 @given(st.lists(st.tuples(PROMPTS, st.integers(1, 500)), min_size=1, max_size=40), PROMPTS)
 def test_a_prediction_lies_among_what_was_seen_and_changes_nothing(pairs, prompt_ids):
     predictor = warm(pairs)
@@ -107,6 +142,13 @@ def test_a_restored_predictor_goes_on_as_if_nothing_had_happened(pairs, prompt_i
         each.observe(prompt_ids, 7)
     assert restored.state_dict() == predictor.state_dict()
     assert restored.predict(prompt_ids) == predictor.predict(prompt_ids)
+
+
+def test_a_state_from_before_tasks_were_known_is_taken():
+    predictor = warm([([1, 2], 10), ([5] * 40, 20)])
+    older = {name: value for name, value in predictor.state_dict().items() if name != "kinds"}
+    restored = LengthPredictor.from_state(older)
+    assert restored.predict([1, 2]) == pytest.approx(10) and restored.predict([5] * 20 + [6] * 20) == pytest.approx(20)
 
 
 def test_a_prompts_hash_is_the_same_in_every_process():

@@ -6,9 +6,14 @@ import hashlib
 import math
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+_LEAST_BEGINNING, _MOST_BEGINNING = 8, 4096  # tokens of a prompt that may tell its task
+_BEGINNINGS_PER_OCTAVE = 2
+_KINDS_PER_PROMPT = 8  # remembered, for each prompt that is
+_DOUBT = 8.0  # completions that a wider kind of prompts counts for beside a narrower one
 
 
 @dataclass
@@ -27,14 +32,18 @@ class RunningMean:
 
 
 class LengthPredictor:
-    """Expected completion lengths in tokens: of the same prompt, else of prompts as long, else of all.
+    """Expected completion lengths in tokens: of the same prompt, else of prompts of its task and length, else of all.
 
-    The engine knows no tasks, so the length of a prompt stands for what it asks. Means follow a policy that changes;
-    within a group, those that end last are the longest and count most, for every prompt alike. It outlives rollouts.
-    Memory is bounded: the prompts least recently completed are forgotten.
+    The engine is told of no tasks: prompts of one begin alike. From the mean of prompts as long, an estimate is drawn
+    to that of prompts which share the first 8 tokens, then 11, 16 and so on, and at each to that of those as long, the
+    more, the more completions these means rest on; what all begin with (a system prompt) tells none apart.
+
+    Means follow a policy that changes; within a group, those that end last are the longest and count most, for every
+    prompt alike. It outlives rollouts. Memory is bounded: the prompts and beginnings least recently completed are
+    forgotten.
 
     Args:
-        max_prompts: prompts remembered, at least 1.
+        max_prompts: prompts remembered, at least 1; and some times as many beginnings.
         decay: what a completion's weight is multiplied by at each later one of its prompt, in (0, 1].
         shared_decay: the same for the means of many prompts.
 
@@ -49,6 +58,7 @@ class LengthPredictor:
             raise ValueError(f"decays must be in (0, 1], got {decay} and {shared_decay}")
         self.max_prompts, self.decay, self.shared_decay = max_prompts, decay, shared_decay
         self._prompts: OrderedDict[str, RunningMean] = OrderedDict()  # least recently completed first
+        self._kinds: OrderedDict[str, RunningMean] = OrderedDict()  # of prompts that begin alike, likewise
         self._buckets: dict[int, RunningMean] = {}
         self._all = RunningMean()
 
@@ -60,8 +70,13 @@ class LengthPredictor:
         """Expected tokens of a completion; 0 where nothing has been seen yet."""
         if not self._all.weight:
             return 0.0
-        known = self._prompts.get(hash_prompt(prompt_ids)) or self._buckets.get(_find_bucket(len(prompt_ids)))
-        return (known or self._all).value
+        if known := self._prompts.get(hash_prompt(prompt_ids)):
+            return known.value
+        expected = self._buckets.get(_find_bucket(len(prompt_ids)), self._all).value
+        for kind in _list_kinds(prompt_ids):
+            if known := self._kinds.get(kind):
+                expected = (known.total + _DOUBT * expected) / (known.weight + _DOUBT)
+        return expected
 
     def observe(self, prompt_ids: list[int], num_tokens: int) -> None:
         """A completion of this prompt has ended after so many tokens."""
@@ -70,6 +85,11 @@ class LengthPredictor:
         self._prompts.move_to_end(key)
         if len(self._prompts) > self.max_prompts:
             self._prompts.popitem(last=False)
+        for kind in _list_kinds(prompt_ids):
+            self._kinds.setdefault(kind, RunningMean()).observe(num_tokens, self.shared_decay)
+            self._kinds.move_to_end(kind)
+        while len(self._kinds) > _KINDS_PER_PROMPT * self.max_prompts:
+            self._kinds.popitem(last=False)
         self._buckets.setdefault(_find_bucket(len(prompt_ids)), RunningMean()).observe(num_tokens, self.shared_decay)
         self._all.observe(num_tokens, self.shared_decay)
 
@@ -79,6 +99,7 @@ class LengthPredictor:
             "max_prompts": self.max_prompts,
             "decays": [self.decay, self.shared_decay],
             "prompts": [[key, mean.total, mean.weight] for key, mean in self._prompts.items()],
+            "kinds": [[kind, mean.total, mean.weight] for kind, mean in self._kinds.items()],
             "buckets": [[bucket, mean.total, mean.weight] for bucket, mean in self._buckets.items()],
             "all": [self._all.total, self._all.weight],
         }
@@ -89,6 +110,8 @@ class LengthPredictor:
         decay, shared_decay = state["decays"]
         predictor = cls(max_prompts=state["max_prompts"], decay=decay, shared_decay=shared_decay)
         predictor._prompts.update((key, RunningMean(total, weight)) for key, total, weight in state["prompts"])
+        kinds = state.get("kinds", ())  # older states have none
+        predictor._kinds.update((kind, RunningMean(total, weight)) for kind, total, weight in kinds)
         predictor._buckets.update((int(key), RunningMean(total, weight)) for key, total, weight in state["buckets"])
         predictor._all = RunningMean(*state["all"])
         return predictor
@@ -97,6 +120,26 @@ class LengthPredictor:
 def hash_prompt(prompt_ids: list[int]) -> str:
     """64 bits of the token ids as hex digits, the same in every process."""
     return hashlib.blake2b(array("q", prompt_ids).tobytes(), digest_size=8).hexdigest()
+
+
+def _list_kinds(prompt_ids: list[int]) -> Iterator[str]:
+    """What this prompt is one of, the widest first: of those that begin with the same tokens, ever more of them; and at
+    each, of those as long.
+    """
+    bucket, digest, begun = _find_bucket(len(prompt_ids)), hashlib.blake2b(digest_size=8), 0
+    for length in _BEGINNINGS:
+        if length > len(prompt_ids):
+            return
+        digest.update(array("q", prompt_ids[begun:length]).tobytes())
+        begun, kind = length, digest.hexdigest()
+        yield kind
+        yield f"{kind} {bucket}"
+
+
+_BEGINNINGS = tuple(
+    round(_LEAST_BEGINNING * 2 ** (step / _BEGINNINGS_PER_OCTAVE))
+    for step in range(1 + _BEGINNINGS_PER_OCTAVE * round(math.log2(_MOST_BEGINNING / _LEAST_BEGINNING)))
+)
 
 
 def _find_bucket(num_tokens: int) -> int:
