@@ -340,11 +340,16 @@ def test_damaged_facts_are_refused_by_name(tmp_path: Path) -> None:
         arrays = dict(content)
     backward = arrays["parents"].copy()
     backward[0, 1] = 7
+    unknown, surer = (
+        np.where(np.arange(arrays["scores"].shape[1]) == 1, score, arrays["scores"]) for score in (np.nan, 0.5)
+    )
     for change, message in (
         ({"parents": backward}, "a node stands before its parent"),
         ({"path": arrays["path"][:-1]}, r"path must have shape \(192, 5\), got \(191, 5\)"),
         ({"path": np.full_like(arrays["path"], 300)}, "a path leaves its tree"),
         ({"path": np.full_like(arrays["path"], 2)}, "does not go from parent to child"),
+        ({"scores": unknown.astype(np.float16)}, "scores must be log chances"),
+        ({"scores": surer.astype(np.float16)}, "scores must be log chances"),
         ({"lengths": arrays["lengths"].astype(float)}, "lengths is of type float64"),
         ({"header": np.array("{}")}, "format"),
     ):
@@ -446,9 +451,14 @@ def test_the_command_records_reproduces_and_predicts(
     errors = {each["planner"]: each["error"] for each in result["reproduction"]}
     for row in result["predictions"]:
         assert row["error"] == errors.get(row["planner"], max(errors.values(), key=abs))
+        assert row["error"] == errors[row["error_of"]] and (
+            row["error_of"] == row["planner"] or row["planner"] not in errors
+        )
         assert row["speed_up"] == 1 if row["planner"] == "off" else row["speed_up"] > 0
     assert str(tmp_path) not in json.dumps(result["facts"]["settings"] | {"model": ""})
-    assert "The simulation is off by at most" in capsys.readouterr().out and output.with_suffix(".png").is_file()
+    printed = capsys.readouterr().out
+    assert "The simulation is off by at most" in printed and output.with_suffix(".png").is_file()
+    assert printed.count("error here") == 2 * 2 * 2, "all but this machine's own table"
 
 
 def test_a_replay_without_a_measurement_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -457,7 +467,8 @@ def test_a_replay_without_a_measurement_says_so(tmp_path: Path, capsys: pytest.C
     argv = ["bench", "simulate", "--facts", str(facts)]
     shape = ["--devices", "a100", "--mean-lengths", "30", "--num-completions", "16", "--longest-over-mean", "3"]
     assert main([*argv, "--skip-measurement", *shape]) == 0
-    assert "its error is not known" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "its error is not known" in printed and "Computed cost tables add an error of their own" in printed
     for wrong, message in (
         (argv, "do not say of which workload"),
         ([*argv, "--skip-measurement"], "name a profile, or devices"),
@@ -465,6 +476,8 @@ def test_a_replay_without_a_measurement_says_so(tmp_path: Path, capsys: pytest.C
         (["bench", "simulate", "--record", "here.npz", "--drafter", "auto"], "got drafter=auto"),
         ([*argv, "--skip-measurement", *shape, "--num-completions", "1"], "lengths need at least 2 completions"),
         ([*argv, *shape, "--group-sizes", "64"], "groups of 1 to all of them"),  # before anything is measured
+        ([*argv, *shape, "--mean-lengths", "9999999999999"], "more than the 100,000,000 tokens of a rollout"),
+        ([*argv, *shape, "--noise", "1e300"], "noise must be at most 2.0"),
         (["bench", "simulate", "--facts", str(tmp_path / "none.npz")], "no facts at"),
     ):
         assert main(wrong) == 2

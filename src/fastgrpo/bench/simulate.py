@@ -149,8 +149,8 @@ def _replay(options: SimulateOptions, command: str, facts: Facts, console: Conso
         rows += _describe_predictions({"scenario": machine}, predicted, errors)
     rows += _predict_larger_machines(options, tables, errors, drawn)
     for scenario, own in itertools.groupby(rows, key=lambda row: row["scenario"]):
-        console.print(_build_table(scenario, list(own)))
-    console.print(_describe_error(errors, bool(options.devices)), markup=False, highlight=False)
+        console.print(_build_table(scenario, list(own), was_measured=scenario == machine))
+    console.print(_describe_error(errors, bool(options.devices)), markup=False, highlight=False, soft_wrap=True)
     return result | {
         "corrections": corrections.describe(),
         "reproduction": [
@@ -223,9 +223,18 @@ def _predict_larger_machines(
 
 
 def _describe_predictions(about: Row, predictions: Sequence[Prediction], errors: dict[str, float]) -> list[Row]:
-    """One row a planner; its error is its own where it was measured, else the largest that was."""
-    largest = max(errors.values(), key=abs, default=None)
-    return [about | dataclasses.asdict(each) | {"error": errors.get(each.planner, largest)} for each in predictions]
+    """One row a planner; its error is its own where it was measured, else the largest that was, of `error_of`."""
+    largest = _find_largest(errors)
+    rows = []
+    for each in predictions:
+        measured = each.planner if each.planner in errors else largest
+        error = None if measured is None else errors[measured]
+        rows.append(about | dataclasses.asdict(each) | {"error": error, "error_of": measured})
+    return rows
+
+
+def _find_largest(errors: dict[str, float]) -> str | None:
+    return max(errors, key=lambda name: abs(errors[name]), default=None)
 
 
 def _print_reproduction(reproductions: Sequence[Reproduction], console: Console) -> None:
@@ -242,12 +251,14 @@ def _print_reproduction(reproductions: Sequence[Reproduction], console: Console)
 
 def _describe_error(errors: dict[str, float], has_rooflines: bool) -> str:
     """How far predictions can be believed, in a few sentences."""
-    if not errors:
-        return "Nothing was measured beside the simulation: its error is not known."
-    planner = max(errors, key=lambda name: abs(errors[name]))
-    text = f"The simulation is off by at most {100 * abs(errors[planner]):.1f} % of total time here ({planner})."
-    if abs(errors[planner]) > LARGEST_ERROR:
-        text += f" That is more than {100 * LARGEST_ERROR:.0f} %: do not judge planners by it."
+    planner = _find_largest(errors)
+    if planner is None:
+        text = "Nothing was measured beside the simulation: its error is not known."
+    else:
+        text = f"The simulation is off by at most {100 * abs(errors[planner]):.1f} % of total time here ({planner})."
+        if abs(errors[planner]) > LARGEST_ERROR:
+            text += f" That is more than {100 * LARGEST_ERROR:.0f} %: do not judge planners by it."
+        text += " Planners that were not measured stand with the largest error of those that were, its planner named."
     if has_rooflines:
         text += (
             " Computed cost tables add an error of their own, which is not known, and drafts are taken to be accepted "
@@ -256,16 +267,22 @@ def _describe_error(errors: dict[str, float], has_rooflines: bool) -> str:
     return text
 
 
-def _build_table(scenario: str, rows: Sequence[Row]) -> Table:
+def _build_table(scenario: str, rows: Sequence[Row], *, was_measured: bool) -> Table:
+    """
+    Args:
+        was_measured: the errors are of this scenario; else they are those of this machine.
+    """
     table = Table(title=f"simulated: {scenario}", title_justify="left")
     table.add_column("planner")
-    for heading in ("seconds", "x off", "error", "tokens a forward", "exact trees"):
+    error_heading = "error" if was_measured else "error here"
+    for heading in ("seconds", "x off", error_heading, "tokens a forward", "exact trees"):
         table.add_column(heading, justify="right")
     for row in rows:
         plan, name = row["plan"], row["planner"]
         if plan is not None:
             name += f" ({plan['depth']}, {plan['width']}, {plan['num_draft_tokens']})"
         error = "not known" if row["error"] is None else f"{100 * row['error']:+.1f} %"
+        error += f" ({row['error_of']})" if row["error_of"] not in (None, row["planner"]) else ""
         exact = "-" if row["planner"] == "off" else f"{row['exact_share']:.0%}"
         speed = (f"{row['total_s']:.2f}", f"{row['speed_up']:.2f}", error, f"{row['acceptance_length']:.2f}", exact)
         table.add_row(name, *speed)

@@ -9,6 +9,8 @@ from pathlib import Path
 from fastgrpo.options.command_line import about, check_positive
 from fastgrpo.options.words import DEVICES, DTYPES, MACHINES, MAX_TOKENS, MODEL_SIZES
 
+_MOST_NOISE = 2.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateOptions:
@@ -86,5 +88,7 @@ class SimulateOptions:
             raise ValueError(f"longest_over_mean must be finite and at least 1, got {self.longest_over_mean}")
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise must be finite and at least 0, got {self.noise}")
+        if self.noise > _MOST_NOISE:
+            raise ValueError(f"noise must be at most {_MOST_NOISE}, a factor of seven, got {self.noise}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")

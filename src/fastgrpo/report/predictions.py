@@ -35,7 +35,7 @@ def plot_predictions(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.axvline(1, color=GREY, linestyle="--")
     axes.set_yticks(range(len(scenarios)), scenarios, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("x plain decoding, simulated\n(bars: the simulation's error where it was measured)")
+    axes.set_xlabel("x plain decoding, simulated\n(bars: the simulation's error on the machine that measured it)")
     axes.margins(y=0.01)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=8)

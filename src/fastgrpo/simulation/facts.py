@@ -18,6 +18,7 @@ from fastgrpo.types import SpeculationPlan
 
 NO_PARENT = 255  # of the root and of unused nodes
 MAX_NODES = 254  # draft nodes of a tree: a parent's index is one byte
+_MOST_SCORE = 1e-3  # a log chance of 0, rounded
 RECORD_AGAIN = "record again with fastgrpo bench simulate --record"
 
 
@@ -86,6 +87,8 @@ class Facts:
         parents = np.take_along_axis(self.parents, np.maximum(self.path, 0).astype(np.int64), axis=1)
         if np.any(is_walked & (parents != above)):
             raise ValueError("a path does not go from parent to child")
+        if np.any(np.isnan(self.scores)) or np.any(is_used & (self.scores > _MOST_SCORE)):
+            raise ValueError("scores must be log chances, 0 at most; got others")
 
     @property
     def num_completions(self) -> int:

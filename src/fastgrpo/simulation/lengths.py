@@ -12,6 +12,7 @@ from fastgrpo.simulation.facts import Facts
 from fastgrpo.simulation.replay import Request
 
 _LARGEST_SIGMA = 4.0
+_MOST_TOKENS = 100_000_000  # of a rollout: a position of each is held
 _SIBLING_SHARE = 0.5  # of the variance of the logarithm; siblings share what their prompt asks
 
 
@@ -33,6 +34,11 @@ def draw_lengths(
         )
     if not (math.isfinite(mean) and mean >= 1):
         raise ValueError(f"the mean length must be at least 1 token, got {mean}")
+    if num_completions * mean > _MOST_TOKENS:
+        raise ValueError(
+            f"{num_completions} completions of {mean} tokens in the mean are more than the {_MOST_TOKENS:,} tokens of "
+            "a rollout that can be simulated; simulate fewer, or shorter ones"
+        )
     quantiles = _compute_quantiles(num_completions, longest_over_mean)
     lengths = np.maximum(np.rint(mean * quantiles), 1).astype(np.int64)
     draws = np.random.default_rng(seed)
