@@ -121,6 +121,14 @@ def test_a_rollout_of_a_step_each_counts_each_token_once(model_dir: Path) -> Non
     assert all(seen.num_tokens == seen.num_forwards for seen in rollout.progress.values()), "plain: one a forward"
 
 
+def test_a_rollout_in_which_no_step_counts_is_no_measurement(model_dir: Path) -> None:
+    engine = Engine(load_model(str(model_dir), dtype="float32", device="cpu"), drafter="none")
+    prompts = [[5, 6, index] for index in range(300)]  # none of them has a sibling, whose prompt would be there already
+    workload = replace(build_workload(10), prompts=prompts, params=SamplingParams(max_tokens=1))
+    with pytest.raises(ValueError, match="nothing was measured with 3 live sequences: with max_tokens=1"):
+        workload.roll_out({"": engine}, 3, seed=1)
+
+
 def test_engines_that_take_turns_in_a_rollout_do_what_they_do_alone(model_dir: Path) -> None:
     """They share a model, which each of them puts back as it found it: the first one done must not."""
     model = load_model(str(model_dir), dtype="float32", device="cpu").train()

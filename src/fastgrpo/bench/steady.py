@@ -71,6 +71,9 @@ class SteadyWorkload:
 
         It ends early where completions are so short that one runs out of requests. Every engine is given the same
         requests in the same order: it forgets the lengths it has seen.
+
+        Raises:
+            ValueError: an engine made no step that counts.
         """
         num_tokens = max(self.tokens_per_seq * num_seqs, self.min_tokens)
         with self._open(engines, num_seqs, num_tokens, seed) as (rollouts, seen):
@@ -80,6 +83,11 @@ class SteadyWorkload:
                 is_enough = all(steps.num_emitted >= num_tokens for steps in seen.values())
                 if is_enough or not all(engine.scheduler.has_work for engine in engines.values()):
                     break
+        if not all(steps.records for steps in seen.values()):
+            raise ValueError(
+                f"nothing was measured with {num_seqs} live sequences: with max_tokens={self.params.max_tokens} every "
+                "step computed a prompt, or had fewer live; take longer completions"
+            )
         return {name: SteadyRollout(records=steps.records, progress=steps.progress) for name, steps in seen.items()}
 
     def warm_up(self, engine: Engine, num_seqs: int, seed: int, *, share: float = 1.0) -> None:
