@@ -137,7 +137,12 @@ def test_the_papers_rule_decodes_plainly_without_room_for_a_node(num_seqs):
     assert PaperPlanner(capacity=160).plan(PlanInputs(num_seqs=num_seqs)) == PLAIN
 
 
-@given(capacity=st.floats(1, 5000), num_seqs=st.integers(1, 512), alpha=st.floats(0.1, 10), num_read=st.integers(0, 99))
+@given(
+    capacity=st.floats(1, 5000),
+    num_seqs=st.integers(1, 512),
+    alpha=st.floats(1e-308, 1e308),
+    num_read=st.integers(0, 99),
+)
 def test_the_papers_rule_stays_within_capacity(capacity, num_seqs, alpha, num_read):
     """And is a function of the live sequences: neither what is read nor what was observed matters."""
     planner = PaperPlanner(capacity=capacity, alpha=alpha)
@@ -1023,6 +1028,14 @@ def test_the_budget_is_the_best_of_all_numbers(chances, num_seqs, sample_s):
     assert 0 <= budget <= most
     best = max(compute_worth(planner, inputs, chances, n) for n in range(most + 1))
     assert compute_worth(planner, inputs, chances, budget) == pytest.approx(best, abs=1e-9)
+
+
+def test_a_budget_is_found_whatever_a_forward_may_hold():
+    """A profile's last point may lie beyond what anybody verifies: prices are made of what is asked for."""
+    wide = replace(SMALL_CPU, num_tokens=(1, 10**13), target_s=(0.02, 1e9), draft_s=(0.002, 0.002), draft_start_s=())
+    planner, inputs = AutoPlanner(wide), PlanInputs(num_seqs=2)
+    assert planner.choose_budget(SHARED, inputs, [0.9] * 3) == 3
+    assert planner.choose_budget(SHARED, inputs, [0.9] * 30) == 30, "more than was asked for before"
 
 
 def test_broken_promises_shrink_the_budget():

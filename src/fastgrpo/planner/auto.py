@@ -290,20 +290,23 @@ class AutoPlanner(Planner):
         """
         most = max(min(len(chances), self.max_num_tokens - inputs.num_seqs), 0)
         worth = itertools.accumulate(np.asarray(chances)[:most].tolist(), initial=0.0)
-        gains = list(map(operator.sub, worth, self._find_prices(plan, inputs)))  # a step's few: NumPy begins slower
+        prices = self._find_prices(plan, inputs, most)
+        gains = list(map(operator.sub, worth, prices))  # a step's few: NumPy begins slower
         return gains.index(max(gains))
 
-    def _find_prices(self, plan: SpeculationPlan, inputs: PlanInputs) -> list[float]:
-        """What verifying 0, 1, 2, ... draft tokens costs, in promised ones; the same until the next decision."""
+    def _find_prices(self, plan: SpeculationPlan, inputs: PlanInputs, most: int) -> list[float]:
+        """What verifying 0, 1, 2, ..., at least `most` draft tokens costs, in promised ones; the same until the next
+        decision.
+        """
         key = (plan, inputs.num_seqs)
-        if key not in self._prices:
+        if len(self._prices.get(key, ())) <= most:
             num_seqs, rates = self._rates
             if num_seqs != inputs.num_seqs or plan not in rates:
                 rates = {each: self._predict_rate(each, inputs) for each in (plan, PLAIN)}
             rate = max(rates[plan], rates[PLAIN])
             trust = self._accepted / self._promised
             worth = max(trust * (1 - rate * self._costs.sample_s), _LEAST_WORTH)  # of a token that is surely accepted
-            num_tokens = np.arange(float(inputs.num_seqs), max(self.max_num_tokens, inputs.num_seqs) + 1.0)
+            num_tokens = np.arange(float(inputs.num_seqs), inputs.num_seqs + 1.0 + 2 * most)
             times_s = self._costs.predict_target_s(num_tokens, inputs.num_read)
             self._prices[key] = (rate / worth * times_s).tolist()
         return self._prices[key]

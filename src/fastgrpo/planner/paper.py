@@ -16,8 +16,8 @@ OWN_CAPACITY = 160.0  # tokens per target forward
 class PaperPlanner(Planner):
     """FastGRPO's open-loop rule: N_verify = capacity / B, K = min(N_verify - 1, K_max), L from a logarithm.
 
-    Differs from the reference code in one point: with fewer than two nodes a sequence it decodes
-    plainly instead of drafting levels that cannot be used.
+    Differs from the reference code where nodes are few: with fewer than two a sequence it decodes plainly, and L is no
+    more than the draft tokens, instead of drafting levels that cannot be used.
 
     `paper` takes the capacity measured on the machine at hand, `paper-own` the paper's own (see `with_own_capacity`);
     the other constants are the paper's either way.
@@ -70,7 +70,7 @@ class PaperPlanner(Planner):
         if num_verify < 2:
             return PLAIN
         width = min(num_verify - 1, self.max_width)
-        depth = max(self.min_depth, min(int(math.log2(num_verify / self.alpha)), self.max_depth))
+        depth = max(self.min_depth, int(min(math.log2(num_verify / self.alpha), self.max_depth)))
         num_draft = min(num_verify - 1, width + width * width * (depth - 1))
         return SpeculationPlan(depth=min(depth, num_draft), width=width, num_draft_tokens=num_draft)
 
