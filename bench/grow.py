@@ -187,8 +187,19 @@ def grow_model(
 
 @torch.no_grad()
 def grow_head(head: EagleHead, small: TargetModel, large: TargetModel, body: Body, *, seed: int = 0) -> EagleHead:
-    """The same draft logits from a head as wide as the grown target."""
+    """The same draft logits from a head as wide as the grown target.
+
+    Raises:
+        ValueError: the grown target's features are of other layers than the small one's, as of four layers or fewer.
+    """
     plan, width, wide = Plan(small.config, body), small.hidden_size, large.hidden_size
+    read = tuple(sum(layer is not None for layer in plan.layers[:at]) for at in large.feature_layers)
+    if read != small.feature_layers:
+        raise ValueError(
+            f"the head of a model of {small.num_layers} layers reads the inputs of layers {small.feature_layers}; in a "
+            f"body of {large.num_layers} it would read those of {read}: grow a model of more than 4 layers, or no "
+            "head"
+        )
     with torch.random.fork_rng(devices=[large.device] if large.device.type == "cuda" else []), large.device:
         torch.manual_seed(seed)
         grown = EagleHead(

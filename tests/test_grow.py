@@ -80,6 +80,13 @@ def test_a_grown_head_drafts_the_same(small, tmp_path):
     assert hits[0] == hits[1] and any(map(any, hits[0]))
 
 
+def test_a_head_that_would_read_other_layers_is_refused():
+    shallow = LlamaForCausalLM(LlamaConfig(**(SIZES | {"num_hidden_layers": 4})))
+    old, large = TargetModel(shallow), TargetModel(_grow(shallow))
+    with pytest.raises(ValueError, match=r"reads the inputs of layers \(2, 2, 1\); in a body of 11 it would"):
+        grow.grow_head(EagleDrafter(old, draft_vocab_size=60).head, old, large, BODY)
+
+
 def test_a_body_too_small_or_a_model_of_another_kind_is_refused(small):
     with pytest.raises(ValueError, match="the body has hidden_size=16, the model has 32"):
         _grow(small, dataclasses.replace(BODY, hidden_size=16))

@@ -87,6 +87,23 @@ def test_the_target_itself_is_always_right(family, dtype, temperature):
     assert {record.acceptance_length for record in engine.records} == {CHAIN.depth + 1}
 
 
+@pytest.mark.filterwarnings("ignore:memory ran out")
+def test_a_step_that_is_made_again_is_drafted_as_well_as_before():
+    """Its pending tokens were read by the drafts that memory ran out behind; a prompt that is kept goes first."""
+    model = shared_model("llama", torch.float32)
+    engine = Engine(model, drafter=build_lm_drafter(model, model), speculation=CHAIN, max_num_seqs=1)
+    decode, failures = engine.target.decode, [torch.OutOfMemoryError("no room")]
+
+    def fail_once(batch, cache):
+        if failures and batch.most_nodes > 1 and engine.prefiller._kept:
+            raise failures.pop()
+        return decode(batch, cache)
+
+    engine.target.decode = fail_once
+    engine.generate([GROUP] * 3, SamplingParams(max_tokens=40))
+    assert not failures and {record.acceptance_length for record in engine.records} == {CHAIN.depth + 1}
+
+
 def test_the_target_itself_is_right_in_a_tree_too():
     model = shared_model("llama")
     drafter = build_lm_drafter(model, model)

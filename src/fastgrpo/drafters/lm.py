@@ -118,15 +118,18 @@ class LmDrafter:
     # -- reading -------------------------------------------------------------------------------------
 
     def _read(self, sequences: list[Sequence], fits: list[bool], room: int) -> Float[Tensor, "B H"]:
-        """Read what is new in the rows that fit; returns the hidden states at the pending tokens, zeros elsewhere."""
+        """Read what is new in the rows that fit; returns the hidden states at the pending tokens, zeros elsewhere.
+
+        Where a step is made again, the pending tokens have been read before; they are read once more.
+        """
         cache = self.cache
         slots = [slot for slot, is_fit in enumerate(fits) if is_fit]
         cache.add_rows(len(sequences) - len(cache.lengths))
         self._share_prompts(sequences, slots)
+        for slot in slots:
+            cache.lengths[slot] = min(cache.lengths[slot], sequences[slot].num_cached)
         last_hidden = self._read_tokens({slot: sequences[slot].all_token_ids[cache.lengths[slot] :] for slot in slots})
-        for slot in range(
-            len(sequences)
-        ):  # of rows that do not fit as well: their nodes are computed beside the others
+        for slot in range(len(sequences)):  # rows that do not fit, too: their nodes are computed beside the others
             cache.reserve(slot, cache.lengths[slot] + room)
         return last_hidden
 
