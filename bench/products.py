@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgrpo.kernels import linear
+from fastgrpo.kernels import cpu, linear
 from fastgrpo.machine import describe_commit, describe_machine
 
 SMOLLM2 = {"layers": 30, "shapes": ((960, 576), (576, 576), (3072, 576), (576, 1536)), "head": (49152, 576)}
@@ -30,14 +30,21 @@ def build_ways(weight: Tensor) -> dict[str, Multiply]:
     half, wide = weight.to(torch.bfloat16), weight
     ours, ours_wide = (linear.OwnLayout([each], None) for each in (half, wide))
     ways: dict[str, Multiply] = {
-        "ours, bfloat16": ours.multiply,
+        "ours, bfloat16": lambda x: _multiply(ours, x, in_registers=False),
         "PyTorch, bfloat16": lambda x: F.linear(x, half),
         "ours, float32": lambda x: ours_wide.multiply(x.float()),
         "PyTorch, float32": lambda x: F.linear(x.float(), wide),
     }
+    if cpu.takes_matrices():
+        ways["ours, bfloat16, matrix registers"] = lambda x: _multiply(ours, x, in_registers=True)
     if linear._has_onednn():
         ways["oneDNN's layout, bfloat16"] = linear._OneDNNLayout([half], None).multiply
     return ways
+
+
+def _multiply(layout: linear.OwnLayout, x: Tensor, *, in_registers: bool) -> Tensor:
+    cpu.call("use_matrices", int(in_registers))
+    return layout.multiply(x)
 
 
 def measure(rows: list[int], rounds: int) -> dict[str, dict[int, float]]:

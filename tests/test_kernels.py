@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -447,6 +448,57 @@ def test_own_products_of_processors_that_can_do_less(change, monkeypatch, tmp_pa
         test_own_products_are_rounded_sums(dtype, (24, 8, 1), 41, True)
 
 
+def load_emulated_matrices(folder: Path) -> ctypes.CDLL:
+    """Our products with the matrix instructions in C."""
+    source, library = Path(build.__file__).parent / "products.c", folder / "matrices.so"
+    flags = (*build._FLAGS, "-ffp-contract=fast", "-mavx512bf16", "-DEMULATED_MATRICES")
+    build._run(os.environ.get("CC", "gcc"), *flags, "-shared", str(source), "-o", str(library))
+    return ctypes.CDLL(str(library))
+
+
+@pytest.mark.skipif("avx512f" not in list_cpu_flags(), reason="another processor")
+def test_own_products_in_matrix_registers(monkeypatch, tmp_path):
+    """As those without, whatever the sizes; and turned off again, where the processor can do that, too."""
+    library = load_emulated_matrices(tmp_path)
+    monkeypatch.setattr(cpu, "load_library", lambda: library)
+    assert cpu.call("use_matrices", 1) == 1
+    for outputs, inputs in (((5,), 3), ((24, 8, 1), 40), ((96, 33), 700), ((64,), 576)):
+        test_own_products_are_rounded_sums(BF16, outputs, inputs, True)
+    x, layout = torch.randn(9, 41).to(BF16), cpu.pack_weights([torch.randn(33, 41).to(BF16)])
+    ours = cpu.multiply(x, layout, None, 33)
+    cpu.leave_matrices()
+    if "avx512_bf16" in list_cpu_flags():
+        assert torch.allclose(cpu.multiply(x, layout, None, 33).float(), ours.float(), rtol=2**-7, atol=1e-4)
+    test_own_products_are_rounded_sums(F32, (24, 8, 1), 41, True)
+
+
+@pytest.mark.skipif("avx512_bf16" not in list_cpu_flags(), reason="another processor")
+@pytest.mark.parametrize(
+    ("is_right", "is_outrun"), [(True, False), (True, True), (False, False)], ids=["fast", "slow", "wrong"]
+)
+def test_matrix_registers_are_taken_where_they_are_right_and_no_slower(is_right, is_outrun, monkeypatch, tmp_path):
+    library = load_emulated_matrices(tmp_path)
+    if not is_right:
+        monkeypatch.setattr(torch, "allclose", lambda *_, **__: False)
+    monkeypatch.setattr(cpu, "load_library", lambda: library)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
+    monkeypatch.setattr(linear, "_has_onednn", lambda: True)
+    monkeypatch.setattr(linear, "_is_outrun_by_onednn", lambda: is_outrun)
+    for each in (cpu.takes_matrices, linear.find_layout):
+        each.cache_clear()
+    try:
+        with contextlib.nullcontext() if is_right else pytest.warns(UserWarning, match="registers .AMX. are wrong"):
+            layout = linear.find_layout(BF16)
+        assert (layout is linear.OwnLayout) == (is_right and not is_outrun)
+        x, weights = torch.tensor([[2.0**30, 1, -(2.0**30), 1]]).to(BF16), cpu.pack_weights([torch.ones(1, 4).to(BF16)])
+        sums_apart = float(cpu.multiply(x, weights, None, 1)) == 2  # even and odd inputs, as matrix registers do
+        assert sums_apart == (layout is linear.OwnLayout)
+    finally:
+        for each in (cpu.takes_matrices, linear.find_layout):
+            each.cache_clear()
+
+
 _STARVED = """
 import resource, sys, torch
 from pathlib import Path
@@ -490,7 +542,7 @@ def test_bfloat16_is_left_to_onednn_where_the_processor_has_matrix_instructions(
     linear.find_layout.cache_clear()
     try:
         is_onednn = linear.find_layout(BF16) is linear._OneDNNLayout
-        assert is_onednn == has_amx == linear.wants_round_rows(BF16)
+        assert is_onednn == linear.wants_round_rows(BF16) == (has_amx and not cpu.takes_matrices())
         assert not linear.wants_round_rows(F32)
         layer = nn.Linear(40, 24).to(BF16)
         x = torch.randn(7, 40).to(BF16)

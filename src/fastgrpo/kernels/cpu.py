@@ -8,6 +8,8 @@ are padded (M), so that products meet few sizes, what stands behind the T real o
 from __future__ import annotations
 
 import ctypes
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -185,7 +187,7 @@ def pack_weights(weights: list[Float[Tensor, "_ I"]]) -> Float[Tensor, "P J W"]:
     assert all(weight.is_contiguous() for weight in weights), "weights must be contiguous"
     num_outputs, num_inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
     width = _load().fastgrpo_block_width()
-    layout = weights[0].new_zeros(-(-num_outputs // width), num_inputs + num_inputs % 2, width)  # whole pairs
+    layout = weights[0].new_zeros(-(-num_outputs // width), _pad_inputs(num_inputs), width)
     first = 0
     for weight in weights:
         call(f"pack_{NAMES[weight.dtype]}", weight, layout, first, *weight.shape)
@@ -197,11 +199,43 @@ def multiply(
     x: Float[Tensor, "M I"], layout: Float[Tensor, "P J W"], bias: Float[Tensor, " O"] | None, num_outputs: int
 ) -> Float[Tensor, "M O"]:
     """x W^T + bias, summed in float32; a row's result does not depend on the rows beside it."""
-    assert x.dtype == layout.dtype and x.shape[1] + x.shape[1] % 2 == layout.shape[1], f"{x.shape} by {layout.shape}"
+    assert x.dtype == layout.dtype and _pad_inputs(x.shape[1]) == layout.shape[1], f"{x.shape} by {layout.shape}"
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty(len(x), num_outputs)
     compute(f"product_{NAMES[x.dtype]}", x, x.stride(0), layout, bias, out, *x.shape, num_outputs)
     return out
+
+
+def _pad_inputs(num_inputs: int) -> int:
+    step = _load().fastgrpo_block_inputs()
+    return int(-(-num_inputs // step) * step)
+
+
+@functools.cache
+def takes_matrices() -> bool:
+    """Whether bfloat16 products are made in the processor's matrix registers (AMX) from now on.
+
+    They are where it has them, the system gives them, the kernel was compiled for them, and what comes out of them is
+    what comes out without; else a warning says so once.
+    """
+    if not (is_available() and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()):
+        return False
+    draws = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 100, generator=draws).to(torch.bfloat16) for rows in (37, 70))
+    layout = pack_weights([weight])
+    expected = multiply(x, layout, None, len(weight))
+    if not call("use_matrices", 1):
+        return False
+    if torch.allclose(multiply(x, layout, None, len(weight)).float(), expected.float(), rtol=2**-7, atol=1e-3):
+        return True
+    leave_matrices()
+    warnings.warn("products in this processor's matrix registers (AMX) are wrong, and left to oneDNN", stacklevel=2)
+    return False
+
+
+def leave_matrices() -> None:
+    """Make bfloat16 products without matrix registers again."""
+    call("use_matrices", 0)
 
 
 def call(name: str, *arguments: Any) -> Any:

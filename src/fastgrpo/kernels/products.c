@@ -3,7 +3,8 @@
  * Weights lie in blocks of WIDE outputs; within a block, unit by unit of the inputs, as a tile reads them. A unit is a
  * pair of inputs where the processor multiplies pairs in half precision (vdpbf16ps), else one input, which is widened
  * in registers: memory sends half the bytes either way. Each output is one sum over the inputs in their order, whatever
- * rows stand beside it: a row's result depends on nothing but the row.
+ * rows stand beside it: a row's result depends on nothing but the row. Where the processor has matrix registers (AMX),
+ * they make these sums, in an order of their own, for a process that has asked for them (`fastgrpo_use_matrices`).
  */
 
 #include <stdlib.h>
@@ -12,6 +13,12 @@
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
+#endif
+
+#if defined(__AVX512BF16__) && (defined(EMULATED_MATRICES) || (defined(__AMX_TILE__) && defined(__AMX_BF16__)))
+#define HAS_MATRICES 1
+#else
+#define HAS_MATRICES 0
 #endif
 
 #if defined(__AVX512F__)
@@ -38,6 +45,7 @@ typedef uint32_t bits __attribute__((vector_size(4 * SPAN), aligned(4)));
 typedef float packed_float;
 
 #define UNIT_float 1
+#define UNITS_float(inputs) (inputs)
 #define NUMBERS_float WIDE /* of a block for one unit, as they lie in memory */
 typedef float row_float; /* a row's unit */
 typedef span weights_float;
@@ -51,8 +59,14 @@ static inline void place_float(packed_float *to, i64 output, i64 part, float wei
 static inline row_float join_float(const float *x, i64 left) { return (void)left, *x; }
 
 typedef uint32_t packed_bf16;
+#if HAS_MATRICES
+#define INPUTS 32 /* that a matrix register has of each row: a layout has whole ones */
+#else
+#define INPUTS 2
+#endif
 #if defined(__AVX512BF16__)
 #define UNIT_bf16 2
+#define UNITS_bf16(inputs) (((inputs) + INPUTS - 1) / INPUTS * (INPUTS / 2))
 #define NUMBERS_bf16 WIDE /* each output's two inputs, the first in the low half */
 typedef uint32_t row_bf16;
 typedef __m512bh weights_bf16;
@@ -67,9 +81,12 @@ static inline span add_bf16(span sum, weights_bf16 x, weights_bf16 weights) {
 static inline void place_bf16(packed_bf16 *to, i64 output, i64 part, bf16 weight) {
     to[output] |= (uint32_t)weight << 16 * part;
 }
-static inline row_bf16 join_bf16(const bf16 *x, i64 left) { return x[0] | (left > 1 ? (uint32_t)x[1] << 16 : 0); }
+static inline row_bf16 join_bf16(const bf16 *x, i64 left) {
+    return (INPUTS == 2 || left > 0 ? x[0] : 0) | (left > 1 ? (uint32_t)x[1] << 16 : 0);
+}
 #else
 #define UNIT_bf16 1
+#define UNITS_bf16(inputs) (inputs)
 #define NUMBERS_bf16 SPAN /* output j of a block in the low half, output j + SPAN in the high one */
 typedef float row_bf16;
 typedef span weights_bf16;
@@ -89,7 +106,7 @@ static inline row_bf16 join_bf16(const bf16 *x, i64 left) { return (void)left, l
 /* `outputs` rows of weights become outputs `first`, first + 1, ... of a layout that was filled with zeros. */
 #define DEFINE_PACK(X)                                                                                                \
     void fastgrpo_pack_##X(const X *weight, packed_##X *layout, i64 first, i64 outputs, i64 inputs) {                 \
-        i64 units = (inputs + UNIT_##X - 1) / UNIT_##X;                                                               \
+        i64 units = UNITS_##X(inputs);                                                                                \
         _Pragma("omp parallel for")                                                                                   \
         for (i64 block = first / WIDE; block <= (first + outputs - 1) / WIDE; block++)                                \
             for (i64 output = 0; output < WIDE; output++) {                                                           \
@@ -169,11 +186,10 @@ static inline i64 share_rows(i64 rows, i64 most) {
 
 /* `stride` numbers lie between the starts of two rows of x; out is dense. */
 #define DEFINE_PRODUCT(X)                                                                                             \
-    int fastgrpo_product_##X(const X *x, i64 stride, const packed_##X *layout, const X *bias, X *out, i64 rows,       \
-                              i64 inputs, i64 outputs) {                                                              \
-        if (!rows) return 0; /* which have no shares */                                                               \
+    static int multiply_##X(const X *x, i64 stride, const packed_##X *layout, const X *bias, X *out, i64 rows,        \
+                            i64 inputs, i64 outputs) {                                                                \
         i64 most = share_rows(rows, ROWS), blocks = (outputs + WIDE - 1) / WIDE;                                      \
-        i64 units = (inputs + UNIT_##X - 1) / UNIT_##X, step = STEP / UNIT_##X, early = AHEAD / UNIT_##X;             \
+        i64 units = UNITS_##X(inputs), step = STEP / UNIT_##X, early = AHEAD / UNIT_##X;                              \
         row_##X *tiles = malloc(most * units * sizeof *tiles); /* rows of a tile side by side, unit by unit */        \
         if (!tiles) return NO_MEMORY;                                                                                 \
         _Pragma("omp parallel if (rows * inputs * outputs > FEW)")                                                    \
@@ -224,5 +240,35 @@ static inline i64 share_rows(i64 rows, i64 most) {
 DEFINE_PRODUCT(bf16)
 DEFINE_PRODUCT(float)
 
-/* Outputs of a block; layouts are padded to a multiple of it. */
+#if HAS_MATRICES
+#include "matrices.h"
+
+static int uses_matrices;
+#else
+#define uses_matrices 0
+#define multiply_in_matrices multiply_bf16
+#endif
+
+/* Sums in matrix registers from now on, or not; returns whether they are. The process must have been given them. */
+int fastgrpo_use_matrices(i64 wanted) {
+#if HAS_MATRICES
+    uses_matrices = wanted != 0;
+#endif
+    return (void)wanted, uses_matrices;
+}
+
+int fastgrpo_product_bf16(const bf16 *x, i64 stride, const packed_bf16 *layout, const bf16 *bias, bf16 *out, i64 rows,
+                          i64 inputs, i64 outputs) {
+    if (!rows) return 0; /* which have no shares */
+    if (uses_matrices) return multiply_in_matrices(x, stride, layout, bias, out, rows, inputs, outputs);
+    return multiply_bf16(x, stride, layout, bias, out, rows, inputs, outputs);
+}
+
+int fastgrpo_product_float(const float *x, i64 stride, const packed_float *layout, const float *bias, float *out,
+                           i64 rows, i64 inputs, i64 outputs) {
+    return rows ? multiply_float(x, stride, layout, bias, out, rows, inputs, outputs) : 0;
+}
+
+/* Outputs of a block, and inputs of a step; layouts are padded to a multiple of either. */
 i64 fastgrpo_block_width(void) { return WIDE; }
+i64 fastgrpo_block_inputs(void) { return INPUTS; }
