@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgrpo.kernels import cpu, linear
+from fastgrpo.kernels import cpu, linear, matrices
 from fastgrpo.machine import describe_commit, describe_machine
 
 SMOLLM2 = {"layers": 30, "shapes": ((960, 576), (576, 576), (3072, 576), (576, 1536)), "head": (49152, 576)}
@@ -35,7 +35,7 @@ def build_ways(weight: Tensor) -> dict[str, Multiply]:
         "ours, float32": lambda x: ours_wide.multiply(x.float()),
         "PyTorch, float32": lambda x: F.linear(x.float(), wide),
     }
-    if cpu.takes_matrices():
+    if matrices.are_taken():
         ways["ours, bfloat16, matrix registers"] = lambda x: _multiply(ours, x, in_registers=True)
     if linear._has_onednn():
         ways["oneDNN's layout, bfloat16"] = linear._OneDNNLayout([half], None).multiply

@@ -20,7 +20,7 @@ from fastgrpo.blocks import BLOCK_SIZE
 from fastgrpo.cache import locate
 from fastgrpo.drafters import beams
 from fastgrpo.drafters.beams import rank_candidates
-from fastgrpo.kernels import build, cpu, linear
+from fastgrpo.kernels import build, cpu, linear, matrices
 from fastgrpo.kernels.linear import PackedLinear
 from fastgrpo.machine import list_cpu_flags
 from fastgrpo.sampling import SamplingBatch, gumbel_noise, gumbel_noise_of, sample, stream_key
@@ -466,7 +466,7 @@ def test_own_products_in_matrix_registers(monkeypatch, tmp_path):
         test_own_products_are_rounded_sums(BF16, outputs, inputs, True)
     x, layout = torch.randn(9, 41).to(BF16), cpu.pack_weights([torch.randn(33, 41).to(BF16)])
     ours = cpu.multiply(x, layout, None, 33)
-    cpu.leave_matrices()
+    matrices.leave()
     if "avx512_bf16" in list_cpu_flags():
         assert torch.allclose(cpu.multiply(x, layout, None, 33).float(), ours.float(), rtol=2**-7, atol=1e-4)
     test_own_products_are_rounded_sums(F32, (24, 8, 1), 41, True)
@@ -484,8 +484,9 @@ def test_matrix_registers_are_taken_where_they_are_right_and_no_slower(is_right,
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
     monkeypatch.setattr(linear, "_has_onednn", lambda: True)
-    monkeypatch.setattr(linear, "_is_outrun_by_onednn", lambda: is_outrun)
-    for each in (cpu.takes_matrices, linear.find_layout):
+    times = iter((2.0, 1.0) if is_outrun else (1.0, 1.0))  # ours and theirs, once
+    monkeypatch.setattr(matrices, "_time", lambda multiply, weight: next(times))
+    for each in (matrices.are_taken, linear.find_layout):
         each.cache_clear()
     try:
         with contextlib.nullcontext() if is_right else pytest.warns(UserWarning, match="registers .AMX. are wrong"):
@@ -494,8 +495,10 @@ def test_matrix_registers_are_taken_where_they_are_right_and_no_slower(is_right,
         x, weights = torch.tensor([[2.0**30, 1, -(2.0**30), 1]]).to(BF16), cpu.pack_weights([torch.ones(1, 4).to(BF16)])
         sums_apart = float(cpu.multiply(x, weights, None, 1)) == 2  # even and odd inputs, as matrix registers do
         assert sums_apart == (layout is linear.OwnLayout)
+        linear.find_layout.cache_clear()
+        assert linear.find_layout(BF16) is layout, "as was noted"
     finally:
-        for each in (cpu.takes_matrices, linear.find_layout):
+        for each in (matrices.are_taken, linear.find_layout):
             each.cache_clear()
 
 
@@ -542,7 +545,7 @@ def test_bfloat16_is_left_to_onednn_where_the_processor_has_matrix_instructions(
     linear.find_layout.cache_clear()
     try:
         is_onednn = linear.find_layout(BF16) is linear._OneDNNLayout
-        assert is_onednn == linear.wants_round_rows(BF16) == (has_amx and not cpu.takes_matrices())
+        assert is_onednn == linear.wants_round_rows(BF16) == (has_amx and not matrices.are_taken())
         assert not linear.wants_round_rows(F32)
         layer = nn.Linear(40, 24).to(BF16)
         x = torch.randn(7, 40).to(BF16)

@@ -8,8 +8,6 @@ are padded (M), so that products meet few sizes, what stands behind the T real o
 from __future__ import annotations
 
 import ctypes
-import functools
-import warnings
 from typing import Any
 
 import torch
@@ -211,31 +209,9 @@ def _pad_inputs(num_inputs: int) -> int:
     return int(-(-num_inputs // step) * step)
 
 
-@functools.cache
-def takes_matrices() -> bool:
-    """Whether bfloat16 products are made in the processor's matrix registers (AMX) from now on.
-
-    They are where it has them, the system gives them, the kernel was compiled for them, and what comes out of them is
-    what comes out without; else a warning says so once.
-    """
-    if not (is_available() and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()):
-        return False
-    draws = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 100, generator=draws).to(torch.bfloat16) for rows in (37, 70))
-    layout = pack_weights([weight])
-    expected = multiply(x, layout, None, len(weight))
-    if not call("use_matrices", 1):
-        return False
-    if torch.allclose(multiply(x, layout, None, len(weight)).float(), expected.float(), rtol=2**-7, atol=1e-3):
-        return True
-    leave_matrices()
-    warnings.warn("products in this processor's matrix registers (AMX) are wrong, and left to oneDNN", stacklevel=2)
-    return False
-
-
-def leave_matrices() -> None:
-    """Make bfloat16 products without matrix registers again."""
-    call("use_matrices", 0)
+def find_library() -> str:
+    """The file that the kernels were loaded from."""
+    return _load()._name
 
 
 def call(name: str, *arguments: Any) -> Any:

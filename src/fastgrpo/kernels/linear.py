@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import functools
 import platform
-import time
 from collections.abc import Collection, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgrpo.kernels import cpu, gpu
+from fastgrpo.kernels import cpu, gpu, matrices
 
 _ROWS = 32  # of inputs that oneDNN's layout is chosen for; others are as fast within a few percent
 _STEPS = ((16, 8), (128, 16), (512, 32), (4096, 128))  # (up to so many rows, rounded up to a multiple of)
 _MOST_BYTES = 4 * 2**30  # of weights that are laid out anew
-_TRIED, _TRIED_ROWS, _TRIES, _OUTRUN = (
-    (1536, 576),
-    (4, 64),
-    8,
-    1.5,
-)  # a product; its rows; calls; ours over oneDNN's time
 
 
-@runtime_checkable
 class _Layout(Protocol):
     """Weights as somebody's product wants them."""
 
@@ -195,30 +187,12 @@ def _is_left_to_onednn() -> bool:
         return True
     if not torch.cpu._is_amx_tile_supported():
         return False
-    if not cpu.takes_matrices():
+    if not matrices.are_taken():
         return True
-    if is_outrun := _is_outrun_by_onednn():
-        cpu.leave_matrices()
+    own, theirs = (lambda weight, kind=kind: kind([weight], None).multiply for kind in (OwnLayout, _OneDNNLayout))
+    if is_outrun := matrices.are_outrun(own, theirs):
+        matrices.leave()
     return is_outrun
-
-
-def _is_outrun_by_onednn() -> bool:
-    weight = torch.randn(_TRIED, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    seconds = [
-        sum(_time(kind([weight], None), weight[:rows]) for rows in _TRIED_ROWS) for kind in (OwnLayout, _OneDNNLayout)
-    ]
-    return seconds[0] > _OUTRUN * seconds[1]
-
-
-def _time(layout: _Layout, x: Tensor) -> float:
-    """Seconds of a product, at best."""
-    return min(_time_once(layout, x) for _ in range(_TRIES))
-
-
-def _time_once(layout: _Layout, x: Tensor) -> float:
-    started = time.perf_counter()
-    layout.multiply(x)
-    return time.perf_counter() - started
 
 
 def _is_x86() -> bool:
