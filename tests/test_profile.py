@@ -313,6 +313,18 @@ def test_what_took_longer_than_more_work_is_timed_again(again: float, spread: fl
     assert [each.least_s for each in settled] == [min(again, 8.0), 1.0, 1.1, 4.0]
 
 
+@pytest.mark.parametrize(("again", "spread"), [(2.1, 0.05), (48.0, 23.0)])
+def test_a_point_measured_while_something_else_ran_is_measured_again(again: float, spread: float) -> None:
+    """Its runs agree, and nothing larger was quicker: but twice the tokens do not take 24 times as long."""
+
+    def build(seconds: float) -> timing.Timing:
+        return timing.Timing(least_s=seconds, spread=0.0, num_runs=2, total_s=2 * seconds)
+
+    settled = timing.repeat_disturbed([build(0.5), build(1.0), build(48.0)], lambda _: build(again), growth=2.0)
+    assert [each.least_s for each in settled] == [0.5, 1.0, again]
+    assert settled[-1].spread == pytest.approx(spread, abs=0.06)
+
+
 def test_a_disturbance_at_the_start_does_not_make_the_machine_look_flat(monkeypatch: pytest.MonkeyPatch) -> None:
     set_clock(monkeypatch, itertools.chain([9.0, 9.0], itertools.repeat(4.0)))
     target = build_target()
@@ -443,8 +455,9 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
 # -- the cache ---------------------------------------------------------------------------------------------------
 
 
-def test_what_was_measured_once_is_read_the_next_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_clock(monkeypatch, itertools.repeat(4.0))
+def test_what_was_measured_once_is_read_the_next_time(
+    cache: Path, steady: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = Engine(shared_model("llama"), drafter="ngram")
     engine.generate(PROMPTS, SamplingParams(max_tokens=2))
     (file,) = cache.iterdir()
@@ -452,6 +465,15 @@ def test_what_was_measured_once_is_read_the_next_time(cache: Path, monkeypatch: 
     set_clock(monkeypatch, ())  # a run that is timed now would raise
     assert find(build_target()) == first
     assert find(TargetModel(build_model("llama", seed=9))) == first, "other weights cost the same"
+
+
+def test_what_was_measured_beside_other_work_is_not_kept(
+    cache: Path, steady: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OthersWork, "count_cores_taken", lambda _: 1.4)
+    with pytest.warns(UserWarning, match=r"other work took 1\.4 cores while costs were measured"):
+        profile = find(build_target())
+    assert profile.target_s and not list(cache.glob("profile-*.json"))
 
 
 def test_whatever_costs_depend_on_is_kept_by_itself(cache: Path) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from fastgrpo.cache_folder import CACHE_ENV, find_cache_folder, has_profile_cache
 from fastgrpo.drafters import find_trainable
+from fastgrpo.idleness import OthersWork
 from fastgrpo.json_files import write_json
 from fastgrpo.kernels import cpu
 from fastgrpo.machine import describe_machine
@@ -170,7 +171,8 @@ def list_differences(theirs: Identity, ours: Identity) -> str:
 def find_profile(target: TargetModel, drafter: Drafter) -> HardwareProfile:
     """The profile of exactly this from the cache, else measured now and kept. Call inside `target.rollout_mode`.
 
-    A file that cannot be read is named in a warning and replaced.
+    A file that cannot be read is named in a warning and replaced. What was measured on a CPU beside other work is used,
+    with a warning, and not kept.
     """
     identity = describe_identity(target, drafter)
     path = _build_path(identity)
@@ -182,8 +184,17 @@ def find_profile(target: TargetModel, drafter: Drafter) -> HardwareProfile:
             warnings.warn(f"the cached profile {path} is of something else and is measured anew", stacklevel=2)
         except (ValueError, OSError) as error:
             warnings.warn(f"a cached profile is left out and measured anew: {error}", stacklevel=2)
+    others = OthersWork()
     measurement = measure_costs(target, drafter)
-    keep_profile(measurement, identity)
+    cores_taken = others.count_cores_taken() if target.device.type == "cpu" else 0.0
+    if cores_taken:
+        warnings.warn(
+            f"other work took {cores_taken:.1f} cores while costs were measured: the planner begins with them and "
+            "learns from its steps; they are not kept, so that the next process measures again",
+            stacklevel=2,
+        )
+    else:
+        keep_profile(measurement, identity)
     return measurement.profile
 
 

@@ -140,7 +140,7 @@ def _measure_grid(target: TargetModel) -> tuple[TimedForward, ...]:
             )
             break
     timings = repeat_disturbed(
-        [each.timing for each in forwards], lambda index: measure(forwards[index].num_tokens).timing
+        [each.timing for each in forwards], lambda index: measure(forwards[index].num_tokens).timing, growth=2.0
     )
     return tuple(replace(each, timing=timing) for each, timing in zip(forwards, timings, strict=True))
 

@@ -150,20 +150,28 @@ def level(times: list[float]) -> list[float]:
     return list(accumulate(reversed(times), min))[::-1]
 
 
-def repeat_disturbed(timings: list[Timing], measure: Callable[[int], Timing]) -> list[Timing]:
+def repeat_disturbed(timings: list[Timing], measure: Callable[[int], Timing], growth: float = math.inf) -> list[Timing]:
     """Timings of ever larger work, those that took clearly longer than a later one once more, and the better kept.
+
+    So are those that took clearly longer than `growth` times the one before.
 
     A point that still does has the excess for its spread: its runs may agree with each other, but not with the rest.
 
     Args:
         measure: from the index of a point to another timing of it.
+        growth: how many times the work before each point is.
     """
     settled = list(timings)
-    for index in reversed(range(len(settled) - 1)):
-        later_s = min(timing.least_s for timing in settled[index + 1 :])
-        if settled[index].least_s > (1 + _REPEAT_SPREAD) * later_s:
+
+    def repeat(index: int, most_s: float) -> None:
+        if settled[index].least_s > (1 + _REPEAT_SPREAD) * most_s:
             best = min(settled[index], measure(index), key=lambda timing: timing.least_s)
-            settled[index] = replace(best, spread=max(best.spread, best.least_s / later_s - 1))
+            settled[index] = replace(best, spread=max(best.spread, best.least_s / most_s - 1))
+
+    for index in reversed(range(len(settled) - 1)):
+        repeat(index, min(timing.least_s for timing in settled[index + 1 :]))
+    for index in range(1, len(settled)):
+        repeat(index, growth * settled[index - 1].least_s)
     return settled
 
 

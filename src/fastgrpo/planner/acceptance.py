@@ -18,7 +18,8 @@ Rates = list[list[float]]  # by depth and sibling rank
 class AcceptanceTable:
     """The chance that the target chooses the child of sibling rank r of a walked node at depth d.
 
-    Counts decay, so that the table follows a changing drafter; a weak prior fills what is unknown.
+    Counts decay, so that the table follows a changing drafter; a weak prior fills what is unknown. A child of the
+    root that was asked for and not drafted, as n-grams often have few or none, is a miss: plans are asked for it again.
 
     Args:
         prior: chance of the first child of the root, before anything was seen; falls by half with each rank.
@@ -52,6 +53,9 @@ class AcceptanceTable:
     def observe(self, *records: StepRecord) -> None:
         self.fade(max(1 - sum(record.num_seqs for record in records) / self.window, 0.5))
         for record in records:
+            drafted = record.offered[0] if record.offered else ()
+            for rank in range(min(record.plan.width, record.plan.tree_size, MAX_WIDTH)):
+                self.offered[0][rank] += record.num_seqs - (drafted[rank] if rank < len(drafted) else 0)
             for depth, (offered, hits) in enumerate(zip(record.offered, record.hits, strict=True)):
                 for rank, (trials, count) in enumerate(zip(offered, hits, strict=True)):
                     if depth < MAX_DEPTH and rank < MAX_WIDTH:

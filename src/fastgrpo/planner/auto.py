@@ -31,6 +31,8 @@ GRID = tuple(  # sequences share their budgets; one of them may have three times
 
 
 _DEPTHS, _WIDTHS, _NODES = shape_arrays((PLAIN, *GRID))
+_SHALLOWER = [max((p.depth for p in GRID if p.width == q.width and p.depth < q.depth), default=q.depth) for q in GRID]
+_EXPLORED = np.minimum(_DEPTHS - 1, [0, *_SHALLOWER])  # levels to be tried before: all but the last, or the next plan's
 _PLACES = _DEPTHS.astype(int), np.maximum(_WIDTHS.astype(int) - 1, 0)  # in tables that begin with depth 0 and width 1
 _NOTHING = (0, None)
 _STEPS_DECIDED, _MOST_DECIDED = 7, 23  # that a plan is kept for without asking again: twice as many where it stands
@@ -50,8 +52,10 @@ class AutoPlanner(Planner):
     """Takes the plan with the most expected tokens per second, and keeps learning whether that is true.
 
     Every real step corrects the costs, those of forwards (plain steps, as sequences finish, visit what trees would
-    cost), of drafts and of sampling; so a wrong or stale profile heals. What plans have had accepted corrects
-    what is predicted of each, and a tree goes at most one level deeper than what was tried.
+    cost), of drafts and of sampling; so a wrong or stale profile heals, within tens of steps where all of it is wrong,
+    within hundreds where trials alone visit what is. What plans have had accepted corrects
+    what is predicted of each, and a tree goes at most one level deeper than what was tried, or to the next depth that
+    the grid has with its width.
 
     A plan does not flap: from plain decoding to drafts, and from one tree to another, the new one must promise
     `margin` more; the price of switching on, reading what the drafter has not read, is part of it. Once in a while
@@ -114,6 +118,7 @@ class AutoPlanner(Planner):
         self._steps_left = 0  # that it is kept for
         self._steps_decided = _STEPS_DECIDED
         self._trial, self._trial_left = PLAIN, 0  # what is tried in place of it, for how many steps more
+        self._is_trial = False  # whether this step's plan is tried
         self._rates: tuple[int, dict[SpeculationPlan, float]] = (0, {})  # as the last decision saw them, of so many
         self._prices: dict[tuple[SpeculationPlan, int], list[float]] = {}  # tokens that so many drafts cost, until then
         self._recording = RecordingPrice(RECORDING_S if profile.runs_ahead else 0.0)
@@ -168,15 +173,15 @@ class AutoPlanner(Planner):
 
     def _predict_rates(self, inputs: PlanInputs) -> dict[SpeculationPlan, float]:
         """`predict_rate` of plain decoding and of every plan of the grid; 0 of those that do not fit, go deeper than
-        was explored, or cannot be worth a trial beside the best.
+        what was explored leads to, or cannot be worth a trial beside the best.
         """
         batch = inputs.num_seqs
-        room, deepest = inputs.find_room(self.max_num_tokens), self._expectation.explored_depth + 1
+        room, explored = inputs.find_room(self.max_num_tokens), self._expectation.explored_depth
         bounds = self._expectation.bound_lengths(batch)[_PLACES]
         seconds = self._predict_steps_s(_DEPTHS, _WIDTHS, _NODES, bounds, inputs)
         rates = dict.fromkeys(self._grid, 0.0) | {PLAIN: batch / float(seconds[0])}
         seconds += self._predict_reading_s(inputs)
-        most = np.where((room >= _NODES) & (deepest >= _DEPTHS), batch * bounds / seconds, 0.0)[1:]
+        most = np.where((room >= _NODES) & (explored >= _EXPLORED), batch * bounds / seconds, 0.0)[1:]
         best, sample_s = 0.0, self._costs.sample_s
         for index in most.argsort()[::-1].tolist():
             if most[index] <= _PROMISING * best:
@@ -202,10 +207,12 @@ class AutoPlanner(Planner):
         self._last_num_seqs = inputs.num_seqs
         if is_alike and nobody_joined and self._steps_left > 0:
             self._steps_left -= 1
-            if self._trial_left > 0:
+            self._is_trial = self._trial_left > 0
+            if self._is_trial:
                 self._trial_left -= 1
                 return self._trial
             return self._current
+        self._is_trial = False
         self._hear()
         if len(self._unlearnt) > _STEPS_DECIDED or self._expectation.is_new:
             self._learn()
@@ -240,7 +247,7 @@ class AutoPlanner(Planner):
         other = best if self._current.is_plain else self._choose_rival(rates)
         if not self._can_afford(other, rates, inputs):
             return self._current
-        self._trial, self._trial_left = other, self._count_trial_steps(other) - 1
+        self._trial, self._trial_left, self._is_trial = other, self._count_trial_steps(other) - 1, True
         return other
 
     def _choose_rival(self, rates: dict[SpeculationPlan, float]) -> SpeculationPlan:
@@ -286,9 +293,12 @@ class AutoPlanner(Planner):
     def choose_budget(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Chances) -> int:
         """The draft tokens worth their time: what they promise, less what that time brings at the better of two rates.
 
-        These are the rates of this plan and of plain decoding.
+        These are the rates of this plan and of plain decoding. The last step of a trial verifies all that it was
+        charged for: by prices that are wrong nothing might be verified, and nothing would show what it takes.
         """
         most = max(min(len(chances), self.max_num_tokens - inputs.num_seqs), 0)
+        if self._is_trial and not self._trial_left:
+            return min(inputs.num_seqs * plan.num_draft_tokens, most)
         worth = itertools.accumulate(np.asarray(chances)[:most].tolist(), initial=0.0)
         prices = self._find_prices(plan, inputs, most)
         gains = list(map(operator.sub, worth, prices))  # a step's few: NumPy begins slower
@@ -348,8 +358,8 @@ class AutoPlanner(Planner):
             elif not records[0].plan.is_plain:
                 for record in records:
                     self._learn_recording(record)
-            if records[0].plan.is_plain or not records[0].offered:
-                continue  # nothing was drafted, so no acceptance was seen
+            if records[0].plan.is_plain:
+                continue  # no drafts were asked for, so no acceptance was seen
             self._expectation.observe(*records)
             for record in records:
                 if record.num_promised:

@@ -58,9 +58,9 @@ class _Surprise:
             rate: of first draft tokens, that one of them is accepted.
         """
         rate = min(max(rate, _LEAST_RATE), 1 - _LEAST_RATE)
-        num_drafts = sum(record.offered[0][0] for record in records)
+        num_drafts = sum(record.num_seqs for record in records)
         keep = 0.5 ** (len(records) / _SURPRISE_STEPS)
-        self.excess = keep * self.excess + sum(sum(record.hits[0]) for record in records) - rate * num_drafts
+        self.excess = keep * self.excess + sum(sum(map(sum, record.hits[:1])) for record in records) - rate * num_drafts
         self.variance = keep**2 * self.variance + rate * (1 - rate) * num_drafts
         self.num_drafts = keep * self.num_drafts + num_drafts
         if self.excess**2 <= _SURPRISE**2 * self.variance:
@@ -122,7 +122,7 @@ class Expectation:
         return self._bounds[octave]
 
     def observe(self, *records: StepRecord) -> None:
-        """Learn from steps that offered drafts, all of one plan and with as many live sequences."""
+        """Learn from steps in which drafts were asked for, all of one plan and with as many live sequences."""
         plan, num_seqs, num_steps = records[0].plan, records[0].num_seqs, len(records)
         num_drafts = num_seqs * num_steps
         accepted = float(sum(record.num_emitted for record in records) - num_drafts)

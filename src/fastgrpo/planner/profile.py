@@ -12,6 +12,8 @@ from fastgrpo.types import SpeculationPlan
 
 MEASURE_AGAIN = "measure again with fastgrpo profile"
 
+_LEAST_S = 1e-12  # of a forward or a draft: none is as fast
+
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
@@ -62,7 +64,7 @@ class HardwareProfile:
                     f"{MEASURE_AGAIN}"
                 )
             for num_tokens, seconds in zip(grid, getattr(self, name), strict=False):
-                if not (is_finite(seconds) and seconds > 0):
+                if not (is_finite(seconds) and seconds >= _LEAST_S):
                     where = f"{name} at {num_tokens} tokens is {seconds!r:.60}"
                     raise ValueError(f"profile times must be finite and positive: {where}; {MEASURE_AGAIN}")
         for name in ("read_s", "draft_read_s", "sample_s", "walk_s", "fixed_s"):  # these may be zero
