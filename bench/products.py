@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +78,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     result: dict[str, Any] = {
-        "command": "python bench/products.py",
+        "command": shlex.join(["python", *sys.argv]),
         "commit": describe_commit(Path(__file__).parent),
         "machine": describe_machine(),
         "milliseconds": measure(options.rows, options.rounds),

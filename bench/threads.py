@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def main() -> None:
         print(json.dumps(measure_steps(options.steps)))
         return
     result: dict[str, Any] = {
-        "command": "python bench/threads.py",
+        "command": shlex.join(["python", *sys.argv]),
         "commit": describe_commit(Path(__file__).parent),
         "machine": describe_machine(),
         "milliseconds": take_turns(options.threads, options.rounds, options.num_tokens),

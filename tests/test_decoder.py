@@ -182,6 +182,46 @@ def _with_hook(model):
     model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
 
 
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_gradient_checkpointing_takes_no_kernels_away(is_adapted):
+    """TRL's default: what it hooks to the embeddings changes no values."""
+    model = build_model("llama", torch.float32)
+    owner = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")) if is_adapted else model
+    owner.gradient_checkpointing_enable()
+    owner.enable_input_require_grads()
+    target = TargetModel(owner)
+    assert model.model.embed_tokens._forward_hooks
+    with target.rollout_mode():
+        assert find_obstacle(target.decoder, target.dtype) is None
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: 2 * output)
+    with target.rollout_mode():
+        assert find_obstacle(target.decoder, target.dtype) == "its modules have hooks or a forward of their own"
+
+
+def _hook_head(head):
+    head.register_forward_hook(lambda module, args, output: 3 * output)
+
+
+def _cast_head(head):
+    """As TRL's `cast_lm_head_to_fp32` does."""
+    head.float().forward = lambda hidden: nn.functional.linear(hidden.float(), head.weight)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change"), [(torch.float32, _hook_head), (torch.float32, _cast_head), (torch.bfloat16, _cast_head)]
+)
+def test_an_output_head_with_hooks_or_a_forward_of_its_own_is_called(dtype, change):
+    model = build_model("llama", dtype)
+    change(model.lm_head)
+    params = SamplingParams(max_tokens=8)
+    completion = Engine(model, drafter="ngram", speculation="fixed").generate([[3, 1, 4]], params)[0]
+    ids = torch.tensor([[3, 1, 4, *completion.token_ids]])
+    with torch.no_grad():
+        logprobs = model(input_ids=ids).logits[0].float().log_softmax(-1)[2:-1].gather(1, ids[0, 3:, None])[:, 0]
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    assert torch.allclose(torch.tensor(completion.logprobs), logprobs, atol=tolerance)
+
+
 def _with_own_layer(model):
     class MyDecoderLayer(type(model.model.layers[0])):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -300,6 +301,26 @@ def test_engines_that_take_turns_may_end_in_any_order(first_to_end, compute_dtyp
     assert model.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     assert model.get_base_model().config._attn_implementation == attention
     assert_same_weights(model, weights)
+
+
+def test_another_thread_is_refused_a_model_in_a_rollout():
+    """It would find, and put back in the end, what is only so while the first rollout lasts."""
+    model = build_model("llama", torch.float32)
+    attention, params = model.config._attn_implementation, SamplingParams(max_tokens=6)
+    first, second = (Engine(model, drafter="none", speculation="off") for _ in range(2))
+    expected = [completion.token_ids for completion in first.generate(PROMPTS, params)]
+    requests = [first.take_requests(PROMPTS, params), second.take_requests(PROMPTS, params)]
+    rollouts = [engine.roll_out(own) for engine, own in zip((first, second), requests, strict=True)]
+    next(rollouts[0])
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(RuntimeError, match="in a rollout of another thread: end that one first"):
+            pool.submit(next, rollouts[1]).result()
+        for _ in rollouts[0]:
+            pass
+        assert [c.token_ids for c in pool.submit(second.generate, PROMPTS, params).result()] == expected
+    assert [sequence.token_ids for sequence in requests[0]] == expected
+    assert model.config._attn_implementation == attention
+    model(input_ids=torch.tensor([[1, 2]]))
 
 
 def test_a_rollout_that_is_under_way_goes_on_when_another_of_its_engine_is_asked_for():

@@ -19,7 +19,13 @@ from fastgrpo.engine import Engine
 from fastgrpo.loading import load_model
 from fastgrpo.options import BudgetOptions, PlansOptions, RolloutOptions, name_plan, parse_plan, parse_speculation
 from fastgrpo.planner import FixedPlanner
-from fastgrpo.report.rollout_picture import build_rollout_picture, compute_plain_rates, find_stretches, plot_rollout
+from fastgrpo.report.rollout_picture import (
+    build_rollout_picture,
+    compute_plain_rates,
+    find_stretches,
+    plot_rollout,
+    set_trials_apart,
+)
 from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan, StepRecord
 from tiny import save_tiny_model
 
@@ -298,6 +304,16 @@ def test_a_rollout_is_cut_where_its_plan_changes(tmp_path: Path) -> None:
     assert [(s.plan.is_plain, s.start_s, s.end_s) for s in stretches] == [
         (True, 0.0, 2.0), (False, 2.0, 3.5), (True, 3.5, 5.5),
     ]  # fmt: skip
+    assert set_trials_apart(stretches) == (stretches, []), "what is left to go back to is another plan"
+    tried = [*records[:2], build_record(4, 4, 0.5, plan=TREE), *records[:2], *records[2:]]
+    lasting, trials = set_trials_apart(find_stretches(tried))
+    assert [(s.plan.is_plain, s.start_s, s.end_s, s.num_steps) for s in lasting] == [
+        (True, 0, 4.5, 4),
+        (False, 4.5, 6, 3),
+    ]
+    assert [(s.plan.is_plain, s.start_s, s.end_s, s.num_steps) for s in trials] == [(False, 2.0, 2.5, 1)]
+    _, axes, *_ = build_rollout_picture(tried, title="a rollout").axes
+    assert {"plan changes", "another one is tried"} <= {each.get_label() for each in axes.collections}
     plain = [build_record(4, 4, 1.0), build_record(4, 4, 2.0), build_record(4, 4, 9.0), build_record(1, 1, 0.25)]
     assert compute_plain_rates(records, plain) == pytest.approx([2.0, 2.0, 8.0, 8.0, 8.0]), "1 is nearest to 2"
     for name, others in (("beside.png", plain), ("alone.png", [])):

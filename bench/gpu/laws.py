@@ -12,7 +12,7 @@ import argparse
 from typing import Any
 
 import torch
-from limits import build_parser, describe, finish
+from limits import build_parser, describe, finish, run_bench
 from transformers import PreTrainedModel
 
 from fastgrpo import Engine, SamplingParams, SpeculationPlan
@@ -100,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_bench(main)

@@ -28,10 +28,28 @@ _RUNS = 20
 def build_parser(description: str) -> argparse.ArgumentParser:
     """What all benches of this folder are asked with."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--tiny", action="store_true", help="sizes for a rehearsal, whose numbers say nothing")
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--output", type=_check_output, help="JSON file")
     return parser
+
+
+def _check_output(name: str) -> Path:
+    """Said before anything is measured."""
+    try:
+        (path := Path(name)).parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot be written: {error}") from error
+    return path
+
+
+def run_bench(main: Callable[[], None]) -> None:
+    """What cannot be done is one line, as on the command line."""
+    try:
+        main()
+    except (ValueError, OSError, MemoryError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
@@ -102,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_bench(main)

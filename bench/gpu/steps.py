@@ -12,7 +12,7 @@ import statistics
 from typing import Any
 
 import torch
-from limits import build_parser, describe, finish, measure_limits, measure_s
+from limits import build_parser, describe, finish, measure_limits, measure_s, run_bench
 from torch import nn
 
 from fastgrpo import Engine, SamplingParams
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_bench(main)

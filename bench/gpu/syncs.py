@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 import torch
-from limits import build_parser, describe, finish
+from limits import build_parser, describe, finish, run_bench
 
 from fastgrpo import Engine, SamplingParams, SpeculationPlan
 from fastgrpo.loading import open_model, quiet_libraries
@@ -68,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_bench(main)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limits import build_parser, describe, finish
+from limits import build_parser, describe, finish, run_bench
 
 from fastgrpo import Engine, SamplingParams, SpeculationPlan
 from fastgrpo.loading import open_model, quiet_libraries
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_bench(main)

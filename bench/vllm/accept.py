@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,7 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
     pairs = list(zip(ours.pop("token_ids"), theirs.pop("token_ids"), strict=True))
     return {
+        "command": shlex.join(["python", *sys.argv]),
         "commit": describe_commit(Path(__file__).parent),
         "machine": describe_machine(),
         "settings": {"max_tokens": MAX_TOKENS, "num_prompts": len(pairs), "dtype": "bfloat16", "temperature": 0.0},
@@ -71,7 +74,12 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    mode, first, second, output = sys.argv[1:]
+    parser = argparse.ArgumentParser(description="Greedy acceptance length of a chain, in our engine and in vLLM.")
+    parser.add_argument("mode", choices=("ours", "vllm", "compare"))
+    parser.add_argument("first", help="prompts of prompts.py; to compare, what ours wrote")
+    parser.add_argument("second", help="folder of the exported head; to compare, what vllm wrote")
+    parser.add_argument("output", help="JSON file")
+    mode, first, second, output = vars(parser.parse_args()).values()
     work = json.loads(Path(first).read_text())
     if mode == "compare":
         result = compare(work, json.loads(Path(second).read_text()))

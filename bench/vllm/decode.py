@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def describe(options: argparse.Namespace, step_ms: dict[str, dict[str, list[floa
         batch: {name: statistics.median(values) for name, values in each.items()} for batch, each in step_ms.items()
     }
     return {
-        "command": "python bench/vllm/decode.py",
+        "command": shlex.join(["python", *sys.argv]),
         "commit": describe_commit(Path(__file__).parent),
         "machine": describe_machine(),
         "settings": {"model": options.model, "task": options.task, "repeats": options.repeats, "tokens": [FEW, MANY]},

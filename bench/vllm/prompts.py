@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from fastgrpo.data import build_task_dataset
@@ -11,7 +11,11 @@ from fastgrpo.loading import encode_prompts, find_stop_token_ids, load_model, lo
 
 
 def main() -> None:
-    output, task, count = Path(sys.argv[1]), (sys.argv[2:3] or ["chain_sum"])[0], int((sys.argv[3:4] or ["32"])[0])
+    parser = argparse.ArgumentParser(description="Write the prompts that both engines complete.")
+    parser.add_argument("output", type=Path, help="JSON file")
+    parser.add_argument("task", nargs="?", default="chain_sum")
+    parser.add_argument("count", nargs="?", type=int, default=32)
+    output, task, count = vars(parser.parse_args()).values()
     path = resolve_model("demo")
     tokenizer = load_tokenizer(path)
     chats = build_task_dataset(task, size=count, seed=17)["prompt"]

@@ -24,6 +24,7 @@ from fastgrpo.kernels.linear import PackedLinear, may_pack, round_up, wants_roun
 from fastgrpo.rotation import RotationTable
 
 NO_KERNELS = "the kernels are not compiled"
+_ONLY_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")  # hooks that leave values as they are
 _LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer")
 _NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 _LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -200,10 +201,12 @@ def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
     for name, parameter in decoder.named_parameters():
         if not parameter.is_contiguous():
             return f"{name} is not contiguous"
-    if any(_is_touched(module) for module in decoder.modules()):
+    if any(is_touched(module) for module in decoder.modules()):
         return "its modules have hooks or a forward of their own"
     return NO_KERNELS if find_kernels(weight) is None else None
 
 
-def _is_touched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def is_touched(module: nn.Module) -> bool:
+    """Whether a module computes something else than its weights say."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return "forward" in vars(module) or any(getattr(hook, "__name__", "") not in _ONLY_GRADIENTS for hook in hooks)

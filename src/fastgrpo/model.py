@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from fastgrpo.attention import ATTENTION_NAME, ForwardBatch, has_gpu_kernel
 from fastgrpo.block_store import BlockStore
 from fastgrpo.cache import SlotCache
-from fastgrpo.decoder import NO_KERNELS, FusedDecoder, find_obstacle, join_features
+from fastgrpo.decoder import NO_KERNELS, FusedDecoder, find_obstacle, is_touched, join_features
 from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder
 from fastgrpo.kernels import gpu
 from fastgrpo.kernels.linear import PackedLinear, has_own_product
@@ -83,6 +83,36 @@ class _Modes(threading.local):
 
 
 _MODES = _Modes()
+
+
+class _Owners:
+    """Which thread has a model in a rollout: what one thread puts back is not what another one found."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads: dict[int, list[int]] = {}  # of each model, one entry for each rollout
+
+    @contextlib.contextmanager
+    def own(self, model: nn.Module) -> Iterator[None]:
+        own = threading.get_ident()
+        with self._lock:
+            threads = self._threads.setdefault(id(model), [])
+            if any(thread != own for thread in threads):
+                raise RuntimeError(
+                    "this model is in a rollout of another thread: end that one first, or give each thread a copy of "
+                    "the model; engines of one model may take turns in one thread"
+                )
+            threads.append(own)
+        try:
+            yield
+        finally:
+            with self._lock:
+                threads.remove(own)
+                if not threads:
+                    self._threads.pop(id(model), None)
+
+
+_OWNERS = _Owners()
 
 
 class TargetModel:
@@ -184,15 +214,19 @@ class TargetModel:
 
         Several may be in it at once and leave in any order: what one found is put back once those that came later are
         gone.
+
+        Raises:
+            RuntimeError: another thread has the model in a rollout, which goes on.
         """
-        with contextlib.ExitStack() as entering:
-            entering.enter_context(self._change_mode())
-            mode = entering.pop_all()
-        _MODES.enter(mode)
-        try:
-            yield
-        finally:
-            _MODES.leave(mode)
+        with _OWNERS.own(self.base):
+            with contextlib.ExitStack() as entering:
+                entering.enter_context(self._change_mode())
+                mode = entering.pop_all()
+            _MODES.enter(mode)
+            try:
+                yield
+            finally:
+                _MODES.leave(mode)
 
     @contextlib.contextmanager
     def _change_mode(self) -> Iterator[None]:
@@ -261,8 +295,9 @@ class TargetModel:
     def _fuse(self) -> FusedDecoder | None:
         obstacle = find_obstacle(self.decoder, self.dtype)
         if obstacle is None:
-            if type(self.lm_head) is nn.Linear and has_own_product(self.lm_head, self.dtype):
-                self._output = PackedLinear([self.lm_head])
+            head = self.lm_head
+            if type(head) is nn.Linear and not is_touched(head) and has_own_product(head, self.dtype):
+                self._output = PackedLinear([head])
             return FusedDecoder(self.decoder, self.dtype, self._output)
         _warn_of(obstacle)
         return None

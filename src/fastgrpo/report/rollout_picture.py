@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _WINDOWS = 40  # windows that a rollout is smoothed over
 _SHADE = "#EFEFEF"
 _MOST_LINES = 40  # switches that are drawn through all panels
+_MOST_TRIED = 3  # steps of a plan, between two stretches with one other: a trial
 _NAMED_SHARE = 0.045  # of the rollout's seconds: a shorter stretch with one plan has no room for its shape
 
 
@@ -30,6 +31,7 @@ class Stretch:
     plan: SpeculationPlan
     start_s: float
     end_s: float
+    num_steps: int
 
 
 def find_stretches(records: Sequence[StepRecord]) -> list[Stretch]:
@@ -38,9 +40,29 @@ def find_stretches(records: Sequence[StepRecord]) -> list[Stretch]:
     stretches, first = [], 0
     for plan, steps in groupby(records, key=lambda record: record.plan):
         last = first + len(list(steps))
-        stretches.append(Stretch(plan=plan, start_s=ends_s[first], end_s=ends_s[last]))
+        stretches.append(Stretch(plan=plan, start_s=ends_s[first], end_s=ends_s[last], num_steps=last - first))
         first = last
     return stretches
+
+
+def _is_trial(stretch: Stretch, before: Stretch, after: Stretch) -> bool:
+    return stretch.num_steps <= min(_MOST_TRIED, before.num_steps, after.num_steps)
+
+
+def set_trials_apart(stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[Stretch]]:
+    """The stretches, those before and after a trial joined over it; and the trials: a few steps with another plan."""
+    lasting: list[Stretch] = []
+    trials: list[Stretch] = []
+    for stretch, after in zip(stretches, [*stretches[1:], None], strict=True):
+        before = lasting[-1] if lasting else None
+        if before and after and before.plan == after.plan and _is_trial(stretch, before, after):
+            trials.append(stretch)
+        elif before and before.plan == stretch.plan:
+            num_steps = before.num_steps + stretch.num_steps
+            lasting[-1] = replace(before, end_s=stretch.end_s, num_steps=num_steps)
+        else:
+            lasting.append(stretch)
+    return lasting, trials
 
 
 def plot_rollout(
@@ -119,8 +141,9 @@ def _prepare(axes: Axes, title: str, ylabel: str, stretches: Sequence[Stretch]) 
     for stretch in stretches:
         if stretch.plan.is_plain:
             axes.axvspan(stretch.start_s, stretch.end_s, color=_SHADE, linewidth=0, zorder=0)
-    if len(stretches) <= _MOST_LINES:
-        for stretch in stretches[1:]:
+    lasting, _ = set_trials_apart(stretches)
+    if len(lasting) <= _MOST_LINES:
+        for stretch in lasting[1:]:
             axes.axvline(stretch.start_s, color=RED, linewidth=0.7, alpha=0.45, zorder=1)
 
 
@@ -157,7 +180,7 @@ def _plot_sequences(axes: Axes, records: Sequence[StepRecord], plain: Sequence[S
 def _plot_verified(
     axes: Axes, records: Sequence[StepRecord], stretches: Sequence[Stretch], capacity: float | None
 ) -> None:
-    """Roots and drafts, stacked; above them the shape of each plan that lasted, and a tick where it changed."""
+    """Roots and drafts, stacked; above them the shape of each plan that lasted, ticks for changes and trials."""
     ends_s = _ends_s(records)
     roots, totals = [record.num_seqs for record in records], [record.num_tokens for record in records]
     axes.stairs(totals, ends_s, baseline=roots, fill=True, color=ORANGE, label="drafts to verify")
@@ -168,9 +191,13 @@ def _plot_verified(
         axes.axhline(capacity, color=RED, linestyle=":", linewidth=1.5, label=f"knee: {capacity:.0f} tokens")
     top = 1.05 * highest
     axes.set_ylim(0, 1.3 * top)
-    if switches_s := [stretch.start_s for stretch in stretches[1:]]:
+    lasting, trials = set_trials_apart(stretches)
+    if switches_s := [stretch.start_s for stretch in lasting[1:]]:
         axes.vlines(switches_s, 1.02 * top, 1.09 * top, color=RED, linewidth=1.2, label="plan changes")
-    for stretch in stretches:
+    if trials:
+        tried_s = [(stretch.start_s + stretch.end_s) / 2 for stretch in trials]
+        axes.vlines(tried_s, 1.02 * top, 1.06 * top, color=GREY, linewidth=1.2, label="another one is tried")
+    for stretch in lasting:
         if stretch.end_s - stretch.start_s >= _NAMED_SHARE * ends_s[-1]:
             middle_s = (stretch.start_s + stretch.end_s) / 2
             axes.text(middle_s, 1.12 * top, _name(stretch.plan), ha="center", va="bottom", fontsize=8)
