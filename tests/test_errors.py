@@ -67,9 +67,12 @@ def test_bad_prompts_are_named(prompts, message):
         ([GOOD, GOOD], [PARAMS], "got 2 prompts but 1 SamplingParams"),
         ([GOOD], [PARAMS, PARAMS], "got 1 prompts but 2 SamplingParams"),
         ([GOOD], [], "got 1 prompts but 0 SamplingParams"),
+        ([GOOD], {"max_tokens": 3}, "sampling parameters must be SamplingParams, one for all or a list, got {"),
+        ([GOOD, [1.5, 2.0]], PARAMS, r"prompt 1 must be a list of token ids, got \[1.5, 2.0\]; tokenize text first"),
+        (["abc"], PARAMS, "prompt 0 must be a list of token ids, got 'abc'; tokenize text first"),
     ],
 )
-def test_the_number_of_params_must_fit(prompts, params, message):
+def test_requests_that_are_none_are_refused(prompts, params, message):
     engine = Engine(shared_model("llama"), drafter="none")
     with pytest.raises(ValueError, match=message):
         engine.generate(prompts, params)
@@ -91,6 +94,12 @@ def test_the_number_of_params_must_fit(prompts, params, message):
         ({"top_p": -0.5}, "top_p must be in (0, 1], got -0.5"),
         ({"top_p": math.nan}, "top_p must be in (0, 1], got nan"),
         ({"top_k": -1}, "top_k must be >= 0, got -1"),
+        ({"top_k": 1.0}, "top_k must be an integer, got 1.0"),
+        ({"max_tokens": 2.5}, "max_tokens must be an integer, got 2.5"),
+        ({"max_tokens": None}, "max_tokens must be an integer, got None"),
+        ({"seed": "1"}, "seed must be an integer, got '1'"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids, got 5"),
+        ({"stop_token_ids": ("a",)}, "each of stop_token_ids must be an integer, got 'a'"),
     ],
 )
 def test_bad_sampling_params_are_named(setting, message):
@@ -131,6 +140,7 @@ def test_stop_tokens_may_be_a_list():
         ({"drafter": "ngram", "speculation": "fast"}, "speculation must be one of auto, off, paper, paper-own"),
         ({"drafter": "none", "speculation": "fast"}, "speculation must be one of auto, off, paper, paper-own"),
         ({"drafter": "none", "max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
+        ({"drafter": "none", "max_num_seqs": 1.5}, "max_num_seqs must be an integer, got 1.5"),
         ({"drafter": "none", "max_cache_bytes": 0}, "max_cache_bytes must be positive, got 0; None takes what is free"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from fastgrpo import FastGRPOConfig, FastGRPOTrainer
 from fastgrpo.drafters.eagle import EagleDrafter
@@ -89,6 +89,21 @@ def build_trainer(
     return trainer
 
 
+class FusedRollouts(TrainerCallback):
+    """Whether rollouts were decoded by our kernels, step by step."""
+
+    def __init__(self, trainer: FastGRPOTrainer) -> None:
+        self.seen: list[bool] = []
+        self._is_fused = False
+        trainer.engine.on_step.append(
+            lambda record: setattr(self, "_is_fused", trainer.engine.target._fused is not None)
+        )
+
+    def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        self.seen.append(self._is_fused)
+        self._is_fused = False
+
+
 def weights_of(trainer: FastGRPOTrainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
 
@@ -97,6 +112,15 @@ def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different, f"weights differ: {different[:3]}"
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_trls_defaults_keep_the_kernels(tmp_path: Path, peft: bool) -> None:
+    """Gradient checkpointing is one of them, and leaves a hook at the embeddings."""
+    trainer = build_trainer(tmp_path, max_steps=2, speculation="off", peft=peft)
+    trainer.add_callback(fused := FusedRollouts(trainer))
+    trainer.train()
+    assert trainer.args.gradient_checkpointing and fused.seen == [True, True]
 
 
 @pytest.mark.parametrize("peft", [False, True])

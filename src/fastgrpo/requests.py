@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -24,6 +25,8 @@ def build_sequences(
     Raises:
         ValueError: the counts differ, or a prompt is not one; names the request and the remedy.
     """
+    if not all(isinstance(each, SamplingParams) for each in (params if isinstance(params, list) else [params])):
+        raise ValueError(f"sampling parameters must be SamplingParams, one for all or a list, got {params!r:.80}")
     if isinstance(params, SamplingParams):
         params = [replace(params, stream=params.stream + i) for i in range(len(prompts))]
     if any(isinstance(prompt, int) for prompt in prompts):
@@ -49,9 +52,14 @@ def check_prompt(prompt: Iterable[int], index: int, vocab_size: int, max_positio
     """The prompt as a list of ints.
 
     Raises:
-        ValueError: it is empty, leaves no room for a token, or has an id outside the vocabulary.
+        ValueError: it is no list of integers, is empty, leaves no room for a token, or has an unknown id.
     """
-    ids = [int(token_id) for token_id in prompt]
+    try:
+        ids = list(map(operator.index, prompt))
+    except TypeError:
+        raise ValueError(
+            f"prompt {index} must be a list of token ids, got {prompt!r:.60}; tokenize text first"
+        ) from None
     if not ids:
         raise ValueError(f"prompt {index} is empty; give at least one token, e.g. the tokenizer's BOS")
     if len(ids) >= max_position:

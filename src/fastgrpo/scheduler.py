@@ -23,10 +23,12 @@ class Scheduler:
         lengths: what is known of earlier completions; it learns of every sequence that is removed.
 
     Raises:
-        ValueError: there is no slot.
+        ValueError: there is no slot, or no whole number of them.
     """
 
     def __init__(self, max_num_seqs: int, lengths: LengthPredictor | None = None) -> None:
+        if not isinstance(max_num_seqs, int):
+            raise ValueError(f"max_num_seqs must be an integer, got {max_num_seqs!r}")
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
         self.max_num_seqs = max_num_seqs

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
 
@@ -58,6 +60,8 @@ class SamplingParams:
     stream: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "max_tokens", "seed", "stream"):
+            object.__setattr__(self, name, _take_integer(name, getattr(self, name)))
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}; use 0 for greedy")
         if self.temperature and not _LEAST_TEMPERATURE <= self.temperature <= _MOST_TEMPERATURE:
@@ -71,7 +75,18 @@ class SamplingParams:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; use 1 to keep every token")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if not isinstance(self.stop_token_ids, Iterable):
+            raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
+        stops = tuple(_take_integer("each of stop_token_ids", each) for each in self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stops)
+
+
+def _take_integer(name: str, value: Any) -> int:
+    """The int that a value is, NumPy's and PyTorch's too."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
