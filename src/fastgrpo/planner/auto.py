@@ -39,6 +39,7 @@ _STEPS_DECIDED, _MOST_DECIDED = 7, 23  # that a plan is kept for without asking 
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on, while nobody waits
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter, if it was seen lately
 _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
+_DOUBTFUL = 0.12  # nats that the price of a forward may be off by: where nothing was measured of it for long
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
 _FIRST_CREDIT = 4  # plain steps, that the first trials with about so many live may lose besides:
 _LIKELY, _LIKELY_KNOWN = 0.8, 0.92  # of plans of so much of the current rate, the more where acceptance is known
@@ -53,9 +54,8 @@ class AutoPlanner(Planner):
 
     Every real step corrects the costs, those of forwards (plain steps, as sequences finish, visit what trees would
     cost), of drafts and of sampling; so a wrong or stale profile heals, within tens of steps where all of it is wrong,
-    within hundreds where trials alone visit what is. What plans have had accepted corrects
-    what is predicted of each, and a tree goes at most one level deeper than what was tried, or to the next depth that
-    the grid has with its width.
+    within hundreds where trials alone visit what is. What plans have had accepted corrects what is predicted of each,
+    and a tree goes at most one level deeper than what was tried, or to the next depth that the grid has with its width.
 
     A plan does not flap: from plain decoding to drafts, and from one tree to another, the new one must promise
     `margin` more; the price of switching on, reading what the drafter has not read, is part of it. Once in a while
@@ -293,12 +293,15 @@ class AutoPlanner(Planner):
     def choose_budget(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Chances) -> int:
         """The draft tokens worth their time: what they promise, less what that time brings at the better of two rates.
 
-        These are the rates of this plan and of plain decoding. The last step of a trial verifies all that it was
-        charged for: by prices that are wrong nothing might be verified, and nothing would show what it takes.
+        These are the rates of this plan and of plain decoding. Where the price of such a forward is in doubt, the last
+        step of a trial verifies all that it was charged for: by a wrong price nothing might be, and nothing would show
+        what it takes.
         """
         most = max(min(len(chances), self.max_num_tokens - inputs.num_seqs), 0)
         if self._is_trial and not self._trial_left:
-            return min(inputs.num_seqs * plan.num_draft_tokens, most)
+            charged = inputs.num_seqs * plan.num_draft_tokens
+            if self._costs.find_target_doubt(inputs.num_seqs + charged) > _DOUBTFUL:
+                return min(charged, most)
         worth = itertools.accumulate(np.asarray(chances)[:most].tolist(), initial=0.0)
         prices = self._find_prices(plan, inputs, most)
         gains = list(map(operator.sub, worth, prices))  # a step's few: NumPy begins slower

@@ -62,6 +62,10 @@ class StepCosts:
         prices = self._target.prices
         return self.tempo * (_interpolate(num_tokens, self._grid, prices[:-1]) + prices[-1] * num_read)
 
+    def find_target_doubt(self, num_tokens: float) -> float:
+        """What the price of a forward of so many tokens may be off by: the standard deviation of its logarithm."""
+        return math.sqrt(float(np.interp(num_tokens, self._grid, self._target.doubts[:-1])))
+
     def predict_draft_s(self, depths: Vector | float, widths: Vector | float, num_seqs: int) -> Vector:
         """Of drafts that read what was just accepted; depth 0 is none."""
         idle_s, start, level = self._draft.prices
