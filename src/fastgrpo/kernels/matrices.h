@@ -6,10 +6,10 @@
 
 #pragma once
 
-#define HEIGHT 16    /* rows of a register: rows of x, or pairs of inputs of the weights */
-#define PAIRS 16     /* of inputs, in a register's row */
+#define HEIGHT 16     /* rows of a register: rows of x, or pairs of inputs of the weights */
+#define PAIRS 16      /* of inputs, in a register's row */
 #define MOST_ROWS 256 /* at a time: they stay in the second cache */
-#define EARLY 4096   /* bytes ahead of the weights that are read from memory */
+#define EARLY 4096    /* bytes ahead of the weights that are read from memory */
 
 typedef struct {
     uint8_t palette, start, unused[14];
