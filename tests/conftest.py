@@ -47,7 +47,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 
 import shape_checks  # noqa: E402
+from fastgrpo.attention import ForwardBatch  # noqa: E402
+from fastgrpo.cache import SlotCache  # noqa: E402
 from fastgrpo.drafters import DraftContext  # noqa: E402
+from fastgrpo.engine import Engine  # noqa: E402
 from fastgrpo.graphs import Recording  # noqa: E402
 from fastgrpo.planner import AutoPlanner, HardwareProfile  # noqa: E402
 from fastgrpo.sampling import SamplingBatch, sample, stream_key  # noqa: E402
@@ -189,6 +192,19 @@ def expected_tokens(
 # -- drafters that know what the target will say -------------------------------------------------------------
 
 Answers = Mapping[tuple[tuple[int, ...], int], list[int]]  # (prompt, stream key) -> completion
+
+
+def lose_memory_behind_drafts(engine: Engine) -> list[Exception]:
+    """Memory runs out once, in a forward of drafts while a prompt is kept, which goes first; empty once it has."""
+    decode, failures = engine.target.decode, [torch.OutOfMemoryError("no room")]
+
+    def fail_once(batch: ForwardBatch, cache: SlotCache) -> object:
+        if failures and batch.most_nodes > 1 and engine.prefiller._kept:
+            raise failures.pop()
+        return decode(batch, cache)
+
+    engine.target.decode = fail_once
+    return failures
 
 
 def build_answers(

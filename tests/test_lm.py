@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from conftest import VOCAB_SIZE, build_model, expected_tokens, shared_model
+from conftest import VOCAB_SIZE, build_model, expected_tokens, lose_memory_behind_drafts, shared_model
 from fastgrpo.cache import locate
 from fastgrpo.drafters import DraftContext, build_drafter, eagle_files
 from fastgrpo.drafters import lm as lm_module
@@ -92,14 +92,7 @@ def test_a_step_that_is_made_again_is_drafted_as_well_as_before():
     """Its pending tokens were read by the drafts that memory ran out behind; a prompt that is kept goes first."""
     model = shared_model("llama", torch.float32)
     engine = Engine(model, drafter=build_lm_drafter(model, model), speculation=CHAIN, max_num_seqs=1)
-    decode, failures = engine.target.decode, [torch.OutOfMemoryError("no room")]
-
-    def fail_once(batch, cache):
-        if failures and batch.most_nodes > 1 and engine.prefiller._kept:
-            raise failures.pop()
-        return decode(batch, cache)
-
-    engine.target.decode = fail_once
+    failures = lose_memory_behind_drafts(engine)
     engine.generate([GROUP] * 3, SamplingParams(max_tokens=40))
     assert not failures and {record.acceptance_length for record in engine.records} == {CHAIN.depth + 1}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import SyntheticClockPlanner, shared_model
+from conftest import SyntheticClockPlanner, lose_memory_behind_drafts, shared_model
 from fastgrpo import admission, memory
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
@@ -400,14 +400,7 @@ def test_what_was_drafted_before_memory_ran_out_is_drafted_again(drafter):
     expected = build_engine("none", "off").generate([GROUP] * 3, SHORT[0])
     engine = build_engine(drafter, "tree")
     engine.scheduler.max_num_seqs = 1
-    decode, failures = engine.target.decode, [torch.OutOfMemoryError("no room")]
-
-    def fail_once(batch, cache):
-        if failures and batch.most_nodes > 1 and engine.prefiller._kept:
-            raise failures.pop()
-        return decode(batch, cache)
-
-    engine.target.decode = fail_once
+    failures = lose_memory_behind_drafts(engine)
     assert [c.token_ids for c in engine.generate([GROUP] * 3, SHORT[0])] == [c.token_ids for c in expected]
     assert not failures
 
