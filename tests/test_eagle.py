@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -58,6 +59,7 @@ def draft_chains(drafter: EagleDrafter, rollout: FinishedRollout, num_pairs: int
 
     drafter.rank_level = follow
     drafter.begin()
+    drafter._compiled = None  # which asks nobody between its levels
     with target.rollout_mode():
         drafter.propose(context, SpeculationPlan(depth=depth, width=1, num_draft_tokens=depth))
     return outputs
@@ -68,24 +70,45 @@ def draft_chains(drafter: EagleDrafter, rollout: FinishedRollout, num_pairs: int
     ("dtype", "compute_dtype"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)]
 )
 @pytest.mark.parametrize("norm_before_residual", [False, True])
-def test_a_pass_in_one_call_has_the_bits_of_kernels_one_by_one(dtype, compute_dtype, norm_before_residual, monkeypatch):
-    """Whole trees of several rows of unlike lengths, and what was written to the cache."""
+def test_a_draft_in_one_call_has_the_bits_of_kernels_in_turn(dtype, compute_dtype, norm_before_residual, monkeypatch):
+    """Trees of several rows of unlike lengths, shallow and deep, narrow and wide, and what was written to the cache."""
     monkeypatch.setattr(linear, "find_layout", lambda _: linear.OwnLayout)
     target = TargetModel(build_model("llama", dtype), compute_dtype=compute_dtype)
     drafter = EagleDrafter(target, draft_vocab_size=VOCAB_SIZE)
     drafter.head.norm_before_residual = norm_before_residual
-    found = []
+    drafter.calibration.slope[:], drafter.calibration.offset[:] = np.linspace(0.7, 1.4, 8), np.linspace(-0.5, 0.5, 8)
+    monkeypatch.setattr(drafter.calibration, "fit", lambda: None)
+    shapes = [(1, 1, 1, True), (1, 5, 3, True), (4, 3, 9, True), (4, 3, 9, False), (8, 2, 40, True), (2, 9, 60, True)]
+    for depth, width, num_draft_tokens, with_noise in shapes:
+        plan = SpeculationPlan(depth=depth, width=width, num_draft_tokens=num_draft_tokens)
+        drafter.ranks_with_noise = with_noise
+        found = []
+        for is_compiled in (True, False):
+            drafter.begin()
+            assert drafter._layer is not None and drafter._compiled is not None
+            if not is_compiled:
+                drafter._compiled = None
+            with drafter.target.rollout_mode():
+                draft = drafter.propose(build_context(drafter.target, [3, 9, 60]), plan)
+            cache = drafter._rows.cache
+            assert draft.counts == tuple(draft.num_nodes.tolist())
+            found.append([getattr(draft, name) for name in head_drafter._PARTS] + [cache.keys.data, cache.values.data])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True)), plan
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="no C compiler")
+def test_a_head_with_fewer_tokens_than_a_level_is_wide_drafts_what_there_is(monkeypatch):
+    monkeypatch.setattr(linear, "find_layout", lambda _: linear.OwnLayout)
+    drafter = EagleDrafter(TargetModel(build_model("llama", torch.float32)), draft_vocab_size=2)
+    plan, found = SpeculationPlan(depth=3, width=3, num_draft_tokens=30), []
     for is_compiled in (True, False):
         drafter.begin()
-        assert drafter._layer is not None and drafter._compiled is not None
         if not is_compiled:
             drafter._compiled = None
         with drafter.target.rollout_mode():
-            draft = drafter.propose(
-                build_context(drafter.target, [3, 9, 60]), SpeculationPlan(depth=4, width=3, num_draft_tokens=9)
-            )
-        cache = drafter._rows.cache
-        found.append([draft.token_ids, draft.parents, draft.scores, cache.keys.data, cache.values.data])
+            draft = drafter.propose(build_context(drafter.target, [3, 9]), plan)
+        found.append([getattr(draft, name) for name in head_drafter._PARTS])
+    assert found[0][0].shape == (2, 1 + 2 + 2 * 2 + 3 * 2)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 

@@ -42,7 +42,10 @@ class RotationTable:
         self, positions: Int[Tensor, " T"], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "C d"], Float[Tensor, "C d"]]:
         """cos and sin of all positions of the host up to these, and of more."""
-        most = cpu.find_most(positions) if cpu.is_available() else int(positions.max())
+        return self.cover_up_to(cpu.find_most(positions) if cpu.is_available() else int(positions.max()), dtype)
+
+    def cover_up_to(self, most: int, dtype: torch.dtype) -> tuple[Float[Tensor, "C d"], Float[Tensor, "C d"]]:
+        """cos and sin of position `most`, all before it, and more."""
         if self._table is None or len(self._table[0]) <= most or self._table[0].dtype != dtype:
             self._table = self._compute(torch.arange(2 * most + 2), torch.empty(0, dtype=dtype))
         return self._table

@@ -192,11 +192,8 @@ class SamplingBatch(SamplingKind):
             [p.top_k for p in params],
         )
         fractions = ([p.temperature for p in params], [p.top_p for p in params])
-        values = [
-            *(torch.from_numpy(np.array(each, dtype=np.int64)) for each in integers),
-            *(torch.from_numpy(np.array(each, dtype=np.float32)) for each in fractions),
-        ]
-        return SamplingBatch(**_name_columns(values, kind))
+        columns = [*np.array(integers, dtype=np.int64), *np.array(fractions, dtype=np.float32)]
+        return SamplingBatch(**_name_columns(map(torch.from_numpy, columns), kind))
 
     @staticmethod
     def read(columns: Int[Tensor, "5 R"], kind: SamplingKind) -> SamplingBatch:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastgrpo.attention import ForwardBatch, describe_rows, has_kernels
+from fastgrpo.attention import ForwardBatch
 from fastgrpo.cache import locate_each
 from fastgrpo.decoder import count_positions
 from fastgrpo.drafters.beams import grow_trees
@@ -24,7 +24,8 @@ from fastgrpo.drafters.eagle_head import EagleHead, build_head, start_from_targe
 from fastgrpo.drafters.eagle_layer import FusedMidLayer, compile_head, is_plain
 from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.drafters.head_inputs import HeadInputs
-from fastgrpo.kernels.layers import CachedRows
+from fastgrpo.drafters.pools import LEVEL_PENALTY, build_draft
+from fastgrpo.kernels.heads import CompiledHead, DraftRows, DraftShape
 from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
 from fastgrpo.rotation import RotationTable
@@ -62,8 +63,48 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         pack_modules(self.fast_head, leave=() if self._layer is None else ("midlayer",))
         self._compiled = None if self._layer is None else compile_head(self.fast_head, self._layer)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it drafts in."""
+        return self._rows.cache.keys.data.dtype
+
     def draft(self, inputs: HeadInputs, plan: SpeculationPlan) -> Draft:
+        if self._compiled is not None and inputs.counts is not None and is_plain(self.target.embed_tokens, self.dtype):
+            return self._draft_at_once(self._compiled, inputs, plan)
         return grow_trees(inputs, plan, _EagleLevels(self, inputs, self._read_pairs(inputs)), self.calibration)
+
+    def _draft_at_once(self, head: CompiledHead, inputs: HeadInputs, plan: SpeculationPlan) -> Draft:
+        """What `grow_trees` comes to, bit for bit, in one call."""
+        assert self._cache is not None and self._cache.features is not None
+        assert inputs.counts is not None and inputs.most_pairs is not None
+        own, sampling, embeddings = self._rows.cache, inputs.sampling, self.target.embed_tokens.weight
+        cos, sin = self._rotation.cover_up_to(inputs.most_pairs + plan.depth, own.keys.data.dtype)
+        rows = DraftRows(
+            cos=cos,
+            sin=sin,
+            keys=own.keys.data,
+            values=own.values.data,
+            own_blocks=inputs.own_blocks,
+            features=self._cache.features.flat(0),
+            blocks=inputs.blocks,
+            roots=inputs.pending_token_ids,
+            lengths=inputs.lengths,
+            num_read=inputs.num_read,
+            counts=inputs.counts,
+            unread=inputs.unread,
+            stream_keys=sampling.stream_keys,
+            positions=sampling.positions,
+            temperature=sampling.temperature,
+        )
+        shape = DraftShape(
+            depth=plan.depth,
+            width=plan.width,
+            most_nodes=plan.tree_size,
+            lines=[self.calibration.line(depth) for depth in range(1, plan.depth + 1)],
+            penalty=LEVEL_PENALTY,
+            with_noise=self.ranks_with_noise and sampling.is_noisy,
+        )
+        return build_draft(*head.draft(rows, shape, embeddings, self.head.draft_vocab))
 
     def _read_pairs(self, inputs: HeadInputs) -> Float[Tensor, "B H"]:
         """Run the pairs whose true features are new; returns each row's last output."""
@@ -81,24 +122,9 @@ class EagleDrafter(HeadDrafter[EagleHead]):
             num_repeats=self.target.num_repeats,
             counts=counts,
         )
-        if inputs.counts is not None and self._runs_compiled(batch):
-            assert self._compiled is not None and self._cache is not None and self._cache.features is not None
-            embeddings, features = self.target.embed_tokens.weight, self._cache.features.flat(0)
-            return self._compiled.read(self._describe(batch), embeddings, features, inputs.blocks)
         rows = torch.arange(num_rows, device=device).repeat_interleave(batch.num_nodes, output_size=sum(counts))
         hidden = self._read_features(locate_each(inputs.blocks, rows, batch.positions))
         return self._run(batch, hidden)[batch.row_starts + (inputs.lengths - inputs.num_read) - 1]
-
-    def _runs_compiled(self, batch: ForwardBatch) -> bool:
-        """Whether a pass over the batch is one call."""
-        keys = self._rows.cache.keys.data
-        return (
-            self._compiled is not None and has_kernels(keys, batch) and is_plain(self.target.embed_tokens, keys.dtype)
-        )
-
-    def _describe(self, batch: ForwardBatch) -> CachedRows:
-        keys, values = self._rows.cache.keys, self._rows.cache.values
-        return describe_rows(batch, keys, values, *self._rotation.cover(batch.positions, keys.data.dtype))
 
     def catch_up(self, context: DraftContext) -> None:
         """Keys and values of all new pairs but each row's last, whose output alone is drafted from."""
@@ -139,9 +165,6 @@ class EagleDrafter(HeadDrafter[EagleHead]):
             hidden: outputs of the nodes expanded before.
             above: which of its row's each node has.
         """
-        if self._runs_compiled(batch):
-            assert self._compiled is not None
-            return self._compiled.expand(self._describe(batch), self.target.embed_tokens.weight, hidden, above)
         num_rows, num_above = hidden.shape[:2]
         places = (torch.arange(num_rows, device=above.device) * num_above)[:, None] + above
         return self._run(batch, hidden.flatten(0, 1)[places.flatten()])
@@ -160,8 +183,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         self, output: Float[Tensor, "B W H"], noise_rows: SamplingBatch, width: int
     ) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
         """The `width` most promising tokens after each output: log chance of being chosen, token id."""
-        scorer = self.fast_head if self._compiled is None else self._compiled
-        return self.rank(scorer.compute_logits(output), noise_rows, width)
+        return self.rank(self.fast_head.compute_logits(output), noise_rows, width)
 
 
 def _build_triangles(num_rows: int, width: int, device: torch.device) -> Bool[Tensor, "B N N"]:

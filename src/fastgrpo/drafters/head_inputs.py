@@ -30,6 +30,7 @@ class HeadInputs:
     num_read: Int[Tensor, " B"]  # pairs that were read before
     unread: Int[Tensor, "B N"]  # token i + 1 of the pairs that were not; padded behind them
     counts: tuple[int, ...] | None  # of those; None: padding is computed too, and nobody looks at what comes of it
+    most_pairs: int | None  # the largest of `lengths`, where the host knows it
     blocks: Int[Tensor, "B K"]  # of the target's cache, from there on
     own_blocks: Int[Tensor, "B J"]  # of the head's
 
@@ -47,13 +48,15 @@ class HeadInputs:
             sequence.last_token_ids(count) + [0] * (width - count)
             for sequence, count in zip(context.sequences, counts, strict=True)
         ]
+        own_lengths = rows.place(lengths)
         return HeadInputs(
             sampling=context.sampling,
             pending_token_ids=context.pending_token_ids,
-            lengths=upload(rows.place(lengths), device),
+            lengths=upload(own_lengths, device),
             num_read=upload(rows.place(num_read), device),
             unread=upload(tokens, device),
             counts=tuple(counts),
+            most_pairs=max(own_lengths),
             blocks=upload(rows.shift_table(context.cache.table), device) if any(rows.starts) else context.cache.blocks,
             own_blocks=rows.cache.blocks,
         )
@@ -122,6 +125,7 @@ class TableShape:
             num_read=num_read,
             unread=unread.contiguous(),
             counts=None,
+            most_pairs=None,
             blocks=blocks.contiguous(),
             own_blocks=own_blocks.contiguous(),
         )

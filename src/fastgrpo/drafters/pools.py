@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastgrpo.kernels import gpu_trees
 
 _MOST_GPU_WIDTH = 16  # nodes of a level, whose candidates one program looks at
-_LEVEL_PENALTY = 1e-4  # nats; a child never outranks its parent, not even at chance 1
+LEVEL_PENALTY = 1e-4  # nats; a child never outranks its parent, not even at chance 1
 
 
 class Pool(Protocol):
@@ -71,19 +71,29 @@ class _CompiledPool:
         self._depth += 1
         is_last, line = self._depth == self._plan.depth, self._calibration.line(self._depth)
         width = 0 if is_last else self._plan.width
-        self._beam = self._pool.grow(chances.float(), token_ids, self._beam, width, line, _LEVEL_PENALTY)
+        self._beam = self._pool.grow(chances.float(), token_ids, self._beam, width, line, LEVEL_PENALTY)
         return None if is_last else self._beam
 
     def prune(self) -> Draft:
-        token_ids, parents, num_nodes, log_chances, scores = self._pool.prune(self._plan.tree_size, self._roots)
-        return Draft(
-            token_ids=token_ids,
-            parents=parents,
-            num_nodes=num_nodes,
-            log_chances=log_chances,
-            scores=scores,
-            counts=tuple(num_nodes.tolist()) if is_host(num_nodes) else None,
-        )
+        return build_draft(*self._pool.prune(self._plan.tree_size, self._roots))
+
+
+def build_draft(
+    token_ids: Int[Tensor, "B N"],
+    parents: Int[Tensor, "B N"],
+    num_nodes: Int[Tensor, " B"],
+    log_chances: Float[Tensor, "B N"],
+    scores: Float[Tensor, "B N"],
+) -> Draft:
+    """What kernels have pruned; see `kernels.trees.Pool.prune`."""
+    return Draft(
+        token_ids=token_ids,
+        parents=parents,
+        num_nodes=num_nodes,
+        log_chances=log_chances,
+        scores=scores,
+        counts=tuple(num_nodes.tolist()) if is_host(num_nodes) else None,
+    )
 
 
 class _TensorPool:
@@ -105,7 +115,7 @@ class _TensorPool:
             places, sums = above.places, above.scores
         self._tokens.append(token_ids.flatten(1))
         self._chances.append(chances.flatten(1))
-        self._scores.append((sums[..., None] + self._calibration(chances, depth) - _LEVEL_PENALTY).flatten(1))
+        self._scores.append((sums[..., None] + self._calibration(chances, depth) - LEVEL_PENALTY).flatten(1))
         self._parents.append(places[..., None].expand(token_ids.shape).flatten(1))
         if depth == self._plan.depth:
             return None

@@ -24,7 +24,7 @@ _FLAGS = (
 )  # fmt: skip
 _OWN_FLAGS = {"noise.c": "-ffp-contract=off", "decoder.c": "-ffp-contract=fast", "attention.c": "-ffp-contract=fast",
               "products.c": "-ffp-contract=fast", "layer.c": "-ffp-contract=fast",
-              "trees.c": "-ffp-contract=off"}  # fmt: skip
+              "trees.c": "-ffp-contract=off", "drafts.c": "-ffp-contract=off"}  # fmt: skip
 _LONGEST_S = 120.0
 
 
@@ -55,7 +55,7 @@ def _find_library() -> Path:
     if compiler is None:
         raise OSError("no C compiler was found: neither CC is set nor gcc or cc in PATH")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    texts = [(_HERE / name).read_text() for name in (*_OWN_FLAGS, "common.h", "matrices.h")]
+    texts = [(_HERE / name).read_text() for name in (*_OWN_FLAGS, "common.h", "matrices.h", "records.h")]
     parts = (*texts, *_FLAGS, *_OWN_FLAGS.values(), version, describe_cpu(), *list_cpu_flags())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     library = find_cache_folder() / f"kernels-{key}.so"

@@ -2,46 +2,12 @@
  * them in, so that the bits are the same and only the way from Python is saved: some nine times a layer, and around the
  * layers, where Python's own memory has left the caches for the weights that were read since.
  *
- * The records are those of layers.py, field by field, and so is the room for what stands in between (scratch). R: type
- * of residual, norms and rotation, X: of the products.
+ * R: type of residual, norms and rotation, X: of the products. The room for what stands in between (scratch) is counted
+ * in layers.py and heads.py.
  */
 
 #include "common.h"
-
-typedef struct {
-    const void *weight; /* or none, where a layer has no such norm */
-    float eps;
-} norm;
-
-typedef struct {
-    const void *layout, *bias;
-    i64 inputs, outputs;
-} linear;
-
-typedef struct {
-    norm before_attention, query_norm, key_norm, before_mlp;
-    linear states, output, gate_and_up, down;
-    i64 heads, kv_heads, width;
-    float scale;
-} layer;
-
-typedef struct {
-    const layer *layers;
-    i64 count;
-    const void *embeddings;
-    i64 vocabulary;
-    norm last;
-} decoder;
-
-typedef struct {
-    const void *cosine, *sine; /* of all positions that there are */
-    const i64 *ids, *positions, *places;
-    void *keys, *values;
-    i64 plane; /* numbers from the keys of one layer to those of the next */
-    const i64 *starts, *nodes, *lengths, *blocks;
-    const uint8_t *visible;
-    i64 tokens, rows, most_blocks, most_nodes, seen;
-} batch;
+#include "records.h"
 
 #define DECLARE(X)                                                                                                    \
     int fastgrpo_product_##X(const X *, i64, const void *, const X *, X *, i64, i64, i64);                            \
@@ -54,13 +20,6 @@ typedef struct {
 
 DECLARE(bf16)
 DECLARE(float)
-
-/* Hand on what went wrong. */
-#define TRY(call)                                                                                                     \
-    do {                                                                                                              \
-        int failed = (call);                                                                                          \
-        if (failed) return failed;                                                                                    \
-    } while (0)
 
 /* Rows of x go to rows that lie `stride` numbers apart. */
 #define DEFINE_PLACE(R, X)                                                                                            \
@@ -139,15 +98,6 @@ DEFINE_LAYER(float, float)
 DEFINE_LAYER(float, bf16)
 
 /* ---- an EAGLE-3 head ---------------------------------------------------------------------------------------- */
-
-typedef struct {
-    norm embedded, hidden; /* side by side they are the layer's input */
-    i64 keeps_normed;      /* the residual is the normed hidden state */
-    layer layer;
-    linear features; /* from the target's features to hidden states */
-    norm last;
-    linear output; /* to logits of the tokens that are drafted */
-} head;
 
 /* E: type of the embeddings. */
 #define DEFINE_PAIRS(E, X)                                                                                            \
