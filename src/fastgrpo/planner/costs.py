@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,6 +18,7 @@ from fastgrpo.types import SpeculationPlan, StepRecord
 READ_PER_DRAFT = 2  # tokens of each sequence that the profiler's drafts read
 _ALIKE = 0.9  # correlation of the errors of two points of the grid an octave apart: a slow machine is slow everywhere
 _MUCH_READING, _DEAREST_READING = 0.5, 2.0  # over drafting, where reading is priced; over what the profile says
+_HELD_UP = 1.5  # times the median: a forward that took longer was held up, the more so where few are looked at
 IDLE_S = 1e-4  # what a step may take where a draft would be made, though none is
 
 
@@ -119,7 +121,7 @@ class StepCosts:
                     bought[right], bought[-1] = weight, _mean(some, "num_read")
                 else:
                     bought[right - 1], bought[right], bought[-1] = 1 - weight, weight, _mean(some, "num_read")
-                self._target.observe(bought, _mean(some, "target_s"), len(some))
+                self._target.observe(bought, _mean_target_s(some), len(some))
         prices = self._target.prices
         weights = 1 / self._target.doubts[:-1]
         prices[:-1] = np.exp(_level(np.log(prices[:-1]), weights))
@@ -182,6 +184,13 @@ _get_num_tokens = operator.attrgetter("num_tokens")
 
 def _mean(records: Sequence[StepRecord], name: str) -> float:
     return math.fsum(getattr(record, name) for record in records) / len(records)
+
+
+def _mean_target_s(records: Sequence[StepRecord]) -> float:
+    """Of forwards in the order of their sizes, none taken for longer than its tokens and the others explain."""
+    median_s, usual = statistics.median(record.target_s for record in records), records[len(records) // 2].num_tokens
+    most_s = (_HELD_UP * median_s * max(record.num_tokens / usual, 1.0) for record in records)
+    return math.fsum(map(min, (record.target_s for record in records), most_s)) / len(records)
 
 
 def shape_arrays(plans: Sequence[SpeculationPlan]) -> tuple[Vector, Vector, Vector]:
