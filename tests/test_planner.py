@@ -320,6 +320,28 @@ def test_larger_forwards_that_look_too_dear_are_measured_by_trials(num_seqs):
     assert sum(drafted[1000:]) > 400
 
 
+def test_a_price_that_is_believed_is_looked_at_again():
+    """Larger forwards were dear when they were measured, so that none is worth making: on a machine that may change."""
+    rng, num_trials, num_whole = random.Random(0), 0, 0
+    dear = HardwareProfile(num_tokens=(4, 8, 512), target_s=(0.02, 0.04, 2.5), draft_s=(0.001,) * 3)
+    planner = SyntheticClockPlanner(dear)
+    planner.trial_share = 0.1
+    for num_tokens in (4, 8) * 100:
+        facts = {"num_tokens": num_tokens, "num_read": 0, "target_s": dear.compute_target_s(num_tokens)}
+        planner._costs.observe(build_record(PLAIN, num_tokens, **facts))
+    planner.begin()
+    for _ in range(1500):
+        inputs = PlanInputs(num_seqs=4)
+        plan = planner.plan(inputs)
+        budget = 0 if plan.is_plain else planner.choose_budget(plan, inputs, [0.5] * (4 * plan.depth))
+        record = play_step(plan, 4, 0.5, rng)
+        num_emitted = 4 + min(record.num_emitted - 4, budget)
+        planner.observe(replace(record, num_tokens=4 + budget, num_emitted=num_emitted))
+        num_trials += not plan.is_plain
+        num_whole += budget > 0
+    assert 2 <= num_whole < num_trials / 12, "of trials of three steps"
+
+
 def test_a_clock_that_goes_astray_teaches_nothing():
     planner = SyntheticClockPlanner()
     play(planner, 60, 4, chance=0.7)
@@ -917,6 +939,17 @@ def test_how_the_time_rises_is_learnt_from_steps_of_one_plan(seed):
             records.append(build_record(PLAIN, 1, num_tokens=num_tokens, num_read=150, target_s=target_s))
         costs.observe(*records)
     assert compute_rise(costs.profile) == pytest.approx(compute_rise(SLOPED), abs=0.13)
+
+
+def test_a_trial_that_is_held_up_is_not_believed():
+    """One of its three forwards takes six times as long."""
+    costs = StepCosts(SLOPED)
+    for _ in range(60):
+        costs.observe(build_record(PLAIN, 8, num_tokens=8, num_read=1200, target_s=SLOPED.compute_target_s(8, 1200)))
+    usual_s = SLOPED.compute_target_s(32, 1200)
+    times_s = (6 * usual_s, usual_s, usual_s)
+    costs.observe(*(build_record(PLAIN, 32, num_tokens=32, num_read=1200, target_s=each) for each in times_s))
+    assert costs.profile.compute_target_s(32, 1200) == pytest.approx(usual_s, rel=0.2)
 
 
 def test_a_machine_that_became_slower_for_good_is_believed_soon():

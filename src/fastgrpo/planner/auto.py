@@ -40,6 +40,7 @@ _LASTING_STEPS = 32  # that drafts are expected to last once they are switched o
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter, if it was seen lately
 _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
 _DOUBTFUL = 0.12  # nats that the price of a forward may be off by: where nothing was measured of it for long
+_WHOLE_TRIALS = 8  # one trial in so many verifies what it is charged for, whatever is believed of its price
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
 _FIRST_CREDIT = 4  # plain steps, that the first trials with about so many live may lose besides:
 _LIKELY, _LIKELY_KNOWN = 0.8, 0.92  # of plans of so much of the current rate, the more where acceptance is known
@@ -108,6 +109,7 @@ class AutoPlanner(Planner):
         self._first_loss_s: defaultdict[int, float] = defaultdict(float)  # of first trials, by octave of live sequences
         self._num_drafted: Counter[int] = Counter()  # steps, likewise
         self._last_plain: dict[int, int] = {}  # the number of the step, likewise
+        self._num_trials = 0
         self._trial_age = 0  # steps since the last one
         self._num_steps = 0
         self._last_tried: dict[SpeculationPlan, int] = {}  # the number of the step, by plan
@@ -284,6 +286,7 @@ class AutoPlanner(Planner):
         self._first_loss_s[octave] += first_s
         self._credit_s -= max(loss_s, 0.0) - first_s
         self._trial_age = 0
+        self._num_trials += 1
         return True
 
     def _count_trial_steps(self, other: SpeculationPlan) -> int:
@@ -295,12 +298,13 @@ class AutoPlanner(Planner):
 
         These are the rates of this plan and of plain decoding. Where the price of such a forward is in doubt, the last
         step of a trial verifies all that it was charged for: by a wrong price nothing might be, and nothing would show
-        what it takes.
+        what it takes. Once in some trials it does so without a doubt: machines change.
         """
         most = max(min(len(chances), self.max_num_tokens - inputs.num_seqs), 0)
         if self._is_trial and not self._trial_left:
             charged = inputs.num_seqs * plan.num_draft_tokens
-            if self._costs.find_target_doubt(inputs.num_seqs + charged) > _DOUBTFUL:
+            is_due = self._num_trials % _WHOLE_TRIALS == 0
+            if is_due or self._costs.find_target_doubt(inputs.num_seqs + charged) > _DOUBTFUL:
                 return min(charged, most)
         worth = itertools.accumulate(np.asarray(chances)[:most].tolist(), initial=0.0)
         prices = self._find_prices(plan, inputs, most)
@@ -409,6 +413,7 @@ class AutoPlanner(Planner):
             "first_loss_s": list(self._first_loss_s.items()),
             "num_drafted": list(self._num_drafted.items()),
             "last_plain": list(self._last_plain.items()),
+            "num_trials": self._num_trials,
             "trial_age": self._trial_age,
             "num_steps": self._num_steps,
             "last_tried": [[asdict(plan), step] for plan, step in self._last_tried.items()],
@@ -424,6 +429,7 @@ class AutoPlanner(Planner):
         planner._expectation = Expectation.from_state(state["expectation"])
         planner._promised, planner._accepted = float(state["promised"]), float(state["accepted"])
         planner._credit_s, planner._trial_age = float(state["credit_s"]), int(state["trial_age"])
+        planner._num_trials = int(state.get("num_trials", 0))
         if "recording_s" in state:  # older states have none, nor the next four
             planner._recording = RecordingPrice(float(state["recording_s"]))
         planner._num_steps = int(state.get("num_steps", 0))
