@@ -319,3 +319,15 @@ def test_memory_that_runs_out_is_said_in_one_line(error, monkeypatch, capsys):
     monkeypatch.setattr("fastgrpo.bench.order.run_order_bench", run_out)
     assert main(["bench", "order"]) == 2
     assert capsys.readouterr().err == f"fastgrpo: error: {error}\n"
+
+
+@pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf"])
+def test_seconds_of_learning_that_cannot_be_are_refused(capsys: pytest.CaptureFixture[str], seconds: str) -> None:
+    message = read_error(capsys, "bench", "rollout", "--warmup-learn-s", seconds)
+    assert f"warmup_learn_s must be seconds above 0, got {float(seconds)}" in message
+
+
+def test_lists_that_hold_no_numbers_are_refused_with_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "plans", "--concurrency", "1,x"])
+    assert "'x' in '1,x'; numbers are parted by commas" in capsys.readouterr().err

@@ -106,7 +106,12 @@ def _build_reader(hint: Any, choices: tuple[str, ...]) -> Callable[[str], Any]:
         for word in words if choices else ():
             if word not in choices:
                 raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(choices)}")
-        return tuple(get_args(kind)[0](word) for word in words) if get_origin(kind) is tuple else kind(text)
+        if get_origin(kind) is not tuple:
+            return kind(text)
+        try:
+            return tuple(get_args(kind)[0](word) for word in words)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error} in {text!r}; numbers are parted by commas, as in 1,4") from error
 
     read.__name__ = getattr(kind, "__name__", "value")
     return read

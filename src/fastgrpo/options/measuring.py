@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,6 +109,8 @@ class RolloutOptions:
             parse_speculation(word)
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
+        if not 0 < self.warmup_learn_s < math.inf:
+            raise ValueError(f"warmup_learn_s must be seconds above 0, got {self.warmup_learn_s}")
         if self.head is not None and self.drafter != "eagle":
             raise ValueError(f"a saved head is drafted with by drafter=eagle, got drafter={self.drafter}")
         if self.draft_vocab_size is not None:
