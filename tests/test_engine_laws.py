@@ -6,12 +6,13 @@ import copy
 import functools
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from conftest import (
@@ -204,6 +205,26 @@ def test_other_shapes_of_the_same_families(family, overrides):
     params = SamplingParams(max_tokens=12)
     engine = build_engine(model, EagleDrafter(TargetModel(model)), TREE, max_num_seqs=4)
     assert [c.token_ids for c in engine.generate(PROMPTS, params)] == expected_tokens(model, PROMPTS, params)
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
+def other_default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("other_default_dtype")
+@pytest.mark.parametrize("drafter", ["none", "ngram", "eagle", "block"])
+def test_tokens_and_logprobs_do_not_depend_on_the_default_dtype(drafter):
+    """Which many set to build a model; kernels write float32 whatever it is."""
+    model, params = shared_model("llama", torch.float32), SamplingParams(max_tokens=12)
+    engine = build_engine(model, drafter, TREE)
+    for stream, (prompt, completion) in enumerate(zip(PROMPTS, engine.generate(PROMPTS, params), strict=True)):
+        expected = expected_completion(model, tuple(prompt), params, stream)
+        assert completion.token_ids == expected.token_ids
+        assert completion.logprobs == pytest.approx(expected.logprobs, abs=1e-3)
+    assert all(p.dtype == torch.float32 for p in getattr(engine.drafter, "head", nn.Module()).parameters())
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

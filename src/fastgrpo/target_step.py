@@ -66,7 +66,7 @@ class _Shape:
             shape = (self.rows, self.nodes)
             buffers = {name: torch.zeros(shape, dtype=torch.int64, device=device) for name in _DRAFT[:2]}
             if self.has_scores:
-                buffers["scores"] = torch.zeros(shape, device=device)
+                buffers["scores"] = torch.zeros(shape, dtype=torch.float32, device=device)
         return _Inputs(shape=self, table=table, draft=buffers)
 
     def name_facts(self, known: list[Tensor]) -> Facts:

@@ -79,7 +79,7 @@ class Calibration:
             from fastgrpo.kernels import gpu_walk  # in Triton, which is imported only where it runs
 
             if self._unfolded is None:
-                self._unfolded = torch.zeros(2, _LEVELS, _BINS, device=log_chances.device)
+                self._unfolded = torch.zeros(2, _LEVELS, _BINS, dtype=torch.float32, device=log_chances.device)
             gpu_walk.count_judged_(self._unfolded, verdict.path, draft.parents, log_chances, weight)
         else:
             new = weight * _count_judged(draft, verdict, log_chances)

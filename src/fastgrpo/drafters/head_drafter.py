@@ -82,7 +82,7 @@ class HeadDrafter(ABC, Generic[Head]):
         self.was_trained = head is not None
         if head is None:
             head = self.build_head(target, draft_vocab_size or choose_vocab_size(target))
-        self.head: Head = head.to(target.device)
+        self.head: Head = head.to(target.device, torch.float32)
         if target.dtype in (torch.bfloat16, torch.float16):
             self.head.lm_head.to(target.dtype)  # not trained: a copy of the target's rows as they are
         self._rows = HeadRows(target, self.head.num_layers, self.num_prompt_tokens)

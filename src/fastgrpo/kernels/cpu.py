@@ -39,7 +39,7 @@ def gumbel_noise(
 ) -> Float[Tensor, "R V"]:
     """See `fastgrpo.sampling.gumbel_noise`; `token_ids` are common to all rows or each row's own."""
     num_rows, width = len(stream_keys), token_ids.shape[-1]
-    out = torch.empty(num_rows, width)
+    out = torch.empty(num_rows, width, dtype=torch.float32)
     stride = width if token_ids.dim() > 1 else 0
     call("gumbel", stream_keys, positions, token_ids.contiguous(), num_rows, width, stride, out)
     return out
@@ -54,10 +54,11 @@ def sample(
     """See `fastgrpo.sampling.sample`, without truncation."""
     num_rows, width = logits.shape
     assert logits.stride(1) == 1, "columns must be adjacent"
-    out = (torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows), torch.empty(num_rows))
+    out = [torch.empty(num_rows, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32)]
     name = f"sample_{NAMES[logits.dtype]}"
     call(name, logits, logits.stride(0), stream_keys, positions, temperature, num_rows, width, *out)
-    return out
+    token_ids, logprobs, entropies = out
+    return token_ids, logprobs, entropies
 
 
 def rank(
@@ -73,7 +74,7 @@ def rank(
     """See `fastgrpo.drafters.beams.rank_candidates`; of equal candidates the first."""
     num_trees, num_nodes, num_columns = logits.shape
     most = min(width, num_columns)
-    chances = torch.empty(num_trees, num_nodes, most)
+    chances = torch.empty(num_trees, num_nodes, most, dtype=torch.float32)
     token_ids = torch.empty(num_trees, num_nodes, most, dtype=torch.int64)
     sizes = (*logits.shape, most, int(with_noise))
     rows = (vocabulary, stream_keys, positions, temperature)

@@ -178,7 +178,8 @@ class Pool:
 
     def __init__(self, num_trees: int, capacity: int, device: torch.device) -> None:
         self.num_filled = 0
-        self._chances, self._scores = (torch.empty(num_trees, capacity, device=device) for _ in range(2))
+        shape = (num_trees, capacity)
+        self._chances, self._scores = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
         shape = (num_trees, capacity)
         self._tokens, self._parents = (torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2))
 
@@ -196,7 +197,7 @@ class Pool:
         count, expanded = min(width, num_nodes * num_children), beam.visible.shape[2]
         device = chances.device
         token_out, above, places = (torch.empty(num_trees, count, dtype=torch.int64, device=device) for _ in range(3))
-        scores = torch.empty(num_trees, count, device=device)
+        scores = torch.empty(num_trees, count, dtype=torch.float32, device=device)
         visible = torch.empty(num_trees, count, expanded + count, dtype=torch.bool, device=device)
         if num_trees and num_nodes * num_children:
             _grow_level[(num_trees,)](
@@ -215,7 +216,8 @@ class Pool:
         (num_trees, capacity), device = self._tokens.shape, roots.device
         count = min(count, self.num_filled)
         tokens, parents = (torch.empty(num_trees, count + 1, dtype=torch.int64, device=device) for _ in range(2))
-        chances, scores = (torch.empty(num_trees, count + 1, device=device) for _ in range(2))
+        shape = (num_trees, count + 1)
+        chances, scores = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
         num_nodes = torch.empty(num_trees, dtype=torch.int64, device=device)
         if num_trees:
             _prune[(num_trees,)](
@@ -233,7 +235,7 @@ def begin_beam(num_trees: int, device: torch.device) -> Beam:
         token_ids=zeros,
         above=zeros,
         places=zeros,
-        scores=torch.zeros(num_trees, 1, device=device),
+        scores=torch.zeros(num_trees, 1, dtype=torch.float32, device=device),
         visible=torch.empty(num_trees, 1, 0, dtype=torch.bool, device=device),
     )
 

@@ -73,7 +73,7 @@ class Walk:
         self._trees = (row_starts.contiguous(), token_ids.contiguous(), parents.contiguous())
         self._level, self._sizes = 0, (token_ids.shape[1], num_levels)
         self.path, self.token_ids = (torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2))
-        self.logprobs, self.entropies = (torch.empty(shape, device=device) for _ in range(2))
+        self.logprobs, self.entropies = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
         self.num_accepted = torch.zeros_like(self.rows)
 
     def advance(self, chosen: Int[Tensor, " B"], logprobs: Float[Tensor, " B"], entropies: Float[Tensor, " B"]) -> None:

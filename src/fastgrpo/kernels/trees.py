@@ -34,7 +34,7 @@ class Pool:
 
     def __init__(self, num_trees: int, capacity: int) -> None:
         self.num_filled = 0
-        self._chances, self._scores = (torch.empty(num_trees, capacity) for _ in range(2))
+        self._chances, self._scores = (torch.empty(num_trees, capacity, dtype=torch.float32) for _ in range(2))
         self._tokens, self._parents = (torch.empty(num_trees, capacity, dtype=torch.int64) for _ in range(2))
 
     def grow(
@@ -56,7 +56,7 @@ class Pool:
         num_trees, num_nodes, num_children = chances.shape
         count, expanded = min(width, num_nodes * num_children), beam.visible.shape[2]
         token_out, above, places = (torch.empty(num_trees, count, dtype=torch.int64) for _ in range(3))
-        scores = torch.empty(num_trees, count)
+        scores = torch.empty(num_trees, count, dtype=torch.float32)
         visible = torch.empty(num_trees, count, expanded + count, dtype=torch.bool)
         below = (chances.contiguous(), token_ids.contiguous(), *chances.shape, *map(float, line), penalty)
         pool = (self._chances, self._tokens, self._scores, self._parents)
@@ -71,7 +71,7 @@ class Pool:
         num_trees, capacity = self._tokens.shape
         count = min(count, self.num_filled)
         tokens, parents = (torch.empty(num_trees, count + 1, dtype=torch.int64) for _ in range(2))
-        chances, scores = (torch.empty(num_trees, count + 1) for _ in range(2))
+        chances, scores = (torch.empty(num_trees, count + 1, dtype=torch.float32) for _ in range(2))
         num_nodes = torch.empty(num_trees, dtype=torch.int64)
         pool = (self._chances, self._tokens, self._scores, self._parents)
         sizes = (num_trees, capacity, self.num_filled, count)
@@ -87,7 +87,7 @@ def begin_beam(num_trees: int) -> Beam:
         token_ids=zeros,
         above=zeros,
         places=zeros,
-        scores=torch.zeros(num_trees, 1),
+        scores=torch.zeros(num_trees, 1, dtype=torch.float32),
         visible=torch.empty(num_trees, 1, 0, dtype=torch.bool),
     )
 
@@ -101,7 +101,7 @@ def find_ancestors(parents: Int[Tensor, "B N"]) -> Bool[Tensor, "B N N"]:
 
 def sum_chances(scores: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
     """See `fastgrpo.tree.Draft.num_promised`."""
-    sums = torch.empty(len(scores))
+    sums = torch.empty(len(scores), dtype=torch.float32)
     call("sum_chances", scores.contiguous(), *scores.shape, sums)
     return sums
 
@@ -125,7 +125,7 @@ def walk(
     """
     assert logits.stride(1) == 1, "columns must be adjacent"
     path, chosen = (torch.empty(len(row_starts), num_levels, dtype=torch.int64) for _ in range(2))
-    logprobs, entropies = (torch.empty(len(row_starts), num_levels) for _ in range(2))
+    logprobs, entropies = (torch.empty(len(row_starts), num_levels, dtype=torch.float32) for _ in range(2))
     num_accepted = torch.empty_like(row_starts)
     trees = (row_starts, token_ids.contiguous(), parents.contiguous(), *token_ids.shape)
     rows = (stream_keys, positions, temperature, num_levels)
