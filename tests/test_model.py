@@ -278,6 +278,47 @@ def test_what_would_run_wrongly_is_refused_by_name(build: Callable[[], nn.Module
         Engine(build(), drafter="none")
 
 
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda model: model.to(torch.bfloat16), "dtype were torch.float32 .* are torch.bfloat16"),
+        (lambda model: model.resize_token_embeddings(VOCAB_SIZE + 8, mean_resizing=False), "tokens were 120"),
+        (lambda model: setattr(model.config, "num_hidden_layers", 2), "layers were 3 .* are 2"),
+    ],
+    ids=["dtype", "vocabulary", "layers"],
+)
+@pytest.mark.parametrize("drafter", ["none", "ngram", "eagle"])
+def test_a_model_of_another_kind_than_an_engine_was_built_for_is_refused(change, what, drafter):
+    """Caches are laid out for it: kernels would write bfloat16 into room for float32, or beyond it."""
+    model = build_model("llama", torch.float32)
+    engine = Engine(model, drafter=drafter, speculation="off" if drafter == "none" else TREE)
+    engine.generate(PROMPTS, PARAMS)
+    change(model)
+    with pytest.raises(RuntimeError, match=what):
+        engine.generate(PROMPTS, PARAMS)
+    again = Engine(model, drafter=drafter, speculation="off" if drafter == "none" else TREE)
+    assert all(len(completion.token_ids) == PARAMS.max_tokens for completion in again.generate(PROMPTS, PARAMS))
+
+
+def test_an_engine_of_another_type_waits_for_a_rollout_that_casts_the_weights():
+    model = build_model("llama", torch.float32)
+    cast, plain = (Engine(model, drafter="none", compute_dtype=dtype) for dtype in (torch.bfloat16, None))
+    rollout = cast.roll_out(cast.take_requests(PROMPTS, PARAMS))
+    next(rollout)
+    with pytest.raises(RuntimeError, match="a rollout with another compute_dtype may be under way"):
+        plain.generate(PROMPTS, PARAMS)
+    rollout.close()
+    assert [c.token_ids for c in plain.generate(PROMPTS, PARAMS)] == reference_tokens(model)
+
+
+@pytest.mark.parametrize("drafter", ["none", "eagle"])
+def test_layers_beyond_the_configs_are_not_run_as_in_transformers(drafter):
+    model = build_model("llama", torch.float32)
+    model.config.num_hidden_layers = 2
+    engine = Engine(model, drafter=drafter, speculation="off" if drafter == "none" else TREE)
+    assert [c.token_ids for c in engine.generate(PROMPTS, PARAMS)] == reference_tokens(model)
+
+
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("first_to_end", [0, 1])
 def test_engines_that_take_turns_may_end_in_any_order(first_to_end, compute_dtype):

@@ -81,7 +81,7 @@ class FusedDecoder:
         assert self._kernels is not None, "ask find_obstacle first"
         packs = self._kernels is cpu and may_pack(decoder)
         self._rounds_rows = packs and wants_round_rows(dtype)
-        self._layers = [_read_layer(layer, packs) for layer in decoder.layers]
+        self._layers = [_read_layer(layer, packs) for layer in decoder.layers[: decoder.config.num_hidden_layers]]
         self._norm = _read_norm(decoder.norm)
         self._rotation = RotationTable(decoder.rotary_emb, count_positions(decoder.config))
         self._compiled: CompiledDecoder | None = None

@@ -178,7 +178,8 @@ class Engine:
         of one model may take turns; the model is its owner's again when the last of them ends.
 
         Raises:
-            RuntimeError: another rollout of this engine is under way, which goes on.
+            RuntimeError: another rollout of this engine is under way, which goes on; or the model's type, device,
+                vocabulary or layers have changed since the engine was built.
         """
         self._check_idle()
         self.records = []

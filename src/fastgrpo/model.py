@@ -144,13 +144,31 @@ class TargetModel:
         weight = self.embed_tokens.weight
         self.compute_dtype = None if compute_dtype == weight.dtype else compute_dtype
         config = self.config
-        self.num_layers = int(config.num_hidden_layers)
+        self.num_layers = self._count_layers()
         self.hidden_size = int(config.hidden_size)
         self.vocab_size = int(weight.shape[0])
         self.num_kv_heads = int(config.num_key_value_heads)
         self.num_repeats = int(config.num_attention_heads) // self.num_kv_heads
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.max_position = int(config.max_position_embeddings)
+        self._built_for = self._list_facts()
+
+    def _count_layers(self) -> int:
+        """That transformers runs: no more than the config says."""
+        return len(self.decoder.layers[: self.config.num_hidden_layers])
+
+    def _list_facts(self) -> dict[str, object]:
+        """What caches and drafters are built for."""
+        num_tokens = len(self.embed_tokens.weight)
+        return {"dtype": self.dtype, "device": self.device, "tokens": num_tokens, "layers": self._count_layers()}
+
+    def _check_unchanged(self) -> None:
+        for name, now in self._list_facts().items():
+            if now != (before := self._built_for[name]):
+                raise RuntimeError(
+                    f"the model's {name} were {before} when this engine was built and are {now}: build another engine, "
+                    "or undo what has changed the model; a rollout with another compute_dtype may be under way"
+                )
 
     def is_like(self, other: TargetModel) -> bool:
         """Whether both run the same model in the same type."""
@@ -216,9 +234,11 @@ class TargetModel:
         gone.
 
         Raises:
-            RuntimeError: another thread has the model in a rollout, which goes on.
+            RuntimeError: another thread has the model in a rollout, which goes on; or its type, device, vocabulary or
+                layers are no longer those that it was given with.
         """
         with _OWNERS.own(self.base):
+            self._check_unchanged()
             with contextlib.ExitStack() as entering:
                 entering.enter_context(self._change_mode())
                 mode = entering.pop_all()
