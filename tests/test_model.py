@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AdaptionPromptConfig, LNTuningConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -66,8 +66,13 @@ def reference_tokens(model: nn.Module, params: SamplingParams = PARAMS) -> list[
         {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
         {"target_modules": ["lm_head", "embed_tokens", "q_proj"]},
         {"target_modules": ["embed_tokens", "q_proj"], "is_tied": True},
+        {"lora_bias": True},
+        {"trainable_token_indices": [1, 5, 7]},
     ],
-    ids=["all_linear", "dropout", "rslora_bias", "dora", "modules_to_save", "untied_ends", "tied_embedding"],
+    ids=[
+        *("all_linear", "dropout", "rslora_bias", "dora", "modules_to_save", "untied_ends", "tied_embedding"),
+        *("new_biases", "some_tokens"),
+    ],
 )
 def test_tokens_with_merged_lora_are_those_without_merging(settings):
     model = build_lora(**settings)
@@ -79,6 +84,20 @@ def test_tokens_with_merged_lora_are_those_without_merging(settings):
     assert not any(getattr(module, "merged", False) for module in model.modules())
     model.eval()
     assert tokens == reference_tokens(model)
+
+
+def test_tuned_norms_stay_those_that_are_trained():
+    """Merging one, PEFT puts it in the place of the base's, and takes the base's for the adapter."""
+    config = LNTuningConfig(target_modules=["input_layernorm", "norm"])
+    model = get_peft_model(build_model("llama", torch.float32), config)
+    for parameter in filter(lambda each: each.requires_grad, model.parameters()):
+        parameter.data += 0.5
+    before, trained = copy_weights(model), [each for each in model.parameters() if each.requires_grad]
+    tokens = [c.token_ids for c in Engine(model, drafter="ngram", speculation=TREE).generate(PROMPTS, PARAMS)]
+    assert_same_weights(model, before)
+    now = [each for each in model.parameters() if each.requires_grad]
+    assert all(one is other for one, other in zip(trained, now, strict=True))
+    assert tokens == reference_tokens(model.eval())
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
@@ -251,6 +270,15 @@ def build_prompt_tuned() -> nn.Module:
     )
 
 
+def build_adaption_prompted() -> nn.Module:
+    config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2)
+    return get_peft_model(build_model("llama"), config)
+
+
+def build_alora() -> nn.Module:
+    return build_lora(alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM")
+
+
 def rope(rope_type: str, **settings: object) -> dict[str, object]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0, **settings}}
 
@@ -270,8 +298,13 @@ def rope(rope_type: str, **settings: object) -> dict[str, object]:
             "rope_type 'longrope' is not supported",
         ),
         (build_prompt_tuned, r"PEFT adapter 'default' \(PromptTuningConfig\) prepends virtual tokens"),
+        (build_adaption_prompted, r"PEFT adapter 'default' \(AdaptionPromptConfig\) has attention of its own"),
+        (build_alora, r"PEFT adapter 'default' \(LoraConfig\) begins behind its alora_invocation_tokens"),
     ],
-    ids=["gpt2", "mistral_window", "qwen2_window", "dynamic_rope", "longrope", "prompt_tuning"],
+    ids=[
+        *("gpt2", "mistral_window", "qwen2_window", "dynamic_rope", "longrope"),
+        *("prompt_tuning", "adaption_prompt", "alora"),
+    ],
 )
 def test_what_would_run_wrongly_is_refused_by_name(build: Callable[[], nn.Module], message: str):
     with pytest.raises(ValueError, match=message):

@@ -425,8 +425,13 @@ def check_supported(model: PreTrainedModel) -> None:
 
 def _check_peft(model: nn.Module) -> None:
     for name, config in getattr(model, "peft_config", {}).items():
-        if getattr(config, "is_prompt_learning", False):
-            raise ValueError(
-                f"PEFT adapter '{name}' ({type(config).__name__}) prepends virtual tokens, which is not supported; "
-                "use LoRA"
-            )
+        obstacles = {
+            "prepends virtual tokens": getattr(config, "is_prompt_learning", False),
+            "has attention of its own": getattr(config, "is_adaption_prompt", False),
+            "begins behind its alora_invocation_tokens": getattr(config, "alora_invocation_tokens", None),
+        }
+        for obstacle, is_so in obstacles.items():
+            if is_so:
+                raise ValueError(
+                    f"PEFT adapter '{name}' ({type(config).__name__}) {obstacle}, which is not supported; use LoRA"
+                )

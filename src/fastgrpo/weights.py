@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_UNMERGED = ("LNTuningLayer", "TrainableTokensLayer")  # changes places with its base; is asked by its wrapper
+
 
 @contextlib.contextmanager
 def merged_weights(model: nn.Module, compute_dtype: torch.dtype | None = None) -> Iterator[None]:
@@ -46,7 +48,8 @@ def _mergeable_tuners(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """(parent, name, layer) of the LoRA layers over floating-point weights of their own.
 
     Quantised bases decode with their adapters unmerged, and so do tied ones: folding the adapter of an
-    embedding into a weight that the output head shares would change the head.
+    embedding into a weight that the output head shares would change the head. And so do those that do not
+    merge into the base's own weights.
     """
     if not hasattr(model, "peft_config"):
         return []
@@ -62,7 +65,13 @@ def _mergeable_tuners(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         and not layer.merged
         and layer.get_base_layer().weight.is_floating_point()
         and num_owners[id(layer.get_base_layer().weight)] == 1
+        and _merges_into_base(layer)
     ]
+
+
+def _merges_into_base(layer: Any) -> bool:
+    has_new_bias = any(getattr(layer, "lora_bias", {}).values()) and layer.get_base_layer().bias is None
+    return type(layer).__name__ not in _UNMERGED and not has_new_bias
 
 
 def _castable_weights(model: nn.Module) -> list[nn.Parameter]:
