@@ -170,7 +170,7 @@ class CompiledHead:
         records = (ctypes.byref(self._record), ctypes.byref(record))
         count = shape.count_nodes(self._record.output.outputs)
         token_ids, parents = (torch.empty(num_rows, count + 1, dtype=torch.int64) for _ in range(2))
-        log_chances, scores = (torch.empty(num_rows, count + 1) for _ in range(2))
+        log_chances, scores = (torch.empty(num_rows, count + 1, dtype=torch.float32) for _ in range(2))
         num_nodes = torch.empty(num_rows, dtype=torch.int64)
         found = (token_ids, parents, num_nodes, log_chances, scores)
         cpu.compute(self._name("draft", embeddings), *records, count, *found)
