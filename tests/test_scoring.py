@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 
 from fastgrpo import FastGRPOTrainer
 from fastgrpo.grpo.scoring import find_obstacle, find_rows_to_train
-from test_trainer import build_trainer, weights_of
+from test_trainer import FusedRollouts, assert_same_weights, build_trainer, weights_of
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 
@@ -134,6 +134,19 @@ def test_dropout_keeps_every_row(tmp_path: Path) -> None:
     trainer = build_trainer(tmp_path, speculation="off")
     trainer.model.config.attention_dropout = 0.1
     assert "dropout" in str(find_obstacle(trainer))
+
+
+def test_neftunes_noise_is_that_of_whole_micro_batches(tmp_path: Path) -> None:
+    """Its bound goes by the length of a row, and its draws by what is computed; rollouts have none."""
+    everything = {"skip_zero_advantages": False, "share_prompts": False, "old_logps": "forward"}
+    ends = []
+    for number, keys in enumerate((everything, {})):
+        trainer = build_trainer(tmp_path / str(number), speculation="off", neftune_noise_alpha=5.0, max_steps=2, **keys)
+        trainer.add_callback(fused := FusedRollouts(trainer))
+        trainer.train()
+        assert fused.seen == [True, True]
+        ends.append(weights_of(trainer))
+    assert_same_weights(*ends)
 
 
 def constant_reward_later(completions: list, trainer_state: Any, **_: object) -> list[float]:

@@ -24,7 +24,9 @@ from fastgrpo.kernels.linear import PackedLinear, may_pack, round_up, wants_roun
 from fastgrpo.rotation import RotationTable
 
 NO_KERNELS = "the kernels are not compiled"
-_ONLY_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")  # hooks that leave values as they are
+_ONLY_TRAINING = (  # hooks that leave the values of a rollout as they are
+    *("make_inputs_require_grads", "make_inputs_require_grad", "neftune_post_forward_hook"),
+)
 _LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer")
 _NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 _LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -209,4 +211,4 @@ def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
 def is_touched(module: nn.Module) -> bool:
     """Whether a module computes something else than its weights say."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return "forward" in vars(module) or any(getattr(hook, "__name__", "") not in _ONLY_GRADIENTS for hook in hooks)
+    return "forward" in vars(module) or any(getattr(hook, "__name__", "") not in _ONLY_TRAINING for hook in hooks)

@@ -37,6 +37,8 @@ def choose_old_logps(trainer: Any) -> tuple[OldLogps, str]:
         return "rollout", "old_logps is 'rollout'"
     if has_dropout(trainer.accelerator.unwrap_model(trainer.model)):
         return "forward", "the model has dropout, of which TRL's forward makes a draw of its own"
+    if args.neftune_noise_alpha is not None:
+        return "forward", "NEFTune draws noise of its own for TRL's forward"
     if args.torch_compile or getattr(trainer, "aux_loss_enabled", False):
         return "forward", "a compiled model and a router's loss are scored by TRL"
     return "update", "the first pass over a micro-batch computes them"

@@ -40,6 +40,7 @@ def find_obstacle(trainer: Any) -> str | None:
         "a compiled model takes no hooks": args.torch_compile,
         "DeepSpeed keeps the gradients itself": getattr(trainer, "is_deepspeed_enabled", False),
         "the model has dropout, whose draws depend on the rows computed": has_dropout(model),
+        "NEFTune's noise depends on the rows computed": args.neftune_noise_alpha is not None,
     }
     return next((reason for reason, is_so in obstacles.items() if is_so), None)
 
@@ -58,6 +59,7 @@ def find_sharing_obstacle(trainer: Any) -> str | None:
         "a compiled model is left as it is": trainer.args.torch_compile,
         "the router's auxiliary loss is over all positions": getattr(trainer, "aux_loss_enabled", False),
         "the model has dropout, whose draws depend on the tokens computed": any(map(has_dropout, models)),
+        "NEFTune's noise is the less, the longer a row is": trainer.args.neftune_noise_alpha is not None,
     }
     return next((reason for reason, is_so in obstacles.items() if is_so), None)
 
