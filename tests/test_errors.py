@@ -93,6 +93,8 @@ def test_requests_that_are_none_are_refused(prompts, params, message):
         ({"top_p": 1.5}, "top_p must be in (0, 1], got 1.5"),
         ({"top_p": -0.5}, "top_p must be in (0, 1], got -0.5"),
         ({"top_p": math.nan}, "top_p must be in (0, 1], got nan"),
+        ({"top_p": None}, "top_p must be a number, got None"),
+        ({"temperature": "1"}, "temperature must be a number, got '1'"),
         ({"top_k": -1}, "top_k must be >= 0, got -1"),
         ({"top_k": 1.0}, "top_k must be an integer, got 1.0"),
         ({"max_tokens": 2.5}, "max_tokens must be an integer, got 2.5"),
@@ -141,6 +143,7 @@ def test_stop_tokens_may_be_a_list():
         ({"drafter": "none", "speculation": "fast"}, "speculation must be one of auto, off, paper, paper-own"),
         ({"drafter": "none", "max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
         ({"drafter": "none", "max_num_seqs": 1.5}, "max_num_seqs must be an integer, got 1.5"),
+        ({"drafter": "none", "compute_dtype": torch.float32}, "compute_dtype must be bfloat16, float16 or the model's"),
         ({"drafter": "none", "max_cache_bytes": 0}, "max_cache_bytes must be positive, got 0; None takes what is free"),
     ],
 )

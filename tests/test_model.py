@@ -275,6 +275,16 @@ def build_adaption_prompted() -> nn.Module:
     return get_peft_model(build_model("llama"), config)
 
 
+def build_headless() -> nn.Module:
+    return build_model("llama").model
+
+
+def build_with_larger_head() -> nn.Module:
+    model = build_model("llama")
+    model.lm_head = nn.Linear(32, VOCAB_SIZE + 8, bias=False, dtype=torch.float64)
+    return model
+
+
 def build_alora() -> nn.Module:
     return build_lora(alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM")
 
@@ -299,11 +309,13 @@ def rope(rope_type: str, **settings: object) -> dict[str, object]:
         ),
         (build_prompt_tuned, r"PEFT adapter 'default' \(PromptTuningConfig\) prepends virtual tokens"),
         (build_adaption_prompted, r"PEFT adapter 'default' \(AdaptionPromptConfig\) has attention of its own"),
+        (build_headless, "LlamaModel has no output head"),
+        (build_with_larger_head, "the output head has 128 tokens and the embedding 120"),
         (build_alora, r"PEFT adapter 'default' \(LoraConfig\) begins behind its alora_invocation_tokens"),
     ],
     ids=[
         *("gpt2", "mistral_window", "qwen2_window", "dynamic_rope", "longrope"),
-        *("prompt_tuning", "adaption_prompt", "alora"),
+        *("prompt_tuning", "adaption_prompt", "no_head", "larger_head", "alora"),
     ],
 )
 def test_what_would_run_wrongly_is_refused_by_name(build: Callable[[], nn.Module], message: str):

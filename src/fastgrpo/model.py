@@ -143,6 +143,11 @@ class TargetModel:
         self.decoder: Any = self.base.model
         weight = self.embed_tokens.weight
         self.compute_dtype = None if compute_dtype == weight.dtype else compute_dtype
+        if self.compute_dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"compute_dtype must be bfloat16, float16 or the model's own {weight.dtype}, got {compute_dtype}; "
+                "to compute in another one, convert the model"
+            )
         config = self.config
         self.num_layers = self._count_layers()
         self.hidden_size = int(config.hidden_size)
@@ -399,7 +404,8 @@ def check_supported(model: PreTrainedModel) -> None:
     """Refuse by name what the engine would run wrongly.
 
     Raises:
-        ValueError: unknown family, sliding-window layers, or RoPE that depends on the batch.
+        ValueError: unknown family, sliding-window layers, RoPE that depends on the batch, or no output head for all
+            tokens.
     """
     config = model.config
     family = config.model_type
@@ -420,6 +426,14 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ValueError(
             f"rope_type '{rope['rope_type']}' is not supported: its frequencies depend on the longest sequence of "
             "a batch, so a completion would depend on its neighbours. Use 'default', 'linear', 'yarn' or 'llama3'"
+        )
+    head, num_tokens = model.get_output_embeddings(), len(model.get_input_embeddings().weight)
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output head and can say nothing; load a causal LM")
+    if (num_outputs := getattr(head, "out_features", num_tokens)) != num_tokens:
+        raise ValueError(
+            f"the output head has {num_outputs} tokens and the embedding {num_tokens}, which is not supported: use "
+            "model.resize_token_embeddings"
         )
 
 

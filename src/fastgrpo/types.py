@@ -62,6 +62,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("top_k", "max_tokens", "seed", "stream"):
             object.__setattr__(self, name, _take_integer(name, getattr(self, name)))
+        for name in ("temperature", "top_p"):
+            object.__setattr__(self, name, _take_number(name, getattr(self, name)))
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}; use 0 for greedy")
         if self.temperature and not _LEAST_TEMPERATURE <= self.temperature <= _MOST_TEMPERATURE:
@@ -87,6 +89,13 @@ def _take_integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _take_number(name: str, value: Any) -> float:
+    """The float that a number is, NumPy's and PyTorch's too."""
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
 
 
 @dataclass(frozen=True, kw_only=True)
