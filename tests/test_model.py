@@ -356,6 +356,22 @@ def test_an_engine_of_another_type_waits_for_a_rollout_that_casts_the_weights():
     assert [c.token_ids for c in plain.generate(PROMPTS, PARAMS)] == reference_tokens(model)
 
 
+@pytest.mark.parametrize("drafter", ["none", "ngram", "eagle"])
+def test_a_head_that_shares_the_embeddings_weights_computes_in_bfloat16_like_another(drafter):
+    """As in SmolLM2, where TRL loads float32 and trains under autocast: the embedding itself is not cast."""
+    tied = build_model("llama", torch.float32, tie_word_embeddings=True)
+    apart = build_model("llama", torch.float32)
+    apart.load_state_dict(tied.state_dict())
+    before = copy_weights(tied)
+    first, second = (
+        Engine(model, drafter=drafter, speculation="off" if drafter == "none" else TREE, compute_dtype=torch.bfloat16)
+        for model in (tied, apart)
+    )
+    assert first.generate(PROMPTS, PARAMS) == second.generate(PROMPTS, PARAMS)
+    assert_same_weights(tied, before)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
 @pytest.mark.parametrize("drafter", ["none", "eagle"])
 def test_layers_beyond_the_configs_are_not_run_as_in_transformers(drafter):
     model = build_model("llama", torch.float32)

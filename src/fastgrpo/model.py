@@ -321,8 +321,9 @@ class TargetModel:
         obstacle = find_obstacle(self.decoder, self.dtype)
         if obstacle is None:
             head = self.lm_head
-            if type(head) is nn.Linear and not is_touched(head) and has_own_product(head, self.dtype):
-                self._output = PackedLinear([head])
+            if type(head) is nn.Linear and not is_touched(head):
+                head = _cast(head, self.dtype)
+                self._output = PackedLinear([head]) if has_own_product(head, self.dtype) else self._output
             return FusedDecoder(self.decoder, self.dtype, self._output)
         _warn_of(obstacle)
         return None
@@ -372,6 +373,16 @@ class TargetModel:
         if self._output is not None:
             return self._output(hidden)
         return self.lm_head(hidden)
+
+
+def _cast(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    """The layer in another type: one that shares its weights with the embedding was not cast with the others."""
+    if linear.weight.dtype == dtype:
+        return linear
+    cast = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    for name, parameter in linear.named_parameters():
+        setattr(cast, name, nn.Parameter(parameter.data.to(dtype), requires_grad=False))
+    return cast
 
 
 def _flatten(output: ForwardOutput, logits: Tensor) -> tuple[Tensor, ...]:

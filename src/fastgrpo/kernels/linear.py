@@ -153,9 +153,9 @@ def can_pack(linears: Sequence[nn.Linear]) -> bool:
 
 def has_own_product(linear: nn.Linear, dtype: torch.dtype) -> bool:
     """Whether a `PackedLinear` of it multiplies inputs of this type otherwise than the layer itself does."""
-    return can_pack([linear]) or (
-        gpu.runs_on(linear.weight) and linear.weight.dtype == dtype and linear.weight.is_contiguous()
-    )
+    if linear.weight.dtype != dtype:
+        return False
+    return can_pack([linear]) or (gpu.runs_on(linear.weight) and linear.weight.is_contiguous())
 
 
 def may_pack(model: nn.Module) -> bool:
