@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model() -> LlamaForCausalLM:
+def build_model(**overrides: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(CHARACTERS) + 2,
@@ -47,6 +48,7 @@ def build_model() -> LlamaForCausalLM:
         initializer_range=0.2,
         eos_token_id=0,
         bos_token_id=None,
+        **overrides,
     )
     return LlamaForCausalLM(config)
 
@@ -115,12 +117,16 @@ def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.
 
 
 @pytest.mark.parametrize("peft", [False, True])
-def test_trls_defaults_keep_the_kernels(tmp_path: Path, peft: bool) -> None:
-    """Gradient checkpointing is one of them, and leaves a hook at the embeddings."""
-    trainer = build_trainer(tmp_path, max_steps=2, speculation="off", peft=peft)
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("tie_word_embeddings", [False, True])
+def test_trls_defaults_keep_the_kernels(tmp_path: Path, peft: bool, bf16: bool, tie_word_embeddings: bool) -> None:
+    """Gradient checkpointing is one of them, and leaves a hook at the embeddings; bfloat16 around float32 another."""
+    model = build_model(tie_word_embeddings=tie_word_embeddings)
+    trainer = build_trainer(tmp_path, model=model, max_steps=2, speculation="off", peft=peft, bf16=bf16)
     trainer.add_callback(fused := FusedRollouts(trainer))
     trainer.train()
     assert trainer.args.gradient_checkpointing and fused.seen == [True, True]
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
 
 
 @pytest.mark.parametrize("peft", [False, True])
