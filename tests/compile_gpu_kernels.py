@@ -23,7 +23,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 INTS = (
     *("stride", "width", "num_blocks", "token_stride", "head_stride", "position_stride", "num_words", "most_nodes"),
     *("num_before", "num_kv_heads", "num_splits", "num_heads"),
-    "num_expanded",
+    *("num_expanded", "count"),
     *("num_children", "num_seen", "num_levels", "capacity", "num_filled", "num_chosen", "level", "depth"),
     *("first_width", "second_width", "third_width", "out_stride", "num_tokens", "num_inputs"),
 )
@@ -31,6 +31,8 @@ LONGS = ("rows", "stream_keys", "positions", "token_ids", "blocks", "starts", "n
 TYPES = {"tokens": "*i32", "scale": "fp32", "eps": "fp32"} | dict.fromkeys(INTS, "i32") | dict.fromkeys(LONGS, "*i64")
 
 
+SETTLED = ("stride", "_kv_heads", "num_heads", "width", "_width", "num_inputs", "num_blocks", "scale", "eps")
+COLUMNS = ("stream_keys", "positions", "temperatures", "lengths", "num_nodes", "starts", "rows")
 _EVEN = {"HAS_BIAS": False, "IS_EVEN": True}
 
 
@@ -39,9 +41,9 @@ def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], i
     for dtype in ("*bf16", "*fp16", "*fp32"):
         yield "gpu_sampling", "_sample_blocks", {"logits": dtype}, {"BLOCK": 2048}, 8
         yield "gpu_sampling", "_join_blocks", {"logits": dtype}, {"BLOCKS": 64}, 1
-        ranked = {"WITH_NOISE": True, "COUNT": 8, "BLOCK": 2048}
+        ranked = {"WITH_NOISE": True, "BLOCK": 2048}
         yield "gpu_ranking", "_rank_blocks", {"logits": dtype, "vocabulary": "*i32", "columns": "*i32"}, ranked, 8
-    joined = {"COUNT": 8, "BLOCKS": 16, "CANDIDATES": 128}
+    joined = {"BLOCKS": 16, "CANDIDATES": 256}
     yield "gpu_ranking", "_join_ranks", {"vocabulary": "*i32", "columns": "*i32"}, joined, 1
     yield "gpu_sampling", "_noise_blocks", {"token_ids": "*i32"}, {"BLOCK": 1024}, 4
     for dtype in ("*bf16", "*fp32"):
@@ -100,11 +102,15 @@ def compile_kernel(module: str, name: str, types: dict[str, str], constants: dic
         else types.get(argument) or TYPES.get(argument, "*fp32")
         for argument in kernel.arg_names
     }  # fmt: skip
+    is_specialized = {parameter.name: not parameter.do_not_specialize for parameter in kernel.params}
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (argument, type_) in enumerate(signature.items())
-        if type_.startswith("*") or argument.endswith(("_stride", "_inputs"))
+        if (type_.startswith("*") or argument.endswith(("_stride", "_inputs"))) and is_specialized[argument]
     }  # as the launcher finds them
+    changing = {name for name, type_ in signature.items() if type_ == "i32" and not name.endswith(SETTLED)}
+    anew = [name for name in (*changing, *COLUMNS) if is_specialized.get(name)]
+    assert not anew, f"{name} would be compiled anew when {', '.join(anew)} change"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {
         "num_warps": warps,

@@ -19,7 +19,8 @@ SPLIT = 256  # positions that one program reads
 _TILE, _SMALL_TILE = 64, 16  # positions read at once: of half precision, of float32
 _LEAST_QUERIES, _MOST_QUERIES = 16, 64  # in one tile; matrix units take 16 at least
 _CHUNK = 8  # stretches joined at once
-_CHANGING = ["num_blocks", "num_words", "most_nodes", "num_before", "num_splits"]  # no reason to compile anew
+_CHANGING = ["most_nodes", "num_before", "num_splits"]  # no reason to compile anew
+_ROWS = ["starts", "num_nodes", "lengths"]  # nor whether these are aligned: in tables of one row or three some are not
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def _attend_tile(
     return highest, mass, total
 
 
-@triton.jit(do_not_specialize=_CHANGING)
+@triton.jit(do_not_specialize=[*_CHANGING, *_ROWS, "blocks", "num_blocks", "words", "num_words"])
 def _attend_splits(
     query: tl.tensor,
     token_stride: tl.tensor,
@@ -153,7 +154,7 @@ def _attend_splits(
     tl.store(out, total, mask=is_query[:, None] & is_number[None, :])
 
 
-@triton.jit(do_not_specialize=[name for name in _CHANGING if name not in ("num_blocks", "num_words")])
+@triton.jit(do_not_specialize=[*_CHANGING, *_ROWS])
 def _join_splits(
     out: tl.tensor,
     starts: tl.tensor,

@@ -15,7 +15,7 @@ _BLOCK = 2048  # tokens of the draft vocabulary that one program looks at
 _NONE = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream_keys", "positions", "temperatures", "num_expanded", "count"])
 def _rank_blocks(
     logits: tl.tensor,
     stride: tl.tensor,
@@ -30,8 +30,8 @@ def _rank_blocks(
     width: tl.tensor,
     num_blocks: tl.tensor,
     num_expanded: tl.tensor,
+    count: tl.tensor,
     WITH_NOISE: tl.constexpr,
-    COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Of one node and one block of the vocabulary: best scores and their columns, and the mass relative to the best."""
@@ -50,15 +50,15 @@ def _rank_blocks(
     place = node * num_blocks + block
     tl.store(tops + place, top)
     tl.store(masses + place, tl.sum(tl.exp(score - tl.where(top == float("-inf"), 0.0, top)), 0))
-    for rank in tl.static_range(COUNT):
+    for rank in range(count):  # not unrolled: one kernel for plans of any width
         best = tl.max(score, 0)
         first = tl.min(tl.where(is_inside & (score == best), column, _NONE), 0)
-        tl.store(scores + place * COUNT + rank, best)
-        tl.store(columns + place * COUNT + rank, first)
+        tl.store(scores + place * count + rank, best)
+        tl.store(columns + place * count + rank, first)
         score = tl.where(column == first, float("-inf"), score)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _join_ranks(
     vocabulary: tl.tensor,
     scores: tl.tensor,
@@ -69,7 +69,7 @@ def _join_ranks(
     token_ids: tl.tensor,
     width: tl.tensor,
     num_blocks: tl.tensor,
-    COUNT: tl.constexpr,
+    count: tl.tensor,
     BLOCKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ) -> None:
@@ -81,14 +81,14 @@ def _join_ranks(
     most = tl.max(top, 0)
     total = tl.sum(tl.where(top == float("-inf"), 0.0, mass * tl.exp(top - most)), 0)
     place = tl.arange(0, CANDIDATES)
-    is_there = place < num_blocks * COUNT
-    score = tl.load(scores + node * num_blocks * COUNT + place, mask=is_there, other=float("-inf"))
-    column = tl.load(columns + node * num_blocks * COUNT + place, mask=is_there, other=_NONE)
-    for rank in tl.static_range(COUNT):
+    is_there = place < num_blocks * count
+    score = tl.load(scores + node * num_blocks * count + place, mask=is_there, other=float("-inf"))
+    column = tl.load(columns + node * num_blocks * count + place, mask=is_there, other=_NONE)
+    for rank in range(count):
         best = tl.max(score, 0)
         first = tl.min(tl.where(score == best, column, _NONE), 0)
-        tl.store(chances + node * COUNT + rank, best - (most + tl.log(total)))
-        tl.store(token_ids + node * COUNT + rank, tl.load(vocabulary + tl.minimum(first, width - 1)).to(tl.int64))
+        tl.store(chances + node * count + rank, best - (most + tl.log(total)))
+        tl.store(token_ids + node * count + rank, tl.load(vocabulary + tl.minimum(first, width - 1)).to(tl.int64))
         score = tl.where(column == first, float("-inf"), score)
 
 
@@ -121,12 +121,12 @@ def rank(
         return chances, token_ids
     _rank_blocks[(len(flat), num_blocks)](
         flat, flat.stride(0), vocabulary, stream_keys, positions, temperature, scores, columns, tops, masses,
-        num_columns, num_blocks, num_expanded,
-        WITH_NOISE=with_noise, COUNT=count, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=False,
+        num_columns, num_blocks, num_expanded, count,
+        WITH_NOISE=with_noise, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     _join_ranks[(len(flat),)](
-        vocabulary, scores, columns, tops, masses, chances, token_ids, num_columns, num_blocks,
-        COUNT=count, BLOCKS=triton.next_power_of_2(num_blocks),
-        CANDIDATES=triton.next_power_of_2(num_blocks * count), num_warps=1, enable_fp_fusion=False,
+        vocabulary, scores, columns, tops, masses, chances, token_ids, num_columns, num_blocks, count,
+        BLOCKS=triton.next_power_of_2(num_blocks),
+        CANDIDATES=triton.next_power_of_2(num_blocks * MOST_CANDIDATES), num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return chances, token_ids

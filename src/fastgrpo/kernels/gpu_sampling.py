@@ -15,6 +15,7 @@ from torch import Tensor
 
 _BLOCK = 2048  # tokens of the vocabulary that one program looks at
 _NOISE_BLOCK = 1024
+_COLUMNS = ["rows", "stream_keys", "positions", "temperatures"]  # of tables, aligned or not: no reason to compile anew
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def gumbel(token_ids: tl.tensor, key: tl.tensor) -> tl.tensor:
     return -_log_positive(exponential)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COLUMNS)
 def _sample_blocks(
     logits: tl.tensor,
     stride: tl.tensor,
@@ -106,7 +107,7 @@ def _sample_blocks(
     tl.store(means + place, tl.sum(mass * tl.where(mass > 0, below, 0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "temperatures"])
 def _join_blocks(
     logits: tl.tensor,
     stride: tl.tensor,
@@ -153,7 +154,7 @@ def _join_blocks(
     tl.store(entropies + row, tl.log(total) - weighted / total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream_keys", "positions"])
 def _noise_blocks(
     stream_keys: tl.tensor,
     positions: tl.tensor,

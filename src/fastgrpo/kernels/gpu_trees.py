@@ -24,16 +24,11 @@ _LEAST_MISS = tl.constexpr(-1e-6)  # log chances are taken for this at most wher
 _SERIES_FROM = tl.constexpr(-0.02)  # 1 - exp(x) loses digits above
 MOST_ODDS = tl.constexpr(8.0)
 _LEAST_SIZE, _MOST_SIZE = 64, 512  # that trees are padded to; larger ones to powers of two
-_SIZES = [  # no reason to compile anew
-    *("num_nodes", "num_children", "num_expanded", "num_seen", "num_words", "num_blocks", "num_levels"),
-    *("capacity", "num_filled", "num_chosen", "level", "depth"),
-]
 
 
 def tree_kernel(run: Callable[..., None]) -> Any:
-    """Compiled once for all sizes but those that are padded."""
-    names = inspect.signature(run).parameters
-    return triton.jit(run, do_not_specialize=[name for name in _SIZES if name in names])
+    """Compiled once for all sizes but those that are padded, and for all columns of a table, aligned or not."""
+    return triton.jit(run, do_not_specialize=[name for name in inspect.signature(run).parameters if name.islower()])
 
 
 @triton.jit
