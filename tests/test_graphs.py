@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+
 import pytest
 import torch
 
@@ -11,7 +14,7 @@ from fastgrpo.attention import ForwardBatch
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine
-from fastgrpo.graphs import Bucket, GraphRunner, Replays
+from fastgrpo.graphs import Bucket, CudaRecorder, GraphRunner, Replays
 from fastgrpo.kernels import cpu, gpu
 from fastgrpo.model import TargetModel, find_graph_obstacle
 from fastgrpo.target_step import TargetStep
@@ -414,3 +417,19 @@ def test_why_a_gpu_decodes_without_recordings(capability, is_available, dtype, r
     found = find_graph_obstacle(dtype)
     gpu.find_obstacle.cache_clear()
     assert found is None if reason is None else reason in found
+
+
+def test_no_other_thread_works_on_the_stream_that_is_recorded(monkeypatch):
+    """Of PyTorch's 32 streams, which come in turn, a run of many rollouts takes one."""
+    drawn = itertools.count()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: next(drawn) % 32)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(graphs, "_STREAMS", graphs._Streams())
+    learner = torch.cuda.Stream()
+    recorders = [CudaRecorder() for _ in range(100)]
+    beside: list[CudaRecorder] = []
+    thread = threading.Thread(target=lambda: beside.append(CudaRecorder()))
+    thread.start()
+    thread.join()
+    streams = {recorder._stream for recorder in recorders}
+    assert len(streams) == 1 and not streams & {learner, beside[0]._stream}

@@ -8,6 +8,7 @@ where it stood at the time: when that moves, recordings are dropped.
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -97,6 +98,27 @@ class Recorder(Protocol):
     def count_free_bytes(self) -> int: ...
 
 
+class _Streams(threading.local):
+    """A thread's own stream to record on, on each device.
+
+    PyTorch has 32 in all and hands them out in turn, so that one drawn anew would soon be that of another thread, whose
+    work would be recorded too; and what it keeps of memory for each stream no other stream may use.
+    """
+
+    def __init__(self) -> None:
+        self._by_device: dict[int, torch.cuda.Stream] = {}
+
+    def find(self) -> torch.cuda.Stream:
+        """That of the current device."""
+        device = torch.cuda.current_device()
+        if device not in self._by_device:
+            self._by_device[device] = torch.cuda.Stream()
+        return self._by_device[device]
+
+
+_STREAMS = _Streams()
+
+
 class CudaRecorder:
     """CUDA graphs that share one pool of memory: of their outputs, those of the last replay are to be read.
 
@@ -104,7 +126,7 @@ class CudaRecorder:
     """
 
     def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
+        self._stream = _STREAMS.find()
         self._first: Any = None  # holds the pool, which PyTorch gives up for good with the last graph that uses it
 
     def record(self, run: Callable[[], Outputs]) -> Recording:
