@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgrpo import attention, cache, sampling, tree, verify
-from fastgrpo.attention import ForwardBatch
+from fastgrpo.attention import MOST_GPU_NODES, ForwardBatch
 from fastgrpo.blocks import BLOCK_SIZE
 from fastgrpo.cache import locate_each
 from fastgrpo.drafters import calibration, pools
@@ -265,6 +265,18 @@ class _Rotary(torch.nn.Module):
     def forward(self, like, position_ids):
         angles = position_ids[..., None] * torch.tensor([1.0, 0.1, 0.01, 0.001], device=like.device)
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def test_there_is_a_table_for_as_long_a_context_as_llama_3_has(monkeypatch):
+    monkeypatch.setattr("fastgrpo.rotation.is_host", lambda _: False)
+    like = torch.zeros(1, dtype=torch.bfloat16, device=DEVICE)
+
+    def rotate(like, position_ids):
+        return (like.expand(1, position_ids.shape[1], 128),) * 2
+
+    table = RotationTable(rotate, 131_072 + MOST_GPU_NODES)
+    table(torch.tensor([0], device=DEVICE), like)
+    assert table._table is not None
 
 
 @pytest.mark.parametrize(("num_positions", "has_table"), [(50, True), (0, False), (10**9, False)])

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgrpo.kernels import cpu
 from fastgrpo.transfer import is_host
 
-_MOST_BYTES = 64 * 2**20  # of a table on a device
+_MOST_BYTES = 80 * 2**20  # of a table on a device: 128 numbers a head, and 131072 positions with a tree behind them
 
 
 class RotationTable:
