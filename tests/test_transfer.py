@@ -95,10 +95,11 @@ def _read_all(batch):
 
 @pytest.mark.parametrize("plan", PLANS, ids=["plain", "chain", "tree"])
 @pytest.mark.parametrize("recorder", [None, EagerRecorder()], ids=["launched", "recorded"])
-def test_a_step_reads_once(plan, recorder, as_on_a_device, monkeypatch):
+@pytest.mark.parametrize("drafter", ["eagle-new", "block"])
+def test_a_step_reads_once(plan, recorder, drafter, as_on_a_device, monkeypatch):
     """Nothing but `download` waits, and a step calls it once; the tokens are those of the host's own way."""
     monkeypatch.setattr(TargetModel, "_build_recorder", lambda _: recorder)
-    engine = Engine(build_model("llama", torch.float32), drafter="eagle-new", speculation=plan)
+    engine = Engine(build_model("llama", torch.float32), drafter=drafter, speculation=plan)
     prompts, params = [[5, 6, 7], [8, 9], [3, 4, 5, 6]], SamplingParams(max_tokens=8)
     found = []
     steps = engine.step
@@ -115,7 +116,7 @@ def test_a_step_reads_once(plan, recorder, as_on_a_device, monkeypatch):
     told = [completion.token_ids for completion in engine.generate(prompts, params)]
     assert found and all(each == ([], 1) for each in found), found
     monkeypatch.setattr(TargetModel, "_build_recorder", lambda _: None)
-    assert told == _generate_on_the_host(plan, prompts, params)
+    assert told == _generate_on_the_host(plan, drafter, prompts, params)
 
 
 def test_reads_are_found():
@@ -129,11 +130,11 @@ def test_reads_are_found():
     assert reads.found == ["_local_scalar_dense", "index", "tolist", "_local_scalar_dense", "cpu"]
 
 
-def _generate_on_the_host(plan, prompts, params):
+def _generate_on_the_host(plan, drafter, prompts, params):
     with pytest.MonkeyPatch.context() as patch:
         for module in (attention, cache, calibration, sampling, transfer, tree, verify):
             patch.setattr(module, "is_host", lambda _: True)
-        engine = Engine(build_model("llama", torch.float32), drafter="eagle-new", speculation=plan)
+        engine = Engine(build_model("llama", torch.float32), drafter=drafter, speculation=plan)
         return [completion.token_ids for completion in engine.generate(prompts, params)]
 
 
