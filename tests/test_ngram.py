@@ -20,7 +20,7 @@ from conftest import VOCAB_SIZE, build_model, expected_tokens, shared_model
 from fastgrpo.drafters.beams import grow_trees
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext, StatefulDrafter, TrainableDrafter
-from fastgrpo.drafters.ngram import NgramDrafter, hash_group
+from fastgrpo.drafters.ngram import NgramDrafter, _widen, hash_group
 from fastgrpo.drafters.ngram_table import MAX_ORDER, NO_TOKEN, ORDERS, NgramTable, hash_contexts
 from fastgrpo.engine import Engine
 from fastgrpo.grpo.state import load_state, save_state
@@ -342,6 +342,22 @@ def test_rows_have_as_many_nodes_as_they_know():
     assert draft.token_ids[0].tolist() == [PHRASE[-1], *PHRASE[:4]]
     assert draft.parents.tolist() == [[-1, 0, 1, 2, 3], [-1] * 5, [-1] * 5]
     assert draft_of(drafter, [unknown]).token_ids.shape == (1, 1)
+
+
+def test_drafts_for_a_device_are_of_few_sizes():
+    """Each is recorded, which takes as long as many steps."""
+    drafter, widths, plan = NgramDrafter(), defaultdict(set), SpeculationPlan(depth=4, width=4, num_draft_tokens=12)
+    for seed in range(60):
+        sequence = build_sequence(random.Random(seed).choices(range(1, 3 + seed % 20), k=12), [], stream=seed)
+        admit(drafter, sequence)
+        here = draft_of(drafter, [sequence], plan)
+        context = replace(build_context([sequence]), device=torch.device("meta"))
+        widths[drafter.propose(context, plan).token_ids.shape[1]].add(here.token_ids.shape[1])
+    assert set(widths) <= {1, 2, 3, 4, 6, 8, 12, 1 + plan.tree_size}
+    assert any(len(held) > 1 for held in widths.values())
+    assert all(width >= max(held) for width, held in widths.items())
+    wide = _widen(torch.tensor([[3, 4]]), 4, -1)
+    assert wide.tolist() == [[3, 4, -1, -1]]
 
 
 def test_siblings_share_and_other_groups_do_not():

@@ -20,15 +20,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt64
+from jaxtyping import Bool, Float, Int, Shaped, UInt64
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastgrpo.drafters.beams import grow_trees
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.ngram_table import MAX_ORDER, NO_TOKEN, ORDERS, NgramTable
+from fastgrpo.graphs import round_size
 from fastgrpo.sampling import SamplingBatch, gumbel_noise_of
 from fastgrpo.tree import Draft
 from fastgrpo.types import Sequence, SpeculationPlan
@@ -118,13 +120,15 @@ class NgramDrafter:
         levels = _NgramLevels(self.table, np.array(groups, np.uint64), np.array(tails))
         draft = grow_trees(context, plan, levels, self.calibration)
         assert draft.log_chances is not None and draft.scores is not None
-        used = int(draft.num_nodes.max())  # rows may all be shorter than the plan
+        width = int(draft.num_nodes.max())  # rows may all be shorter than the plan
+        if device.type != "cpu":  # where steps are recorded, of few sizes
+            width = min(round_size(width), 1 + plan.tree_size)
         return Draft(
-            token_ids=draft.token_ids[:, :used].to(device),
-            parents=draft.parents[:, :used].to(device),
+            token_ids=_widen(draft.token_ids, width, 0).to(device),
+            parents=_widen(draft.parents, width, -1).to(device),
             num_nodes=draft.num_nodes.to(device),
-            log_chances=draft.log_chances[:, :used].to(device),
-            scores=draft.scores[:, :used].to(device),
+            log_chances=_widen(draft.log_chances, width, 0.0).to(device),
+            scores=_widen(draft.scores, width, -np.inf).to(device),
         )
 
     def save(self, folder: Path) -> None:
@@ -216,6 +220,11 @@ class _Texts:
         index = np.arange(len(piece)) + (piece + 1) * MAX_ORDER
         before = tokens[index[:, None] - np.arange(MAX_ORDER, 0, -1)]
         return np.array(self._groups, np.uint64)[piece], before, tokens[index]
+
+
+def _widen(values: Shaped[Tensor, "B N"], width: int, filler: int | float) -> Shaped[Tensor, "B W"]:
+    """The first `width` nodes; those that there are not are unused."""
+    return F.pad(values[:, :width], (0, max(width - values.shape[1], 0)), value=filler)
 
 
 def hash_group(prompt_ids: list[int]) -> int:
