@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,8 +162,9 @@ def test_tokens_are_those_of_plain_decoding(plan: SpeculationPlan | str, tempera
         assert [c.token_ids for c in engine.generate(PROMPTS, params)] == [c.token_ids for c in plain]
 
 
-def test_it_drafts_with_what_pays() -> None:
-    """A target that repeats itself: n-grams are right, and cheap; an untrained head is neither."""
+def test_it_drafts_with_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that repeats itself: n-grams are right, an untrained head is not; either draft takes as long."""
+    monkeypatch.setattr(auto, "time", SimpleNamespace(perf_counter=itertools.count(0.0).__next__))
     model = shared_model("llama", torch.float32)  # many steps of our own decoder, which is the faster one
     drafter = build_auto(model)
     plan = SpeculationPlan(depth=4, width=2, num_draft_tokens=6)
