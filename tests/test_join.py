@@ -186,6 +186,48 @@ def test_it_drafts_with_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drafter.choose_way(1) == "ngram"
 
 
+def test_on_a_gpu_what_a_draft_takes_is_the_devices_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In trials, which wait for it; other steps do not, and time nothing."""
+    clock = {"host": 0.0, "device": 0.0}  # what each has been given to do, seconds
+
+    def wait(device: torch.device) -> None:
+        clock["host"] = clock["device"] = max(clock.values())
+
+    def launch(device_s: float) -> None:
+        clock["host"] += 0.001
+        clock["device"] = max(clock.values()) + device_s
+
+    monkeypatch.setattr(auto, "time", SimpleNamespace(perf_counter=lambda: clock["host"]))
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    tokens, parents = torch.tensor([[5, 6]]), torch.tensor([[-1, 0]])
+    chances = torch.tensor([[0.0, -0.1]])
+    draft = Draft(token_ids=tokens, parents=parents, num_nodes=torch.tensor([2]), log_chances=chances, scores=chances)
+
+    def build_member(name: str, device_s: float) -> SimpleNamespace:
+        def propose(context: object, plan: SpeculationPlan) -> Draft:
+            launch(device_s)
+            return draft
+
+        return SimpleNamespace(
+            name=name, wants_features=False, propose=propose, judge=lambda *_: None, calibration=Calibration()
+        )
+
+    drafter = AutoDrafter(build_member("slow", 0.02), build_member("quick", 0.004))
+    context = SimpleNamespace(sequences=[None], device=torch.device("cuda"))
+    values = torch.zeros(1, 2)
+    verdict = Verdict(
+        path=parents + 1, token_ids=tokens + 1, logprobs=values, entropies=values, num_accepted=torch.tensor([1])
+    )
+    for _ in range(8):
+        drafter.propose(context, SpeculationPlan(depth=1, width=1, num_draft_tokens=1))
+        launch(0.1)
+        drafter.judge(draft, verdict)
+    ledger = drafter._find_ledger(1)
+    found = {way: mean.value for way, mean in ledger.draft_s.items()}
+    assert found == pytest.approx({"slow": 0.021, "quick": 0.005, "joined": 0.026})
+    assert ledger.rest_s.value == pytest.approx(0.101) and ledger.rest_s.num_values == auto._FIRST_TRIALS
+
+
 def test_trials_become_rare_where_they_change_nothing() -> None:
     model = shared_model("llama", torch.float32)  # many steps of our own decoder, which is the faster one
     drafter = build_auto(model)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext, StatefulDrafter
 from fastgrpo.drafters.join import JoinedDraft, count_matched, join_drafts
@@ -78,7 +80,7 @@ class AutoDrafter:
     In a trial both draft in full and their trees are joined: the tokens that the target then chooses say what
     each would have had accepted alone. Trials become rare where they change nothing. The choice is made for each
     power of two of live sequences, since a draft's cost weighs less beside a larger forward. Nodes are joined by
-    calibrated chances.
+    calibrated chances. A GPU would have to be waited for to see what a draft takes, and is in trials alone.
 
     Args:
         first: is used until something better has been measured.
@@ -99,6 +101,8 @@ class AutoDrafter:
         self._way = first.name
         self._num_live = 1
         self._drafted_at = 0.0
+        self._device = torch.device("cpu")
+        self._is_timed = True  # this step
         self._num_drafts: Counter[str] = Counter()  # of each way, in this rollout
 
     @property
@@ -159,33 +163,42 @@ class AutoDrafter:
         if is_trial:
             ledger.next_trial = ledger.num_drafts + ledger.gap  # should nothing be joined
         self._way = self.JOINED if is_trial else self.choose_way(self._num_live)
+        self._device, self._is_timed = context.device, is_trial or context.device.type != "cuda"
         self._drafts, self._draft_s, self._joined = {}, {}, None
         for member in self.members:
             if self._way in (member.name, self.JOINED):
-                started = time.perf_counter()
+                started = self._read_clock()
                 self._drafts[member.name] = member.propose(context, plan)
-                self._draft_s[member.name] = time.perf_counter() - started
+                self._draft_s[member.name] = self._read_clock() - started
         draft = self._join(plan) if self._way == self.JOINED else self._drafts[self._way]
         self._num_drafts[self._way] += 1
-        self._drafted_at = time.perf_counter()
+        self._drafted_at = self._read_clock()
+        self._is_timed = self._is_timed and self.was_replayed
         return draft
 
+    def _read_clock(self) -> float:
+        """Seconds; in a step that is timed, once a GPU has done what it was given."""
+        if self._is_timed and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
     def _join(self, plan: SpeculationPlan) -> Draft:
-        started = time.perf_counter()
+        started = self._read_clock()
         first, second = (self._drafts[member.name] for member in self.members)
         if first.log_chances is None or second.log_chances is None:  # one of them cannot say anything yet
             self._way = self.members[0 if second.log_chances is None else 1].name
             return self._drafts[self._way]
         calibrations = (self.members[0].calibration, self.members[1].calibration)
         self._joined = join_drafts(first, second, calibrations, plan.tree_size)
-        self._draft_s[self.JOINED] = sum(self._draft_s.values()) + time.perf_counter() - started
+        self._draft_s[self.JOINED] = sum(self._draft_s.values()) + self._read_clock() - started
         return self._joined.draft
 
     def judge(self, draft: Draft, verdict: Verdict) -> None:
         ledger = self._find_ledger(self._num_live)
-        ledger.rest_s.observe(time.perf_counter() - self._drafted_at)
-        for way, draft_s in self._draft_s.items():
-            ledger.draft_s.setdefault(way, _Running(_TIMES_WINDOW)).observe(draft_s)
+        if self._is_timed:
+            ledger.rest_s.observe(self._read_clock() - self._drafted_at)
+            for way, draft_s in self._draft_s.items():
+                ledger.draft_s.setdefault(way, _Running(_TIMES_WINDOW)).observe(draft_s)
         if self._joined is None:
             own = next(member for member in self.members if member.name == self._way)
             own.judge(draft, verdict)
