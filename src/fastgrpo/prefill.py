@@ -8,6 +8,7 @@ from fastgrpo.attention import ForwardBatch
 from fastgrpo.cache import RowPrefix, SlotCache
 from fastgrpo.model import TargetModel
 from fastgrpo.scheduler import Scheduler
+from fastgrpo.transfer import upload
 from fastgrpo.types import Sequence
 
 _PREFILL_TOKENS = 4096  # prompt tokens in one forward, padding included
@@ -117,13 +118,13 @@ class Prefiller:
         width = max(len(chunk) for chunk in chunks)
         for slot, chunk in zip(slots, chunks, strict=True):
             self.cache.reserve(slot, lengths[slot] + len(chunk))
-        rows = torch.tensor(slots, device=device)
+        rows = upload(slots, device)
         batch = ForwardBatch.build(
-            token_ids=torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=device),
-            num_nodes=torch.tensor([len(chunk) for chunk in chunks], device=device),
+            token_ids=upload([chunk + [0] * (width - len(chunk)) for chunk in chunks], device),
+            num_nodes=upload([len(chunk) for chunk in chunks], device),
             visible=torch.ones(len(slots), width, width, dtype=torch.bool, device=device).tril(),
             blocks=self.cache.blocks[rows],
-            lengths=torch.tensor([lengths[slot] for slot in slots], device=device),
+            lengths=upload([lengths[slot] for slot in slots], device),
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
             counts=[len(chunk) for chunk in chunks],

@@ -22,6 +22,7 @@ from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.lm_files import check_tokenizer, load_lm
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
+from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
 from fastgrpo.types import Sequence, SpeculationPlan
 from fastgrpo.verify import Verdict
@@ -161,7 +162,7 @@ class LmDrafter:
                 chosen.append(slot)
             chosen.sort()
             hidden = self._read_chunks(chosen, [left[slot][:_READ_CHUNK] for slot in chosen])
-            last_hidden[torch.tensor(chosen, device=lm.device)] = hidden
+            last_hidden[upload(chosen, lm.device)] = hidden
             left |= {slot: left[slot][_READ_CHUNK:] for slot in chosen}
         return last_hidden
 
@@ -169,13 +170,13 @@ class LmDrafter:
         device, width = self.lm.device, max(len(chunk) for chunk in chunks)
         for slot, chunk in zip(slots, chunks, strict=True):
             self.cache.reserve(slot, self.cache.lengths[slot] + len(chunk))
-        num_nodes = torch.tensor([len(chunk) for chunk in chunks], device=device)
+        num_nodes = upload([len(chunk) for chunk in chunks], device)
         visible = torch.ones(len(slots), width, width, dtype=torch.bool, device=device).tril()
         batch = self.lay_out(
-            token_ids=torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=device),
+            token_ids=upload([chunk + [0] * (width - len(chunk)) for chunk in chunks], device),
             num_nodes=num_nodes,
             visible=visible,
-            slots=torch.tensor(slots, device=device),
+            slots=upload(slots, device),
             counts=[len(chunk) for chunk in chunks],
         )
         hidden = self.lm.forward(batch, self.cache).last_hidden
@@ -204,7 +205,7 @@ class LmDrafter:
             num_nodes=num_nodes,
             visible=visible,
             blocks=self.cache.blocks[slots],
-            lengths=torch.tensor(self.cache.lengths, device=self.lm.device)[slots],
+            lengths=upload(self.cache.lengths, self.lm.device)[slots],
             dtype=self.lm.dtype,
             num_repeats=self.lm.num_repeats,
             counts=counts,
@@ -241,7 +242,7 @@ class _LmLevels:
 
 def _keep_rows(draft: Draft, is_kept: list[bool]) -> Draft:
     """The draft with only the root left in the other rows."""
-    kept = torch.tensor(is_kept, device=draft.token_ids.device)
+    kept = upload(is_kept, draft.token_ids.device, torch.bool)
     return Draft(
         token_ids=draft.token_ids,
         parents=draft.parents.masked_fill(~kept[:, None], -1),
