@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 
@@ -433,3 +434,21 @@ def test_no_other_thread_works_on_the_stream_that_is_recorded(monkeypatch):
     thread.join()
     streams = {recorder._stream for recorder in recorders}
     assert len(streams) == 1 and not streams & {learner, beside[0]._stream}
+
+
+def test_a_rollout_is_on_the_device_of_its_model(monkeypatch):
+    """Kernels are launched on the current one."""
+    entered = []
+
+    @contextlib.contextmanager
+    def enter(device):
+        entered.append(device)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(TargetModel, "device", property(lambda _: torch.device("cuda", 1)))
+    monkeypatch.setattr(TargetModel, "_build_recorder", lambda _: None)
+    with TargetModel(build_model("llama", torch.float32)).rollout_mode():
+        assert entered == [torch.device("cuda", 1)]
+    assert not entered

@@ -263,10 +263,12 @@ class TargetModel:
             if self.compute_dtype
             else contextlib.nullcontext()
         )
+        # Triton launches, and recordings are made, on the current device, whichever the tensors are on
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         try:
             self.model.eval()
             self.config._attn_implementation = ATTENTION_NAME
-            with torch.no_grad(), merged_weights(self.model, self.compute_dtype), autocast:
+            with torch.no_grad(), on_device, merged_weights(self.model, self.compute_dtype), autocast:
                 self._fused, self._recorder = self._fuse(), self._build_recorder()
                 yield
         finally:
