@@ -107,7 +107,7 @@ class FusedDecoder:
 
         Returns:
             the states; those inputs and the states side by side, None if none are wanted; the logits where they come
-            at the same time, valid until the next call, else None.
+            at the same time, else None. Features that come with logits are valid until the next call, as these are.
         """
         embeddings = self._decoder.embed_tokens.weight
         if self._compiled is not None and has_kernels(cache.keys.data, batch):

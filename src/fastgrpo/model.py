@@ -282,7 +282,7 @@ class TargetModel:
         return self._run(batch, cache, wants_logits=False)[0]
 
     def decode(self, batch: ForwardBatch, cache: SlotCache) -> tuple[ForwardOutput, Float[Tensor, "T V"]]:
-        """`forward` and the logits of all tokens, valid until the next call; on a GPU recorded and replayed."""
+        """`forward` and the logits of all tokens, both valid until the next call; on a GPU recorded and replayed."""
         if self._recorder is None:
             return self.launch(batch, cache)
         if self._runner is None or self._runner[0] is not cache:

@@ -21,7 +21,7 @@ from fastgrpo.graphs import Replays, list_larger, may_record, round_blocks, roun
 from fastgrpo.model import ForwardOutput, TargetModel
 from fastgrpo.sampling import NUM_COLUMNS, SamplingBatch, SamplingKind
 from fastgrpo.timing import DeviceClock, Moment
-from fastgrpo.transfer import copy_to, pack, upload
+from fastgrpo.transfer import copy_to, is_host, pack, upload
 from fastgrpo.tree import Draft, compute_ancestors
 from fastgrpo.verify import Facts, Outcome, Verdict, find_facts, read_outcome, verify
 
@@ -259,8 +259,8 @@ def gather_path(
     path: Int[Tensor, "B D"], batch: ForwardBatch, features: Float[Tensor, "T W"] | None, cache: SlotCache
 ) -> None:
     """The state of walked nodes moves to where it stands if they are kept: behind each row, the others after them."""
-    if batch.most_nodes > 1:
+    if batch.most_nodes > 1 or (features is not None and is_host(path)):
         cache.gather(path, batch.lengths, batch.blocks, batch.row_starts, features)
-    elif features is not None:  # the nodes are the rows, and stand where they belong
+    elif features is not None:  # the nodes are the rows, and stand where they belong: a device is not asked for paths
         assert cache.features is not None
         cache.features.write(0, batch.write_index, features)

@@ -182,12 +182,13 @@ class CompiledDecoder:
         self._record = _DecoderRecord(layers_at, len(layers), *table, NormRecord.point_to(last))
         self._output = None if output is None else LinearRecord.point_to(output)
         self._name = f"decode_{cpu.NAMES[embeddings.dtype]}_{cpu.NAMES[dtype]}"
-        self._residual, self._between, self._logits = Room(), Room(), Room()
+        self._residual, self._between, self._features, self._logits = Room(), Room(), Room(), Room()
 
     def run(
         self, rows: CachedRows, kept: tuple[int, ...] | None, *, wants_logits: bool
     ) -> tuple[Float[Tensor, "T H"], Float[Tensor, "T W"] | None, Float[Tensor, "T V"] | None]:
-        """Normed hidden states; features; logits if they are wanted and there are any, valid until the next call.
+        """Normed hidden states; features; logits if they are wanted and there are any, and then they and the features
+        are valid until the next call that wants some.
 
         Args:
             kept: layers whose inputs, and the hidden states behind them, are the features; None: there are none.
@@ -200,17 +201,19 @@ class CompiledDecoder:
         hidden = torch.empty(size, width, dtype=dtype)
         features = logits = output = None
         if kept is not None:
-            features = torch.empty(size, (len(kept) + 1) * width, dtype=dtype)
+            count = size * (len(kept) + 1) * width
+            room = self._features.take(count, dtype) if wants_logits else torch.empty(count, dtype=dtype)
+            features = room.view(size, -1)
         if wants_logits and self._output is not None:
             output = ctypes.byref(self._output)
             logits = self._logits.take(size * self._output.outputs, dtype).view(size, -1)
         layers = (ctypes.c_int64 * len(kept or ()))(*(kept or ()))
-        room = (
+        scratch = (
             self._residual.take(size * width, self._residual_dtype),
             self._between.take(size * self._num_between, dtype),
         )
         records = (ctypes.byref(self._record), ctypes.byref(rows.record), output)
-        unknown = cpu.compute(self._name, *records, layers, len(layers), hidden, features, logits, *room)
+        unknown = cpu.compute(self._name, *records, layers, len(layers), hidden, features, logits, *scratch)
         if unknown:
             token_id = int(rows.token_ids[unknown - 1])
             raise IndexError(
