@@ -309,7 +309,8 @@ def test_completions_changed_behind_the_engine_are_judged_anew(tmp_path: Path) -
     trainer.train()
     assert len(seen) == 9
     cut = next(call for call in trainer.reward_stream.finished if call.index == 0)
-    assert len(cut.completion_ids) == 2 and seen[-1][3] == tuple(cut.completion_ids)
+    assert len(cut.completion_ids) == 2
+    assert tuple(cut.completion_ids) in [ids for _, _, _, ids, *_ in seen], "streamed ones may end behind it"
     expected = score(cut.prompt, cut.completion, cut.completion_ids, cut.columns["number"])
     assert rewards[0][0, 0].nan_to_num(-1) == (-1 if expected is None else expected)
 
