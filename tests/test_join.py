@@ -19,8 +19,9 @@ from fastgrpo.drafters import auto, find_trainable
 from fastgrpo.drafters.auto import AutoDrafter
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.eagle import EagleDrafter
-from fastgrpo.drafters.join import _LEVEL_PENALTY, count_matched, join_drafts
+from fastgrpo.drafters.join import count_matched, join_drafts
 from fastgrpo.drafters.ngram import NgramDrafter
+from fastgrpo.drafters.pools import LEVEL_PENALTY
 from fastgrpo.engine import Engine
 from fastgrpo.grpo.state import load_state, save_state
 from fastgrpo.model import TargetModel
@@ -62,7 +63,7 @@ def read_paths(draft: Draft, row: int) -> list[tuple[int, ...]]:
 def score_paths(first: Tree, second: Tree) -> dict[tuple[int, ...], float]:
     """The rule, by dictionaries: chance from the root, a node's chance the better of what both say."""
     chances = {path: max(first.get(path, -math.inf), second.get(path, -math.inf)) for path in {*first, *second}}
-    return {path: sum(chances[path[: i + 1]] - _LEVEL_PENALTY for i in range(len(path))) for path in chances}
+    return {path: sum(chances[path[: i + 1]] - LEVEL_PENALTY for i in range(len(path))) for path in chances}
 
 
 @st.composite

@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgrpo.drafters.calibration import Calibration
+from fastgrpo.drafters.pools import LEVEL_PENALTY
 from fastgrpo.tree import Draft
 from fastgrpo.verify import Verdict
 
 _PRIME = 0x9E3779B97F4A7C15 - 2**64  # odd: multiplying by it loses no bit of a path's hash
-_LEVEL_PENALTY = 1e-4  # nats; a child never outranks its parent
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _score(
     above = parents.clamp(min=0)
     for depth in range(1, int(depths.max()) + 1):
         chances = torch.maximum(calibrations[0](of_first, depth), calibrations[1](of_second, depth))
-        scores = torch.where(depths == depth, scores.gather(1, above) + chances - _LEVEL_PENALTY, scores)
+        scores = torch.where(depths == depth, scores.gather(1, above) + chances - LEVEL_PENALTY, scores)
     return scores
 
 

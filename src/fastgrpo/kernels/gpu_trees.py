@@ -175,7 +175,6 @@ class Pool:
         self.num_filled = 0
         shape = (num_trees, capacity)
         self._chances, self._scores = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
-        shape = (num_trees, capacity)
         self._tokens, self._parents = (torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2))
 
     def grow(
