@@ -53,6 +53,7 @@ from fastgrpo.drafters import DraftContext  # noqa: E402
 from fastgrpo.engine import Engine  # noqa: E402
 from fastgrpo.graphs import Recording  # noqa: E402
 from fastgrpo.planner import AutoPlanner, HardwareProfile  # noqa: E402
+from fastgrpo.planner.acceptance import Rates  # noqa: E402
 from fastgrpo.sampling import SamplingBatch, sample, stream_key  # noqa: E402
 from fastgrpo.tree import Draft, check_draft  # noqa: E402
 from fastgrpo.types import Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord  # noqa: E402
@@ -309,8 +310,10 @@ SMALL_CPU = HardwareProfile(
 class SyntheticClockPlanner(AutoPlanner):
     """`auto` on a machine that takes exactly `speed` times what its first profile says: no run differs from another."""
 
-    def __init__(self, profile: HardwareProfile = SMALL_CPU, *, speed: float = 1.0) -> None:
-        super().__init__(profile)
+    def __init__(
+        self, profile: HardwareProfile = SMALL_CPU, *, speed: float = 1.0, acceptance: Rates | None = None
+    ) -> None:
+        super().__init__(profile, acceptance=acceptance)
         self.machine, self.speed = profile, speed
 
     def compute_step_s(self, record: StepRecord) -> float:

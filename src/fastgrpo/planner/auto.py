@@ -40,12 +40,14 @@ _LASTING_STEPS = 32  # that drafts are expected to last once they are switched o
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter, if it was seen lately
 _PROMISING, _RIVAL_WAIT = 0.75, 256  # of the current rate, from which on a plan is worth a trial, after so many steps
 _DOUBTFUL = 0.12  # nats that the price of a forward may be off by: where nothing was measured of it for long
+_DOUBTS = 1.5  # standard deviations of it that a plan is given, before it is taken for clearly worse
 _WHOLE_TRIALS = 8  # one trial in so many verifies what it is charged for, whatever is believed of its price
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
 _FIRST_CREDIT = 4  # plain steps, that the first trials with about so many live may lose besides:
 _LIKELY, _LIKELY_KNOWN = 0.8, 0.92  # of plans of so much of the current rate, the more where acceptance is known
 _FIRST_STEPS = 12  # until so many have drafted there
-_TRIAL_WAIT, _TRIAL_STEPS = 8, 3  # steps for each step of a trial at least; of one of drafts, once they have read
+_TRIAL_STEPS = 3  # of drafts in place of plain decoding, once they have read; all others are tried for one
+_TRIAL_WAIT, _DRAFTS_WAIT = 4, 24  # steps between trials, at least; before one of drafts in place of plain decoding
 _PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step
 _KEEP_AT_BEGIN = 0.7  # of all that was counted, at each rollout
 
@@ -246,17 +248,20 @@ class AutoPlanner(Planner):
             lost_s = self._promised_gain * self._predict_step_s(self._current, inputs)  # by each step
             self._steps_left = min(self._steps_left, int(wait_s / lost_s))
             return self._current
-        other = best if self._current.is_plain else self._choose_rival(rates)
+        other = best if self._current.is_plain else self._choose_rival(rates, inputs.num_seqs)
         if not self._can_afford(other, rates, inputs):
             return self._current
         self._trial, self._trial_left, self._is_trial = other, self._count_trial_steps(other) - 1, True
         return other
 
-    def _choose_rival(self, rates: dict[SpeculationPlan, float]) -> SpeculationPlan:
-        """What drafts of the current plan are tried against: the best plan not tried for long, else plain decoding.
+    def _choose_rival(self, rates: dict[SpeculationPlan, float], num_seqs: int) -> SpeculationPlan:
+        """What drafts of the current plan are tried against: the best plan not tried for long, else plain decoding;
+        this one first where it is in doubt what it takes.
 
         A tree's own steps say little of what others take, or of what further children would have had accepted.
         """
+        if self._costs.find_target_doubt(num_seqs) > _DOUBTFUL:
+            return PLAIN
         least, before = _PROMISING * rates[self._current], self._num_steps - _RIVAL_WAIT
         rivals = [plan for plan in rates if rates[plan] > least and self._last_tried.get(plan, before) <= before]
         return max(rivals, key=rates.__getitem__, default=PLAIN)
@@ -267,9 +272,12 @@ class AutoPlanner(Planner):
         Drafts count as behind until they promise a gain that is worth a change.
         """
         octave, num_steps = inputs.num_seqs.bit_length(), self._count_trial_steps(other)
+        if self._trial_age < (_TRIAL_WAIT if num_steps == 1 else _DRAFTS_WAIT) or not rates[other]:
+            return False
+        doubt = self._costs.find_target_doubt(inputs.num_seqs * (1 + other.num_draft_tokens))
         was_seen = self._num_steps - self._last_plain.get(octave, -_RIVAL_WAIT) < _RIVAL_WAIT
-        is_clear = other.is_plain and was_seen and rates[self._current] > _CLEAR_GAIN * rates[other]
-        if self._trial_age < num_steps * _TRIAL_WAIT or is_clear or not rates[other]:
+        clear_gain = _CLEAR_GAIN * math.exp(_DOUBTS * doubt)
+        if other.is_plain and was_seen and rates[self._current] > clear_gain * rates[other]:
             return False
         rate = rates[self._current] * (self.margin if self._current.is_plain else 1.0)
         emitted = inputs.num_seqs * self._expectation.predict_length(other, inputs.num_seqs)
@@ -277,8 +285,9 @@ class AutoPlanner(Planner):
         if not other.is_plain:
             loss_s += self._costs.predict_reading_s(inputs.num_unread, inputs.num_seqs)
         first_s = 0.0
-        likely = _LIKELY_KNOWN if self._expectation.table.known else _LIKELY
-        if self._num_drafted[octave] < _FIRST_STEPS and rates[other] > likely * rates[self._current]:
+        likely = (_LIKELY_KNOWN if self._expectation.table.known else _LIKELY) * math.exp(-_DOUBTS * doubt)
+        is_new = doubt > _DOUBTFUL if other.is_plain else self._num_drafted[octave] < _FIRST_STEPS
+        if is_new and rates[other] > likely * rates[self._current]:
             first_s = max(_FIRST_CREDIT * inputs.num_seqs / rates[PLAIN] - self._first_loss_s[octave], 0.0)
         if loss_s > self._credit_s + first_s:
             return False
