@@ -15,6 +15,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from fastgrpo.sampling import (
     SamplingBatch,
     SamplingKind,
+    SamplingRows,
     add_noise,
     gumbel_noise,
     gumbel_noise_of,
@@ -290,3 +291,24 @@ def test_state_built_on_the_host_is_what_a_device_reads():
         ours, theirs = getattr(host, name), getattr(device, name)
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     assert (host.is_warped, host.is_truncated, host.is_noisy, host.is_greedy) == (True, True, True, True)
+
+
+def test_the_sampling_state_of_the_same_sequences_follows_their_positions():
+    """Beside others, in another order, or with one less, it is theirs: all is as if it were built anew."""
+    rows, device = SamplingRows(), torch.device("cpu")
+    sequences = [
+        Sequence(
+            request_id=index,
+            prompt_ids=[0],
+            params=SamplingParams(temperature=0.5 * index, top_k=index, top_p=1 - 0.1 * index),
+            max_tokens=8,
+            stream_key=stream_key(3, index),
+        )
+        for index in range(3)
+    ]
+    for running in (sequences, sequences, sequences[:2], sequences[1::-1], sequences):
+        for sequence in running:
+            sequence.token_ids.append(1)
+        built, expected = rows.build(running, device), SamplingBatch.build(running, device)
+        for name, value in vars(expected).items():
+            assert torch.equal(torch.as_tensor(getattr(built, name)), torch.as_tensor(value)), name

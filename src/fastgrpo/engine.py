@@ -24,6 +24,7 @@ from fastgrpo.planner import HardwareProfile, PlanInputs, Planner
 from fastgrpo.planning import Planning
 from fastgrpo.prefill import Prefiller
 from fastgrpo.requests import build_completion, build_sequences
+from fastgrpo.sampling import SamplingRows
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.target_step import TargetStep
 from fastgrpo.timing import DeviceClock
@@ -117,6 +118,7 @@ class Engine:
         self.on_finish: list[Callable[[FinishedRollout], None]] = []
         self._clock = DeviceClock(self.target.device, _MOMENTS)
         self._verify = TargetStep(self.target, self.cache, self._clock)
+        self._rows = SamplingRows()
 
     @classmethod
     def from_pretrained(
@@ -242,7 +244,9 @@ class Engine:
         """Schedule, plan, propose, forward, verify."""
         self.admission.admit()
         scheduled = self._clock.mark()
-        context = DraftContext(sequences=self.scheduler.running, cache=self.cache, device=self.target.device)
+        context = DraftContext(
+            sequences=self.scheduler.running, cache=self.cache, device=self.target.device, rows=self._rows
+        )
         inputs = self._build_inputs()
         plan = PLAIN if is_plain else self._plan(inputs)
         pool = None if plan.is_plain else self.drafter.propose(context, plan)
@@ -318,6 +322,7 @@ class Engine:
         """Leave nothing behind, whether the rollout ended or broke off."""
         self.scheduler.abort()
         self._verify.end()
+        self._rows.forget()
         end: Callable[[], None] | None = getattr(self.drafter, "end", None)
         if end is not None:
             end()

@@ -13,6 +13,7 @@ tokens, is resolved to 2^-31, and neither end is infinite.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -224,6 +225,40 @@ class SamplingBatch(SamplingKind):
     def ahead(self, advance: int) -> SamplingBatch:
         """All rows, `advance` tokens further along."""
         return replace(self, positions=self.positions + advance) if advance else self
+
+
+class SamplingRows:
+    """Builds the `SamplingBatch` of each step; on a host, while the same sequences run, their positions are all that is
+    read again.
+
+    Behind a forward, whose weights have driven all else out of a processor's caches, each line of Python costs tens of
+    microseconds.
+    """
+
+    def __init__(self) -> None:
+        self._sequences: list[Sequence] = []
+        self._last: tuple[SamplingBatch, np.ndarray] | None = None  # with its positions
+
+    def build(self, sequences: list[Sequence], device: torch.device) -> SamplingBatch:
+        """`SamplingBatch.build`, valid until the next one is built.
+
+        Parameters and stream keys of a sequence that is under way do not change.
+        """
+        if self._last is None or not self._knows(sequences):
+            batch = SamplingBatch.build(sequences, device)
+            if device.type == "cpu":
+                self._sequences, self._last = list(sequences), (batch, batch.positions.numpy())
+            return batch
+        batch, positions = self._last
+        positions[:] = [len(sequence.token_ids) for sequence in sequences]
+        return batch
+
+    def forget(self) -> None:
+        """The sequences are no longer under way."""
+        self._sequences, self._last = [], None
+
+    def _knows(self, sequences: list[Sequence]) -> bool:
+        return len(sequences) == len(self._sequences) and all(map(operator.is_, sequences, self._sequences))
 
 
 def _name_columns(values: Iterable[Tensor], kind: SamplingKind) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgrpo.cache import SlotCache
 from fastgrpo.model import TargetModel
-from fastgrpo.sampling import SamplingBatch, SamplingKind, list_columns
+from fastgrpo.sampling import SamplingBatch, SamplingKind, SamplingRows, list_columns
 from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
 from fastgrpo.types import Sequence, SpeculationPlan
@@ -27,11 +27,12 @@ class DraftContext:
     sequences: list[Sequence]
     cache: SlotCache  # read only: features of every cached token, if the drafter wants them
     device: torch.device  # of the tensors
+    rows: SamplingRows = field(default_factory=SamplingRows)  # that `sampling` is built by
 
     @functools.cached_property
     def sampling(self) -> SamplingBatch:
         """Rows at the position of the first draft token."""
-        return SamplingBatch.build(self.sequences, self.device)
+        return self.rows.build(self.sequences, self.device)
 
     @functools.cached_property
     def kind(self) -> SamplingKind:
