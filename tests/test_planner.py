@@ -448,6 +448,15 @@ def test_plain_decoding_in_doubt_is_tried_before_other_trees(num_seqs, factors):
     assert not plans[0].is_plain and sum(not plan.is_plain for plan in plans) < 20
 
 
+@pytest.mark.parametrize("num_seqs", [8, 12, 24, 48])
+def test_a_forward_that_was_measured_often_is_in_no_doubt_between_points_of_the_grid_either(num_seqs):
+    costs, rng = StepCosts(XEON), random.Random(0)
+    for _ in range(100):
+        target_s = XEON.compute_target_s(num_seqs)
+        costs.observe(replace(play_step(PLAIN, num_seqs, 0.0, rng), target_s=target_s, num_read=0))
+    assert costs.find_target_doubt(num_seqs) < 0.04
+
+
 @pytest.mark.parametrize(("chance", "wins"), [(0.75, True), (0.0, False)])
 def test_drafts_whose_forwards_look_too_dear_are_tried_in_time(chance, wins):
     """By the profile they would lose a third, and make 1.2 of plain decoding; what is known to be useless is left."""

@@ -66,7 +66,9 @@ class StepCosts:
 
     def find_target_doubt(self, num_tokens: float) -> float:
         """What the price of a forward of so many tokens may be off by: the standard deviation of its logarithm."""
-        return math.sqrt(float(np.interp(num_tokens, self._grid, self._target.doubts[:-1])))
+        spent = self._target.prices * self._weigh_points(num_tokens)
+        shares = spent / spent.sum()
+        return math.sqrt(max(float(shares @ self._target.variance[:-1, :-1] @ shares), 0.0))
 
     def predict_draft_s(self, depths: Vector | float, widths: Vector | float, num_seqs: int) -> Vector:
         """Of drafts that read what was just accepted; depth 0 is none."""
@@ -110,23 +112,27 @@ class StepCosts:
         middle = len(by_size) // 2 if by_size[0].num_tokens < by_size[-1].num_tokens else 0
         for some in (by_size[:middle], by_size[middle:]):
             if some:
-                bought = np.zeros(len(self._grid) + 1)
-                num_tokens = _mean(some, "num_tokens")
-                right = min(max(int(np.searchsorted(self._grid, num_tokens)), 1), len(self._grid) - 1)
-                left_at, right_at = self._grid[right - 1], self._grid[right]
-                weight = max((num_tokens - left_at) / (right_at - left_at), 0.0)
-                if weight > 1:  # beyond the grid the last price alone is to blame
-                    weight = float(_interpolate(num_tokens, self._grid, self._target.prices[:-1]))
-                    weight /= self._target.prices[right]
-                    bought[right], bought[-1] = weight, _mean(some, "num_read")
-                else:
-                    bought[right - 1], bought[right], bought[-1] = 1 - weight, weight, _mean(some, "num_read")
+                bought = self._weigh_points(_mean(some, "num_tokens"))
+                bought[-1] = _mean(some, "num_read")
                 self._target.observe(bought, _mean_target_s(some), len(some))
         prices = self._target.prices
         weights = 1 / self._target.doubts[:-1]
         prices[:-1] = np.exp(_level(np.log(prices[:-1]), weights))
         if not self._has_drafted:
             self._draft_scale = math.exp(np.average(np.log(prices[:-1] / self.start.target_s), weights=weights))
+
+    def _weigh_points(self, num_tokens: float) -> Vector:
+        """[grid + 1] how often such a forward takes what each price says, that of cached positions never."""
+        weights = np.zeros(len(self._grid) + 1)
+        right = min(max(int(np.searchsorted(self._grid, num_tokens)), 1), len(self._grid) - 1)
+        left_at, right_at = self._grid[right - 1], self._grid[right]
+        weight = max((num_tokens - left_at) / (right_at - left_at), 0.0)
+        if weight > 1:  # beyond the grid the last price alone is to blame
+            seconds = float(_interpolate(num_tokens, self._grid, self._target.prices[:-1]))
+            weights[right] = seconds / self._target.prices[right]
+        else:
+            weights[right - 1], weights[right] = 1 - weight, weight
+        return weights
 
     def _observe_drafts(
         self, plan: SpeculationPlan, num_seqs: int, num_unread: float, draft_s: float, num_steps: int
