@@ -457,6 +457,14 @@ def test_a_forward_that_was_measured_often_is_in_no_doubt_between_points_of_the_
     assert costs.find_target_doubt(num_seqs) < 0.04
 
 
+def test_where_drafts_clearly_win_other_trees_are_tried_though_plain_decoding_is_in_doubt(monkeypatch):
+    """It is not tried itself there, so that nothing was tried as long as that lasted."""
+    planner = SyntheticClockPlanner(FLAT, acceptance=[[0.9]] * 8)
+    monkeypatch.setattr(planner._costs, "find_target_doubt", lambda num_tokens: 0.25)
+    plans = [record.plan for record in play(planner, 300, 4, chance=0.9)]
+    assert sum(plan.is_plain for plan in plans) < 10 and len(set(plans[100:])) > 4
+
+
 @pytest.mark.parametrize(("chance", "wins"), [(0.75, True), (0.0, False)])
 def test_drafts_whose_forwards_look_too_dear_are_tried_in_time(chance, wins):
     """By the profile they would lose a third, and make 1.2 of plain decoding; what is known to be useless is left."""

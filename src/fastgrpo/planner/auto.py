@@ -256,15 +256,21 @@ class AutoPlanner(Planner):
 
     def _choose_rival(self, rates: dict[SpeculationPlan, float], num_seqs: int) -> SpeculationPlan:
         """What drafts of the current plan are tried against: the best plan not tried for long, else plain decoding;
-        this one first where it is in doubt what it takes.
+        this one first where it is in doubt what it takes, unless drafts clearly win.
 
         A tree's own steps say little of what others take, or of what further children would have had accepted.
         """
-        if self._costs.find_target_doubt(num_seqs) > _DOUBTFUL:
+        if self._costs.find_target_doubt(num_seqs) > _DOUBTFUL and not self._is_clearly_ahead(rates, num_seqs):
             return PLAIN
         least, before = _PROMISING * rates[self._current], self._num_steps - _RIVAL_WAIT
         rivals = [plan for plan in rates if rates[plan] > least and self._last_tried.get(plan, before) <= before]
         return max(rivals, key=rates.__getitem__, default=PLAIN)
+
+    def _is_clearly_ahead(self, rates: dict[SpeculationPlan, float], num_seqs: int) -> bool:
+        """Whether plain decoding needs no trial: seen lately, and slower whatever may be wrong of its price."""
+        was_seen = self._num_steps - self._last_plain.get(num_seqs.bit_length(), -_RIVAL_WAIT) < _RIVAL_WAIT
+        clear_gain = _CLEAR_GAIN * math.exp(_DOUBTS * self._costs.find_target_doubt(num_seqs))
+        return was_seen and rates[self._current] > clear_gain * rates[PLAIN]
 
     def _can_afford(self, other: SpeculationPlan, rates: dict[SpeculationPlan, float], inputs: PlanInputs) -> bool:
         """Whether a trial of this plan in place of the current one is paid for; then it is charged for.
@@ -274,11 +280,9 @@ class AutoPlanner(Planner):
         octave, num_steps = inputs.num_seqs.bit_length(), self._count_trial_steps(other)
         if self._trial_age < (_TRIAL_WAIT if num_steps == 1 else _DRAFTS_WAIT) or not rates[other]:
             return False
-        doubt = self._costs.find_target_doubt(inputs.num_seqs * (1 + other.num_draft_tokens))
-        was_seen = self._num_steps - self._last_plain.get(octave, -_RIVAL_WAIT) < _RIVAL_WAIT
-        clear_gain = _CLEAR_GAIN * math.exp(_DOUBTS * doubt)
-        if other.is_plain and was_seen and rates[self._current] > clear_gain * rates[other]:
+        if other.is_plain and self._is_clearly_ahead(rates, inputs.num_seqs):
             return False
+        doubt = self._costs.find_target_doubt(inputs.num_seqs * (1 + other.num_draft_tokens))
         rate = rates[self._current] * (self.margin if self._current.is_plain else 1.0)
         emitted = inputs.num_seqs * self._expectation.predict_length(other, inputs.num_seqs)
         loss_s = num_steps * emitted * (1 / rates[other] - 1 / rate)
