@@ -417,6 +417,16 @@ def test_with_a_known_acceptance_drafts_that_win_begin_at_once():
     assert AutoPlanner(XEON, acceptance=[[0.0]]).plan(inputs).is_plain
 
 
+@pytest.mark.parametrize("known", [0.9, 0.99])
+def test_drafts_that_were_known_to_be_good_and_are_useless_now_end_within_a_bounded_number_of_steps(known):
+    """One live sequence shows little in a step, and each surprise forgets some of it: not what was known before."""
+    planner = SyntheticClockPlanner(XEON, acceptance=[[known]] * 4)
+    drafted = [not record.plan.is_plain for record in play(planner, 400, 1, chance=0.0)]
+    assert sum(drafted) < 130 and sum(drafted[200:]) < 40
+    restored = AutoPlanner.from_state(json.loads(json.dumps(planner.state_dict())))
+    assert restored.expectation.table.prior_weight == planner.expectation.table.prior_weight < 32
+
+
 @pytest.mark.parametrize("is_asked", [True, False])
 def test_a_clear_gain_over_plain_decoding_that_was_not_seen_is_tried(is_asked, monkeypatch):
     """Plain decoding is believed 1.3 times as dear as it is, so that drafts which lose 4 % seem to win clearly."""

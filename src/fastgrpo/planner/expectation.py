@@ -144,13 +144,15 @@ class Expectation:
     def _notice(self, plan: SpeculationPlan, records: Sequence[StepRecord]) -> None:
         """Where first draft tokens are clearly accepted as they were not before, that was of other text or drafts.
 
-        With few live sequences the window is many steps long; what went before counts for no more than what showed it.
+        With few live sequences the window is many steps long; what went before counts for no more than what showed it,
+        and so does what was known of the drafter.
         """
         num_seqs = records[0].num_seqs
         rate = sum(self._find_rates(num_seqs)[0][: plan.width])
         recent = self._surprise.observe(records, rate)
         if recent is None:
             return
+        self.table.prior_weight = min(self.table.prior_weight, max(recent, GUESS_WEIGHT))
         for table in (self.table, self._find_local(num_seqs.bit_length())):
             table.fade(min(recent / max(table.offered[0][0], 1.0), 1.0))
         for agreement in (self._all, *self._plans.values()):
@@ -201,6 +203,7 @@ class Expectation:
         return {
             "table": self.table.state_dict(),
             "known": self.table.known,
+            "prior_weight": self.table.prior_weight,
             "local": [[octave, table.state_dict()] for octave, table in self._local.items()],
             "all": [self._all.accepted, self._all.predicted],
             "plans": [[asdict(plan), each.accepted, each.predicted] for plan, each in self._plans.items()],
@@ -212,6 +215,7 @@ class Expectation:
     def from_state(cls, state: Mapping[str, Any]) -> Expectation:
         """The expectation that `state_dict` described."""
         expectation = cls(state.get("known") or None)  # older states have none
+        expectation.table.prior_weight = float(state.get("prior_weight", expectation.table.prior_weight))
         expectation.table.restore(state["table"])
         for octave, table in state["local"]:
             expectation._find_local(octave).restore(table)
