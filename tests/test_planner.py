@@ -427,6 +427,13 @@ def test_drafts_that_were_known_to_be_good_and_are_useless_now_end_within_a_boun
     assert restored.expectation.table.prior_weight == planner.expectation.table.prior_weight < 32
 
 
+def test_what_was_known_of_a_drafter_fades_as_all_that_is_counted_does():
+    """Else it outweighs what each of many short rollouts says."""
+    planner = SyntheticClockPlanner(XEON, acceptance=[[0.9]] * 3)
+    drafted = [not record.plan.is_plain for _ in range(20) for record in play(planner, 60, 1, chance=0.0)]
+    assert sum(drafted[300:]) < 130
+
+
 @pytest.mark.parametrize("is_asked", [True, False])
 def test_a_clear_gain_over_plain_decoding_that_was_not_seen_is_tried(is_asked, monkeypatch):
     """Plain decoding is believed 1.3 times as dear as it is, so that drafts which lose 4 % seem to win clearly."""

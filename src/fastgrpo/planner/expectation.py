@@ -152,7 +152,7 @@ class Expectation:
         recent = self._surprise.observe(records, rate)
         if recent is None:
             return
-        self.table.prior_weight = min(self.table.prior_weight, max(recent, GUESS_WEIGHT))
+        self._doubt_known(recent)
         for table in (self.table, self._find_local(num_seqs.bit_length())):
             table.fade(min(recent / max(table.offered[0][0], 1.0), 1.0))
         for agreement in (self._all, *self._plans.values()):
@@ -160,8 +160,13 @@ class Expectation:
         self._age = min(self._age, _NEW_STEPS)  # predictions are made anew more often again
         self._forget_predictions()
 
+    def _doubt_known(self, most: float) -> None:
+        """What was known of the drafter counts for so many trials at most, and for as many as a guess at least."""
+        self.table.prior_weight = min(self.table.prior_weight, max(most, GUESS_WEIGHT))
+
     def fade(self, keep: float) -> None:
-        """Weigh down all that was counted."""
+        """Weigh down all that was counted, and what was known before."""
+        self._doubt_known(keep * self.table.prior_weight)
         for table in (self.table, *self._local.values()):
             table.fade(keep)
         for agreement in (self._all, *self._plans.values()):
