@@ -395,7 +395,8 @@ def test_a_profile_on_file_is_the_one_that_was_measured(path: Path) -> None:
 )
 def test_a_profile_of_something_else_is_refused_by_name(path: Path, edit: Callable[[dict], object], message: str):
     change(path, edit)
-    with pytest.raises(ValueError, match=f"{message}.*fastgrpo profile --model MODEL --drafter ngram --output"):
+    remedy = "fastgrpo profile --model MODEL --drafter ngram --dtype float64 --output"
+    with pytest.raises(ValueError, match=f"{message}.*{remedy}"):
         Engine(shared_model("llama"), drafter="ngram", profile=path)
 
 

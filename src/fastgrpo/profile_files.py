@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastgrpo.cache_folder import CACHE_ENV, find_cache_folder, has_profile_cache
-from fastgrpo.drafters import find_trainable
+from fastgrpo.drafters import DRAFTERS, find_trainable
 from fastgrpo.idleness import OthersWork
 from fastgrpo.json_files import write_json
 from fastgrpo.kernels import cpu
@@ -153,7 +153,8 @@ def take_profile(profile: HardwareProfile | str | Path, target: TargetModel, dra
     taken, theirs = read_profile(path)
     ours = describe_identity(target, drafter)
     if listed := list_differences(theirs, ours):
-        remedy = f"fastgrpo profile --model {target.name or 'MODEL'} --drafter {drafter.name} --output {path}"
+        drafting = f"--drafter {drafter.name if drafter.name in DRAFTERS else 'DRAFTER'} --dtype {ours['dtype']}"
+        remedy = f"fastgrpo profile --model {target.name or 'MODEL'} {drafting} --output {path}"
         raise ValueError(f"the profile {path} was measured of something else: {listed}; measure again: {remedy}")
     return taken
 
