@@ -398,10 +398,33 @@ def test_engines_that_take_turns_may_end_in_any_order(first_to_end, compute_dtyp
     for index in (first_to_end, 1 - first_to_end):
         assert not model.training
         for _ in rollouts[index]:
-            assert not torch.is_grad_enabled()
+            assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"), "what is the thread's own"
     assert [[sequence.token_ids for sequence in own] for own in requests] == [expected, expected]
     assert model.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     assert model.get_base_model().config._attn_implementation == attention
+    assert_same_weights(model, weights)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_a_rollout_may_be_closed_by_another_thread(compute_dtype):
+    """Gradients and autocast are each thread's own, and the model is its owner's again."""
+    model = build_lora(dtype=torch.float32)
+    model.train()
+    weights, attention = copy_weights(model), model.get_base_model().config._attn_implementation
+    engines = [Engine(model, drafter="none", speculation="off", compute_dtype=compute_dtype) for _ in range(2)]
+    rollouts = [engine.roll_out(engine.take_requests(PROMPTS, SamplingParams(max_tokens=12))) for engine in engines]
+    for rollout in rollouts:
+        next(rollout)
+
+    def describe_thread():
+        return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(rollouts[1].close).result()
+        assert not model.training, "the first rollout goes on"
+        rollouts[0].close()
+        assert describe_thread() == pool.submit(describe_thread).result() == (True, False)
+    assert model.training and model.get_base_model().config._attn_implementation == attention
     assert_same_weights(model, weights)
 
 

@@ -176,8 +176,9 @@ class Engine:
     def roll_out(self, sequences: list[Sequence]) -> Generator[StepRecord]:
         """`generate` step by step: fills the sequences and yields each step's facts; errors as there.
 
-        Until it is exhausted or closed the model is in `rollout_mode`; closed early, it leaves nothing behind. Engines
-        of one model may take turns; the model is its owner's again when the last of them ends.
+        Until it is exhausted or closed the model is `prepared`; closed early, in whatever thread, it leaves nothing
+        behind. Engines of one model may take turns; the model is its owner's again when the last of them ends. Between
+        steps PyTorch is the caller's own, gradients and all.
 
         Raises:
             RuntimeError: another rollout of this engine is under way, which goes on; or the model's type, device,
@@ -188,18 +189,20 @@ class Engine:
         if not sequences:
             return
         try:
-            with self.target.rollout_mode():
-                self.planning.begin()
-                self.drafter.begin()
-                self._verify.begin()
-                self.admission.begin(sequences)
+            with self.target.prepared():
+                with self.target.computing():
+                    self.planning.begin()
+                    self.drafter.begin()
+                    self._verify.begin()
+                    self.admission.begin(sequences)
                 for sequence in sequences:
                     self.scheduler.add(sequence)
                 while self.scheduler.has_work:
-                    record = self.step()
-                    self.records.append(record)
-                    for listener in self.on_step:
-                        listener(record)
+                    with self.target.computing():
+                        record = self.step()
+                        self.records.append(record)
+                        for listener in self.on_step:
+                            listener(record)
                     yield record
         finally:
             self._reset()

@@ -61,25 +61,28 @@ class _CacheView(Cache):
         return rows.unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(1, 2)
 
 
-class _Modes(threading.local):
-    """What rollouts of this thread have changed, of models and of PyTorch, the last one last."""
+class _Modes:
+    """What rollouts have changed of each model, the last one last; whichever thread they end in."""
 
     def __init__(self) -> None:
-        self._entered: list[contextlib.ExitStack] = []
+        self._lock = threading.Lock()
+        self._entered: dict[int, list[contextlib.ExitStack]] = {}  # of each model
         self._left: list[contextlib.ExitStack] = []
 
-    def enter(self, mode: contextlib.ExitStack) -> None:
-        self._entered.append(mode)
+    def enter(self, model: nn.Module, mode: contextlib.ExitStack) -> None:
+        with self._lock:
+            self._entered.setdefault(id(model), []).append(mode)
 
-    def leave(self, mode: contextlib.ExitStack) -> None:
+    def leave(self, model: nn.Module, mode: contextlib.ExitStack) -> None:
         """Put back what it found, and what those found that have left before and had to wait for it."""
-        if mode not in self._entered:  # closed by another thread than began it
-            mode.close()
-            return
-        self._left.append(mode)
-        while self._entered and self._entered[-1] in self._left:
-            self._left.remove(self._entered[-1])
-            self._entered.pop().close()
+        with self._lock:
+            entered = self._entered[id(model)]
+            self._left.append(mode)
+            while entered and entered[-1] in self._left:
+                self._left.remove(entered[-1])
+                entered.pop().close()
+            if not entered:
+                del self._entered[id(model)]
 
 
 _MODES = _Modes()
@@ -233,10 +236,16 @@ class TargetModel:
 
     @contextlib.contextmanager
     def rollout_mode(self) -> Iterator[None]:
+        """`prepared`, and `computing` in this thread."""
+        with self.prepared(), self.computing():
+            yield
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
         """Evaluation mode, merged LoRA, tree attention; everything is put back, whatever happens inside.
 
-        Several may be in it at once and leave in any order: what one found is put back once those that came later are
-        gone.
+        Several may be in it at once and leave in any order, in any thread: what one found is put back once those that
+        came later are gone.
 
         Raises:
             RuntimeError: another thread has the model in a rollout, which goes on; or its type, device, vocabulary or
@@ -245,19 +254,20 @@ class TargetModel:
         with _OWNERS.own(self.base):
             self._check_unchanged()
             with contextlib.ExitStack() as entering:
-                entering.enter_context(self._change_mode())
+                entering.enter_context(self._change_model())
                 mode = entering.pop_all()
-            _MODES.enter(mode)
+            _MODES.enter(self.base, mode)
             try:
                 yield
             finally:
-                _MODES.leave(mode)
+                _MODES.leave(self.base, mode)
 
     @contextlib.contextmanager
-    def _change_mode(self) -> Iterator[None]:
-        before = (self._fused, self._output, self._recorder, self._runner)
-        training = [module for module in self.model.modules() if module.training]
-        attention = self.config._attn_implementation
+    def computing(self) -> Iterator[None]:
+        """What PyTorch keeps for each thread: no gradients, the model's device, the type that is computed in.
+
+        Held for a step at a time, since a rollout may go on, or be closed, in another thread than it began in.
+        """
         autocast = (
             torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=self.device.type != "cuda")
             if self.compute_dtype
@@ -265,13 +275,25 @@ class TargetModel:
         )
         # Triton launches, and recordings are made, on the current device, whichever the tensors are on
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with torch.no_grad(), on_device, autocast:
+            yield
+
+    @contextlib.contextmanager
+    def _change_model(self) -> Iterator[None]:
+        before = (self._fused, self._output, self._recorder, self._runner)
+        training = [module for module in self.model.modules() if module.training]
+        attention = self.config._attn_implementation
+        weights = contextlib.ExitStack()
         try:
             self.model.eval()
             self.config._attn_implementation = ATTENTION_NAME
-            with torch.no_grad(), on_device, merged_weights(self.model, self.compute_dtype), autocast:
+            with torch.no_grad():
+                weights.enter_context(merged_weights(self.model, self.compute_dtype))
+            with self.computing():
                 self._fused, self._recorder = self._fuse(), self._build_recorder()
-                yield
+            yield
         finally:
+            weights.close()
             self._fused, self._output, self._recorder, self._runner = before
             self.config._attn_implementation = attention
             for module in training:
