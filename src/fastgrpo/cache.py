@@ -20,10 +20,11 @@ from torch import Tensor
 from fastgrpo.block_store import BlockStore
 from fastgrpo.blocks import BLOCK_SIZE, BlockPool, count_blocks
 from fastgrpo.kernels import cpu, gpu, trees
-from fastgrpo.memory import is_out_of_memory
+from fastgrpo.memory import find_available_bytes, is_out_of_memory
 from fastgrpo.transfer import is_host, upload
 
 _LEAST_BLOCKS = 16  # that room is made for
+_MOST_TAKEN = 0.9  # of what a device has free, where it grows by more than a block: forwards want some
 _IDLE_BYTES = 64 * 2**20  # less memory that nobody uses is not worth giving back
 
 
@@ -117,13 +118,16 @@ class SlotCache:
     def _make_room(self) -> None:
         """Storage for more blocks: on a CPU for all that are expected, elsewhere in large steps.
 
-        Where the system does not promise so much, for fewer.
+        Where the system does not promise so much, for half as many more, and so on: each time it moves, recordings go.
         """
         held = self._pool.size
         is_lazy = self.keys.data.device.type == "cpu"
         wanted = max(self._expected if is_lazy else self._expected // 4, 2 * held, _LEAST_BLOCKS)
-        for size in (wanted, held + held // 4, held + 1):
-            size = max(min(size, self._pool.limit), held + 1)
+        more = max(min(wanted, self._pool.limit) - held, 1)
+        while more > 1 and not self._may_move(held + more):
+            more //= 2
+        while True:
+            size = held + more
             try:
                 for store in self.stores:
                     if store.num_blocks < size:
@@ -131,8 +135,26 @@ class SlotCache:
                 self._pool.size = size
                 return
             except (OSError, RuntimeError) as error:
-                if size == held + 1 or not is_out_of_memory(error):
+                if more == 1 or not is_out_of_memory(error):
                     raise
+                more //= 2
+
+    def _may_move(self, num_blocks: int) -> bool:
+        """Whether a device has room for all stores to move, one after the other: what one has taken the next one lacks.
+
+        On a CPU memory costs as it is written to, and it is tried.
+        """
+        device = self.keys.data.device
+        available = None if device.type == "cpu" else find_available_bytes(device)
+        if available is None:
+            return True
+        free = _MOST_TAKEN * available
+        for store in self.stores:
+            num_bytes = num_blocks * BLOCK_SIZE * store.position_bytes
+            if num_bytes > free:
+                return False
+            free += store.num_bytes - num_bytes
+        return True
 
     def _return_memory(self) -> None:
         """Where more memory is idle than in use, the system has it back."""
