@@ -562,6 +562,15 @@ def test_the_replay_is_bounded_and_drops_the_oldest(kind):
     assert not tight._replay
 
 
+def test_rollouts_that_wait_to_be_learnt_from_are_bounded_too(kind, monkeypatch):
+    model = shared_model("llama", torch.float32)
+    rollouts = collect_rollouts(model)
+    each = [rollout.features.numel() * rollout.features.element_size() for rollout in rollouts]
+    monkeypatch.setattr("fastgrpo.learner._MOST_NEW_BYTES", sum(each[-2:]))
+    learner = build_learner(kind.build(model), rollouts, max_replay_bytes=1)
+    assert [id(r) for r in learner.begin().rollouts] == [id(r) for r in rollouts[-2:]]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_features_that_are_not_finite_are_skipped_and_counted(kind, bad):
     model = shared_model("llama", torch.float32)

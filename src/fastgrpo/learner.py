@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from fastgrpo.objective import build_objective
 _BATCH_PAIRS = 256  # pairs of one optimiser step
 _WARMUP_UPDATES, _YOUNG_UPDATES = 20, 300
 _NEW_RATE, _TRAINED_RATE = 2e-3, 3e-4
+_MOST_NEW_BYTES = 2 * 2**30  # of rollouts that nobody has learnt from yet; of a device, where it is scarce
 _NUM_REPLAYS = 3  # passes over everything kept, behind the one over what is new
 
 
@@ -180,11 +181,15 @@ class Learner:
         return not self.drafter.was_trained and self.num_updates < _YOUNG_UPDATES
 
     def add(self, rollout: FinishedRollout) -> None:
-        """Take a finished rollout; an engine's `on_finish` listener. Features that overflowed teach nothing."""
+        """Take a finished rollout; an engine's `on_finish` listener. Features that overflowed teach nothing.
+
+        Where more wait to be learnt from than memory is set aside for, the oldest of them go.
+        """
         if rollout.features is None or len(rollout.features) < 2:
             return
         if bool(torch.isfinite(rollout.features).all()):
             self._new.append(rollout)
+            _drop_oldest((self._new,), max(_MOST_NEW_BYTES, self.max_replay_bytes))
             self._has_counted = True
             self._token_counts += torch.bincount(torch.tensor(rollout.token_ids), minlength=len(self._token_counts))
         else:
@@ -258,10 +263,7 @@ class Learner:
 
     def keep(self) -> None:
         """Keep rollouts for later calls of `learn`, the newest ones; nothing is learnt now."""
-        num_bytes = sum(map(_num_bytes, self._replay)) + sum(map(_num_bytes, self._new))
-        for rollouts in (self._replay, self._new):
-            while rollouts and num_bytes > self.max_replay_bytes:
-                num_bytes -= _num_bytes(rollouts.popleft())
+        _drop_oldest((self._replay, self._new), self.max_replay_bytes)
 
     @float32_products()
     @torch.no_grad()
@@ -357,6 +359,14 @@ class Learner:
         self._replay = deque(state["replay"])
         reference = state["reference"]
         self._reference = None if reference is None else [x.to(self.drafter.target.device) for x in reference]
+
+
+def _drop_oldest(queues: Sequence[deque[FinishedRollout]], most_bytes: int) -> None:
+    """Until all of them together take no more."""
+    num_bytes = sum(_num_bytes(rollout) for queue in queues for rollout in queue)
+    for queue in queues:
+        while queue and num_bytes > most_bytes:
+            num_bytes -= _num_bytes(queue.popleft())
 
 
 def _num_bytes(rollout: FinishedRollout) -> int:
