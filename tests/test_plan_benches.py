@@ -17,7 +17,16 @@ from fastgrpo.bench.steady import Progress, SteadyRollout, SteadyWorkload
 from fastgrpo.cli import main
 from fastgrpo.engine import Engine
 from fastgrpo.loading import load_model
-from fastgrpo.options import BudgetOptions, PlansOptions, RolloutOptions, name_plan, parse_plan, parse_speculation
+from fastgrpo.options import (
+    AcceptanceOptions,
+    BudgetOptions,
+    DraftersOptions,
+    PlansOptions,
+    RolloutOptions,
+    name_plan,
+    parse_plan,
+    parse_speculation,
+)
 from fastgrpo.planner import FixedPlanner
 from fastgrpo.report.rollout_picture import (
     build_rollout_picture,
@@ -63,6 +72,8 @@ def test_a_shape_is_a_plan_and_back() -> None:
         ("4x4x16x", "such as 4x4x16; got '4x4x16x'"),
         ("4x0x16", "has no zero, got '4x0x16'; plain decoding is off"),
         ("4x4x3", "the shape '4x4x3' cannot be: num_draft_tokens 3 cannot fill a depth of 4"),
+        ("1x1x5", "the shape '1x1x5' cannot be: 1x1 trees have 1 draft tokens at most"),
+        ("2x2x7", "2x2 trees have 6 draft tokens at most"),
         ("always", "speculation must be one of auto, off, paper, paper-own, bandit, fixed, or depth x width"),
         ("", "got ''"),
     ],
@@ -86,6 +97,13 @@ def test_options_refuse_what_cannot_be_measured() -> None:
         (BudgetOptions, {"concurrency": ()}, "concurrency must name"),
         (BudgetOptions, {"temperature": -1.0}, "temperature must be >= 0, got -1.0"),
         (RolloutOptions, {"speculation": ("auto", "3x3")}, "got '3x3'"),
+        (RolloutOptions, {"speculation": ("auto", "auto")}, "must name each once, got auto twice in 'auto,auto'"),
+        (PlansOptions, {"concurrency": (1, 4, 1)}, "concurrency must name each once, got 1 twice in '1,4,1'"),
+        (BudgetOptions, {"plans": ("1x1x1", "1x1x1")}, "plans must name each once, got 1x1x1 twice"),
+        (PlansOptions, {"max_num_tokens": 1}, "max_num_tokens=1 leaves every plan out: 1x1x1 with 1 live takes 2"),
+        (BudgetOptions, {"max_num_tokens": 3}, "leaves every plan out: 1x4x1 with 2 live takes 4 tokens a forward"),
+        (DraftersOptions, {"drafters": ("ngram", "ngram")}, "drafters must name each once"),
+        (AcceptanceOptions, {"temperature": (1.0, 1.0)}, "temperature must name each once, got 1.0 twice"),
     ):
         with pytest.raises(ValueError, match=message):
             options(**changes)

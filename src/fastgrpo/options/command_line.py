@@ -31,6 +31,15 @@ def check_positive(record: Any, *names: str) -> None:
             raise ValueError(f"{name} must be above 0, got {getattr(record, name)}")
 
 
+def check_distinct(record: Any, *names: str) -> None:
+    """What is named twice would be measured once, or beside itself."""
+    for name in names:
+        values = getattr(record, name)
+        twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
+        if twice is not None:
+            raise ValueError(f"{name} must name each once, got {twice} twice in '{','.join(map(str, values))}'")
+
+
 def add_options(parser: argparse.ArgumentParser, record: type) -> None:
     """One `--option` for each field of a record that says what it is `about`."""
     hints = get_type_hints(record)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastgrpo.options.command_line import about, check_positive
+from fastgrpo.options.command_line import about, check_distinct, check_positive
 from fastgrpo.options.shapes import SHAPE_FORM, parse_speculation
 from fastgrpo.options.words import (
     DEVICES,
@@ -44,6 +44,7 @@ class DraftersOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "num_prompts", "num_generations", "epochs", "max_tokens", "max_num_seqs")
+        check_distinct(self, "drafters")
         if not self.drafters or "none" in self.drafters:
             raise ValueError(
                 f"drafters must name what drafts, got {','.join(self.drafters)!r}; plain decoding is added"
@@ -105,6 +106,7 @@ class RolloutOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "num_prompts", "num_generations", "repeats", "max_num_seqs")
+        check_distinct(self, "speculation")
         for word in self.speculation:
             parse_speculation(word)
         if self.warmup_steps < 0:
@@ -151,6 +153,7 @@ class AcceptanceOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "num_prompts", "max_tokens", "max_num_seqs")
+        check_distinct(self, "task", "temperature")
         if not all(temperature >= 0 for temperature in self.temperature):
             raise ValueError(f"temperature must be >= 0, got {','.join(map(str, self.temperature))}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastgrpo.options.command_line import about, check_positive
+from fastgrpo.options.command_line import about, check_distinct, check_positive
 from fastgrpo.options.shapes import SHAPE_FORM, parse_plan, parse_speculation
 from fastgrpo.options.words import DEVICES, DTYPES, LONG_TAIL_MAX_TOKENS
 
@@ -69,11 +69,8 @@ class PlansOptions(SteadyOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "tokens_per_seq", "min_tokens", "repeats", "warmups")
-        check_concurrency(self.concurrency)
-        if not self.plans:
-            raise ValueError(f"plans must name at least one shape, {SHAPE_FORM}; got none")
-        for shape in self.plans:
-            parse_plan(shape)
+        check_grid(self.concurrency, self.plans, self.max_num_tokens)
+        check_distinct(self, "concurrency", "plans")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +98,10 @@ class BudgetOptions(SteadyOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "tokens_per_seq", "min_tokens", "repeats")
-        check_concurrency(self.concurrency)
+        check_grid(self.concurrency, self.plans, self.max_num_tokens)
+        check_distinct(self, "concurrency", "plans")
         if self.most < 2:
             raise ValueError(f"most must be at least 2, got {self.most}; with 1 all sequences get as many")
-        if not self.plans:
-            raise ValueError(f"plans must name at least one shape, {SHAPE_FORM}; got none")
-        for shape in self.plans:
-            parse_plan(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +153,18 @@ class OrderOptions:
             )
 
 
-def check_concurrency(concurrency: tuple[int, ...]) -> None:
+def check_grid(concurrency: tuple[int, ...], plans: tuple[str, ...], max_num_tokens: int) -> None:
+    """Numbers of live sequences, and shapes of plans of which at least one is measured."""
     if not concurrency or min(concurrency) < 1:
         raise ValueError(
             f"concurrency must name numbers of live sequences of at least 1, got '{','.join(map(str, concurrency))}'"
+        )
+    if not plans:
+        raise ValueError(f"plans must name at least one shape, {SHAPE_FORM}; got none")
+    sizes = {shape: 1 + parse_plan(shape).num_draft_tokens for shape in plans}
+    smallest = min(sizes, key=sizes.__getitem__)
+    if min(concurrency) * sizes[smallest] > max_num_tokens:
+        raise ValueError(
+            f"max_num_tokens={max_num_tokens} leaves every plan out: {smallest} with {min(concurrency)} live takes "
+            f"{min(concurrency) * sizes[smallest]} tokens a forward"
         )

@@ -16,7 +16,8 @@ def parse_plan(shape: str) -> SpeculationPlan:
     """The plan behind `4x4x16`.
 
     Raises:
-        ValueError: it is of another form, decodes plainly, or has more levels than draft tokens.
+        ValueError: it is of another form, decodes plainly, or has more levels than draft tokens or more draft tokens
+            than there are nodes on its levels.
     """
     match = _SHAPE.fullmatch(shape)
     if match is None:
@@ -24,6 +25,8 @@ def parse_plan(shape: str) -> SpeculationPlan:
     depth, width, num_draft_tokens = map(int, match.groups())
     if not depth * width * num_draft_tokens:
         raise ValueError(f"a plan's shape has no zero, got '{shape}'; plain decoding is off")
+    if num_draft_tokens > (most := width + width**2 * (depth - 1)):
+        raise ValueError(f"the shape '{shape}' cannot be: {depth}x{width} trees have {most} draft tokens at most")
     try:
         return SpeculationPlan(depth=depth, width=width, num_draft_tokens=num_draft_tokens)
     except ValueError as error:
