@@ -214,6 +214,24 @@ def test_auto_stands_beside_the_best_plan_and_plain_decoding() -> None:
     assert once["best"] == "1x1x1" and once["auto_to_best_chosen_apart"] is None
 
 
+def test_what_recording_takes_of_short_rollouts_is_told_apart() -> None:
+    slow = {"step_s": 0.9, "is_steady": False}
+    plain, drafted = build_record(2, 2, 0.1), build_record(2, 4, 0.1, plan=TREE)
+    rollouts = {
+        "off": [[plain, plain]],
+        "2x2x3": [[replace(drafted, **slow), drafted]],
+        "auto": [[replace(drafted, **slow), drafted, plain]],
+        "1x1x1": [[replace(drafted, **slow)]],
+    }
+    row = describe_concurrency(2, rollouts)
+    assert (row["best"], row["steady_best"]) == ("off", "2x2x3"), "recording is most of what drafts take here"
+    assert row["arms"]["2x2x3"]["recording_share"] == pytest.approx(0.9)
+    assert row["arms"]["2x2x3"]["steady_over_plain"] == pytest.approx(2)
+    assert row["steady_auto_to_best"] == pytest.approx((6 / 0.2) / (4 / 0.1))
+    assert row["arms"]["off"]["recording_share"] == pytest.approx(0)
+    assert row["arms"]["1x1x1"]["steady_tokens_per_s"] == 0
+
+
 def test_each_law_is_judged_plainly() -> None:
     def build_row(num_seqs: int, to_best: float, to_plain: float, plan_ms: float, plan_share: float) -> dict:
         arms = {"auto": {"plan_ms": plan_ms, "plan_share": plan_share}}

@@ -171,8 +171,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
         seconds = [f"{own[key]:.2f}" for key in ("generation_s", "update_s", "step_s")]
         rates = [f"{own['tokens_per_s']:.1f}", f"{1000 * own['s_per_token']:.2f}", f"{own['mean_length']:.0f}"]
         acceptance = "-" if parse_variant(name).kind == STOCK else f"{own['acceptance_length']:.2f}"
-        memory = f"{result['peak_memory'][name]['rss_bytes'] / 2**30:.1f}"
-        table.add_row(name, *seconds, *rates, acceptance, memory)
+        table.add_row(name, *seconds, *rates, acceptance, _describe_memory(result["peak_memory"][name]))
     console.print(table)
     console.print(_build_phase_table(result["phases"]))
     for entry in result["ratios"]:
@@ -182,6 +181,12 @@ def _print(result: dict[str, Any], console: Console) -> None:
     least = result["least_step_ratio"]
     if least is not None:
         console.print(f"tokens_per_s: auto {least['ratio']:.2f} of off in its worst step", highlight=False)
+
+
+def _describe_memory(memory: dict[str, int | None]) -> str:
+    """The host's, or a GPU's and what PyTorch had set aside of it."""
+    known = [memory[name] for name in ("gpu_bytes", "gpu_reserved_bytes") if memory[name]] or [memory["rss_bytes"]]
+    return " of ".join(f"{(num_bytes or 0) / 2**30:.1f}" for num_bytes in known)
 
 
 def _build_phase_table(phases: dict[str, dict[str, float]]) -> Table:

@@ -25,6 +25,7 @@ from fastgrpo.types import StepRecord
 AUTO, PLAIN = "auto", "off"
 LEAST_OF_BEST, LEAST_OF_PLAIN = 0.95, 0.98  # of the best fixed plan's tokens/s, and of plain decoding's
 MOST_PLAN_SHARE, MOST_PLAN_MS, MANY_SEQS = 0.01, 0.2, 64  # of a step; and milliseconds with so many sequences
+_LITTLE = 0.02  # of the time, that recording may take before it is said
 _WARM_UP_SHARE = 0.2  # of a measured rollout, for what has nothing to learn
 
 Row = dict[str, Any]
@@ -90,6 +91,9 @@ def describe_concurrency(num_seqs: int, rollouts: dict[str, list[list[StepRecord
     Plans share the turns of a rollout, and with them what else the machine did: they are compared within each rollout,
     and the medians of those ratios count.
 
+    On a GPU each rollout records anew what it replays then, which would be a small part of a longer one: rates without
+    those steps stand beside the others, as `steady_*`.
+
     The best of many is best by luck as well: `auto_to_best_chosen_apart` holds each of auto's rollouts against the plan
     that is best in the other repeats.
 
@@ -105,7 +109,9 @@ def describe_concurrency(num_seqs: int, rollouts: dict[str, list[list[StepRecord
 
     for name, arm in arms.items():
         arm["over_plain"] = compute_median(compare(name, PLAIN))
+        arm["steady_over_plain"] = compute_ratio(arm["steady_tokens_per_s"], arms[PLAIN]["steady_tokens_per_s"])
     best = max(others, key=lambda name: arms[name]["over_plain"])
+    best_steady = max(others, key=lambda name: arms[name]["steady_over_plain"])
     to_best, to_plain = compare(AUTO, best), compare(AUTO, PLAIN)
     return {
         "num_seqs": num_seqs,
@@ -113,6 +119,10 @@ def describe_concurrency(num_seqs: int, rollouts: dict[str, list[list[StepRecord
         "auto_to_best": compute_median(to_best),
         "auto_to_best_chosen_apart": _compare_apart(rollouts, others),
         "auto_to_plain": compute_median(to_plain),
+        "steady_best": best_steady,
+        "steady_auto_to_best": compute_ratio(
+            arms[AUTO]["steady_tokens_per_s"], arms[best_steady]["steady_tokens_per_s"]
+        ),
         "each_auto_to_best": to_best,
         "each_auto_to_plain": to_plain,
         "arms": arms,
@@ -144,7 +154,11 @@ def _describe_arm(rollouts: list[list[StepRecord]]) -> Row:
     plan_s = sum(record.plan_s for record in records)
     shapes = Counter(name_plan(record.plan) for record in records)
     each = [compute_rate(rollout) for rollout in rollouts]
+    steady = [record for record in records if record.is_steady]
+    steady_s = sum(record.step_s - record.prefill_s for record in steady)
     return {
+        "steady_tokens_per_s": compute_rate(steady) if steady else 0.0,
+        "recording_share": 1 - compute_ratio(steady_s, steps_s),
         "tokens_per_s": compute_median(each),  # over the rollouts: a second that stood still is in one of them
         "each_tokens_per_s": each,
         "acceptance_length": summary.acceptance_length,
@@ -197,6 +211,12 @@ def _judge(law: str, misses: list[str], *, is_measured: bool = True) -> str:
 
 def _describe(row: Row) -> str:
     left_out = f"; left out, too many tokens a forward: {', '.join(row['skipped'])}" if row["skipped"] else ""
+    auto = row["arms"][AUTO]
+    if auto["recording_share"] > _LITTLE:
+        left_out += (
+            f"; {auto['recording_share']:.0%} of auto's time went to recording, without which it makes "
+            f"{row['steady_auto_to_best']:.3f} of {row['steady_best']} and {auto['steady_over_plain']:.3f} of plain"
+        )
     return (
         f"{row['num_seqs']} live: best {row['best']}, auto {row['auto_to_best']:.3f} of it and "
         f"{row['auto_to_plain']:.3f} of plain{left_out}"

@@ -90,7 +90,7 @@ def run_worker(name: str, options: E2EOptions, connection: Connection) -> None:
             connection.send((None, "ready"))
             connection.recv()
             trainer.train()
-        connection.send((None, {"rss_bytes": read_peak_rss_bytes(), "gpu_bytes": _read_peak_gpu_bytes()}))
+        connection.send((None, {"rss_bytes": read_peak_rss_bytes()} | _read_peak_gpu_bytes()))
     except KeyboardInterrupt:
         pass
     except ValueError as error:
@@ -221,5 +221,8 @@ def read_peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _read_peak_gpu_bytes() -> int | None:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+def _read_peak_gpu_bytes() -> dict[str, int | None]:
+    """Most memory that tensors took, and that PyTorch had set aside: that of recordings that ended goes late."""
+    if not torch.cuda.is_available():
+        return {"gpu_bytes": None, "gpu_reserved_bytes": None}
+    return {"gpu_bytes": torch.cuda.max_memory_allocated(), "gpu_reserved_bytes": torch.cuda.max_memory_reserved()}
