@@ -33,6 +33,7 @@ TYPES = {"tokens": "*i32", "scale": "fp32", "eps": "fp32"} | dict.fromkeys(INTS,
 
 SETTLED = ("stride", "_kv_heads", "num_heads", "width", "_width", "num_inputs", "num_blocks", "scale", "eps")
 COLUMNS = ("stream_keys", "positions", "temperatures", "lengths", "num_nodes", "starts", "rows")
+PARTS = {"gpu_attention": ("tops", "masses")}  # of one tensor: where they begin changes
 _EVEN = {"HAS_BIAS": False, "IS_EVEN": True}
 
 
@@ -59,7 +60,7 @@ def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], i
             for tokens, outputs, inputs in ((16, 64, 128), (64, 64, 128), (16, 32, 256)):
                 sizes = {"TOKENS": tokens, "OUTPUTS": outputs, "INPUTS": inputs}
                 yield "gpu_linear", "_multiply", dict.fromkeys(names, dtype), sizes | _EVEN, 4
-        for head_dim, width in ((64, 64), (80, 128), (128, 128)):
+        for head_dim, width in ((8, 16), (64, 64), (80, 128), (128, 128)):
             shape = {"REPEATS": 4, "HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": 256}
             types = dict.fromkeys(("query", "keys", "values", "out"), dtype)
             for queries, tile in ((16, 64), (32, 64), (64, 64)) if dtype == "*bf16" else ((16, 16),):
@@ -109,7 +110,7 @@ def compile_kernel(module: str, name: str, types: dict[str, str], constants: dic
         if (type_.startswith("*") or argument.endswith(("_stride", "_inputs"))) and is_specialized[argument]
     }  # as the launcher finds them
     changing = {name for name, type_ in signature.items() if type_ == "i32" and not name.endswith(SETTLED)}
-    anew = [name for name in (*changing, *COLUMNS) if is_specialized.get(name)]
+    anew = [name for name in (*changing, *COLUMNS, *PARTS.get(module, ())) if is_specialized.get(name)]
     assert not anew, f"{name} would be compiled anew when {', '.join(anew)} change"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {

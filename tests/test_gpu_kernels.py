@@ -274,7 +274,7 @@ def pack(visible):
     return words
 
 
-@pytest.mark.parametrize(("head_dim", "repeats"), [(64, 3), (80, 1), (128, 4)])
+@pytest.mark.parametrize(("head_dim", "repeats"), [(8, 2), (64, 3), (80, 1), (128, 4)])
 def test_attention_is_that_of_a_dense_mask(head_dim, repeats):
     rows = Rows(lengths=[0, 63, 300], counts=[1, 4, 6], repeats=repeats, head_dim=head_dim)
     assert torch.allclose(rows.run().double(), rows.compute_reference(), atol=1e-5)

@@ -18,9 +18,11 @@ from fastgrpo.blocks import BLOCK_SIZE
 SPLIT = 256  # positions that one program reads
 _TILE, _SMALL_TILE = 64, 16  # positions read at once: of half precision, of float32
 _LEAST_QUERIES, _MOST_QUERIES = 16, 64  # in one tile; matrix units take 16 at least
+_LEAST_WIDTH = 16  # numbers of a head, likewise
 _CHUNK = 8  # stretches joined at once
 _CHANGING = ["most_nodes", "num_before", "num_splits"]  # no reason to compile anew
 _ROWS = ["starts", "num_nodes", "lengths"]  # nor whether these are aligned: in tables of one row or three some are not
+_PARTS = ["tops", "masses"]  # likewise, behind the sums of an odd number of queries: a model may have 9 heads
 
 
 @triton.jit
@@ -83,7 +85,7 @@ def _attend_tile(
     return highest, mass, total
 
 
-@triton.jit(do_not_specialize=[*_CHANGING, *_ROWS, "blocks", "num_blocks", "words", "num_words"])
+@triton.jit(do_not_specialize=[*_CHANGING, *_ROWS, *_PARTS, "blocks", "num_blocks", "words", "num_words"])
 def _attend_splits(
     query: tl.tensor,
     token_stride: tl.tensor,
@@ -154,7 +156,7 @@ def _attend_splits(
     tl.store(out, total, mask=is_query[:, None] & is_number[None, :])
 
 
-@triton.jit(do_not_specialize=[*_CHANGING, *_ROWS])
+@triton.jit(do_not_specialize=[*_CHANGING, *_ROWS, *_PARTS])
 def _join_splits(
     out: tl.tensor,
     starts: tl.tensor,
@@ -242,11 +244,12 @@ def attend(
     ).flatten()
     sums, tops, masses = parts.split([parts.numel() // (head_dim + 2) * size for size in (head_dim, 1, 1)])
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
-    shape = {"REPEATS": repeats, "HEAD_DIM": head_dim, "WIDTH": triton.next_power_of_2(head_dim), "SPLIT": SPLIT}
+    width = max(triton.next_power_of_2(head_dim), _LEAST_WIDTH)
+    shape = {"REPEATS": repeats, "HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": SPLIT}
     most = _LEAST_QUERIES if query.dtype == torch.float32 else _MOST_QUERIES  # float32 tiles take twice the registers
     num_queries = min(max(triton.next_power_of_2(most_queries), _LEAST_QUERIES), most)
     tile = _SMALL_TILE if query.dtype == torch.float32 else _TILE
-    fits_registers = num_queries < _MOST_QUERIES or head_dim == shape["WIDTH"]
+    fits_registers = num_queries < _MOST_QUERIES or head_dim == width
     rows = (starts, num_nodes, lengths)
     _attend_splits[(num_rows * num_kv_heads, num_splits, triton.cdiv(most_queries, num_queries))](
         query, query.stride(0), query.stride(1), keys, values, keys.stride(0), blocks, blocks.shape[1],
