@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from conftest import shared_model
-from fastgrpo.drafters import auto, find_trainable
+from fastgrpo.drafters import auto, find_trainable, join
 from fastgrpo.drafters.auto import AutoDrafter
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.eagle import EagleDrafter
@@ -28,6 +28,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.tree import Draft, check_draft
 from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan
 from fastgrpo.verify import Verdict
+from test_transfer import CountReads
 
 Tree = dict[tuple[int, ...], float]  # path from the root -> log chance of its last node
 PENDING = 7
@@ -84,7 +85,7 @@ def build_trees(draw: st.DrawFn) -> Tree:
 @given(st.lists(st.tuples(build_trees(), build_trees()), min_size=1, max_size=3), st.integers(1, 12))
 def test_the_best_paths_of_both_are_kept(pairs: list[tuple[Tree, Tree]], count: int) -> None:
     first, second = (build_draft([pair[i] for pair in pairs]) for i in (0, 1))
-    joined = join_drafts(first, second, (Calibration(), Calibration()), count)
+    joined = join_drafts(first, second, (Calibration(), Calibration()), count, 3)
     check_draft(joined.draft)
     for row, (one, other) in enumerate(pairs):
         paths = read_paths(joined.draft, row)
@@ -111,6 +112,21 @@ def build_verdict(tokens: list[list[int]]) -> Verdict:
         entropies=empty.float(),
         num_accepted=(padded >= 0).sum(1) - 1,
     )
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(build_trees(), build_trees()), min_size=1, max_size=3), st.integers(3, 5))
+def test_a_device_is_not_asked_how_deep_trees_are(pairs: list[tuple[Tree, Tree]], depth: int) -> None:
+    first, second = (build_draft([pair[i] for pair in pairs]) for i in (0, 1))
+    expected = join_drafts(first, second, (Calibration(), Calibration()), 12, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(join, "is_host", lambda _: False)
+        with CountReads() as reads:
+            joined = join_drafts(first, second, (Calibration(), Calibration()), 12, depth)
+    assert not reads.found
+    assert torch.equal(joined.draft.token_ids, expected.draft.token_ids)
+    assert torch.equal(joined.draft.parents, expected.draft.parents)
+    assert torch.equal(joined.draft.scores, expected.draft.scores)
 
 
 def test_what_another_draft_would_have_had_accepted() -> None:

@@ -189,7 +189,7 @@ class AutoDrafter:
             self._way = self.members[0 if second.log_chances is None else 1].name
             return self._drafts[self._way]
         calibrations = (self.members[0].calibration, self.members[1].calibration)
-        self._joined = join_drafts(first, second, calibrations, plan.tree_size)
+        self._joined = join_drafts(first, second, calibrations, plan.tree_size, plan.depth)
         self._draft_s[self.JOINED] = sum(self._draft_s.values()) + self._read_clock() - started
         return self._joined.draft
 

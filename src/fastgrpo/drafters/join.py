@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.pools import LEVEL_PENALTY
+from fastgrpo.transfer import is_host
 from fastgrpo.tree import Draft
 from fastgrpo.verify import Verdict
 
@@ -26,15 +27,18 @@ class JoinedDraft:
 
 
 def join_drafts(
-    first: Draft, second: Draft, calibrations: tuple[Calibration, Calibration], num_draft_tokens: int
+    first: Draft, second: Draft, calibrations: tuple[Calibration, Calibration], num_draft_tokens: int, depth: int
 ) -> JoinedDraft:
     """The `num_draft_tokens` nodes of both trees with the best calibrated chance from the root.
 
     A node that both propose has the better of its two chances.
+
+    Args:
+        depth: levels that a tree has at most; a device is not asked for how many there are.
     """
     assert first.log_chances is not None and second.log_chances is not None
     width = first.token_ids.shape[1]
-    (depth_1, path_1), (depth_2, path_2) = _find_paths(first), _find_paths(second)
+    (depth_1, path_1), (depth_2, path_2) = _find_paths(first, depth), _find_paths(second, depth)
     same = (path_2[:, :, None] == path_1[:, None]) & second.node_mask[:, :, None] & first.node_mask[:, None]
     is_shared, twin = same.any(-1), same.int().argmax(-1)
     place = torch.where(is_shared, twin, torch.arange(second.token_ids.shape[1], device=twin.device) + width)
@@ -47,7 +51,7 @@ def join_drafts(
     second_chances = second.log_chances.to(absent.dtype).masked_fill(~second.node_mask, -torch.inf)
     of_second.scatter_reduce_(1, place, second_chances, "amax")
     used = torch.cat((first.node_mask, second.node_mask & ~is_shared), 1)
-    scores = _score(of_first, of_second, calibrations, parents, depths).masked_fill(~used, -torch.inf)
+    scores = _score((of_first, of_second), calibrations, parents, depths, depth).masked_fill(~used, -torch.inf)
     return _keep_best(tokens, parents, scores, (of_first, of_second), num_draft_tokens)
 
 
@@ -65,32 +69,34 @@ def count_matched(draft: Draft, verdict: Verdict) -> Int[Tensor, " B"]:
     return matched
 
 
-def _find_paths(draft: Draft) -> tuple[Int[Tensor, "B N"], Int[Tensor, "B N"]]:
+def _find_paths(draft: Draft, depth: int) -> tuple[Int[Tensor, "B N"], Int[Tensor, "B N"]]:
     """Depth of each node, and a hash of the tokens from the root to it."""
     has_parent, above = draft.parents >= 0, draft.parents.clamp(min=0)
     depths = torch.zeros_like(draft.parents)
     paths = torch.zeros_like(draft.parents)
-    while True:
+    for _ in range(depth):
         deeper = torch.where(has_parent, depths.gather(1, above) + 1, 0)
-        if torch.equal(deeper, depths):
-            return depths, paths
+        if is_host(deeper) and torch.equal(deeper, depths):
+            break
         depths = deeper
         paths = torch.where(has_parent, (paths.gather(1, above) + draft.token_ids + 1) * _PRIME, 0)
+    return depths, paths
 
 
 def _score(
-    of_first: Float[Tensor, "B P"],
-    of_second: Float[Tensor, "B P"],
+    chances: tuple[Float[Tensor, "B P"], Float[Tensor, "B P"]],
     calibrations: tuple[Calibration, Calibration],
     parents: Int[Tensor, "B P"],
     depths: Int[Tensor, "B P"],
+    most: int,
 ) -> Float[Tensor, "B P"]:
     """Calibrated log chance of each node from the root."""
-    scores = torch.zeros_like(of_first)
+    scores = torch.zeros_like(chances[0])
     above = parents.clamp(min=0)
-    for depth in range(1, int(depths.max()) + 1):
-        chances = torch.maximum(calibrations[0](of_first, depth), calibrations[1](of_second, depth))
-        scores = torch.where(depths == depth, scores.gather(1, above) + chances - LEVEL_PENALTY, scores)
+    for depth in range(1, 1 + (int(depths.max()) if is_host(depths) else most)):
+        first, second = (calibration(each, depth) for calibration, each in zip(calibrations, chances, strict=True))
+        own = scores.gather(1, above) + torch.maximum(first, second) - LEVEL_PENALTY
+        scores = torch.where(depths == depth, own, scores)
     return scores
 
 

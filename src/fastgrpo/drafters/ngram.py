@@ -32,6 +32,7 @@ from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.ngram_table import MAX_ORDER, NO_TOKEN, ORDERS, NgramTable
 from fastgrpo.graphs import round_size
 from fastgrpo.sampling import SamplingBatch, gumbel_noise_of
+from fastgrpo.transfer import send
 from fastgrpo.tree import Draft
 from fastgrpo.types import Sequence, SpeculationPlan
 from fastgrpo.verify import Verdict
@@ -124,11 +125,11 @@ class NgramDrafter:
         if device.type != "cpu":  # where steps are recorded, of few sizes
             width = min(round_size(width), 1 + plan.tree_size)
         return Draft(
-            token_ids=_widen(draft.token_ids, width, 0).to(device),
-            parents=_widen(draft.parents, width, -1).to(device),
-            num_nodes=draft.num_nodes.to(device),
-            log_chances=_widen(draft.log_chances, width, 0.0).to(device),
-            scores=_widen(draft.scores, width, -np.inf).to(device),
+            token_ids=send(_widen(draft.token_ids, width, 0), device),
+            parents=send(_widen(draft.parents, width, -1), device),
+            num_nodes=send(draft.num_nodes, device),
+            log_chances=send(_widen(draft.log_chances, width, 0.0), device),
+            scores=send(_widen(draft.scores, width, -np.inf), device),
         )
 
     def save(self, folder: Path) -> None:
