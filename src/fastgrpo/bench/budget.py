@@ -51,7 +51,10 @@ def run_budget_bench(options: BudgetOptions, command: str, console: Console | No
             way: Engine(opened.model, drafter=options.drafter, speculation=used)
             for way, used in ((UNIFORM, plan), (SHARED, shared))
         }
-    shapes, skipped = [], []
+    shapes: list[Row] = []
+    rows: list[Row] = []
+    skipped: list[Row] = []
+    result: dict[str, Any] = {}
     for num_seqs in options.concurrency:
         for shape, pair in engines.items():
             if num_seqs * (1 + parse_plan(shape).num_draft_tokens) > options.max_num_tokens:
@@ -59,13 +62,15 @@ def run_budget_bench(options: BudgetOptions, command: str, console: Console | No
                 continue
             shapes.append(_measure(pair, workload, num_seqs, shape, options))
             console.print(_describe(shapes[-1]), highlight=False, markup=False, soft_wrap=True)
-    rows = choose_best(shapes)
-    result = describe_run(command, dataclasses.asdict(options)) | {"rows": rows, "shapes": shapes, "skipped": skipped}
+        rows = choose_best(shapes)
+        found = {"rows": rows, "shapes": shapes, "skipped": skipped}
+        result = describe_run(command, dataclasses.asdict(options)) | found
+        if options.output is not None:  # what there is, should the rest not come
+            write_json(result, options.output, indent=1)
     console.print(_build_table(rows))
     for left_out in skipped:
         console.print(f"left out with {left_out['num_seqs']} live: {left_out['plan']}, too many tokens a forward")
     if options.output is not None:
-        write_json(result, options.output, indent=1)
         plot_budget(rows, options.output.with_suffix(".png"))
         console.print(f"written: {options.output} and a plot beside it", markup=False, highlight=False, soft_wrap=True)
     return result
