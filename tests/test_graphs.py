@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from conftest import EagerRecorder, build_model
-from fastgrpo import graphs
+from fastgrpo import graphs, profiler
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
+from fastgrpo.drafters import build_drafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine
 from fastgrpo.graphs import Bucket, CudaRecorder, GraphRunner, Replays
@@ -281,6 +282,19 @@ def test_a_recorded_step_is_the_whole_of_it(plan, monkeypatch):
     launched = [record for record in engine.records if not record.is_steady]
     assert {step for step in outside if step} <= {engine.records.index(record) for record in launched}
     assert len(launched) < len(engine.records) / 2
+
+
+@pytest.mark.filterwarnings("ignore:the costs of this machine scatter")
+def test_what_was_measured_leaves_no_cache_behind(monkeypatch):
+    """A rollout begins behind it, whose own cache takes what is free."""
+    monkeypatch.setattr(TargetModel, "_build_recorder", lambda _: EagerRecorder())
+    monkeypatch.setattr(profiler, "_LEAST_TOKENS", 4)
+    monkeypatch.setattr(profiler, "_MOST_TOKENS", 4)
+    target = TargetModel(build_model("llama", torch.float32))
+    drafter = build_drafter("eagle-new", target)
+    with target.rollout_mode():
+        profiler.measure_costs(target, drafter, contexts=(8, 32), patience_s=0.0)
+        assert target._runner is None and drafter._cache is None
 
 
 GROUP = [(7 * index) % 120 for index in range(70)]

@@ -318,6 +318,10 @@ class TargetModel:
         output, logits = self._run(batch, cache, wants_logits=True)
         return output, self.compute_logits(output.last_hidden) if logits is None else logits
 
+    def forget(self) -> None:
+        """Let go of what `decode` has recorded, and of the cache that it was given last."""
+        self._runner = None
+
     @property
     def records(self) -> bool:
         """Whether forwards are recorded and replayed; padding is written to a block of the cache then."""

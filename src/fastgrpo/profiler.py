@@ -87,12 +87,15 @@ def measure_costs(
     Raises:
         OSError: the machine's clock stands still.
     """
-    with be_patient(patience_s):
-        forwards = _measure_grid(target)
-        is_short = forwards[0].timing.least_s <= _LONGEST_BETWEEN_S
-        drafts = time_drafts(target, drafter, _build_forward(target, 1, 1, context=1) if is_short else None)
-        reads = [_measure_contexts(target, width, contexts) for width in widths]
-        sample_s, walk_s, fixed_s = _measure_rest(target)
+    try:
+        with be_patient(patience_s):
+            forwards = _measure_grid(target)
+            is_short = forwards[0].timing.least_s <= _LONGEST_BETWEEN_S
+            drafts = time_drafts(target, drafter, _build_forward(target, 1, 1, context=1) if is_short else None)
+            reads = [_measure_contexts(target, width, contexts) for width in widths]
+            sample_s, walk_s, fixed_s = _measure_rest(target)
+    finally:
+        target.forget()  # a rollout begins behind this, and its cache may be large
     grid = tuple(each.num_tokens for each in forwards)
     costs = fit_draft_costs(drafts, grid)
     profile = HardwareProfile(

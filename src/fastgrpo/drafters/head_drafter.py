@@ -185,7 +185,7 @@ class HeadDrafter(ABC, Generic[Head]):
         self._rows.clear()
         self.calibration.fit()
         self.refresh()
-        self._replays = None  # the weights are new ones
+        self._replays = self._cache = None  # the weights are new ones
 
     def end(self) -> None:
         self._rows.clear()
