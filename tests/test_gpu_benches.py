@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
+from fastgrpo.cli import build_parser
+from fastgrpo.options import read_options
 from tiny import save_tiny_model
 
 FOLDER = Path(__file__).parent.parent / "bench" / "gpu"
@@ -29,6 +33,15 @@ def run(name, monkeypatch, path, *arguments):
     assert written["machine"]["torch"] and written["commit"] and name in written["command"]
     assert {"cuda", "driver", "triton"} <= set(written)
     return written
+
+
+def test_every_command_of_the_queue_can_be_read():
+    """A mistyped option would cost a start of a machine that is lent for half an hour."""
+    commands = re.findall(r"`(fastgrpo [^`]+)`", (FOLDER / "README.md").read_text())
+    assert len(commands) > 12
+    for command in commands:
+        namespace = build_parser().parse_args(shlex.split(command)[1:])
+        read_options(namespace.command.record, namespace)
 
 
 def test_limits(monkeypatch, tmp_path):
