@@ -127,6 +127,26 @@ def test_it_drafts_in_its_own_type_whatever_the_rollout_computes_in():
     assert sum(sum(map(sum, record.offered)) for record in engine.records) > 0
 
 
+def test_its_weights_are_laid_out_once_in_a_rollout(monkeypatch):
+    """And not for each draft, which would take longer than the draft."""
+    model, prepared, change = shared_model("llama", torch.float32), [], TargetModel._change_model
+
+    def noted(target):
+        prepared.append(target)
+        return change(target)
+
+    monkeypatch.setattr(TargetModel, "_change_model", noted)
+    lm = build_lm().float().train()
+    drafter = build_lm_drafter(model, lm)
+    engine = Engine(model, drafter=drafter, speculation=SpeculationPlan(depth=2, width=2, num_draft_tokens=4))
+    steps = engine.roll_out(engine.take_requests(PROMPTS, SamplingParams(max_tokens=40)))
+    for _ in range(3):
+        next(steps)
+    assert prepared == [engine.target, drafter.lm] and not lm.training
+    steps.close()
+    assert lm.training
+
+
 def test_it_is_not_trained():
     model = shared_model("llama")
     assert not isinstance(build_lm_drafter(model, build_lm()), TrainableDrafter)

@@ -58,6 +58,8 @@ class LmDrafter:
         self.cache = self.lm.build_cache(with_features=False)  # its lengths: tokens read, by slot
         num_common = min(self.lm.vocab_size, target.vocab_size)  # beyond, there is padding at most
         self._vocabulary = torch.arange(num_common, dtype=torch.int32, device=self.lm.device)
+        self._prepared = contextlib.ExitStack()  # the LM, while a rollout lasts: its weights are laid out once
+        self._is_prepared = False
 
     @classmethod
     def load(cls, folder: Path, target: TargetModel) -> LmDrafter:
@@ -73,11 +75,15 @@ class LmDrafter:
         return self.cache.position_bytes
 
     def begin(self) -> None:
-        self.cache.clear()
+        self.end()
         self.calibration.fit()
+        self._prepared.enter_context(self.lm.prepared())
+        self._is_prepared = True
 
     def end(self) -> None:
         self.cache.clear()
+        self._is_prepared = False
+        self._prepared.close()
 
     def count_unread(self, sequences: list[Sequence]) -> int:
         """Tokens to read, the pending ones included; rows that are too long for the LM are not read any more."""
@@ -113,7 +119,8 @@ class LmDrafter:
     @contextlib.contextmanager
     def _drafting(self) -> Iterator[None]:
         """The LM in its own type, whatever the rollout around it computes in."""
-        with torch.autocast(self.lm.device.type, enabled=False), self.lm.rollout_mode():
+        mode = contextlib.nullcontext() if self._is_prepared else self.lm.prepared()  # a draft outside of rollouts
+        with mode, torch.autocast(self.lm.device.type, enabled=False), self.lm.computing():
             yield
 
     # -- reading -------------------------------------------------------------------------------------
