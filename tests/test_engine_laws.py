@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -263,6 +264,20 @@ def test_an_engine_can_be_used_again(drafter):
         assert [c.token_ids for c in engine.generate(prompts, params)] == expected_tokens(model, prompts, params)
         assert_nothing_is_left(engine)
     assert engine.generate([], SamplingParams()) == []
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
+@pytest.mark.parametrize("drafter", ["eagle-new", "block", "ngram", "auto"])
+def test_a_copy_of_an_engine_has_a_model_of_its_own(drafter, copied):
+    model, params = build_model("llama", torch.float32), SamplingParams(max_tokens=11)
+    engine = Engine(model, drafter=drafter, speculation=TREE)
+    expected = [c.token_ids for c in engine.generate(PROMPTS, params)]
+    other = copied(engine)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    assert [c.token_ids for c in other.generate(PROMPTS, params)] == expected
+    assert [c.token_ids for c in engine.generate(PROMPTS, params)] != expected
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

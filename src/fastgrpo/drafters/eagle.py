@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,6 +35,7 @@ from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan
 
+_POINTING = ("_layer", "_compiled", "_replays")
 _MOST_KEPT = 2**16  # bytes of a mask; larger ones are not worth their memory
 
 
@@ -62,6 +64,14 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         self._layer = FusedMidLayer(self.fast_head) if FusedMidLayer.covers(self.fast_head) else None
         pack_modules(self.fast_head, leave=() if self._layer is None else ("midlayer",))
         self._compiled = None if self._layer is None else compile_head(self.fast_head, self._layer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what points to where the fast copy's weights lie: a copy of the drafter makes its own."""
+        return {name: value for name, value in vars(self).items() if name not in _POINTING}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.prepare()
 
     @property
     def dtype(self) -> torch.dtype:
