@@ -175,11 +175,14 @@ def test_trl_settings_keep_their_meaning(tmp_path: Path, keys: dict) -> None:
     } <= logged
 
 
-def test_resume_continues_where_it_stopped(tmp_path: Path) -> None:
-    whole = build_trainer(tmp_path / "run", save_strategy="steps", save_steps=2)
+@pytest.mark.parametrize("eval_strategy", ["no", "steps"])
+def test_resume_continues_where_it_stopped(tmp_path: Path, eval_strategy: str) -> None:
+    """Also where the checkpoint's step has been evaluated, which a resumed run does not do again."""
+    keys = {"eval_strategy": eval_strategy, "eval_steps": 1, "per_device_eval_batch_size": 8}
+    whole = build_trainer(tmp_path / "run", save_strategy="steps", save_steps=2, **keys)
     whole.train()
     checkpoint = tmp_path / "run" / "checkpoint-2"
-    resumed = build_trainer(tmp_path / "resumed")
+    resumed = build_trainer(tmp_path / "resumed", **keys)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_same_weights(weights_of(whole), weights_of(resumed))
     assert not list(checkpoint.rglob("*.pkl")) and (checkpoint / "fastgrpo" / "head" / "model.safetensors").exists()

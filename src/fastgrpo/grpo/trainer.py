@@ -81,7 +81,7 @@ class FastGRPOTrainer(GRPOTrainer):
         self._choose_savings()
         add_heads(self)
         attach_clock(self, self._clock)
-        self._rollout_place = (-1, 0)  # (global step, generation calls within it)
+        self._rollout_places = {True: (-1, 0), False: (-1, 0)}  # in training, else: (global step, calls within it)
 
     def _choose_savings(self) -> None:
         self.savings = Savings(self)
@@ -136,12 +136,15 @@ class FastGRPOTrainer(GRPOTrainer):
         return output
 
     def _build_params(self, count: int) -> list[SamplingParams]:
-        """Noise of its own for every completion of every process, call and step; the same after a resume."""
-        step, calls = self._rollout_place
+        """Noise of its own for every completion of every process, call and step; the same after a resume, which does
+        not evaluate again what was evaluated before the checkpoint.
+        """
+        is_training: bool = self.model.training
+        step, calls = self._rollout_places[is_training]
         calls = calls + 1 if step == self.state.global_step else 0
-        self._rollout_place = (self.state.global_step, calls)
+        self._rollout_places[is_training] = (self.state.global_step, calls)
         seed = self.args.seed
-        for part in (self.state.global_step, calls, int(self.model.training), self.accelerator.process_index):
+        for part in (self.state.global_step, calls, int(is_training), self.accelerator.process_index):
             seed = stream_key(seed, part)
         limit = self.max_completion_length or self.engine.target.max_position
         return [
