@@ -428,6 +428,35 @@ def test_a_rollout_may_be_closed_by_another_thread(compute_dtype):
     assert_same_weights(model, weights)
 
 
+@pytest.mark.parametrize(("drafter", "hidden_act"), [("none", "gelu"), ("eagle-new", "silu"), ("block", "silu")])
+def test_autocast_around_a_rollout_changes_no_token(drafter, hidden_act):
+    """An owner's, of either type; the plain path and heads in bfloat16 would hear of it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build_model("llama", dtype, hidden_act=hidden_act)
+        engine = Engine(model, drafter=drafter, speculation="off" if drafter == "none" else "fixed")
+        params = SamplingParams(max_tokens=12)
+        expected = [each.token_ids for each in engine.generate(PROMPTS, params)]
+        for around in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", around):
+                assert [each.token_ids for each in engine.generate(PROMPTS, params)] == expected
+                assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == around
+
+
+def test_engines_of_several_types_take_turns():
+    """Each computes in its own, whoever began last."""
+    models = [build_model("llama", torch.float32, seed=seed, hidden_act="gelu") for seed in (0, 1)]
+    engines = [
+        Engine(model, drafter="none", speculation="off", compute_dtype=dtype)
+        for model, dtype in zip(models, (torch.bfloat16, None), strict=True)
+    ]
+    params = SamplingParams(max_tokens=12)
+    expected = [[each.token_ids for each in engine.generate(PROMPTS, params)] for engine in engines]
+    requests = [engine.take_requests(PROMPTS, params) for engine in engines]
+    for _ in zip(*(engine.roll_out(own) for engine, own in zip(engines, requests, strict=True)), strict=False):
+        pass
+    assert [[sequence.token_ids for sequence in own] for own in requests] == expected
+
+
 def test_another_thread_is_refused_a_model_in_a_rollout():
     """It would find, and put back in the end, what is only so while the first rollout lasts."""
     model = build_model("llama", torch.float32)

@@ -264,15 +264,13 @@ class TargetModel:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """What PyTorch keeps for each thread: no gradients, the model's device, the type that is computed in.
+        """What PyTorch keeps for each thread: no gradients, the model's device, the type that is computed in, whatever
+        an owner or another engine's rollout has set around it.
 
         Held for a step at a time, since a rollout may go on, or be closed, in another thread than it began in.
         """
-        autocast = (
-            torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=self.device.type != "cuda")
-            if self.compute_dtype
-            else contextlib.nullcontext()
-        )
+        kind, dtype = self.device.type, self.compute_dtype
+        autocast = torch.autocast(kind, dtype=dtype, enabled=dtype is not None, cache_enabled=kind != "cuda")
         # Triton launches, and recordings are made, on the current device, whichever the tensors are on
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with torch.no_grad(), on_device, autocast:

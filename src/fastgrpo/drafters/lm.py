@@ -120,7 +120,7 @@ class LmDrafter:
     def _drafting(self) -> Iterator[None]:
         """The LM in its own type, whatever the rollout around it computes in."""
         mode = contextlib.nullcontext() if self._is_prepared else self.lm.prepared()  # a draft outside of rollouts
-        with mode, torch.autocast(self.lm.device.type, enabled=False), self.lm.computing():
+        with mode, self.lm.computing():
             yield
 
     # -- reading -------------------------------------------------------------------------------------
