@@ -428,6 +428,48 @@ def test_a_rollout_may_be_closed_by_another_thread(compute_dtype):
     assert_same_weights(model, weights)
 
 
+def _subclass(model: nn.Module, name: str, scale: float) -> None:
+    for layer in model.model.layers:
+        kind = type(getattr(layer, name))
+
+        class Scaled(kind):
+            def forward(self, x: torch.Tensor | None = None, **kwargs: object) -> object:
+                states = {"hidden_states": scale * kwargs.pop("hidden_states")} if x is None else {"x": scale * x}
+                return super().forward(**states, **kwargs)
+
+        getattr(layer, name).__class__ = Scaled
+
+
+class _OtherMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).tanh()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.model.layers[1], "mlp", _OtherMLP()),
+        lambda model: _subclass(model, "mlp", 2.0),
+        lambda model: _subclass(model, "self_attn", 2.0),
+        lambda model: [setattr(layer.mlp, "act_fn", nn.GELU()) for layer in model.model.layers],
+    ],
+    ids=["other-mlp", "mlp", "attention", "activation"],
+)
+def test_what_an_owner_puts_in_place_of_a_part_of_a_layer_is_run(change):
+    model = build_model("llama", torch.float32)
+    params = SamplingParams(max_tokens=10)
+    before = reference_tokens(model, params)
+    change(model)
+    expected = reference_tokens(model, params)
+    assert expected != before
+    engine = Engine(model, drafter="none", speculation="off")
+    assert [each.token_ids for each in engine.generate(PROMPTS, params)] == expected
+
+
 @pytest.mark.parametrize(("drafter", "hidden_act"), [("none", "gelu"), ("eagle-new", "silu"), ("block", "silu")])
 def test_autocast_around_a_rollout_changes_no_token(drafter, hidden_act):
     """An owner's, of either type; the plain path and heads in bfloat16 would hear of it."""

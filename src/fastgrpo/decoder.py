@@ -27,8 +27,10 @@ NO_KERNELS = "the kernels are not compiled"
 _ONLY_TRAINING = (  # hooks that leave the values of a rollout as they are
     *("make_inputs_require_grads", "make_inputs_require_grad", "neftune_post_forward_hook"),
 )
+_LIBRARIES = ("torch.nn.", "transformers.")  # whose forwards are what `FusedDecoder` computes
 _LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer")
 _NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
+_ACTIVATIONS = ("SiLUActivation", "SiLU")
 _LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
@@ -187,6 +189,11 @@ def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
     for layer in decoder.layers:
         if type(layer).__name__ not in _LAYERS:
             return f"its layers are of type {type(layer).__name__}"
+        for part in (layer.self_attn, layer.mlp):
+            if is_touched(part):
+                return f"{type(part).__name__} modules have hooks or a forward of their own"
+        if (activation := type(layer.mlp.act_fn).__name__) not in _ACTIVATIONS:
+            return f"the activation is a {activation}"
         for name in _LINEARS:
             linear = layer.get_submodule(name)
             dtypes = {parameter.dtype for parameter in linear.parameters()}
@@ -211,4 +218,5 @@ def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
 def is_touched(module: nn.Module) -> bool:
     """Whether a module computes something else than its weights say."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return "forward" in vars(module) or any(getattr(hook, "__name__", "") not in _ONLY_TRAINING for hook in hooks)
+    has_own_forward = "forward" in vars(module) or not type(module).forward.__module__.startswith(_LIBRARIES)
+    return has_own_forward or any(getattr(hook, "__name__", "") not in _ONLY_TRAINING for hook in hooks)
