@@ -519,6 +519,18 @@ def test_another_thread_is_refused_a_model_in_a_rollout():
     model(input_ids=torch.tensor([[1, 2]]))
 
 
+def test_a_model_that_its_owner_calls_amid_a_rollout_says_what_to_do():
+    model, params = build_model("llama", torch.float32), SamplingParams(max_tokens=5)
+    engine = Engine(model, drafter="none", speculation="off")
+    tokens = torch.tensor(PROMPTS[:1])
+    engine.on_step.append(lambda record: model(tokens))
+    with pytest.raises(RuntimeError, match=r"is in a rollout.*call a copy of it"):
+        engine.generate(PROMPTS, params)
+    engine.on_step.clear()
+    assert model(tokens).logits.isfinite().all()
+    assert [each.token_ids for each in engine.generate(PROMPTS, params)] == reference_tokens(model, params)
+
+
 def test_a_rollout_that_is_under_way_goes_on_when_another_of_its_engine_is_asked_for():
     engine, params = Engine(shared_model("llama"), drafter="none", speculation="off"), SamplingParams(max_tokens=6)
     expected = [completion.token_ids for completion in engine.generate(PROMPTS, params)]

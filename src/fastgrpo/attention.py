@@ -204,9 +204,9 @@ def tree_attention(
     query: Float[Tensor, "1 heads T d"],
     key: Float[Tensor, "B kv S d"],
     value: Float[Tensor, "B kv S d"],
-    attention_mask: Float[Tensor, "_ 1 _ _"],
+    attention_mask: Float[Tensor, "_ 1 _ _"] | None,
     *,
-    tree_batch: ForwardBatch,
+    tree_batch: ForwardBatch | None = None,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "1 T heads d"], None]:
@@ -215,7 +215,15 @@ def tree_attention(
     Args:
         key, value: of the batch's rows; where the GPU kernel runs, of the whole cache as one row.
         attention_mask: the batch's; not looked at where the GPU kernel runs.
+
+    Raises:
+        RuntimeError: somebody else calls the model amid a rollout, from a callback or a streamed reward.
     """
+    if tree_batch is None:
+        raise RuntimeError(
+            "this model is in a rollout, whose attention reads the engine's cache alone: call it once the rollout has "
+            "ended or is closed, or call a copy of it"
+        )
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     if has_gpu_kernel(key, tree_batch):
         heads, keys, values = (states[0].transpose(0, 1) for states in (query.to(key.dtype), key, value))
