@@ -246,7 +246,7 @@ class SamplingRows:
         """
         if self._last is None or not self._knows(sequences):
             batch = SamplingBatch.build(sequences, device)
-            if device.type == "cpu":
+            if is_host(batch.positions):
                 self._sequences, self._last = list(sequences), (batch, batch.positions.numpy())
             return batch
         batch, positions = self._last
