@@ -270,7 +270,9 @@ class TargetModel:
         Held for a step at a time, since a rollout may go on, or be closed, in another thread than it began in.
         """
         kind, dtype = self.device.type, self.compute_dtype
-        autocast = torch.autocast(kind, dtype=dtype, enabled=dtype is not None, cache_enabled=kind != "cuda")
+        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if dtype is not None or torch.is_autocast_enabled(kind):
+            autocast = torch.autocast(kind, dtype=dtype, enabled=dtype is not None, cache_enabled=kind != "cuda")
         # Triton launches, and recordings are made, on the current device, whichever the tensors are on
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with torch.no_grad(), on_device, autocast:
