@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from conftest import VOCAB_SIZE, build_model, expected_tokens, reference_generate, shared_model
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine, FinishedRollout
-from fastgrpo.model import TargetModel
+from fastgrpo.model import TargetModel, _Modes
 from fastgrpo.rotation import RotationTable
 from fastgrpo.types import SamplingParams, SpeculationPlan
 from fastgrpo.weights import merged_weights
@@ -497,6 +499,24 @@ def test_engines_of_several_types_take_turns():
     for _ in zip(*(engine.roll_out(own) for engine, own in zip(engines, requests, strict=True)), strict=False):
         pass
     assert [[sequence.token_ids for sequence in own] for own in requests] == expected
+
+
+@pytest.mark.parametrize("is_same_model", [True, False])
+def test_a_rollout_may_be_collected_while_another_puts_back(is_same_model):
+    """The collector runs where it likes, and what it collects ends in the same thread."""
+    modes, ended = _Modes(), []
+    model = torch.nn.Linear(1, 1)
+    other = model if is_same_model else torch.nn.Linear(1, 1)
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    first.callback(ended.append, "first")
+    second.callback(ended.append, "second")
+    second.callback(modes.leave, other, first)
+    modes.enter(other, first)
+    modes.enter(model, second)
+    leaving = threading.Thread(target=modes.leave, args=(model, second), daemon=True)
+    leaving.start()
+    leaving.join(timeout=20)
+    assert not leaving.is_alive() and sorted(ended) == ["first", "second"] and not modes._entered
 
 
 def test_another_thread_is_refused_a_model_in_a_rollout():

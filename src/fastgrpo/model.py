@@ -65,7 +65,7 @@ class _Modes:
     """What rollouts have changed of each model, the last one last; whichever thread they end in."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # putting back may collect another rollout, which ends in the same thread
         self._entered: dict[int, list[contextlib.ExitStack]] = {}  # of each model
         self._left: list[contextlib.ExitStack] = []
 
@@ -82,7 +82,7 @@ class _Modes:
                 self._left.remove(entered[-1])
                 entered.pop().close()
             if not entered:
-                del self._entered[id(model)]
+                self._entered.pop(id(model), None)
 
 
 _MODES = _Modes()
@@ -92,7 +92,7 @@ class _Owners:
     """Which thread has a model in a rollout: what one thread puts back is not what another one found."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # as that of `_Modes`
         self._threads: dict[int, list[int]] = {}  # of each model, one entry for each rollout
 
     @contextlib.contextmanager
@@ -283,17 +283,16 @@ class TargetModel:
         before = (self._fused, self._output, self._recorder, self._runner)
         training = [module for module in self.model.modules() if module.training]
         attention = self.config._attn_implementation
-        weights = contextlib.ExitStack()
         try:
             self.model.eval()
             self.config._attn_implementation = ATTENTION_NAME
-            with torch.no_grad():
-                weights.enter_context(merged_weights(self.model, self.compute_dtype))
-            with self.computing():
-                self._fused, self._recorder = self._fuse(), self._build_recorder()
-            yield
+            with contextlib.ExitStack() as weights:
+                with torch.no_grad():
+                    weights.enter_context(merged_weights(self.model, self.compute_dtype))
+                with self.computing():
+                    self._fused, self._recorder = self._fuse(), self._build_recorder()
+                yield
         finally:
-            weights.close()
             self._fused, self._output, self._recorder, self._runner = before
             self.config._attn_implementation = attention
             for module in training:
