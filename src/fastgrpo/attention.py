@@ -230,7 +230,8 @@ def tree_attention(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _attend_to_blocks(heads, keys.flatten(1), values.flatten(1), tree_batch, scale)[None], None
     packed = pack_queries(query.to(key.dtype), num_kv_heads, tree_batch)
-    output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
+    with gpu.without_cudnn_attention():
+        output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
     return unpack_outputs(output, num_heads, tree_batch), None
 
 
@@ -273,7 +274,8 @@ def attend_to_rows(
     )
     tokens = query[: len(batch.token_ids)].unflatten(-1, (-1, head_dim))
     packed = pack_queries(tokens.transpose(0, 1)[None], num_kv_heads, batch)
-    output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=batch.mask, scale=scale)
+    with gpu.without_cudnn_attention():
+        output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=batch.mask, scale=scale)
     return unpack_outputs(output, query.shape[1] // head_dim, batch)[0].flatten(1)
 
 

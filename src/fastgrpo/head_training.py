@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgrpo.kernels.gpu import without_cudnn_attention
 from fastgrpo.model import TargetModel
 
 _ROUND = 64  # sizes are rounded up to it: kernels are prepared once a shape
@@ -47,7 +48,8 @@ def attend_packed(
     grouped = query.transpose(0, 1).unflatten(0, (key.shape[1], -1))  # [kv, rep, Q, d]
     bias = torch.zeros(seen.shape, dtype=query.dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
     mask = bias.repeat(grouped.shape[1], 1)[None, None]
-    attended = F.scaled_dot_product_attention(grouped.flatten(1, 2)[None], key, value, attn_mask=mask)
+    with without_cudnn_attention():
+        attended = F.scaled_dot_product_attention(grouped.flatten(1, 2)[None], key, value, attn_mask=mask)
     return attended[0].unflatten(1, grouped.shape[1:3]).flatten(0, 1).transpose(0, 1).flatten(1)
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from fastgrpo.kernels.gpu import without_cudnn_attention
+
 _FEW_TOKENS, _MOST_PADDING = 4096, 2.0  # padded completions that are one call whatever they waste; over what is used
 
 
@@ -94,7 +96,8 @@ class SegmentMask(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is scaled_dot_product_attention:
-            return _attend(*args, **(kwargs or {}))
+            with without_cudnn_attention():
+                return _attend(*args, **(kwargs or {}))
         result = super().__torch_function__(func, kinds, args, kwargs)
         if isinstance(result, Tensor) and all(result is not arg for arg in args):
             raise ValueError(  # a TypeError would be lost where an operator tries its operands in turn

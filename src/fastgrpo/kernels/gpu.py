@@ -5,9 +5,12 @@ Triton's interpreter (TRITON_INTERPRET=1) runs the same kernels in Python on CPU
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -38,3 +41,39 @@ def find_obstacle() -> str | None:
     if torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
         return f"{torch.cuda.get_device_name()} is too old for the GPU kernels, it has no bfloat16"
     return None
+
+
+class _Absence:
+    """Of cuDNN's attention, while anybody is inside: PyTorch has one switch for all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._was_there = True
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        with self._lock:
+            if not self._num_inside:
+                self._was_there = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_inside -= 1
+                if not self._num_inside:
+                    torch.backends.cuda.enable_cudnn_sdp(self._was_there)
+
+
+_ABSENCE = _Absence()
+
+
+def without_cudnn_attention() -> contextlib.AbstractContextManager[None]:
+    """PyTorch's attention by its other kernels, which take any shape as it comes.
+
+    On a Hopper GPU PyTorch prefers cuDNN's, which plans each new shape for 0.08 s, and for as long again for its
+    gradient (H100, PyTorch 2.11); lengths of completions come in ever new ones.
+    """
+    return _ABSENCE.hold()
