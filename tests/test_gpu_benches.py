@@ -78,3 +78,13 @@ def test_where(monkeypatch, tmp_path, model_dir):
 def test_syncs(monkeypatch, tmp_path, model_dir):
     plans = run("syncs", monkeypatch, tmp_path / "out.json", "--model", model_dir, "--drafter", "eagle-new")["plans"]
     assert all(plan["steps"] and set(plan["waits_by_step"]) == {"0"} for plan in plans.values())
+
+
+@pytest.mark.parametrize("whole", [[], ["--whole"]])
+def test_training(monkeypatch, tmp_path, model_dir, whole):
+    arguments = ("--model", model_dir, "--variants", "off,trl", "--steps", 3, *whole)
+    variants = run("training", monkeypatch, tmp_path / "out.json", *arguments)["variants"]
+    assert set(variants) == {"off", "trl"}
+    for own in variants.values():
+        assert len(own["each_step_s"]) == 2 and own["step_s"] == own["each_step_s"][1] > 0
+        assert any(entry["name"].startswith("aten::") and entry["ms"] > 0 for entry in own["host"])
