@@ -88,3 +88,10 @@ def test_training(monkeypatch, tmp_path, model_dir, whole):
     for own in variants.values():
         assert len(own["each_step_s"]) == 2 and own["step_s"] == own["each_step_s"][1] > 0
         assert any(entry["name"].startswith("aten::") and entry["ms"] > 0 for entry in own["host"])
+
+
+def test_weights(monkeypatch, tmp_path):
+    products = run("weights", monkeypatch, tmp_path / "out.json")["products"]
+    assert set(products) == {"query, key, value", "output", "gate, up", "down"}
+    for own in products.values():
+        assert own["read_s"] > 0 and all(seconds > 0 for seconds in own["ways"]["cuBLAS"].values())

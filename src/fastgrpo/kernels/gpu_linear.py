@@ -104,28 +104,47 @@ def multiply(
         biases: one for each, or None for all.
     """
     widths = [len(weight) for weight in weights]
-    num_tokens, num_inputs = x.shape
-    is_few = takes(num_tokens, widths, x.dtype) and x.stride(1) == 1
-    if not is_few and len(weights) == 1:
+    num_tokens = len(x)
+    if takes(num_tokens, widths, x.dtype) and x.stride(1) == 1:
+        return multiply_few(x, weights, biases, tile=_NARROW_TILE if sum(widths) <= _NARROW else _WIDE_TILE)
+    if len(weights) == 1:
         return torch.nn.functional.linear(x, weights[0], biases[0])
     out = torch.empty(num_tokens, sum(widths), dtype=x.dtype, device=x.device)
-    if not is_few:
-        for part, weight, bias in zip(out.split(widths, 1), weights, biases, strict=True):
-            if bias is None:
-                torch.mm(x, weight.t(), out=part)
-            else:
-                torch.addmm(bias, x, weight.t(), out=part)
-        return out
+    for part, weight, bias in zip(out.split(widths, 1), weights, biases, strict=True):
+        if bias is None:
+            torch.mm(x, weight.t(), out=part)
+        else:
+            torch.addmm(bias, x, weight.t(), out=part)
+    return out
+
+
+def multiply_few(
+    x: Float[Tensor, "M I"],
+    weights: Sequence[Float[Tensor, "_ I"]],
+    biases: Sequence[Tensor | None],
+    *,
+    tile: tuple[int, int],
+    num_warps: int = 4,
+) -> Float[Tensor, "M O"]:
+    """`multiply` by our own kernel.
+
+    Args:
+        x: its numbers side by side.
+        tile: outputs of a program, and inputs of one step.
+    """
+    widths = [len(weight) for weight in weights]
+    num_tokens, num_inputs = x.shape
+    out = torch.empty(num_tokens, sum(widths), dtype=x.dtype, device=x.device)
     missing = MOST_WEIGHTS - len(weights)
     given = (*weights, *[weights[0]] * missing)
     added = [weights[0] if bias is None else bias for bias in (*biases, *[biases[0]] * missing)]
     sizes = (*widths, *[0] * missing)
-    outputs, inputs = _NARROW_TILE if sum(widths) <= _NARROW else _WIDE_TILE
+    outputs, inputs = tile
     tokens = max(_FEW_TOKENS, triton.next_power_of_2(num_tokens))
     _multiply[(sum(triton.cdiv(width, outputs) for width in widths),)](
         x, x.stride(0), *given, *added, *sizes, out, out.stride(0), num_tokens, num_inputs,
         HAS_BIAS=biases[0] is not None, IS_EVEN=num_inputs % inputs == 0,
         TOKENS=tokens, OUTPUTS=outputs, INPUTS=inputs,
-        num_warps=4, num_stages=_count_stages(x.device, 2 * inputs * (outputs + tokens)),
+        num_warps=num_warps, num_stages=_count_stages(x.device, 2 * inputs * (outputs + tokens)),
     )  # fmt: skip
     return out
