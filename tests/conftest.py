@@ -101,6 +101,15 @@ def unchecked_shapes() -> Iterator[None]:
 # -- models --------------------------------------------------------------------------------------------------
 
 
+FAMILY_SETTINGS: dict[str, dict[str, object]] = {
+    "mistral": {"sliding_window": None},
+    "mistral_window": {"sliding_window": 6},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "smollm3": {"no_rope_layer_interval": 2},
+}
+
+
 def build_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: object) -> PreTrainedModel:
     """A random model whose distributions are far from flat and from certain.
 
@@ -122,9 +131,8 @@ def build_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, 
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    if family == "mistral":
-        settings["sliding_window"] = None
-    config = CONFIG_MAPPING[family](**(settings | overrides))
+    settings |= FAMILY_SETTINGS.get(family, {})
+    config = CONFIG_MAPPING[family.removesuffix("_window")](**(settings | overrides))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)

@@ -385,9 +385,13 @@ def test_activation_is_the_cpus(dtype):
 # -- the engine on them --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layers", ["ours", "transformers"])
+@pytest.mark.parametrize("layers", ["ours", "transformers", "windows"])
 def test_a_rollout_says_the_same_with_the_kernels(layers, gpu_path, monkeypatch):
-    """Prompts through PyTorch's attention, decoding through ours, sampling too; in float32."""
+    """Prompts through PyTorch's attention, decoding through ours, sampling too; in float32. A layer that has a window
+    takes PyTorch's, beside others that do not.
+    """
+    family = {"family": "qwen2", "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+    family = family if layers == "windows" else {"family": "llama"}
     if layers == "transformers":
         monkeypatch.setattr(TargetModel, "_fuse", lambda _: None)
     prompts, plan = [[5, 6, 7, 8], list(range(9, 30))], SpeculationPlan(depth=2, width=2, num_draft_tokens=4)
@@ -397,8 +401,9 @@ def test_a_rollout_says_the_same_with_the_kernels(layers, gpu_path, monkeypatch)
         monkeypatch.setattr(gpu, "runs_on", lambda _, has=has_kernels: has)
         monkeypatch.setattr(gpu, "find_obstacle", lambda has=has_kernels: None if has else "they are switched off")
         monkeypatch.setattr(attention, "_MOST_NODES", 8)
-        model = build_model("llama", F32, head_dim=16, num_hidden_layers=2)
+        model = build_model(dtype=F32, head_dim=16, num_hidden_layers=2, **family)
         engine = Engine(model.to(DEVICE), drafter="eagle-new", speculation=plan)
+        assert engine.target.windows == ((None, 6) if layers == "windows" else (None, None))
         runs.append([completion.token_ids for completion in engine.generate(prompts, params)])
     assert runs[0] == runs[1]
 

@@ -299,10 +299,9 @@ def rope(rope_type: str, **settings: object) -> dict[str, object]:
     ("build", "message"),
     [
         (build_gpt2, "model family 'gpt2' is not supported; supported are llama, qwen2, qwen3, mistral"),
-        (lambda: build_model("mistral", sliding_window=16), "'mistral' model with sliding_window=16"),
         (
-            lambda: build_model("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1),
-            "'qwen2' model with sliding_window=16",
+            lambda: build_model("llama", layer_types=["full_attention", "chunked_attention", "linear_attention"]),
+            "'llama' model with layers of chunked_attention, linear_attention is not supported",
         ),
         (lambda: build_model("llama", **rope("dynamic")), "rope_type 'dynamic' is not supported"),
         (
@@ -316,7 +315,7 @@ def rope(rope_type: str, **settings: object) -> dict[str, object]:
         (build_alora, r"PEFT adapter 'default' \(LoraConfig\) begins behind its alora_invocation_tokens"),
     ],
     ids=[
-        *("gpt2", "mistral_window", "qwen2_window", "dynamic_rope", "longrope"),
+        *("gpt2", "kinds_of_layers", "dynamic_rope", "longrope"),
         *("prompt_tuning", "adaption_prompt", "no_head", "larger_head", "alora"),
     ],
 )

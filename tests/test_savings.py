@@ -199,6 +199,7 @@ CASES = {
         "update",
     ),
     "Qwen2": ({"family": "qwen2", "num_iterations": 2, "max_steps": 2}, "update"),
+    "Mistral with a window, adapters": ({"family": "mistral_window", "peft": True, "max_steps": 2}, "none"),
     "Qwen3, adapters": ({"family": "qwen3", "peft": True, "gradient_checkpointing": True}, "none"),
 }
 

@@ -127,6 +127,9 @@ def assert_same_gradient(trainer: FastGRPOTrainer, inputs: dict[str, Any]) -> No
         ("qwen3", True, "vespo", {"num_iterations": 2}),
         ("qwen3", False, "dapo", {"beta": 0.04, "top_entropy_quantile": 0.5}),
         ("qwen3", True, "grpo", REENTRANT),
+        ("olmo2", True, "dapo", {}),
+        ("phi3", False, "grpo", {"gradient_checkpointing": True}),
+        ("smollm3", True, "dr_grpo", {"beta": 0.04}),
     ],
 )
 def test_the_gradient_is_trls(
@@ -386,6 +389,7 @@ def test_rows_that_gain_nothing_stay_a_batch() -> None:
         ({"_attn_implementation": "eager"}, "eager"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"model_type": "gemma3"}, "gemma3"),
+        ({"model_type": "mistral", "sliding_window": 40}, "the last 40 tokens"),
         ({"attention_dropout": 0.1}, "dropout"),
     ],
 )

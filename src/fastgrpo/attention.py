@@ -130,12 +130,33 @@ class ForwardBatch:
     @functools.cached_property
     def mask(self) -> Float[Tensor, "B 1 repN S"]:
         """Additive, once for each query head that shares a key head."""
+        return self.build_mask(None)
+
+    @functools.cached_property
+    def _masks(self) -> dict[int, Float[Tensor, "B 1 repN S"]]:
+        return {}
+
+    def mask_within(self, window: int | None) -> Float[Tensor, "B 1 repN S"]:
+        """`mask` where a node sees the last `window` tokens alone, itself among them; None: all before it."""
+        if window is None:
+            return self.mask
+        if window not in self._masks:
+            self._masks[window] = self.build_mask(window)
+        return self._masks[window]
+
+    def build_mask(self, window: int | None) -> Float[Tensor, "B 1 repN S"]:
         slot = torch.arange(self.read_length, device=self.lengths.device)
         node = slot - self.lengths[:, None]  # node that a slot holds
         is_node = (node >= 0) & (node < self.visible.shape[2])
         held = node.clamp(0, self.visible.shape[2] - 1)[:, None].expand(-1, self.most_nodes, -1)
         mask = (node < 0)[:, None] | (is_node[:, None] & self.visible.gather(2, held))
-        mask[..., 0] = True  # true of every node; keeps padded nodes finite
+        if window is None:
+            mask[..., 0] = True  # true of every node; keeps padded nodes finite
+        else:
+            depth = self.visible.cumsum(2) - 1  # what a node sees of its tree is a path
+            place = torch.where((node < 0)[:, None], node[:, None], depth.gather(2, held))  # behind the cached ones
+            mask &= depth[..., -1:] - place < window
+            mask[..., 0] |= ~mask.any(-1)  # of padded nodes
         additive = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
         return additive[:, None].repeat(1, 1, self.num_repeats, 1)
 
@@ -200,13 +221,14 @@ def unpack_outputs(
 
 
 def tree_attention(
-    module: nn.Module,
+    module: Any,
     query: Float[Tensor, "1 heads T d"],
     key: Float[Tensor, "B kv S d"],
     value: Float[Tensor, "B kv S d"],
     attention_mask: Float[Tensor, "_ 1 _ _"] | None,
     *,
     tree_batch: ForwardBatch | None = None,
+    windows: Sequence[int | None] = (),
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "1 T heads d"], None]:
@@ -214,7 +236,8 @@ def tree_attention(
 
     Args:
         key, value: of the batch's rows; where the GPU kernel runs, of the whole cache as one row.
-        attention_mask: the batch's; not looked at where the GPU kernel runs.
+        attention_mask: not looked at: the batch has its own.
+        windows: tokens that each layer's nodes see; None: all before them.
 
     Raises:
         RuntimeError: somebody else calls the model amid a rollout, from a callback or a streamed reward.
@@ -224,14 +247,15 @@ def tree_attention(
             "this model is in a rollout, whose attention reads the engine's cache alone: call it once the rollout has "
             "ended or is closed, or call a copy of it"
         )
-    num_heads, num_kv_heads = query.shape[1], key.shape[1]
-    if has_gpu_kernel(key, tree_batch):
+    num_heads, num_kv_heads, window = query.shape[1], key.shape[1], windows[module.layer_idx]
+    if window is None and has_gpu_kernel(key, tree_batch):
         heads, keys, values = (states[0].transpose(0, 1) for states in (query.to(key.dtype), key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _attend_to_blocks(heads, keys.flatten(1), values.flatten(1), tree_batch, scale)[None], None
     packed = pack_queries(query.to(key.dtype), num_kv_heads, tree_batch)
+    mask = tree_batch.mask_within(window)
     with gpu.without_cudnn_attention():
-        output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
+        output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
     return unpack_outputs(output, num_heads, tree_batch), None
 
 

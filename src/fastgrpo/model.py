@@ -25,7 +25,12 @@ from fastgrpo.kernels.linear import PackedLinear, has_own_product
 from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.weights import merged_weights
 
-SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+SUPPORTED_FAMILIES = (
+    *("llama", "qwen2", "qwen3", "mistral"),
+    *("mixtral", "olmo2", "phi3", "qwen3_moe", "smollm3"),  # through transformers' modules
+)
+_WITHOUT_WINDOWS = ("llama", "olmo2")  # whatever their config says
+_ATTENTION_KINDS = ("full_attention", "sliding_attention")
 _POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")  # frequencies depend on the batch's longest sequence
 
 
@@ -40,9 +45,9 @@ class ForwardOutput:
 class _CacheView(Cache):
     """What a decoder layer sees: it writes its new keys and values and gets whole rows back."""
 
-    def __init__(self, cache: SlotCache, batch: ForwardBatch) -> None:
+    def __init__(self, cache: SlotCache, batch: ForwardBatch, windows: tuple[int | None, ...]) -> None:
         super().__init__(layers=[])
-        self._cache, self._batch = cache, batch
+        self._cache, self._batch, self._windows = cache, batch, windows
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -55,7 +60,7 @@ class _CacheView(Cache):
     def _write(self, store: BlockStore, states: Float[Tensor, "1 kv T d"], layer: int) -> Float[Tensor, "B kv S d"]:
         batch, cache = self._batch, self._cache
         store.write(layer, batch.write_index, states[0].transpose(0, 1).flatten(1).to(store.data.dtype))
-        if has_gpu_kernel(store.data, batch):  # finds the positions of each row by itself
+        if self._windows[layer] is None and has_gpu_kernel(store.data, batch):  # finds each row's positions by itself
             return store.flat(layer).unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(0, 1)[None]
         rows = store.read(layer, batch.read_index)
         return rows.unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(1, 2)
@@ -122,11 +127,14 @@ class TargetModel:
     """Adapter around a transformers causal LM (or a PEFT model of one). The weights stay the owner's.
 
     Args:
-        model: Llama, Qwen2, Qwen3 or Mistral without sliding-window layers.
+        model: of one of the `SUPPORTED_FAMILIES`.
         compute_dtype: run under autocast with linear weights cast once for each rollout;
             None computes in the model's own type.
         tokenizer: what gives the token ids their meaning; None looks in the folder the model came from, if
             that is asked for.
+
+    Attributes:
+        windows: of each layer, how many tokens a token sees, itself among them; None: all before it.
 
     Raises:
         ValueError: the family, attention kind, RoPE kind or PEFT method is not supported; names it.
@@ -159,6 +167,7 @@ class TargetModel:
         self.num_repeats = int(config.num_attention_heads) // self.num_kv_heads
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.max_position = int(config.max_position_embeddings)
+        self.windows = find_windows(self.base)
         self._built_for = self._list_facts()
 
     def _count_layers(self) -> int:
@@ -197,7 +206,7 @@ class TargetModel:
     @property
     def dtype(self) -> torch.dtype:
         """Type of keys, values and features."""
-        return self.compute_dtype or self.decoder.layers[0].mlp.down_proj.weight.dtype
+        return self.compute_dtype or self.decoder.layers[0].self_attn.o_proj.weight.dtype
 
     @property
     def name(self) -> str:
@@ -338,14 +347,19 @@ class TargetModel:
     def _build_recorder(self) -> Recorder | None:
         if self.device.type != "cuda":
             return None
-        obstacle = find_graph_obstacle(self.dtype)
+        obstacle = self._find_window_obstacle() or find_graph_obstacle(self.dtype)
         if obstacle is None:
             return CudaRecorder()
         _warn_of(obstacle)
         return None
 
+    def _find_window_obstacle(self) -> str | None:
+        """Why kernels that see all of a row cannot run."""
+        seen = min((window for window in self.windows if window is not None), default=None)
+        return None if seen is None else f"some layers see no more than the last {seen} tokens"
+
     def _fuse(self) -> FusedDecoder | None:
-        obstacle = find_obstacle(self.decoder, self.dtype)
+        obstacle = self._find_window_obstacle() or find_obstacle(self.decoder, self.dtype)
         if obstacle is None:
             head = self.lm_head
             if type(head) is nn.Linear and not is_touched(head):
@@ -380,21 +394,16 @@ class TargetModel:
             output = self.decoder(
                 input_ids=batch.token_ids[None],
                 position_ids=batch.positions[None],
-                attention_mask=self._build_mask(batch, cache),
-                past_key_values=_CacheView(cache, batch),
+                attention_mask=batch.visible.new_zeros(1, 1, 1, 1, dtype=batch.dtype),  # else one would be built
+                past_key_values=_CacheView(cache, batch, self.windows),
                 use_cache=True,
                 tree_batch=batch,
+                windows=self.windows,
             )
         finally:
             for hook in hooks:
                 hook.remove()
         return output.last_hidden_state[0], captured
-
-    @staticmethod
-    def _build_mask(batch: ForwardBatch, cache: SlotCache) -> Float[Tensor, "_ 1 _ _"]:
-        """What transformers hands to `tree_attention`: where that needs no mask, one number so that none is built."""
-        data = cache.keys.data
-        return data.new_zeros(1, 1, 1, 1) if has_gpu_kernel(data, batch) else batch.mask
 
     def compute_logits(self, hidden: Float[Tensor, "T H"]) -> Float[Tensor, "T V"]:
         if self._output is not None:
@@ -433,6 +442,19 @@ def find_graph_obstacle(dtype: torch.dtype) -> str | None:
     return gpu.find_obstacle() or (None if dtype in gpu.DTYPES else f"there are no GPU kernels for {dtype}")
 
 
+def find_windows(model: PreTrainedModel) -> tuple[int | None, ...]:
+    """Of each layer of a supported model, how many tokens a token sees, itself among them; None: all before it."""
+    return tuple(_find_window(layer, model.config) for layer in model.model.layers)
+
+
+def _find_window(layer: Any, config: Any) -> int | None:
+    """Where an attention module says nothing of its window, the config does for all."""
+    found = getattr(layer.self_attn, "sliding_window", getattr(config, "sliding_window", None))
+    if config.model_type in _WITHOUT_WINDOWS or not found or found >= config.max_position_embeddings:
+        return None
+    return int(found)
+
+
 def base_model_of(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -442,7 +464,7 @@ def check_supported(model: PreTrainedModel) -> None:
     """Refuse by name what the engine would run wrongly.
 
     Raises:
-        ValueError: unknown family, sliding-window layers, RoPE that depends on the batch, or no output head for all
+        ValueError: unknown family or kind of attention, RoPE that depends on the batch, or no output head for all
             tokens.
     """
     config = model.config
@@ -452,12 +474,10 @@ def check_supported(model: PreTrainedModel) -> None:
             f"model family '{family}' is not supported; supported are {', '.join(SUPPORTED_FAMILIES)}. "
             "Train it with trl.GRPOTrainer instead"
         )
-    layer_types = getattr(config, "layer_types", None) or []
-    has_window = family == "mistral" and getattr(config, "sliding_window", None) is not None
-    if has_window or "sliding_attention" in layer_types:
+    if others := sorted(set(getattr(config, "layer_types", None) or ()) - set(_ATTENTION_KINDS)):
         raise ValueError(
-            f"'{family}' model with sliding_window={config.sliding_window} is not supported: its cache would differ. "
-            "Set sliding_window=None (use_sliding_window=False) if your sequences are shorter than the window"
+            f"'{family}' model with layers of {', '.join(others)} is not supported; supported are "
+            f"{', '.join(_ATTENTION_KINDS)}. Train it with trl.GRPOTrainer instead"
         )
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in _POSITION_DEPENDENT_ROPE:

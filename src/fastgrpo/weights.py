@@ -63,15 +63,17 @@ def _mergeable_tuners(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         if isinstance(layer, BaseTunerLayer)
         and not layer.disable_adapters
         and not layer.merged
-        and layer.get_base_layer().weight.is_floating_point()
-        and num_owners[id(layer.get_base_layer().weight)] == 1
         and _merges_into_base(layer)
+        and num_owners[id(layer.get_base_layer().weight)] == 1
     ]
 
 
 def _merges_into_base(layer: Any) -> bool:
-    has_new_bias = any(getattr(layer, "lora_bias", {}).values()) and layer.get_base_layer().bias is None
-    return type(layer).__name__ not in _UNMERGED and not has_new_bias
+    base = layer.get_base_layer()
+    if type(layer).__name__ in _UNMERGED or not hasattr(base, "weight"):  # experts have several
+        return False
+    has_new_bias = any(getattr(layer, "lora_bias", {}).values()) and base.bias is None
+    return base.weight.is_floating_point() and not has_new_bias
 
 
 def _castable_weights(model: nn.Module) -> list[nn.Parameter]:

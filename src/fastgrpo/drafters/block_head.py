@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastgrpo.drafters.head_parts import DraftHead, RMSNorm, SwiGLU, rotate, same_random_weights
+from fastgrpo.drafters.head_parts import DraftHead, RMSNorm, SwiGLU, copy_layer, rotate, same_random_weights
 from fastgrpo.model import TargetModel
 
 DEFAULT_BLOCK_SIZE = 8
@@ -172,10 +172,8 @@ def start_from_target(head: BlockHead, target: TargetModel) -> None:
         head.norm.weight.copy_(target.decoder.norm.weight)
         for index, layer in enumerate(head.layers):
             source = last[min(index, len(last) - 1)]
-            layer.input_layernorm.weight.copy_(source.input_layernorm.weight)
-            layer.context_layernorm.weight.copy_(source.input_layernorm.weight)
-            layer.post_attention_layernorm.weight.copy_(source.post_attention_layernorm.weight)
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                getattr(layer, name).weight.copy_(getattr(source.self_attn, name).weight)
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                getattr(layer.mlp, name).weight.copy_(getattr(source.mlp, name).weight)
+            linears = {name: getattr(layer, name).weight for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+            linears |= {name: getattr(layer.mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")}
+            norms = {name: getattr(layer, name).weight for name in ("input_layernorm", "post_attention_layernorm")}
+            copy_layer(source, linears | norms, target.num_kv_heads * target.head_dim)
+            layer.context_layernorm.weight.copy_(layer.input_layernorm.weight)

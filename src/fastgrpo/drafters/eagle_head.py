@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastgrpo.drafters.head_parts import DraftHead, RMSNorm, SwiGLU, rotate, same_random_weights
+from fastgrpo.drafters.head_parts import DraftHead, RMSNorm, SwiGLU, copy_layer, rotate, same_random_weights
 from fastgrpo.model import TargetModel
 
 
@@ -89,21 +89,22 @@ class EagleHead(DraftHead):
 
 def start_from_target(head: EagleHead, target: TargetModel) -> None:
     """Begin with the target's own norm, output rows and last layer, the hidden path passing the high feature on."""
-    last = target.decoder.layers[-1]
-    hidden = target.hidden_size
+    hidden, layer = target.hidden_size, head.midlayer
+    attention = layer.self_attn
+    linears = {name: getattr(layer.mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")}
+    states = {name: getattr(attention, name).weight[:, hidden:] for name in ("q_proj", "k_proj", "v_proj")}
+    norms = {
+        "input_layernorm": layer.hidden_norm.weight,
+        "post_attention_layernorm": layer.post_attention_layernorm.weight,
+    }
     with torch.no_grad():
         head.fc.weight.zero_()
         head.fc.weight[:, 2 * hidden :] = torch.eye(hidden)
         head.norm.weight.copy_(target.decoder.norm.weight)
-        head.midlayer.hidden_norm.weight.copy_(last.input_layernorm.weight)
-        head.midlayer.post_attention_layernorm.weight.copy_(last.post_attention_layernorm.weight)
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            getattr(head.midlayer.mlp, name).weight.copy_(getattr(last.mlp, name).weight)
-        for name in ("q_proj", "k_proj", "v_proj"):
-            weight = getattr(head.midlayer.self_attn, name).weight
-            weight[:, hidden:] = getattr(last.self_attn, name).weight
-            weight[:, :hidden].mul_(0.5)
-        head.midlayer.self_attn.o_proj.weight.copy_(last.self_attn.o_proj.weight)
+        for name in states:
+            getattr(attention, name).weight[:, :hidden].mul_(0.5)
+        places = linears | states | norms | {"o_proj": attention.o_proj.weight}
+        copy_layer(target.decoder.layers[-1], places, head.num_kv_heads * head.head_dim)
 
 
 def build_head(target: TargetModel, draft_vocab_size: int, *, norm_before_residual: bool = False) -> EagleHead:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -68,6 +69,12 @@ class DraftHead(nn.Module):
 
     def __init__(self, target: TargetModel) -> None:
         super().__init__()
+        factor = (getattr(target.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+        if factor != 1.0:
+            raise ValueError(
+                f"partial_rotary_factor {factor} is not supported by draft heads, which rotate all of a head; use "
+                'drafter="ngram"'
+            )
         self.hidden_size, self.target_vocab_size = target.hidden_size, target.vocab_size
 
     @property
@@ -114,6 +121,27 @@ class DraftHead(nn.Module):
         """Fill the output rows from the target as it is now."""
         with torch.no_grad():
             self.lm_head.weight.copy_(target.lm_head.weight[self.draft_vocab.long()])
+
+
+def copy_layer(layer: Any, places: Mapping[str, Tensor], num_kv_states: int) -> None:
+    """Copy a decoder layer's weights where they are wanted, by the names that Llama gives them.
+
+    Of families whose layers are built otherwise, what they have of it; the rest stays as it is.
+
+    Args:
+        places: for each name, what takes the weight.
+        num_kv_states: numbers of all keys of a token.
+    """
+    parts = {name: module.weight for name, module in layer.named_modules() if hasattr(module, "weight")}
+    found = {name.rpartition(".")[2]: weight for name, weight in parts.items()}
+    if (fused := found.get("qkv_proj")) is not None:  # Phi-3's
+        sizes = (len(fused) - 2 * num_kv_states, num_kv_states, num_kv_states)
+        found |= dict(zip(("q_proj", "k_proj", "v_proj"), fused.split(sizes), strict=True))
+    if (fused := found.get("gate_up_proj")) is not None:
+        found |= dict(zip(("gate_proj", "up_proj"), fused.chunk(2), strict=True))
+    for name, place in places.items():
+        if name in found and found[name].shape == place.shape:
+            place.copy_(found[name])
 
 
 @contextlib.contextmanager

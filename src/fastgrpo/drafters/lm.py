@@ -36,7 +36,7 @@ class LmDrafter:
 
     Args:
         target: the model to draft for.
-        model: Llama, Qwen2, Qwen3 or Mistral without a window, on the target's device; stays its owner's, and is
+        model: of a family that `TargetModel` runs, on the target's device; stays its owner's, and is
             not trained.
         tokenizer: the LM's; None looks in the folder it came from.
 

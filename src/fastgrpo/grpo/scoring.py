@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastgrpo.grpo.head import add_token_scores
 from fastgrpo.grpo.sharing import pack_rows, pays
-from fastgrpo.model import SUPPORTED_FAMILIES, base_model_of
+from fastgrpo.model import SUPPORTED_FAMILIES, base_model_of, find_windows
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,12 @@ def find_sharing_obstacle(trainer: Any) -> str | None:
     backends = {config._attn_implementation for config in configs} - {"sdpa"}
     families = {config.model_type for config in configs} - set(SUPPORTED_FAMILIES)
     kinds = {kind for config in configs for kind in getattr(config, "layer_types", None) or ()} - {"full_attention"}
+    windows = set() if families else {window for model in models for window in find_windows(model)} - {None}
     obstacles = {
         f"attn_implementation={', '.join(backends)} cannot take the mask; 'sdpa' can": backends,
         f"the family {', '.join(families)} is not one it was tried with": families,
         f"layers of {', '.join(kinds)} do not see the whole prompt": kinds,
+        f"layers that see the last {', '.join(map(str, windows))} tokens do not see the whole prompt": windows,
         "a compiled model is left as it is": trainer.args.torch_compile,
         "the router's auxiliary loss is over all positions": getattr(trainer, "aux_loss_enabled", False),
         "the model has dropout, whose draws depend on the tokens computed": any(map(has_dropout, models)),
