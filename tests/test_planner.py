@@ -434,6 +434,15 @@ def test_what_was_known_of_a_drafter_fades_as_all_that_is_counted_does():
     assert sum(drafted[300:]) < 130
 
 
+@pytest.mark.parametrize("known", [[[0.8, 0.1], [0.6, 0.1], [0.5, 0.1]], None])
+def test_a_useless_drafter_stays_dropped_in_many_short_rollouts(known):
+    """What was counted fades with each of them, and came to count for less than the guess that it contradicts."""
+    planner = SyntheticClockPlanner(XEON, acceptance=known)
+    records = [record for _ in range(60) for record in play(planner, 10, 1, chance=0.0)]
+    assert sum(not record.plan.is_plain for record in records[200:]) < 40
+    assert compute_speed(planner, records[200:]) > 0.98
+
+
 @pytest.mark.parametrize("is_asked", [True, False])
 def test_a_clear_gain_over_plain_decoding_that_was_not_seen_is_tried(is_asked, monkeypatch):
     """Plain decoding is believed 1.3 times as dear as it is, so that drafts which lose 4 % seem to win clearly."""

@@ -62,11 +62,12 @@ class AcceptanceTable:
                         self.offered[depth][rank] += trials
                         self.hits[depth][rank] += count
 
-    def fade(self, keep: float) -> None:
-        """Weigh down what was counted so far."""
-        for table in (self.offered, self.hits):
-            for row in table:
-                row[:] = [count * keep for count in row]
+    def fade(self, keep: float, *, least: float = 0.0) -> None:
+        """Weigh down what was counted so far, of each level to so many trials of its first child at least."""
+        for offered, hits in zip(self.offered, self.hits, strict=True):
+            share = min(max(keep, least / max(offered[0], 1.0)), 1.0)
+            offered[:] = [count * share for count in offered]
+            hits[:] = [count * share for count in hits]
 
     def rate(self, depth: int, rank: int) -> float:
         """Acceptance rate in [0, 1]."""

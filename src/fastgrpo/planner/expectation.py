@@ -18,6 +18,7 @@ _KNOWN_WEIGHT = 32.0  # and that what was measured before does, on other text
 _PRIOR_ALL, _PRIOR_PLAN = 60.0, 300.0  # draft tokens that agreement with the tables counts for, of all and of a plan
 _SURPRISE, _SURPRISE_STEPS, _LEAST_RATE = 4.0, 16, 0.02  # standard deviations; half-life; as if so many were accepted
 _WHOLE = 0.9  # of a plan's draft tokens, that were verified where what was accepted is compared with what was predicted
+_LEAST_TRIALS = 12.0  # that remain of what was counted, however many rollouts begin
 _NEW_STEPS = 16  # speculating steps that all is new for
 _KEEP_STEPS, _MOST_KEPT = 16, 128  # steps that predictions are kept for; drafts, where fewer than a quarter of all
 
@@ -165,10 +166,13 @@ class Expectation:
         self.table.prior_weight = min(self.table.prior_weight, max(most, GUESS_WEIGHT))
 
     def fade(self, keep: float) -> None:
-        """Weigh down all that was counted, and what was known before."""
+        """Weigh down all that was counted, and what was known before.
+
+        Of trials some are left: where rollouts are short, a guess that they contradicted would come back else.
+        """
         self._doubt_known(keep * self.table.prior_weight)
         for table in (self.table, *self._local.values()):
-            table.fade(keep)
+            table.fade(keep, least=_LEAST_TRIALS)
         for agreement in (self._all, *self._plans.values()):
             agreement.fade(keep)
         self._forget_predictions()
