@@ -746,6 +746,17 @@ def test_drafts_are_recorded_once_plain_decoding_has_lost_as_much():
     assert unrecorded.plan(PlanInputs(num_seqs=8)) != PLAIN, "where nothing is recorded, at once"
 
 
+@pytest.mark.parametrize(("num_steps", "is_worth_it"), [(6, False), (60, True)])
+def test_when_to_record_is_learnt_from_rollout_to_rollout(num_steps, is_worth_it):
+    """In those that end soon after it nothing is recorded any more, in longer ones sooner."""
+    planner = AutoPlanner(replace(FLAT, runs_ahead=True), acceptance=KNOWN)
+    rollouts = [roll_out_recorded(planner, [8] * num_steps) for _ in range(8)]
+    waits = [sum(plan.is_plain for plan in plans) for plans in rollouts]
+    assert waits[0] == 5 and all(wait < 3 if is_worth_it else wait == num_steps for wait in waits[4:]), waits
+    restored = AutoPlanner.from_state(json.loads(json.dumps(planner.state_dict())))
+    assert restored._recording.patience == planner._recording.patience
+
+
 def test_while_sequences_finish_fast_nothing_is_recorded():
     planner = AutoPlanner(replace(FLAT, runs_ahead=True), acceptance=KNOWN)
     plans = roll_out_recorded(planner, [num_seqs for num_seqs in (64, 33, 17, 9, 5) for _ in range(3)] + [2] * 60)
@@ -774,8 +785,12 @@ def test_a_recording_price_follows_what_is_seen_and_begins_anew_with_a_rollout()
     price.pay(9)
     assert price.find_wait_s(9) == 0.08
     price.lose(9, 0.05)
+    price.save(0.1)
     price.begin()
-    assert price.find_wait_s(9) == 0.08
+    assert price.find_wait_s(9) == 0.04, "it paid"
+    price.pay(9)
+    price.begin()
+    assert price.find_wait_s(9) == 0.08, "it did not"
     price.observe(5.0)  # a kernel was compiled
     assert price.recording_s == pytest.approx(0.1)
     price.observe(0.001)  # something else was at work

@@ -365,6 +365,10 @@ class AutoPlanner(Planner):
                 self._num_drafted[record.num_seqs.bit_length()] += 1
             if record.is_steady and record.plan == self._current:
                 self._recording.lose(record.num_seqs, self._promised_gain * step_s)
+                if self._recording.recording_s and not record.plan.is_plain:
+                    num_seqs, rates = self._rates
+                    plain_s = record.acceptance_length * num_seqs / rates[PLAIN]
+                    self._recording.save(plain_s + record.prefill_s - step_s)
         self._unlearnt += self._unheard
         self._unheard.clear()
 
@@ -424,6 +428,7 @@ class AutoPlanner(Planner):
             "accepted": self._accepted,
             "credit_s": self._credit_s,
             "recording_s": self._recording.recording_s,
+            "patience": list(self._recording.patience.items()),
             "first_loss_s": list(self._first_loss_s.items()),
             "num_drafted": list(self._num_drafted.items()),
             "last_plain": list(self._last_plain.items()),
@@ -444,8 +449,9 @@ class AutoPlanner(Planner):
         planner._promised, planner._accepted = float(state["promised"]), float(state["accepted"])
         planner._credit_s, planner._trial_age = float(state["credit_s"]), int(state["trial_age"])
         planner._num_trials = int(state.get("num_trials", 0))
-        if "recording_s" in state:  # older states have none, nor the next four
+        if "recording_s" in state:  # older states have none, nor the next five
             planner._recording = RecordingPrice(float(state["recording_s"]))
+        planner._recording.patience.update({int(octave): float(each) for octave, each in state.get("patience", ())})
         planner._num_steps = int(state.get("num_steps", 0))
         planner._first_loss_s.update({int(octave): float(lost) for octave, lost in state.get("first_loss_s", ())})
         planner._num_drafted = Counter({int(octave): int(count) for octave, count in state.get("num_drafted", ())})

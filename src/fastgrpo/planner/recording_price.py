@@ -6,6 +6,8 @@ from collections import defaultdict
 
 RECORDING_S = 0.08  # what a step takes longer in which drafts are recorded, to begin with
 _RATE = 0.25  # that what is seen of it changes it by
+_CLEARLY_WORTH = 1.5  # times what it takes, that a recording should have saved
+_LEAST_PATIENCE, _MOST_PATIENCE = 0.25, 16.0
 _LEAST, _MOST = 0.25, 2.0  # of it, that are seen: other work beside a step takes less, kernels that are compiled more
 
 
@@ -15,29 +17,53 @@ class RecordingPrice:
     So one rents skis until the rent has come to the price of a pair: whatever comes, it costs at most twice what the
     better choice would have. While sequences finish fast nothing is recorded for a few steps.
 
+    Rollouts resemble each other: where a recording would clearly have paid in the last one, had it been there from the
+    first step on, half as much is lost before it is made in the next; where one was made and did not, twice as much.
+
     Args:
         recording_s: price to begin with; 0 where nothing is recorded.
+
+    Attributes:
+        patience: times the price, that is lost before; by octave of live sequences, as all that is counted here.
     """
 
     def __init__(self, recording_s: float = RECORDING_S) -> None:
         self.recording_s = recording_s
-        self._lost_s: defaultdict[int, float] = defaultdict(float)  # by octave of live sequences, in this rollout
+        self.patience: defaultdict[int, float] = defaultdict(lambda: 1.0)
+        self._lost_s: defaultdict[int, float] = defaultdict(float)  # in this rollout, as the next two
+        self._worth_s: defaultdict[int, float] = defaultdict(float)  # what was lost without, and saved with a recording
+        self._paid: list[int] = []  # where one was made, the last one last
 
     def begin(self) -> None:
         """A rollout starts, with nothing recorded."""
+        for octave in {*self._worth_s, *self._paid}:
+            if self._worth_s[octave] > _CLEARLY_WORTH * self.recording_s:
+                self.patience[octave] = max(self.patience[octave] / 2, _LEAST_PATIENCE)
+            elif octave in self._paid:
+                self.patience[octave] = min(2 * self.patience[octave], _MOST_PATIENCE)
         self._lost_s.clear()
+        self._worth_s.clear()
+        self._paid.clear()
 
     def find_wait_s(self, num_seqs: int) -> float:
         """What the present plan has still to lose; 0 and less where it is time for the better one."""
-        return self.recording_s - self._lost_s[num_seqs.bit_length()]
+        octave = num_seqs.bit_length()
+        return self.patience[octave] * self.recording_s - self._lost_s[octave]
 
     def lose(self, num_seqs: int, lost_s: float) -> None:
         """A step took so much longer than the better plan's would have."""
         self._lost_s[num_seqs.bit_length()] += lost_s
+        self._worth_s[num_seqs.bit_length()] += lost_s
 
     def pay(self, num_seqs: int) -> None:
         """The better plan is taken."""
         self._lost_s[num_seqs.bit_length()] = 0.0
+        self._paid.append(num_seqs.bit_length())
+
+    def save(self, saved_s: float) -> None:
+        """A step with the plan that was paid for last took so much less than plain decoding of what it emitted."""
+        if self._paid:
+            self._worth_s[self._paid[-1]] += saved_s
 
     def observe(self, excess_s: float) -> None:
         """A step in which drafts were recorded took so much longer than one like it will."""
