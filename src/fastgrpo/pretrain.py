@@ -44,7 +44,7 @@ from fastgrpo.report import describe_commit, describe_machine, write_json
 from fastgrpo.types import SamplingParams, SpeculationPlan
 
 _ROUND = 64  # prompts answered between two writes
-_BATCH_PAIRS = 512  # of one optimiser step
+_FULL = 8  # times as many requests as are decoded together, on a device that is fast with many: few run at the end
 _LEAST_RATE = 0.02  # of the peak learning rate, at the end
 _SAVE_EVERY = 250  # updates
 _HELD_OUT = 32  # answers kept back to measure acceptance on
@@ -78,8 +78,10 @@ def run_draft_training(options: DraftTrainOptions, command: str, console: Consol
     folder = options.output
     _claim(folder, options)
     opened = open_model(options.model, dtype=options.dtype, device=options.device)
-    answers = _draw_answers(options, opened, folder / "answers.jsonl", console)
-    training = _Training(options, opened, answers)
+    drafter, counts = _build_drafter(options, TargetModel(opened.model, tokenizer=opened.tokenizer))
+    features = _Features(options.feature_cache_gib)
+    answers = _draw_answers(options, opened, drafter, folder / "answers.jsonl", features, console)
+    training = _Training(options, drafter, counts, answers, features)
     result = training.run(folder, console)
     result |= {
         "command": command,
@@ -120,11 +122,58 @@ def _claim(folder: Path, options: DraftTrainOptions) -> None:
 # -- the target's answers --------------------------------------------------------------------------------------
 
 
-def _draw_answers(options: DraftTrainOptions, opened: Opened, path: Path, console: Console) -> list[Answer]:
-    """Answers to every prompt: those on file, then the missing ones."""
+class _Features:
+    """Of answers, by their number; the least recently used go first.
+
+    Args:
+        most_gib: kept at most, but for one answer's.
+    """
+
+    def __init__(self, most_gib: float) -> None:
+        self._most_bytes = most_gib * 2**30
+        self._kept: OrderedDict[int, Tensor] = OrderedDict()
+        self._num_bytes = 0
+
+    def find(self, number: int) -> Tensor | None:
+        if number not in self._kept:
+            return None
+        self._kept.move_to_end(number)
+        return self._kept[number]
+
+    def keep(self, number: int, features: Tensor) -> None:
+        self._kept[number] = features
+        self._num_bytes += features.nbytes
+        while self._num_bytes > self._most_bytes and len(self._kept) > 1:
+            self._num_bytes -= self._kept.popitem(last=False)[1].nbytes
+
+    def has_room(self, features: Tensor) -> bool:
+        return self._num_bytes + features.nbytes <= self._most_bytes
+
+
+def _draw_answers(
+    options: DraftTrainOptions,
+    opened: Opened,
+    drafter: HeadDrafter[Any],
+    path: Path,
+    features: _Features,
+    console: Console,
+) -> list[Answer]:
+    """Answers to every prompt: those on file, then the missing ones.
+
+    Args:
+        drafter: what features are kept for; it does not draft.
+        features: takes those of answers that are drawn now, while there is room.
+    """
     requests = _build_requests(options, opened.tokenizer)
     answers = _read_answers(path)
-    engine = Engine(opened.model, drafter="none", speculation="off", max_num_seqs=options.max_num_seqs)
+    engine = Engine(opened.model, drafter=drafter, speculation="off", max_num_seqs=options.max_num_seqs)
+
+    def keep(rollout: FinishedRollout) -> None:
+        assert rollout.request_id is not None
+        if rollout.features is not None and features.has_room(rollout.features):
+            features.keep(len(answers) + rollout.request_id, rollout.features)
+
+    engine.on_finish.append(keep)
     params = SamplingParams(
         temperature=options.temperature,
         max_tokens=options.max_tokens,
@@ -132,8 +181,11 @@ def _draw_answers(options: DraftTrainOptions, opened: Opened, path: Path, consol
         seed=options.seed,
     )
     started, drawn = time.monotonic(), 0
-    for start in range(len(answers), len(requests), _ROUND * options.num_generations):
-        part = requests[start : start + _ROUND * options.num_generations]
+    most = _ROUND * options.num_generations
+    if opened.model.device.type != "cpu":
+        most = max(most, _FULL * options.max_num_seqs)
+    for start in range(len(answers), len(requests), most):
+        part = requests[start : start + most]
         completions = engine.generate([ids for _, ids in part], dataclasses.replace(params, stream=start))
         new = [
             Answer(source=source, prompt_ids=ids, token_ids=completion.token_ids)
@@ -193,20 +245,27 @@ def _read_answers(path: Path) -> list[Answer]:
 
 
 class _Training:
-    """The learner over all answers, with features computed by the target when they are needed."""
+    """The learner over all answers; features that are not kept are computed by the target when they are needed."""
 
-    def __init__(self, options: DraftTrainOptions, opened: Opened, answers: list[Answer]) -> None:
-        self.options = options
-        target = TargetModel(opened.model, tokenizer=opened.tokenizer)
-        self.drafter, self._counted_before = _build_drafter(options, target)
-        self.learner = Learner(self.drafter, learning_rate=options.learning_rate, seed=options.seed)
-        self.engine = Engine(opened.model, drafter=self.drafter, speculation="off")  # what the state is saved with
-        kept = [answer for answer in answers if len(answer.token_ids) >= _MIN_ANSWER]
-        self.held_out, self.answers = kept[: min(_HELD_OUT, len(kept) // 10)], kept[min(_HELD_OUT, len(kept) // 10) :]
-        if not self.answers:
+    def __init__(
+        self,
+        options: DraftTrainOptions,
+        drafter: HeadDrafter[Any],
+        counted_before: Int[Tensor, " V"],
+        answers: list[Answer],
+        features: _Features,
+    ) -> None:
+        self.options, self.drafter = options, drafter
+        self._counted_before, self._features = counted_before, features
+        self.learner = Learner(drafter, learning_rate=options.learning_rate, seed=options.seed)
+        self.engine = Engine(drafter.target.model, drafter=drafter, speculation="off")  # what the state is saved with
+        self._answers = answers
+        kept = [number for number, answer in enumerate(answers) if len(answer.token_ids) >= _MIN_ANSWER]
+        num_held_out = min(_HELD_OUT, len(kept) // 10)
+        self.held_out, self.taught = kept[:num_held_out], kept[num_held_out:]  # by their numbers
+        if not self.taught:
             raise ValueError(f"no answer has {_MIN_ANSWER} tokens to learn from; raise max_tokens")
-        self._features: OrderedDict[int, Tensor] = OrderedDict()
-        self._num_bytes = 0
+        self._shown: list[FinishedRollout] = []  # those held out, once their features are there
 
     def run(self, folder: Path, console: Console) -> dict[str, Any]:
         """Learn, saving as it goes; returns the acceptance on what was kept back."""
@@ -219,12 +278,12 @@ class _Training:
         first, total = self.learner.num_updates, self.options.updates
         started = time.monotonic()
         with self.drafter.target.rollout_mode():
-            _say(console, f"{len(self.answers)} answers to learn from; at first {_describe(self.measure())}")
+            _say(console, f"{len(self.taught)} answers to learn from; at first {_describe(self.measure())}")
             batches = itertools.islice(self._batches(), first, None)
-            for number, indices in zip(range(first, total), batches, strict=False):
-                self.learner.learning_rate = self.options.learning_rate * _anneal(number / total)
-                loss, _ = self.learner.update([self._build_rollout(index) for index in indices])
-                done = number + 1
+            for before, numbers in zip(range(first, total), batches, strict=False):
+                self.learner.learning_rate = self.options.learning_rate * _anneal(before / total)
+                loss, _ = self.learner.update([self._build_rollout(number) for number in numbers])
+                done = before + 1
                 if done % _SAVE_EVERY == 0 or done == total:
                     _save(state, self.engine, self.learner)
                     left_s = (time.monotonic() - started) / (done - first) * (total - done)
@@ -237,13 +296,13 @@ class _Training:
 
     def measure(self) -> Tensor:
         """Acceptance by depth and rank on the answers kept back."""
-        rollouts = [self._compute_rollout(answer) for answer in self.held_out or self.answers[:1]]
+        self._shown = self._shown or [self._build_rollout(number) for number in self.held_out or self.taught[:1]]
         self.drafter.refresh()
-        return measure_head(self.drafter, rollouts)
+        return measure_head(self.drafter, self._shown)
 
     def count_tokens(self) -> Int[Tensor, " V"]:
         """How often each token was said in all that the head has learnt from, as far as that is known."""
-        ids = torch.tensor([token_id for answer in self.answers for token_id in answer.token_ids])
+        ids = torch.tensor([token_id for number in self.taught for token_id in self._answers[number].token_ids])
         return self._counted_before + torch.bincount(ids, minlength=self.drafter.target.vocab_size)
 
     def _select_vocabulary(self) -> None:
@@ -253,26 +312,17 @@ class _Training:
     def _batches(self) -> Iterator[list[int]]:
         """Answers in random order, again and again; the same ones after a resume."""
         for epoch in itertools.count():
-            order = list(range(len(self.answers)))
+            order = list(range(len(self.taught)))
             random.Random(self.options.seed + epoch).shuffle(order)
-            yield from pack(order, [len(self.answers[index].token_ids) for index in order], _BATCH_PAIRS)
+            numbers = [self.taught[index] for index in order]
+            widths = [len(self._answers[number].token_ids) for number in numbers]
+            yield from pack(numbers, widths, self.options.batch_tokens)
 
-    def _build_rollout(self, index: int) -> FinishedRollout:
-        if index in self._features:
-            self._features.move_to_end(index)
-        else:
-            features = self._compute_rollout(self.answers[index]).features
-            assert features is not None
-            self._features[index] = features
-            self._num_bytes += features.nbytes
-            while self._num_bytes > self.options.feature_cache_gib * 2**30 and len(self._features) > 1:
-                self._num_bytes -= self._features.popitem(last=False)[1].nbytes
-        return self._as_rollout(self.answers[index], self._features[index])
-
-    def _compute_rollout(self, answer: Answer) -> FinishedRollout:
-        return self._as_rollout(answer, compute_features(self.drafter.target, answer.prompt_ids, answer.token_ids))
-
-    def _as_rollout(self, answer: Answer, features: Tensor) -> FinishedRollout:
+    def _build_rollout(self, number: int) -> FinishedRollout:
+        answer, features = self._answers[number], self._features.find(number)
+        if features is None:
+            features = compute_features(self.drafter.target, answer.prompt_ids, answer.token_ids)
+            self._features.keep(number, features)
         return FinishedRollout(
             prompt_ids=answer.prompt_ids,
             token_ids=answer.token_ids,

@@ -45,7 +45,10 @@ class DraftTrainOptions:
     max_prompt_length: int = field(default=1024, metadata=about("longer prompts are left out, in tokens"))
     max_tokens: int = field(default=256, metadata=about("longest answer, in tokens"))
     temperature: float = field(default=1.0, metadata=about("of the answers; train at the one you will roll out with"))
-    updates: int = field(default=4000, metadata=about("optimiser steps, of about 512 tokens each"))
+    updates: int = field(default=4000, metadata=about("optimiser steps"))
+    batch_tokens: int = field(
+        default=512, metadata=about("answer tokens of one step, about; a GPU takes more in the same time")
+    )
     learning_rate: float = field(default=2e-3, metadata=about("peak AdamW learning rate of the head"))
     head: Path | None = field(
         default=None,
@@ -70,7 +73,7 @@ class DraftTrainOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "num_prompts", "num_generations", "max_prompt_length", "max_tokens", "updates")
-        check_positive(self, "temperature", "learning_rate", "feature_cache_gib", "max_num_seqs")
+        check_positive(self, "batch_tokens", "temperature", "learning_rate", "feature_cache_gib", "max_num_seqs")
         if self.draft_vocab_size is not None:
             check_positive(self, "draft_vocab_size")
         self.compute_shares()
