@@ -57,9 +57,10 @@ def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], i
         yield "gpu_decoder", "_multiply_silu", layer, {"BLOCK": 1024}, 4
         if dtype == "*bf16":
             names = ("x", "first", "second", "third", "first_bias", "second_bias", "third_bias", "out")
-            for tokens, outputs, inputs in ((16, 64, 128), (64, 64, 128), (16, 32, 256)):
+            tiles = ((16, 64, 128, 4), (64, 64, 128, 4), (128, 64, 128, 4), (16, 32, 256, 4), (128, 128, 64, 8))
+            for tokens, outputs, inputs, warps in tiles:
                 sizes = {"TOKENS": tokens, "OUTPUTS": outputs, "INPUTS": inputs}
-                yield "gpu_linear", "_multiply", dict.fromkeys(names, dtype), sizes | _EVEN, 4
+                yield "gpu_linear", "_multiply", dict.fromkeys(names, dtype), sizes | _EVEN, warps
         for head_dim, width in ((8, 16), (64, 64), (80, 128), (128, 128)):
             shape = {"REPEATS": 4, "HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": 256}
             types = dict.fromkeys(("query", "keys", "values", "out"), dtype)

@@ -425,11 +425,16 @@ def test_every_kernel_compiles_for_a_hopper_gpu():
 # -- products ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 16, 33, 65])
+@pytest.mark.parametrize("num_tokens", [1, 3, 16, 33, 65, 129])
 @pytest.mark.parametrize("widths", [(96,), (64, 40), (80, 24, 70)])
 @pytest.mark.parametrize("num_inputs", [256, 300])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_products_side_by_side_are_those_of_the_operators(num_tokens, widths, num_inputs, has_bias):
+@pytest.mark.parametrize("narrow", [5000, 100, 90])  # with which tiles: of 174 outputs each has its own
+def test_products_side_by_side_are_those_of_the_operators(
+    num_tokens, widths, num_inputs, has_bias, narrow, monkeypatch
+):
+    monkeypatch.setattr(gpu_linear, "_NARROW", narrow)
+    monkeypatch.setattr(gpu_linear, "_VERY_WIDE", 5000 if narrow == 100 else 100)
     draw = torch.Generator().manual_seed(num_tokens)
 
     def draw_numbers(*shape):

@@ -19,9 +19,10 @@ from torch import Tensor
 MOST_WEIGHTS = 3
 _DTYPES = (torch.bfloat16, torch.float16)
 _FEW_TOKENS = 16  # matrix units take no fewer
-_MOST_TOKENS, _MOST_TOKENS_NARROW = 64, 32  # from more on cuBLAS is as fast
-_NARROW = 5000  # outputs, up to which a program takes fewer, so that all processors have some
-_WIDE_TILE, _NARROW_TILE = (64, 128), (32, 256)  # outputs of a program, and inputs of one step
+_MOST_TOKENS, _MOST_TOKENS_NARROW = 128, 32  # from more on cuBLAS is as fast (H100, bench/gpu/weights.py)
+_NARROW, _VERY_WIDE = 5000, 16384  # outputs: up to the first a program takes fewer, so that all processors have some
+_WIDE_TILE, _NARROW_TILE = (64, 128, 4), (32, 256, 4)  # outputs of a program, inputs of one step, warps
+_MANY_TOKENS, _VERY_WIDE_TILE = 64, (128, 64, 8)  # of more tokens than this with as many outputs
 _MOST_STAGES = 5  # steps under way: enough to wait for memory and for nothing else
 
 
@@ -94,6 +95,12 @@ def takes(num_tokens: int, widths: Sequence[int], dtype: torch.dtype) -> bool:
     return dtype in _DTYPES and num_tokens <= (_MOST_TOKENS_NARROW if is_narrow else _MOST_TOKENS)
 
 
+def _choose_tile(num_tokens: int, num_outputs: int) -> tuple[int, int, int]:
+    if num_outputs <= _NARROW:
+        return _NARROW_TILE
+    return _VERY_WIDE_TILE if num_tokens > _MANY_TOKENS and num_outputs > _VERY_WIDE else _WIDE_TILE
+
+
 def multiply(
     x: Float[Tensor, "M I"], weights: Sequence[Float[Tensor, "_ I"]], biases: Sequence[Tensor | None]
 ) -> Float[Tensor, "M O"]:
@@ -106,7 +113,8 @@ def multiply(
     widths = [len(weight) for weight in weights]
     num_tokens = len(x)
     if takes(num_tokens, widths, x.dtype) and x.stride(1) == 1:
-        return multiply_few(x, weights, biases, tile=_NARROW_TILE if sum(widths) <= _NARROW else _WIDE_TILE)
+        outputs, inputs, num_warps = _choose_tile(num_tokens, sum(widths))
+        return multiply_few(x, weights, biases, tile=(outputs, inputs), num_warps=num_warps)
     if len(weights) == 1:
         return torch.nn.functional.linear(x, weights[0], biases[0])
     out = torch.empty(num_tokens, sum(widths), dtype=x.dtype, device=x.device)
