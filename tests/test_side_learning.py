@@ -295,6 +295,8 @@ def test_updates_that_take_too_much_from_decoding_are_given_up_for_longer_and_lo
         assert roll(0.02) == 0
     assert roll(0.02) > 4, "asked again, it pays"
     assert roll(0.09) > 3 and [roll(0.02) > 0 for _ in range(9)] == [False] * 8 + [True], "and the rest is short again"
+    assert roll(0.3) > 0, "more than it takes by itself"
+    assert [roll(0.02) > 0 for _ in range(65)] == [False] * 64 + [True]
 
 
 def collect(school: School) -> list[FinishedRollout]:

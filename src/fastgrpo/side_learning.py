@@ -28,6 +28,7 @@ _MOST_TAKEN = 0.5  # of an update's own time, from decoding: with more it is mad
 _LEAST_JUDGED, _MOST_JUDGED = 2, 8  # updates that are judged by, the last ones: their median, for machines are noisy
 _MOST_UNJUDGED = 3  # updates in a row beside steps that nothing is like
 _REST, _LONGEST_REST = 8, 256  # rollouts without, once it did not pay
+_FRUITLESS = 8  # times as many, where an update took more from decoding than it takes by itself
 
 
 class StepComparison:
@@ -72,7 +73,7 @@ class SideLearning:
 
     On a CPU one begins where a core, or most of it, is idle for each of PyTorch's threads. On any device, what updates
     take from decoding is measured; where that is more than half of what they take by themselves, the lesson ends, and
-    the next rollouts go without, twice as many each time.
+    the next rollouts go without, twice as many each time, and many more where nothing was hidden at all.
 
     Args:
         learner: of the engine's drafter.
@@ -224,6 +225,8 @@ class SideLearning:
         if taken_s <= _MOST_TAKEN * self._learner.update_s:
             self._rest = _REST
             return
+        if taken_s > self._learner.update_s:
+            self._rest = min(_FRUITLESS * self._rest, _LONGEST_REST)
         self._is_over, self._left_to_rest, self._rest = True, self._rest, min(2 * self._rest, _LONGEST_REST)
         self._compared.clear()
         logger.info(
