@@ -69,7 +69,7 @@ class DraftHead(nn.Module):
 
     def __init__(self, target: TargetModel) -> None:
         super().__init__()
-        factor = (getattr(target.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+        factor = (getattr(target.config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0
         if factor != 1.0:
             raise ValueError(
                 f"partial_rotary_factor {factor} is not supported by draft heads, which rotate all of a head; use "

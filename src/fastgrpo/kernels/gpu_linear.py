@@ -22,7 +22,7 @@ _FEW_TOKENS = 16  # matrix units take no fewer
 _MOST_TOKENS, _MOST_TOKENS_NARROW = 128, 32  # from more on cuBLAS is as fast (H100, bench/gpu/weights.py)
 _NARROW, _VERY_WIDE = 5000, 16384  # outputs: up to the first a program takes fewer, so that all processors have some
 _WIDE_TILE, _NARROW_TILE = (64, 128, 4), (32, 256, 4)  # outputs of a program, inputs of one step, warps
-_MANY_TOKENS, _VERY_WIDE_TILE = 64, (128, 64, 8)  # of more tokens than this with as many outputs
+_MANY_TOKENS, _VERY_WIDE_TILE = 64, (128, 64, 8)  # of more tokens with as many outputs; with fewer the wide one
 _MOST_STAGES = 5  # steps under way: enough to wait for memory and for nothing else
 
 
@@ -96,9 +96,9 @@ def takes(num_tokens: int, widths: Sequence[int], dtype: torch.dtype) -> bool:
 
 
 def _choose_tile(num_tokens: int, num_outputs: int) -> tuple[int, int, int]:
-    if num_outputs <= _NARROW:
-        return _NARROW_TILE
-    return _VERY_WIDE_TILE if num_tokens > _MANY_TOKENS and num_outputs > _VERY_WIDE else _WIDE_TILE
+    if num_tokens > _MANY_TOKENS:
+        return _VERY_WIDE_TILE if num_outputs > _VERY_WIDE else _WIDE_TILE
+    return _NARROW_TILE if num_outputs <= _NARROW else _WIDE_TILE
 
 
 def multiply(
