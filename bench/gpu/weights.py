@@ -36,13 +36,13 @@ Multiply = Callable[[Tensor, Sequence[Tensor]], Tensor]
 def build_ways(device: torch.device) -> dict[str, Multiply]:
     ways: dict[str, Multiply] = {"cuBLAS": lambda x, weights: torch.cat([F.linear(x, w) for w in weights], 1)}
     if device.type == "cuda":
-        for outputs, inputs, warps in _TILES:
-            ways[f"{outputs}x{inputs}, {warps} warps"] = _build_way((outputs, inputs), warps)
+        for tile in _TILES:
+            ways["{}x{}, {} warps".format(*tile)] = _build_way(tile)
     return ways
 
 
-def _build_way(tile: tuple[int, int], warps: int) -> Multiply:
-    return lambda x, weights: gpu_linear.multiply_few(x, weights, [None] * len(weights), tile=tile, num_warps=warps)
+def _build_way(tile: tuple[int, int, int]) -> Multiply:
+    return lambda x, weights: gpu_linear.multiply_few(x, weights, [None] * len(weights), tile=tile)
 
 
 def measure_product(multiply: Multiply, x: Tensor, turns: list[list[Tensor]]) -> float | None:

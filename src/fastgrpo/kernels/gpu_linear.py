@@ -113,8 +113,7 @@ def multiply(
     widths = [len(weight) for weight in weights]
     num_tokens = len(x)
     if takes(num_tokens, widths, x.dtype) and x.stride(1) == 1:
-        outputs, inputs, num_warps = _choose_tile(num_tokens, sum(widths))
-        return multiply_few(x, weights, biases, tile=(outputs, inputs), num_warps=num_warps)
+        return multiply_few(x, weights, biases, tile=_choose_tile(num_tokens, sum(widths)))
     if len(weights) == 1:
         return torch.nn.functional.linear(x, weights[0], biases[0])
     out = torch.empty(num_tokens, sum(widths), dtype=x.dtype, device=x.device)
@@ -131,14 +130,13 @@ def multiply_few(
     weights: Sequence[Float[Tensor, "_ I"]],
     biases: Sequence[Tensor | None],
     *,
-    tile: tuple[int, int],
-    num_warps: int = 4,
+    tile: tuple[int, int, int],
 ) -> Float[Tensor, "M O"]:
     """`multiply` by our own kernel.
 
     Args:
         x: its numbers side by side.
-        tile: outputs of a program, and inputs of one step.
+        tile: outputs of a program, inputs of one step, and warps.
     """
     widths = [len(weight) for weight in weights]
     num_tokens, num_inputs = x.shape
@@ -147,7 +145,7 @@ def multiply_few(
     given = (*weights, *[weights[0]] * missing)
     added = [weights[0] if bias is None else bias for bias in (*biases, *[biases[0]] * missing)]
     sizes = (*widths, *[0] * missing)
-    outputs, inputs = tile
+    outputs, inputs, num_warps = tile
     tokens = max(_FEW_TOKENS, triton.next_power_of_2(num_tokens))
     _multiply[(sum(triton.cdiv(width, outputs) for width in widths),)](
         x, x.stride(0), *given, *added, *sizes, out, out.stride(0), num_tokens, num_inputs,
