@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastgrpo.bench import drafters, rollout
+from fastgrpo.bench import drafters, e2e, measure, rollout
 from fastgrpo.bench.given_rows import give_rows
 from fastgrpo.bench.measure import RolloutResult, break_down, compute_equal_share, match_rates
 from fastgrpo.bench.training import build_trainer, find_trainer_class
@@ -24,7 +24,7 @@ from fastgrpo.drafters.eagle_head import build_head
 from fastgrpo.model import TargetModel
 from fastgrpo.options import E2EOptions, RolloutOptions, UpdateOptions
 from fastgrpo.report import load_run
-from fastgrpo.types import PLAIN, StepRecord
+from fastgrpo.types import PLAIN, StepRecord, Timeline
 from tiny import save_tiny_model
 
 TINY_WORKLOAD = [
@@ -165,6 +165,55 @@ def test_e2e_trains_all_variants_in_turn(model_dir: Path, tmp_path: Path, capsys
     text = capsys.readouterr().out
     places = [text.index(f"step {step}/2 {name}: ") for step in (1, 2) for name in ("trl", "fixed", other)]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("bench", ["e2e", "update"])
+def test_steps_taken_before_a_failure_are_kept(
+    bench: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class DyingWorker:
+        """The second of two variants dies in its second step."""
+
+        def __init__(self, name: str, options: E2EOptions) -> None:
+            self.name, self.num_steps = name, 0
+
+        def wait_until_ready(self) -> None:
+            pass
+
+        def train_step(self) -> tuple[dict[str, Any], Timeline]:
+            self.num_steps += 1
+            if self.name == "off" and self.num_steps == 2:
+                raise RuntimeError("out of memory")
+            return {"step_s": 1.5, "generation_s": 0.5}, Timeline(step_s=1.5, spans=())
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(e2e, "Worker", DyingWorker)
+    path = tmp_path / "kept.json"
+    argv = ["bench", bench, "--model", str(model_dir), "--variants", "trl,off", "--steps", "3", "--output", str(path)]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(argv)
+    kept = json.loads(path.read_text())
+    assert kept["command"].startswith(f"fastgrpo bench {bench}") and kept["machine"]
+    assert {name: len(rows) for name, rows in kept["steps"].items()} == {"trl": 1, "off": 1}
+
+
+def test_repeats_before_a_failure_are_kept(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["bench", "rollout", "--model", str(model_dir), "--dtype", "float32", "--device", "cpu", "--max-tokens", "8"]
+    argv += ["--num-prompts", "2", "--num-generations", "2", "--warmup-steps", "0", "--speculation", "off"]
+    path = tmp_path / "kept.json"
+    orders, draw = iter(range(2)), measure.draw_orders
+
+    def draw_twice(names: Any) -> Any:
+        if next(orders, None) is None:
+            raise RuntimeError("out of memory")
+        return draw(names)
+
+    monkeypatch.setattr(measure, "draw_orders", draw_twice)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main([*argv, "--repeats", "4", "--output", str(path)])
+    assert len(json.loads(path.read_text())["variants"]["off"]["each"]) == 2
 
 
 def test_updates_of_the_same_rows_are_compared(model_dir: Path, tmp_path: Path) -> None:

@@ -55,19 +55,25 @@ def run_drafters_bench(options: DraftersOptions, command: str, console: Console 
         max_tokens=options.max_tokens,
         stop_token_ids=opened.stop_token_ids,
     )
-    rows = [
-        {"drafter": name, "by_epoch": _measure_acceptance(model, name, prompts, params, options)}
-        for name in options.drafters
-    ]
+    rows: list[Row] = []
+    result = describe_run(command, dataclasses.asdict(options)) | {"drafters": rows}
+
+    def keep() -> None:  # what there is, should the rest not come
+        if options.output is not None:
+            write_json(result, options.output, indent=1)
+
+    for name in options.drafters:
+        rows.append({"drafter": name, "by_epoch": _measure_acceptance(model, name, prompts, params, options)})
+        keep()
     for name, row in zip(options.drafters, rows, strict=True):
         row["draft_cost"] = [_measure_cost(model, name, distinct[:count], options) for count in _COST_BATCHES]
+        keep()
     for row, speed in zip(rows, _measure_speed(model, prompts, params, options), strict=True):
         row |= speed
-    result = describe_run(command, dataclasses.asdict(options)) | {"drafters": rows}
+    keep()
     console.print(_build_table(rows))
     console.print(_build_cost_table(rows))
     if options.output is not None:
-        write_json(result, options.output, indent=1)
         console.print(f"written: {options.output}", markup=False, highlight=False, soft_wrap=True)
     return result
 

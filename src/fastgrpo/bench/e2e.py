@@ -32,11 +32,12 @@ def run_e2e_bench(options: E2EOptions, command: str, console: Console | None = N
         RuntimeError: a variant failed.
     """
     console = console or Console()
-    rows, timelines, memory = train_in_turn(options, console)
+    origin = describe_run(command, dataclasses.asdict(options))
+    rows, timelines, memory = train_in_turn(options, console, origin)
     medians = {name: _compute_medians(own) for name, own in rows.items()}
     phases = {name: compute_phases(own) for name, own in rows.items()}
     shown = {name: timelines[name][_find_median_step(own)] for name, own in rows.items()}
-    result = describe_run(command, dataclasses.asdict(options)) | {
+    result = origin | {
         "medians": medians,
         "phases": phases,
         "peak_memory": memory,
@@ -64,9 +65,12 @@ def _name_workload(options: E2EOptions) -> str:
 
 
 def train_in_turn(
-    options: E2EOptions, console: Console
+    options: E2EOptions, console: Console, origin: dict[str, Any]
 ) -> tuple[dict[str, list[Row]], dict[str, list[Timeline]], Memory]:
-    """The steps of each variant, A B C A B C, one process at work at a time; when each did what, and its memory."""
+    """The steps of each variant, A B C A B C, one process at work at a time; when each did what, and its memory.
+
+    After each step those taken so far are written to `options.output`, below `origin`, should the rest not come.
+    """
     workers = [Worker(name, options) for name in dict.fromkeys(options.variants)]
     rows: dict[str, list[Row]] = {worker.name: [] for worker in workers}
     timelines: dict[str, list[Timeline]] = {worker.name: [] for worker in workers}
@@ -82,6 +86,8 @@ def train_in_turn(
                 console.print(
                     f"{place}: {row['step_s']:.1f} s, generation {row['generation_s']:.1f} s", highlight=False
                 )
+            if options.output is not None:
+                write_json(origin | {"steps": rows}, options.output, indent=1)
         return rows, timelines, {worker.name: worker.finish() for worker in workers}
     finally:
         for worker in workers:

@@ -55,6 +55,7 @@ def interleave(
     repeats: int,
     *,
     turn_tokens: int | None = None,
+    on_repeat: Callable[[dict[str, list[RolloutResult]]], None] | None = None,
 ) -> dict[str, list[RolloutResult]]:
     """`repeats` rollouts of each engine, A B C A B C: what else the machine does hits all alike.
 
@@ -62,6 +63,7 @@ def interleave(
         build_params: from the number of the repeat to what all engines are given in it.
         turn_tokens: of each live sequence, that a turn lasts; None for whole rollouts. On a machine whose speed changes
             from second to second short turns are what makes the ratios of engines repeatable.
+        on_repeat: is given the results so far after each repeat, so that they can be kept should the rest not come.
     """
     results: dict[str, list[RolloutResult]] = {name: [] for name in engines}
     for repeat in range(repeats):
@@ -72,6 +74,8 @@ def interleave(
             each = _measure_together(engines, prompts, params, turn_tokens)
         for name, result in each.items():
             results[name].append(result)
+        if on_repeat is not None:
+            on_repeat(results)
     return results
 
 

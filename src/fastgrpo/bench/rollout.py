@@ -60,17 +60,19 @@ def run_rollout_bench(options: RolloutOptions, command: str, console: Console | 
 
     for engine in engines.values():  # calibration, first touches, and auto's own acceptance: not measured
         measure_rollout(engine, prompts, build_params(options.repeats))
+    result = describe_run(command, dataclasses.asdict(options)) | {"warmup": learned}
+
+    def keep(results: dict[str, list[RolloutResult]]) -> None:
+        result["workload"] = _describe_workload(next(iter(results.values())), params.max_tokens)
+        result["variants"] = {name: _describe_variant(name, results) for name in results}
+        result["comparison"] = compare_variants(result["variants"])
+        if options.output is not None:
+            write_json(result, options.output, indent=1)
+
     turn_tokens = choose_turn_tokens(next(iter(engines.values())))
-    results = interleave(engines, prompts, build_params, options.repeats, turn_tokens=turn_tokens)
-    result = describe_run(command, dataclasses.asdict(options)) | {
-        "warmup": learned,
-        "workload": _describe_workload(next(iter(results.values())), params.max_tokens),
-        "variants": {name: _describe_variant(name, results) for name in results},
-    }
-    result["comparison"] = compare_variants(result["variants"])
+    results = interleave(engines, prompts, build_params, options.repeats, turn_tokens=turn_tokens, on_repeat=keep)
     _print(result, console)
     if options.output is not None:
-        write_json(result, options.output, indent=1)
         console.print(f"written: {options.output}", markup=False, highlight=False, soft_wrap=True)
         if SHOWN in results:
             picture = options.output.with_name(f"{options.output.stem}-{SHOWN}.png")

@@ -26,7 +26,8 @@ def run_update_bench(options: UpdateOptions, command: str, console: Console | No
         RuntimeError: a variant failed.
     """
     console = console or Console()
-    rows, _, memory = train_in_turn(options, console)
+    origin = describe_run(command, dataclasses.asdict(options))
+    rows, _, memory = train_in_turn(options, console, origin)
     variants = {
         name: {
             "update_s": compute_median(row["update_s"] for row in own[1:] or own),
@@ -36,7 +37,7 @@ def run_update_bench(options: UpdateOptions, command: str, console: Console | No
         }
         for name, own in rows.items()
     }
-    result = describe_run(command, dataclasses.asdict(options)) | {
+    result = origin | {
         "workload": _describe_workload(options, next(iter(rows.values()))[-1]),
         "variants": variants,
         "ratios": _compare(variants),
