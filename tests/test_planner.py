@@ -33,10 +33,10 @@ from fastgrpo.planner import (
     restore_planner,
 )
 from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
-from fastgrpo.planner.auto import GRID
 from fastgrpo.planner.bandit import ARMS
 from fastgrpo.planner.costs import StepCosts
 from fastgrpo.planner.expectation import Expectation
+from fastgrpo.planner.grid import GRID
 from fastgrpo.planner.recording_price import RecordingPrice
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
@@ -283,7 +283,7 @@ def test_a_profile_of_a_busy_machine_heals_within_some_tens_of_steps(believed, n
     planner = SyntheticClockPlanner(XEON)
     names = ("target_s", "draft_s", "draft_start_s")
     every = {name: tuple(believed * s for s in getattr(XEON, name)) for name in names}
-    planner._costs = StepCosts(replace(XEON, **every, draft_read_s=believed * XEON.draft_read_s))
+    planner._predictor.costs = StepCosts(replace(XEON, **every, draft_read_s=believed * XEON.draft_read_s))
     drafted = [not record.plan.is_plain for record in play(planner, 200, num_seqs, chance=0.75)]
     assert sum(drafted[80:]) > 0.8 * 120
 
@@ -306,7 +306,9 @@ def test_larger_forwards_that_look_too_dear_are_measured_by_trials(num_seqs):
     rng, drafted = random.Random(0), []
     planner = SyntheticClockPlanner(FLAT)
     grid = (num_seqs, num_seqs + 1, 512)
-    planner._costs = StepCosts(HardwareProfile(num_tokens=grid, target_s=(0.02, 0.06, 0.063), draft_s=(0.001,) * 3))
+    planner._predictor.costs = StepCosts(
+        HardwareProfile(num_tokens=grid, target_s=(0.02, 0.06, 0.063), draft_s=(0.001,) * 3)
+    )
     planner.begin()
     for _ in range(1500):
         inputs = PlanInputs(num_seqs=num_seqs)
@@ -328,7 +330,7 @@ def test_a_price_that_is_believed_is_looked_at_again():
     planner.trial_share = 0.1
     for num_tokens in (4, 8) * 100:
         facts = {"num_tokens": num_tokens, "num_read": 0, "target_s": dear.compute_target_s(num_tokens)}
-        planner._costs.observe(build_record(PLAIN, num_tokens, **facts))
+        planner._predictor.costs.observe(build_record(PLAIN, num_tokens, **facts))
     planner.begin()
     for _ in range(1500):
         inputs = PlanInputs(num_seqs=4)
@@ -352,7 +354,7 @@ def test_a_clock_that_goes_astray_teaches_nothing():
         AutoPlanner.observe(planner, replace(record, **times))
         planner.expectation  # noqa: B018  it learns when it is asked
     assert planner.state_dict()["costs"]["target"]["prices"] == before["target"]["prices"]
-    assert math.isfinite(planner._credit_s) and all(map(math.isfinite, planner.profile.target_s))
+    assert math.isfinite(planner._trials.credit_s) and all(map(math.isfinite, planner.profile.target_s))
 
 
 @pytest.mark.parametrize("machine", [SMALL_CPU, FLAT], ids=["small_cpu", "flat"])
@@ -382,9 +384,9 @@ def test_first_trials_are_paid_for_in_advance(first_credit):
     """Drafts win 12 % and are believed to lose as much: known after some tens of steps, and not after 150 without."""
     planner, rng, drafted = SyntheticClockPlanner(XEON), random.Random(1), []
     believed = distort(XEON, (1, 1, 1, 1.14, 1.14, 1.14, 1.14))
-    planner._costs = StepCosts(replace(believed, draft_start_s=tuple(1.3 * s for s in XEON.draft_start_s)))
+    planner._predictor.costs = StepCosts(replace(believed, draft_start_s=tuple(1.3 * s for s in XEON.draft_start_s)))
     if not first_credit:
-        planner._first_loss_s[3] = 1.0
+        planner._trials.first_loss_s[3] = 1.0
     for _ in range(150):
         num_unread = 8 if drafted and drafted[-1] else 600
         plan = planner.plan(PlanInputs(num_seqs=4, num_read=600, num_unread=num_unread))
@@ -447,12 +449,12 @@ def test_a_useless_drafter_stays_dropped_in_many_short_rollouts(known):
 def test_a_clear_gain_over_plain_decoding_that_was_not_seen_is_tried(is_asked, monkeypatch):
     """Plain decoding is believed 1.3 times as dear as it is, so that drafts which lose 4 % seem to win clearly."""
     planner, rng, drafted = SyntheticClockPlanner(XEON), random.Random(0), []
-    planner._costs = StepCosts(distort(XEON, (1.3, 1.3, 1.3, 1.3, 1, 1, 1)))
+    planner._predictor.costs = StepCosts(distort(XEON, (1.3, 1.3, 1.3, 1.3, 1, 1, 1)))
     if not is_asked:
-        monkeypatch.setattr(planner._costs, "find_target_doubt", lambda num_tokens: 0.0)
+        monkeypatch.setattr(planner._predictor.costs, "find_target_doubt", lambda num_tokens: 0.0)
     for _ in range(400):
         if not is_asked:
-            planner._last_plain[4] = planner._num_steps
+            planner._trials.last_plain[4] = planner._trials.num_steps
         plan = planner.plan(PlanInputs(num_seqs=8))
         drafted.append(not plan.is_plain)
         planner.observe(play_step(plan, 8, 0.45, rng))
@@ -467,7 +469,7 @@ def test_plain_decoding_in_doubt_is_tried_before_other_trees(num_seqs, factors):
     nobody has tried would take all that trials may lose.
     """
     planner, rng, plans = SyntheticClockPlanner(XEON, acceptance=[[0.5]] * 3), random.Random(0), []
-    planner._costs = StepCosts(distort(XEON, factors))
+    planner._predictor.costs = StepCosts(distort(XEON, factors))
     for _ in range(100):
         plans.append(planner.plan(PlanInputs(num_seqs=num_seqs, num_read=200 * num_seqs)))
         planner.observe(play_step(plans[-1], num_seqs, 0.5, rng))
@@ -486,7 +488,7 @@ def test_a_forward_that_was_measured_often_is_in_no_doubt_between_points_of_the_
 def test_where_drafts_clearly_win_other_trees_are_tried_though_plain_decoding_is_in_doubt(monkeypatch):
     """It is not tried itself there, so that nothing was tried as long as that lasted."""
     planner = SyntheticClockPlanner(FLAT, acceptance=[[0.9]] * 8)
-    monkeypatch.setattr(planner._costs, "find_target_doubt", lambda num_tokens: 0.25)
+    monkeypatch.setattr(planner._predictor.costs, "find_target_doubt", lambda num_tokens: 0.25)
     plans = [record.plan for record in play(planner, 300, 4, chance=0.9)]
     assert sum(plan.is_plain for plan in plans) < 10 and len(set(plans[100:])) > 4
 
@@ -495,7 +497,7 @@ def test_where_drafts_clearly_win_other_trees_are_tried_though_plain_decoding_is
 def test_drafts_whose_forwards_look_too_dear_are_tried_in_time(chance, wins):
     """By the profile they would lose a third, and make 1.2 of plain decoding; what is known to be useless is left."""
     planner = SyntheticClockPlanner(XEON, acceptance=[[chance]] * 3)
-    planner._costs = StepCosts(distort(XEON, (1, 1, 1, 1, 1.4, 1.4, 1.4)))
+    planner._predictor.costs = StepCosts(distort(XEON, (1, 1, 1, 1, 1.4, 1.4, 1.4)))
     rng, drafted = random.Random(0), []
     for _ in range(120):
         num_unread = 16 if drafted and drafted[-1] else 200
@@ -1070,8 +1072,8 @@ def test_long_contexts_make_drafts_pay():
 def test_a_plan_is_kept_while_about_as_much_is_read(monkeypatch, num_read, is_asked):
     """Octaves of what was read have no edges: only twice as much, or half, asks for another decision."""
     planner, decisions = AutoPlanner(SMALL_CPU, acceptance=[[0.5] * 4] * 2), []
-    predict = planner._predict_rates
-    monkeypatch.setattr(planner, "_predict_rates", lambda inputs: decisions.append(inputs) or predict(inputs))
+    predictor, predict = planner._predictor, planner._predictor.predict_rates
+    monkeypatch.setattr(predictor, "predict_rates", lambda *asked: decisions.append(asked) or predict(*asked))
     planner.expectation._age = 100
     planner.plan(PlanInputs(num_seqs=4, num_read=1024))
     planner.plan(PlanInputs(num_seqs=4, num_read=num_read))
@@ -1175,7 +1177,7 @@ SHARED = SpeculationPlan(depth=3, width=3, num_draft_tokens=4, most_draft_tokens
 def compute_worth(planner: AutoPlanner, inputs: PlanInputs, chances: list[float], budget: int) -> float:
     """What the first `budget` tokens bring, less the tokens that plain work would have brought in their time."""
     rate = max(planner.predict_rate(SHARED, inputs), planner.predict_rate(PLAIN, inputs))
-    accepted = sum(chances[:budget]) * planner._accepted / planner._promised
+    accepted = sum(chances[:budget]) * planner._budget.trust
     seconds = planner.profile.compute_target_s(inputs.num_seqs + budget, inputs.num_read)
     seconds += planner.profile.sample_s * accepted
     return accepted - rate * seconds

@@ -199,12 +199,6 @@ def _mean_target_s(records: Sequence[StepRecord]) -> float:
     return math.fsum(map(min, (record.target_s for record in records), most_s)) / len(records)
 
 
-def shape_arrays(plans: Sequence[SpeculationPlan]) -> tuple[Vector, Vector, Vector]:
-    """Depths, widths and draft tokens of plans, as `StepCosts` prices them."""
-    depths, widths, nodes = np.array([(p.depth, p.width, p.num_draft_tokens) for p in plans], dtype=np.float64).T
-    return depths, widths, nodes
-
-
 def _interpolate(at: Vector | float, grid: Vector, values: Vector) -> Vector:
     """Piecewise linear, continued with the last slope (never falling) beyond the grid."""
     inside = np.interp(at, grid, values)
