@@ -147,6 +147,19 @@ def test_speculation_leaves_training_bit_identical(tmp_path: Path, peft: bool) -
     assert drafted["off"] == 0 and drafted["fixed"] > 0 and drafted["auto"] > 0
 
 
+@pytest.mark.parametrize("drafter", ["eagle", "block"])
+def test_a_head_learns_without_neftunes_noise(tmp_path: Path, drafter: str) -> None:
+    """Its hook knows rows alone, and draws from the generator that the update draws from."""
+    ends = []
+    for speculation in ("off", "fixed"):
+        keys = {"speculation": speculation, "drafter": drafter, "neftune_noise_alpha": 5.0, "max_steps": 2}
+        trainer = build_trainer(tmp_path / speculation, **keys)
+        trainer.train()
+        ends.append(weights_of(trainer))
+    assert_same_weights(*ends)
+    assert trainer.state.log_history[0]["draft/num_updates"] > 0
+
+
 @pytest.mark.parametrize(
     "keys",
     [

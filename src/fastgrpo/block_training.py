@@ -137,7 +137,7 @@ def compute_hidden(head: BlockHead, target: TargetModel, batch: BlockBatch) -> F
     dtype, (num_levels, num_anchors) = head.fc.weight.dtype, batch.token_ids.shape
     context = head.fc(batch.features)
     with torch.no_grad():
-        embedded = target.embed_tokens(batch.token_ids).to(dtype)
+        embedded = target.embed(batch.token_ids).to(dtype)
         level = torch.arange(num_levels, device=target.device)
         positions = torch.cat((batch.positions, (batch.anchors + level[:, None]).flatten()))
         cos, sin = (x[0] for x in target.decoder.rotary_emb(context, position_ids=positions[None]))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
@@ -194,6 +194,11 @@ class TargetModel:
     @property
     def embed_tokens(self) -> Any:
         return self.base.get_input_embeddings()
+
+    def embed(self, token_ids: Int[Tensor, "*N"]) -> Float[Tensor, "*N H"]:
+        """As in a rollout: without the hooks that training leaves there, such as NEFTune's noise."""
+        embedded: Tensor = self.embed_tokens.forward(token_ids)
+        return embedded
 
     @property
     def lm_head(self) -> Any:

@@ -124,7 +124,7 @@ def compute_outputs(head: EagleHead, target: TargetModel, batch: DraftBatch) -> 
     for_token, for_hidden = projections.split(head.hidden_size, dim=1)
     num_query = head.num_heads * head.head_dim
     with torch.no_grad():
-        embedded = target.embed_tokens(batch.token_ids).to(dtype)
+        embedded = target.embed(batch.token_ids).to(dtype)
         cos, sin = (x[0] for x in target.decoder.rotary_emb(embedded, position_ids=batch.positions[None]))
     embedded = layer.input_layernorm(embedded)
     hidden = head.fc(batch.features)
