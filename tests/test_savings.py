@@ -137,12 +137,16 @@ def train(kind: type, folder: Path, **keys: Any) -> tuple[FastGRPOTrainer, Watch
 
 def assert_same_training(ours: tuple[FastGRPOTrainer, Watch], stock: tuple[FastGRPOTrainer, Watch]) -> None:
     """Gradients to 1e-5 of the largest, step by step, and every metric of TRL's."""
-    assert len(ours[1].gradients) == len(stock[1].gradients) > 0
-    for gradients, expected in zip(ours[1].gradients, stock[1].gradients, strict=True):
+    assert_same_gradients(ours[1], stock[1])
+    assert_same_logs(ours[0], stock[0])
+
+
+def assert_same_gradients(ours: Watch, stock: Watch) -> None:
+    assert len(ours.gradients) == len(stock.gradients) > 0
+    for gradients, expected in zip(ours.gradients, stock.gradients, strict=True):
         scale = max(float(g.abs().max()) for g in expected.values())
         for name, gradient in gradients.items():
             assert (gradient - expected[name]).abs().max() <= 1e-5 * max(scale, 1e-3), name
-    assert_same_logs(ours[0], stock[0])
 
 
 def assert_same_logs(ours: FastGRPOTrainer, stock: FastGRPOTrainer) -> None:
@@ -211,6 +215,17 @@ def test_a_training_is_trls(tmp_path: Path, case: str) -> None:
     assert ours[0].savings.old_logps_from == source
     assert_same_training(ours, stock)
     assert sum(ours[1].rows) < sum(stock[1].rows) or keys.get("beta"), "something was left out"
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_what_an_earlier_training_left_is_not_fresh(tmp_path: Path, num_iterations: int) -> None:
+    """TRL goes on with the rest of a generation, whose number of steps begins at 0 again."""
+    keys = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "num_iterations": num_iterations}
+    trained = []
+    for kind in (FastGRPOTrainer, StockTrainer):
+        trained.append(train(kind, tmp_path / kind.__name__, **keys))
+        trained[-1][0].train()
+    assert_same_training(*trained)
 
 
 def test_rows_without_advantage_cost_nothing_while_the_weights_are_the_rollouts(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TrainerCallback
 
 from fastgrpo import FastGRPOTrainer
 from fastgrpo.grpo import scoring
 from fastgrpo.grpo.micro_batch import MicroBatch
 from fastgrpo.grpo.siblings import Siblings, find_regrouping_obstacle, regroup_step, restore_step
-from test_savings import StockTrainer, Watch, assert_same_training, build, half_reward, train
+from test_savings import StockTrainer, Watch, assert_same_gradients, assert_same_training, build, half_reward, train
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_completion_length": 9}
@@ -174,3 +175,27 @@ def test_a_step_that_broke_off_leaves_nothing_behind(tmp_path: Path) -> None:
     logged = [row for row in trainer.state.log_history if "loss" in row]
     assert len(logged) == 3 and all(math.isfinite(row["entropy"]) for row in logged)
     assert isinstance(trainer.siblings, Siblings)
+
+
+class InterruptOnce(TrainerCallback):
+    has = False
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        if not self.has:
+            self.has = True
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_after_a_step_that_broke_off_rows_stay_where_trl_has_them(tmp_path: Path, num_iterations: int) -> None:
+    """TRL goes on amid the generation, and from then on each optimiser step ends amid one."""
+    watches = []
+    for kind in (FastGRPOTrainer, StockTrainer):
+        keys = ACCUMULATED | {"reward": uneven_reward, "num_iterations": num_iterations}
+        trainer = build(kind, tmp_path / kind.__name__, **keys)
+        watches.append(Watch(trainer))
+        trainer.add_callback(InterruptOnce())
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.train()
+    assert_same_gradients(*watches)

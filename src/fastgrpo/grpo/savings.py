@@ -140,6 +140,16 @@ class Savings:
                 old_logps.zero_()  # rows without a gradient make no use of them
                 old_logps[rows] = score_rows(model, inputs, rows, shares_prompts=self.shares_prompts)
 
+    def age(self, batches: Sequence[dict[str, Any]], model: nn.Module) -> None:
+        """What an earlier training has left of a generation is no longer fresh: its steps were counted anew.
+
+        Args:
+            batches: all of that generation; changed in place.
+        """
+        self.fill_old_logps(batches, model)
+        for inputs in batches:
+            inputs.pop(STEP, None)
+
     def expect(self, batch: MicroBatch) -> None:
         """Of TRL's loss that comes next."""
         self._batch = batch

@@ -71,6 +71,26 @@ class Siblings:
         self._regrouped, self._scored = [batch for step in steps for batch in regroup_step(step)], []
         return self._regrouped
 
+    def begin(self, batches: list[dict[str, Any]] | None, step: int) -> list[dict[str, Any]] | None:
+        """As a training begins: after one that broke off amid an optimiser step, steps no longer end where what is
+        regrouped does, and rows stay where TRL has put them.
+
+        Args:
+            batches: what is left of a generation.
+            step: TRL's count of micro-batches.
+
+        Returns:
+            The micro-batches to go on with.
+        """
+        if not self.is_on or step % self._num_joined == 0:
+            return batches
+        self.is_on = False
+        logger.info("siblings stay in the micro-batches they were shuffled to: a training broke off amid a step")
+        if batches is None or not all(map(is_regrouped, batches)):
+            return batches
+        count = self._num_joined
+        return [each for start in range(0, len(batches), count) for each in _put_back(batches[start : start + count])]
+
     def keep(self, batch: MicroBatch) -> list[MicroBatch]:
         """Note what a micro-batch scored.
 
@@ -112,14 +132,20 @@ def restore_step(scored: Sequence[MicroBatch]) -> list[MicroBatch]:
     Args:
         scored: those of `regroup_step`, in their order.
     """
-    rows = _join([batch.inputs for batch in scored])
-    logps, entropies = (torch.cat([getattr(batch, name) for batch in scored]) for name in ("logps", "entropies"))
+    scores = {name: torch.cat([getattr(batch, name) for batch in scored]) for name in ("logps", "entropies")}
+    places = torch.cat([batch.inputs[_PLACE] for batch in scored]).argsort().chunk(len(scored))
+    return [
+        MicroBatch.of_known(inputs, scores["logps"][chosen], scores["entropies"][chosen])
+        for inputs, chosen in zip(_put_back([batch.inputs for batch in scored]), places, strict=True)
+    ]
+
+
+def _put_back(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `regroup_step` was given, or what has become of it."""
+    rows = _join(batches)
     places = rows.pop(_PLACE).argsort()
     del rows[_TURN]
-    return [
-        MicroBatch.of_known(_pick(rows, chosen), logps[chosen], entropies[chosen])
-        for chosen in places.chunk(len(scored))
-    ]
+    return [_pick(rows, chosen) for chosen in places.chunk(len(batches))]
 
 
 @contextlib.contextmanager

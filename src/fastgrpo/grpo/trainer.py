@@ -90,6 +90,10 @@ class FastGRPOTrainer(GRPOTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if find_own_loss(self) is not None and not self.savings.has_own_loss:  # put in place since
             self._choose_savings()
+        if self._buffered_inputs:
+            with self.accelerator.autocast():
+                self.savings.age(self._buffered_inputs, self.model)
+        self._buffered_inputs = self.siblings.begin(self._buffered_inputs, self._step)
         return super().train(*args, **kwargs)
 
     @property
