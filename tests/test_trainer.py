@@ -238,6 +238,20 @@ def test_head_optimiser_and_planner_are_restored(tmp_path: Path) -> None:
     assert json.dumps(whole.engine.planner.state_dict()) == json.dumps(restored.engine.planner.state_dict())
 
 
+DRAFTERS = ("eagle", "block", "ngram", "auto")
+
+
+@pytest.mark.parametrize("before", DRAFTERS)
+def test_another_drafter_begins_anew_and_leaves_training_as_it_is(tmp_path: Path, before: str) -> None:
+    whole = build_trainer(tmp_path / "run", speculation="fixed", drafter=before, save_strategy="steps", save_steps=3)
+    whole.train()
+    for drafter in set(DRAFTERS) - {before}:
+        resumed = build_trainer(tmp_path / drafter, speculation="fixed", drafter=drafter)
+        with pytest.warns(UserWarning, match=f"the drafter '{drafter}' begins anew: .* is of '{before}'"):
+            resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+        assert_same_weights(weights_of(whole), weights_of(resumed))
+
+
 def test_damaged_state_is_named(tmp_path: Path) -> None:
     build_trainer(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1).train()
     checkpoint = tmp_path / "run" / "checkpoint-1"

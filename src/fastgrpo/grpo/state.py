@@ -24,12 +24,14 @@ from fastgrpo.rollouts import load_rollouts, save_rollouts
 _COUNTERS = ("num_updates", "rate_scale", "warm_from", "control")
 _REFERENCE = "reference."
 _REPLAY = "replay.safetensors"
+_DRAFTER = "drafter.json"
 _PLANNER_VERSION = 2  # of what planners remember
 
 
 def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
     """Write head or counts, draft optimiser, replayed rollouts, planner and lengths as safetensors and JSON."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _DRAFTER).write_text(json.dumps({"name": engine.drafter.name}) + "\n")
     (folder / "lengths.json").write_text(json.dumps(engine.scheduler.lengths.state_dict()) + "\n")
     if engine.planner is not None:
         saved = {
@@ -63,26 +65,39 @@ def load_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
     """Read what `save_state` wrote.
 
     What a planner has learnt of another machine, model or drafter, or with an earlier version, is named in a warning
-    and learnt anew.
+    and learnt anew; so is what belongs to another kind of drafter.
 
     Raises:
         ValueError: a file is damaged or belongs to another model.
     """
     try:
-        if isinstance(engine.drafter, TrainableDrafter) and (folder / "head").is_dir():
+        is_same_drafter = _is_same_drafter(folder, engine)
+        if is_same_drafter and isinstance(engine.drafter, TrainableDrafter) and (folder / "head").is_dir():
             engine.drafter.restore(folder / "head")
-        elif isinstance(engine.drafter, StatefulDrafter) and (folder / "drafter").is_dir():
+        elif is_same_drafter and isinstance(engine.drafter, StatefulDrafter) and (folder / "drafter").is_dir():
             engine.drafter.restore(folder / "drafter")
         if (folder / "planner.json").exists():
             _load_planner(folder / "planner.json", engine)
         if (folder / "lengths.json").exists():
             engine.scheduler.lengths = LengthPredictor.from_state(json.loads((folder / "lengths.json").read_text()))
-        if learner is not None and (folder / "learner.json").exists():
+        if is_same_drafter and learner is not None and (folder / "learner.json").exists():
             learner.load_state_dict(_read_learner(folder))
     except (OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"the draft state in {folder} is damaged ({error}); remove the folder to start it afresh"
         ) from error
+
+
+def _is_same_drafter(folder: Path, engine: Engine) -> bool:
+    """Whether head, counts and learner are for this engine's kind of drafter; what is left out goes to a warning."""
+    own = engine.drafter.name
+    saved = json.loads((folder / _DRAFTER).read_text())["name"] if (folder / _DRAFTER).exists() else own
+    if saved != own and isinstance(engine.drafter, TrainableDrafter | StatefulDrafter):
+        warnings.warn(
+            f"the drafter '{own}' begins anew: {folder} is of '{saved}'; to go on with that one, set drafter as before",
+            stacklevel=3,
+        )
+    return bool(saved == own)
 
 
 def _load_planner(path: Path, engine: Engine) -> None:
