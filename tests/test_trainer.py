@@ -322,6 +322,10 @@ def test_several_rewards_sync_and_async(tmp_path: Path) -> None:
         ({"use_vllm": True}, "use_vllm"),
         ({"repetition_penalty": 1.2}, "repetition_penalty"),
         ({"min_p": 0.1}, "min_p"),
+        ({"temperature": 0.0}, "temperature=0.0 .* use a small one"),
+        ({"temperature": -1.0}, "temperature=-1.0 .* use a small one"),
+        ({"top_k": -1}, "top_k must be >= 0, got -1; use 0"),
+        ({"top_p": 0.0}, "top_p must be in .*, got 0.0; use 1"),
         ({"speculation": "maybe"}, "speculation"),
         ({"draft_time_share": 1.5}, "draft_time_share"),
         ({"draft_learning_rate": 0.0}, "draft_learning_rate"),
@@ -334,6 +338,26 @@ def test_several_rewards_sync_and_async(tmp_path: Path) -> None:
 def test_bad_settings_are_refused_by_name(tmp_path: Path, keys: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_trainer(tmp_path / "run", **keys)
+
+
+@pytest.mark.parametrize("place", ["train", "eval", "eval of several"])
+def test_images_are_refused_before_the_run(tmp_path: Path, place: str) -> None:
+    plain = Dataset.from_dict({"prompt": ["a"] * 8})
+    pictured = plain.add_column("image", [None] * 8)
+    train = pictured if place == "train" else plain
+    evaluated = {"train": None, "eval": pictured, "eval of several": {"first": plain, "second": pictured}}[place]
+    with pytest.raises(ValueError, match="column 'image', and image inputs are not supported"):
+        FastGRPOTrainer(
+            build_model(), count_reward, FastGRPOConfig(str(tmp_path), bf16=False, use_cpu=True), train, evaluated,
+            build_tokenizer(),
+        )  # fmt: skip
+
+
+def test_arguments_may_be_given_by_place_as_in_trl(tmp_path: Path) -> None:
+    data, tokenizer = Dataset.from_dict({"prompt": ["a"] * 8}), build_tokenizer()
+    args = FastGRPOConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    trainer = FastGRPOTrainer(build_model(), count_reward, args, data, None, tokenizer)
+    assert trainer.train_dataset is data and trainer.processing_class is tokenizer
 
 
 def test_foreign_config_is_refused(tmp_path: Path) -> None:

@@ -1,11 +1,31 @@
-"""What must hold of rewards and advantages before anything is learnt from them."""
+"""What must hold of prompts, and of rewards and advantages before anything is learnt from them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 _MOST_NAMED = 5
+
+
+def check_columns(*datasets: Any) -> None:
+    """
+    Args:
+        datasets: TRL's: each a dataset, several of them by name, or None.
+
+    Raises:
+        ValueError: one has images.
+    """
+    for each in datasets:
+        for dataset in each.values() if isinstance(each, dict) else [each]:
+            for name in ("image", "images"):
+                if name in (getattr(dataset, "column_names", None) or ()):
+                    raise ValueError(
+                        f"the dataset has a column '{name}', and image inputs are not supported by FastGRPOTrainer; "
+                        "remove the column, or use trl.GRPOTrainer"
+                    )
 
 
 def check_rewards(rewards: Float[Tensor, "B F"], names: list[str]) -> None:

@@ -9,7 +9,7 @@ from trl import GRPOConfig
 from fastgrpo.draft_loss import DEFAULT_LOSS, LOSSES, check_loss
 from fastgrpo.grpo.old_logps import OLD_LOGPS
 from fastgrpo.planner import SPECULATION
-from fastgrpo.types import SpeculationPlan
+from fastgrpo.types import SamplingParams, SpeculationPlan
 
 
 @dataclass
@@ -193,3 +193,9 @@ def check_config(args: GRPOConfig) -> None:
     for name, (is_set, remedy) in refused.items():
         if is_set:
             raise ValueError(f"{name}={getattr(args, name)!r} is not supported by FastGRPOTrainer: {remedy}")
+    if isinstance(args.temperature, int | float) and args.temperature <= 0:
+        raise ValueError(
+            f"temperature={args.temperature!r} is not supported by FastGRPOTrainer: the loss divides logits by it, and "
+            "all completions of a prompt would be the same; use a small one such as 0.1"
+        )
+    _ = SamplingParams(temperature=args.temperature, top_k=args.top_k or 0, top_p=args.top_p)  # which checks them

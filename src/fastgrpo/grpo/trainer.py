@@ -15,7 +15,7 @@ from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
 from fastgrpo.engine import Engine
-from fastgrpo.grpo.checks import check_advantages, check_rewards
+from fastgrpo.grpo.checks import check_advantages, check_columns, check_rewards
 from fastgrpo.grpo.clock import StepClock, attach_clock
 from fastgrpo.grpo.config import FastGRPOConfig
 from fastgrpo.grpo.draft_learning import DraftLearning
@@ -48,15 +48,18 @@ class FastGRPOTrainer(GRPOTrainer):
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "fastgrpo"]
     _buffered_inputs: list[dict[str, Any]] | None  # TRL's: the micro-batches of a generation
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: FastGRPOConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: FastGRPOConfig | None = None, *others: Any, **kwargs: Any
+    ) -> None:
         if args is not None and not isinstance(args, FastGRPOConfig):
             raise TypeError(f"args must be a FastGRPOConfig, got {type(args).__name__}; it takes the same keys")
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = FastGRPOConfig(f"{str(name).rstrip('/').split('/')[-1]}-FastGRPO")
-        super().__init__(model, reward_funcs, args, **kwargs)
+        super().__init__(model, reward_funcs, args, *others, **kwargs)
         if getattr(self, "_is_vlm", False):
             raise ValueError("vision-language models are not supported by FastGRPOTrainer; use trl.GRPOTrainer")
+        check_columns(self.train_dataset, self.eval_dataset)
         if self.is_fsdp_enabled or getattr(self.accelerator.state, "zero_stage", None) == 3 or _is_zero3(self):
             raise ValueError(
                 "weights sharded by FSDP or DeepSpeed ZeRO-3 are not supported by FastGRPOTrainer; "
