@@ -139,6 +139,20 @@ def test_broken_prompts_are_left_out_if_told_to_also_in_a_folder_that_was_begun(
     assert config["tokenizer_hash"] == hash_vocabulary(load_tokenizer(str(model_dir)).get_vocab())
 
 
+def test_a_wrong_path_leaves_the_folder_to_the_right_one(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    argv = ["draft", "train", "--dtype", "float32", "--updates", "1", "--max-tokens", "16"]
+    argv += ["--output", str(tmp_path / "run"), "--num-generations", "2"]
+    wrong = ["--model", str(model_dir), "--data", "prompt.jsonl"], ["--model", str(tmp_path), "--data", str(path)]
+    for given in wrong:
+        assert main([*argv, *given]) == 2
+        assert not (tmp_path / "run").exists() and capsys.readouterr().err
+    assert main([*argv, "--model", str(model_dir), "--data", str(path)]) == 0
+
+
 def test_a_run_from_before_an_option_goes_on(model_dir: Path, tmp_path: Path) -> None:
     options = build_options(model_dir, tmp_path / "run", updates=1)
     pretrain.run_draft_training(options, "")

@@ -50,6 +50,7 @@ _SAVE_EVERY = 250  # updates
 _HELD_OUT = 32  # answers kept back to measure acceptance on
 _MIN_ANSWER = 4  # tokens; shorter answers teach nothing
 _KINDS: dict[str, type[HeadDrafter[Any]]] = {"eagle": EagleDrafter, "block": BlockDrafter}
+_SETTINGS = "settings.json"
 _FREE = ("skip_broken",)  # settings that may change when a run goes on: without it, broken lines stop the run at once
 _SHOWN_PLANS = (
     SpeculationPlan(depth=1, width=2, num_draft_tokens=2),
@@ -76,11 +77,13 @@ def run_draft_training(options: DraftTrainOptions, command: str, console: Consol
     console = console or Console()
     quiet_libraries()
     folder = options.output
-    _claim(folder, options)
+    _check_folder(folder, options)
     opened = open_model(options.model, dtype=options.dtype, device=options.device)
     drafter, counts = _build_drafter(options, TargetModel(opened.model, tokenizer=opened.tokenizer))
+    requests = _build_requests(options, opened.tokenizer)
+    _claim(folder, options)
     features = _Features(options.feature_cache_gib)
-    answers = _draw_answers(options, opened, drafter, folder / "answers.jsonl", features, console)
+    answers = _draw_answers(options, opened, requests, drafter, folder / "answers.jsonl", features, console)
     training = _Training(options, drafter, counts, answers, features)
     result = training.run(folder, console)
     result |= {
@@ -98,14 +101,15 @@ def run_draft_training(options: DraftTrainOptions, command: str, console: Consol
     return result
 
 
-def _claim(folder: Path, options: DraftTrainOptions) -> None:
-    """Take an empty folder, or go on in one that holds the same run."""
-    wanted, defaults = (
-        json.loads(json.dumps(dataclasses.asdict(each), default=str)) for each in (options, DraftTrainOptions())
-    )
-    known = folder / "settings.json"
+def _check_folder(folder: Path, options: DraftTrainOptions) -> None:
+    """
+    Raises:
+        ValueError: the folder is not empty and holds something else than a run with these settings.
+    """
+    known = folder / _SETTINGS
     if known.exists():
-        found = defaults | json.loads(known.read_text())  # a run may be older than an option
+        wanted = _list_settings(options)
+        found = _list_settings(DraftTrainOptions()) | json.loads(known.read_text())  # a run may be older than an option
         different = next((key for key in wanted if key not in _FREE and found[key] != wanted[key]), None)
         if different is not None:
             raise ValueError(
@@ -115,8 +119,18 @@ def _claim(folder: Path, options: DraftTrainOptions) -> None:
         return
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no draft training; choose another --output")
+
+
+def _claim(folder: Path, options: DraftTrainOptions) -> None:
+    """Note the settings of a run that begins, once model and prompts are known to be there."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(wanted, known, indent=1)
+    if not (folder / _SETTINGS).exists():
+        write_json(_list_settings(options), folder / _SETTINGS, indent=1)
+
+
+def _list_settings(options: DraftTrainOptions) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    return settings
 
 
 # -- the target's answers --------------------------------------------------------------------------------------
@@ -153,6 +167,7 @@ class _Features:
 def _draw_answers(
     options: DraftTrainOptions,
     opened: Opened,
+    requests: list[tuple[str, list[int]]],
     drafter: HeadDrafter[Any],
     path: Path,
     features: _Features,
@@ -161,10 +176,10 @@ def _draw_answers(
     """Answers to every prompt: those on file, then the missing ones.
 
     Args:
+        requests: source and prompt of each.
         drafter: what features are kept for; it does not draft.
         features: takes those of answers that are drawn now, while there is room.
     """
-    requests = _build_requests(options, opened.tokenizer)
     answers = _read_answers(path)
     engine = Engine(opened.model, drafter=drafter, speculation="off", max_num_seqs=options.max_num_seqs)
 
