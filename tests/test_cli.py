@@ -171,6 +171,7 @@ def test_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str], fo
         ({"task": "chain_sum"}, "2 sources of prompts (task, prompts)"),
         ({"reward_funcs": None}, "no reward: set reward_funcs"),
         ({"reward_funcs": ["answer_rewad"]}, "unknown reward 'answer_rewad'; did you mean 'answer_reward'?"),
+        ({"reward_funcs": [".xyz"]}, "unknown reward '.xyz'. Known are answer_reward, "),
         ({"reward_funcs": ["nowhere.reward"]}, "no module named 'nowhere'"),
         ({"reward_funcs": ["tiny_rewards.lang_reward"]}, "did you mean 'long_reward'?"),
         ({"reward_funcs": ["tiny_rewards.not_callable"]}, "has no function 'not_callable'"),

@@ -122,7 +122,7 @@ def _find_reward(name: str) -> Any:
     module_name, _, attribute = name.rpartition(".")
     if not module_name:
         known = (*_OWN_REWARDS, *_TRL_REWARDS)
-        raise ValueError(f"unknown reward '{name}'{name_nearest(name, known)} Known are {', '.join(known)}")
+        raise ValueError(f"unknown reward '{name}'{name_nearest(name, known) or '.'} Known are {', '.join(known)}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
