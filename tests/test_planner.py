@@ -348,10 +348,10 @@ def test_a_clock_that_goes_astray_teaches_nothing():
     planner = SyntheticClockPlanner()
     play(planner, 60, 4, chance=0.7)
     before = planner.state_dict()["costs"]
-    for seconds in (math.nan, math.inf, -1.0, 0.0):
-        record = build_record(PLAIN, 4)
-        times = dict.fromkeys(("target_s", "draft_s", "verify_s", "step_s"), seconds)
-        AutoPlanner.observe(planner, replace(record, **times))
+    for seconds in ((math.nan,), (math.inf,), (-1.0,), (0.0,), (math.inf, -math.inf), (1e308, 1e308)):
+        for each in seconds:
+            times = dict.fromkeys(("target_s", "draft_s", "verify_s", "step_s"), each)
+            AutoPlanner.observe(planner, replace(build_record(PLAIN, 4), **times))
         planner.expectation  # noqa: B018  it learns when it is asked
     assert planner.state_dict()["costs"]["target"]["prices"] == before["target"]["prices"]
     assert math.isfinite(planner._trials.credit_s) and all(map(math.isfinite, planner.profile.target_s))

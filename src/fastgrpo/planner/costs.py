@@ -189,14 +189,14 @@ _get_num_tokens = operator.attrgetter("num_tokens")
 
 
 def _mean(records: Sequence[StepRecord], name: str) -> float:
-    return math.fsum(getattr(record, name) for record in records) / len(records)
+    return sum(getattr(record, name) for record in records) / len(records)  # fsum raises at what a broken clock says
 
 
 def _mean_target_s(records: Sequence[StepRecord]) -> float:
     """Of forwards in the order of their sizes, none taken for longer than its tokens and the others explain."""
     median_s, usual = statistics.median(record.target_s for record in records), records[len(records) // 2].num_tokens
     most_s = (_HELD_UP * median_s * max(record.num_tokens / usual, 1.0) for record in records)
-    return math.fsum(map(min, (record.target_s for record in records), most_s)) / len(records)
+    return sum(map(min, (record.target_s for record in records), most_s)) / len(records)
 
 
 def _interpolate(at: Vector | float, grid: Vector, values: Vector) -> Vector:
