@@ -1219,6 +1219,18 @@ def test_broken_promises_shrink_the_budget():
     assert restored.choose_budget(SHARED, inputs, chances) == 0
 
 
+@pytest.mark.parametrize("promised", [math.nan, math.inf, -math.inf])
+def test_a_promise_that_is_no_number_is_none(promised):
+    """Once a head's weights are no numbers its chances are not either; they are put back, what was learnt stays."""
+    planner, inputs, chances = AutoPlanner(SMALL_CPU), PlanInputs(num_seqs=2), [0.6] * 20
+    budgets = []
+    for each in (1.0, promised, 1.0):
+        planner.observe(build_record(SHARED, 2, num_promised=each, target_s=SMALL_CPU.compute_target_s(10)))
+        planner.plan(inputs)
+        budgets.append(planner.choose_budget(SHARED, inputs, chances))
+    assert budgets == [20] * 3
+
+
 def test_a_fixed_budget_is_shared_and_kept():
     inputs = PlanInputs(num_seqs=3)
     assert FixedPlanner(fixed=SHARED).choose_budget(SHARED, inputs, [0.5] * 36) == 12

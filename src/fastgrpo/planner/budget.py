@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -49,7 +50,7 @@ class SharedBudget:
     def observe(self, records: Iterable[StepRecord]) -> None:
         """Compare what was promised with what was accepted."""
         for record in records:
-            if record.num_promised:
+            if 0 < record.num_promised < math.inf:  # of a head whose weights are no numbers neither are chances
                 self._promised = _KEEP_PROMISED * self._promised + record.num_promised
                 self._accepted = _KEEP_PROMISED * self._accepted + record.num_emitted - record.num_seqs
 
