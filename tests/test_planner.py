@@ -1231,6 +1231,24 @@ def test_a_promise_that_is_no_number_is_none(promised):
     assert budgets == [20] * 3
 
 
+def test_promises_that_were_broken_are_tried_again():
+    """What drafts would have had accepted counts as well where nothing of them was verified, so that a plan stands
+    whose budget is nothing: by what is verified alone nobody would ever learn that promises are kept now.
+    """
+    planner, inputs, chances = SyntheticClockPlanner(), PlanInputs(num_seqs=4), [0.5] * 4
+    planner._budget._promised, planner._budget._accepted = 200.0, 2.0
+    budgets = []
+    for _ in range(100):
+        budgets.append(planner.choose_budget(SHARED, inputs, chances))
+        facts = {"num_tokens": 4 + budgets[-1], "num_emitted": 4 + budgets[-1], "num_promised": 0.5 * budgets[-1]}
+        planner.observe(build_record(SHARED, 4, **facts, offered=((4, 4, 4),), hits=((4, 0, 0),)))
+        planner.expectation  # noqa: B018  it learns when it is asked
+    assert budgets[:9] == [0] * 8 + [4]
+    assert budgets[-20:] == [4] * 20
+    planner._budget._num_spared = 5
+    assert AutoPlanner.from_state(json.loads(json.dumps(planner.state_dict())))._budget._num_spared == 5
+
+
 def test_a_fixed_budget_is_shared_and_kept():
     inputs = PlanInputs(num_seqs=3)
     assert FixedPlanner(fixed=SHARED).choose_budget(SHARED, inputs, [0.5] * 36) == 12

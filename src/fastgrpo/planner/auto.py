@@ -177,18 +177,23 @@ class AutoPlanner(Planner):
             self._trial, self._trial_left, self._is_trial = other, num_steps - 1, True
 
     def choose_budget(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Chances) -> int:
-        """The draft tokens worth their time; in the last step of some trials, all that it was charged for."""
+        """The draft tokens worth their time; once in a while all that the plan is charged for, so that it shows."""
         most = max(min(len(chances), self.max_num_tokens - inputs.num_seqs), 0)
-        if self._is_trial and not self._trial_left:
-            charged = inputs.num_seqs * plan.num_draft_tokens
-            if self._trials.verifies_all(inputs.num_seqs + charged):
-                return min(charged, most)
+        charged = inputs.num_seqs * plan.num_draft_tokens
+        if self._is_trial:
+            verifies_all = not self._trial_left and self._trials.verifies_all(inputs.num_seqs + charged)
+        else:
+            verifies_all = self._budget.is_due
+        if verifies_all:
+            return min(charged, most)
         return self._budget.choose(plan, inputs, chances, most)
 
     # -- learning --------------------------------------------------------------------------------------------
 
     def observe(self, record: StepRecord) -> None:
         """Learnt from before a decision: several steps at once take a fraction of the time."""
+        if not self._is_trial:
+            self._budget.count(record)
         self._unheard.append(record)
 
     def _hear(self) -> None:

@@ -15,14 +15,16 @@ from fastgrpo.planner.predictor import PlanRates, Predictor
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
 _LEAST_WORTH = 1e-6  # of a drafted token, where nothing was accepted of what was promised
-_PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step
+_MOST_SPARED = 8  # drafts in a row of which nothing is verified, before one is
+_PRIOR_PROMISED, _KEEP_PROMISED = 8.0, 0.98  # draft tokens; of what was counted, at each step that drafts
 
 
 class SharedBudget:
     """Draft tokens are worth their time while what they promise exceeds what that time brings otherwise.
 
     Otherwise: at the better of two rates, the plan's and plain decoding's. What chances promise is weighed by what was
-    accepted of what they promised before.
+    accepted of what they promised before. What is never verified keeps no promise and breaks none: after some drafts in
+    a row of which nothing is, one is.
 
     Args:
         predictor: says what forwards take.
@@ -31,6 +33,7 @@ class SharedBudget:
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
         self._promised, self._accepted = _PRIOR_PROMISED, _PRIOR_PROMISED  # draft tokens
+        self._num_spared = 0  # drafts in a row of which nothing was verified
         self._rates: tuple[int, PlanRates] = (0, {})  # as the last decision saw them, with so many live
         self._prices: dict[tuple[SpeculationPlan, int], list[float]] = {}  # tokens that so many drafts cost, until then
 
@@ -47,12 +50,29 @@ class SharedBudget:
     def forget_prices(self) -> None:
         self._prices.clear()
 
+    @property
+    def is_due(self) -> bool:
+        """Whether nothing was verified for so long that a draft is, whatever it promises."""
+        return self._num_spared >= _MOST_SPARED
+
+    def count(self, record: StepRecord) -> None:
+        """A step of the plan that was decided on, no trial, was taken."""
+        if record.offered:
+            self._num_spared = 0 if record.num_tokens > record.num_seqs else self._num_spared + 1
+
     def observe(self, records: Iterable[StepRecord]) -> None:
-        """Compare what was promised with what was accepted."""
+        """Compare what was promised with what was accepted.
+
+        Where nothing was verified what was counted before fades, to the weight that it began with.
+        """
         for record in records:
-            if 0 < record.num_promised < math.inf:  # of a head whose weights are no numbers neither are chances
-                self._promised = _KEEP_PROMISED * self._promised + record.num_promised
-                self._accepted = _KEEP_PROMISED * self._accepted + record.num_emitted - record.num_seqs
+            is_counted = 0 < record.num_promised < math.inf  # of a head whose weights are no numbers neither are chances
+            if is_counted or (record.num_tokens == record.num_seqs and self._promised > _PRIOR_PROMISED):
+                self._promised *= _KEEP_PROMISED
+                self._accepted *= _KEEP_PROMISED
+            if is_counted:
+                self._promised += record.num_promised
+                self._accepted += record.num_emitted - record.num_seqs
 
     def choose(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Chances, most: int) -> int:
         """How many of the likeliest are verified, up to `most`."""
@@ -78,8 +98,9 @@ class SharedBudget:
         return self._prices[key]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"promised": self._promised, "accepted": self._accepted}
+        return {"promised": self._promised, "accepted": self._accepted, "num_spared": self._num_spared}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state_dict` described."""
         self._promised, self._accepted = float(state["promised"]), float(state["accepted"])
+        self._num_spared = int(state.get("num_spared", 0))  # older states have none
