@@ -26,6 +26,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.planner import AcceptanceTable, AutoPlanner, HardwareProfile, describe_gains, forecast_gains
 from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
 from fastgrpo.planner.forecast import find_break_even
+from fastgrpo.profile import Check, _describe_verdict
 from fastgrpo.profile_files import (
     describe_identity,
     find_profile,
@@ -586,6 +587,20 @@ def test_where_few_live_sequences_do_not_pay_that_is_said() -> None:
     assert "but not with 1, 2, 4, where auto decodes plainly; from 16 live sequences on it stops paying" in text
     text = describe_gains("eagle", mixed[:4])
     assert "but not with 1, 2, 4, where auto decodes plainly" in text and text.endswith("it still pays with 8.")
+
+
+def test_gains_that_were_tried_and_lost_are_lowered_before_it_is_said_that_drafts_pay() -> None:
+    forecasts = forecast_gains(SMALL_CPU, build_table(0.5), context_len=100)
+    live = [each.num_seqs for each in forecasts if not each.plan.is_plain]
+    lost = Check(num_seqs=live[-1], expected=forecasts[len(live) - 1].speed_up, measured=0.99)
+    text = _describe_verdict("eagle", forecasts, build_table(0.5), True, lost)
+    assert "pays here" in text and f"from {live[-1]} live sequences on it stops paying" in text
+    text = _describe_verdict("eagle", forecasts, build_table(0.5), True, replace(lost, measured=0.4))
+    assert text.startswith("Speculation with eagle will not pay here")
+    assert "That is a loss" in lost.describe()
+    won = replace(lost, measured=1.01)
+    assert "a loss" not in won.describe()
+    assert _describe_verdict("eagle", forecasts, build_table(0.5), True, won) == describe_gains("eagle", forecasts)
 
 
 # -- the command -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fastgrpo.engine import Engine
 from fastgrpo.idleness import OthersWork
 from fastgrpo.loading import Opened, encode_prompts, open_model, quiet_libraries
 from fastgrpo.options import ProfileOptions
-from fastgrpo.planner import AcceptanceTable, Forecast, HardwareProfile, describe_gains, forecast_gains
+from fastgrpo.planner import AcceptanceTable, Forecast, HardwareProfile, describe_gains, forecast_gains, lower_gains
 from fastgrpo.profile_files import describe_identity, keep_profile, save_profile
 from fastgrpo.profiler import Measurement, TimedForward, measure_costs
 from fastgrpo.report.roofline import plot_roofline
@@ -41,10 +41,15 @@ class Check:
 
     def describe(self) -> str:
         error = self.expected / self.measured - 1
+        loss = " That is a loss: what is said above takes every gain for as much smaller." if self.is_loss else ""
         return (
             f"Tried with {self.num_seqs} live: {self.measured:.2f}x was measured where {self.expected:.2f}x was "
-            f"expected, so the forecast is {100 * abs(error):.0f} % too {'high' if error > 0 else 'low'}."
+            f"expected, so the forecast is {100 * abs(error):.0f} % too {'high' if error > 0 else 'low'}.{loss}"
         )
+
+    @property
+    def is_loss(self) -> bool:
+        return self.measured < 1
 
 
 def run_profile(options: ProfileOptions, command: str, console: Console | None = None) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def run_profile(options: ProfileOptions, command: str, console: Console | None =
             check = _check_forecast(engine, prompts[: drafting.num_seqs], params, drafting)
     forecasts = forecast_gains(profile, table, context_len=context_len)
     is_measured = table.offered[0][0] > 0
-    verdict = _describe_verdict(engine.drafter.name, forecasts, table, is_measured)
+    verdict = _describe_verdict(engine.drafter.name, forecasts, table, is_measured, check)
     result = (
         describe_run(command, dataclasses.asdict(options))
         | {"model": options.model, "drafter": engine.drafter.name, "verdict": verdict}
@@ -184,7 +189,12 @@ def _check_forecast(engine: Engine, prompts: list[list[int]], params: SamplingPa
     return Check(num_seqs=len(prompts), expected=expected.speed_up, measured=match_rates(planned, plain).gain)
 
 
-def _describe_verdict(drafter: str, forecasts: Sequence[Forecast], table: AcceptanceTable, is_measured: bool) -> str:
+def _describe_verdict(
+    drafter: str, forecasts: Sequence[Forecast], table: AcceptanceTable, is_measured: bool, check: Check | None
+) -> str:
+    """Whether it pays; where what was expected to was tried and lost, by as much less."""
+    if check is not None and check.is_loss:
+        forecasts = lower_gains(forecasts, check.measured / check.expected)
     if is_measured:
         return describe_gains(drafter, forecasts)
     assumed = f"Nothing was measured of its drafts: {100 * table.prior:.0f} % of the first ones are assumed accepted"

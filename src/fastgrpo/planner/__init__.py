@@ -10,7 +10,7 @@ from fastgrpo.planner.auto import AutoPlanner
 from fastgrpo.planner.bandit import BanditPlanner
 from fastgrpo.planner.costs import StepCosts
 from fastgrpo.planner.fixed import FixedPlanner
-from fastgrpo.planner.forecast import Forecast, describe_gains, find_break_even, forecast_gains
+from fastgrpo.planner.forecast import Forecast, describe_gains, find_break_even, forecast_gains, lower_gains
 from fastgrpo.planner.paper import PaperPlanner
 from fastgrpo.planner.planner import PlanInputs, Planner
 from fastgrpo.planner.profile import HardwareProfile
@@ -34,6 +34,7 @@ __all__ = [
     "describe_gains",
     "find_break_even",
     "forecast_gains",
+    "lower_gains",
     "restore_planner",
 ]
 

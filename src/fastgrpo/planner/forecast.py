@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastgrpo.planner.acceptance import AcceptanceTable, compute_expected_length
 from fastgrpo.planner.auto import AutoPlanner
@@ -54,6 +54,17 @@ def forecast_gains(
         speed_up = length * planner.predict_step_s(PLAIN, inputs) / planner.predict_step_s(plan, inputs)
         forecasts.append(Forecast(num_seqs=num_seqs, plan=plan, acceptance_length=length, speed_up=speed_up))
     return tuple(forecasts)
+
+
+def lower_gains(forecasts: Sequence[Forecast], measured_over_expected: float) -> tuple[Forecast, ...]:
+    """The same where all drafts bring so much less than was forecast: plain decoding where nothing is left to gain."""
+    lowered = [(each, each.speed_up * measured_over_expected) for each in forecasts]
+    return tuple(
+        replace(each, speed_up=gain)
+        if gain > 1 and not each.plan.is_plain
+        else replace(each, plan=PLAIN, acceptance_length=1.0, speed_up=1.0)
+        for each, gain in lowered
+    )
 
 
 def find_break_even(forecasts: Sequence[Forecast]) -> int | None:
