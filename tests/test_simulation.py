@@ -318,6 +318,10 @@ def test_facts_come_back_from_their_file(tmp_path: Path) -> None:
         ({"noise": float("nan")}, "noise must be finite and at least 0, got nan"),
         ({"longest_over_mean": 0.5}, "longest_over_mean must be finite and at least 1, got 0.5"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"devices": ("h100", "h100")}, "devices must name each once, got h100 twice"),
+        ({"models": ("8b", "70b", "8b")}, "models must name each once, got 8b twice"),
+        ({"mean_lengths": (50, 50)}, "mean_lengths must name each once, got 50 twice"),
+        ({"group_sizes": (4, 4)}, "group_sizes must name each once, got 4 twice"),
     ],
 )
 def test_settings_are_refused_before_anything_is_measured(change: dict[str, Any], message: str) -> None:
@@ -335,6 +339,9 @@ def test_damaged_facts_are_refused_by_name(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"facts\.npz holds no recorded facts.*record again"):
             load_facts(path)
+    path.write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"damaged ones: it is no \.npz; record again"):
+        load_facts(path)
     path.write_bytes(whole)
     with np.load(path) as content:
         arrays = dict(content)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastgrpo.options.command_line import about, check_positive
+from fastgrpo.options.command_line import about, check_distinct, check_positive
 from fastgrpo.options.words import DEVICES, DTYPES, MACHINES, MAX_TOKENS, MODEL_SIZES
 
 _MOST_NOISE = 2.0
@@ -76,6 +76,7 @@ class SimulateOptions:
         check_positive(
             self, "num_prompts", "num_generations", "max_tokens", "max_num_seqs", "repeats", "num_completions"
         )
+        check_distinct(self, "devices", "models", "mean_lengths", "group_sizes")
         if self.drafter in ("none", "auto"):
             raise ValueError(f"a draft must depend on its sequence alone to be replayed, got drafter={self.drafter}")
         if self.skip_measurement and self.profile is None and not self.devices and self.record is None:

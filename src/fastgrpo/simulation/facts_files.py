@@ -53,6 +53,8 @@ def load_facts(path: Path) -> Facts:
     if not path.is_file():
         raise FileNotFoundError(f"no facts at {path}; fastgrpo bench simulate --record writes them")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz")
         with np.load(path, allow_pickle=False) as content:
             missing = [name for name in ("header", *_TYPES) if name not in content]
             if missing:
