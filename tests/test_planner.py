@@ -757,6 +757,10 @@ def test_when_to_record_is_learnt_from_rollout_to_rollout(num_steps, is_worth_it
     assert waits[0] == 5 and all(wait < 3 if is_worth_it else wait == num_steps for wait in waits[4:]), waits
     restored = AutoPlanner.from_state(json.loads(json.dumps(planner.state_dict())))
     assert restored._recording.patience == planner._recording.patience
+    again = AutoPlanner(replace(FLAT, runs_ahead=True), acceptance=KNOWN)
+    roll_out_recorded(again, [8] * num_steps)  # saved behind it, as a checkpoint is
+    restored = AutoPlanner.from_state(json.loads(json.dumps(again.state_dict())))
+    assert roll_out_recorded(restored, [8] * num_steps) == rollouts[1]
 
 
 def test_while_sequences_finish_fast_nothing_is_recorded():

@@ -250,8 +250,7 @@ class AutoPlanner(Planner):
             "max_num_tokens": self.max_num_tokens,
             "costs": self._predictor.costs.state_dict(),
             "expectation": self._predictor.expectation.state_dict(),
-            "recording_s": self._recording.recording_s,
-            "patience": list(self._recording.patience.items()),
+            **self._recording.state_dict(),
             **self._budget.state_dict(),
             **self._trials.state_dict(),
         }
@@ -266,9 +265,8 @@ class AutoPlanner(Planner):
         planner._predictor.expectation = Expectation.from_state(state["expectation"])
         planner._budget.restore(state)
         planner._trials.restore(state)
-        if "recording_s" in state:  # older states have none, and no patience
-            planner._recording = RecordingPrice(float(state["recording_s"]))
-        planner._recording.patience.update({int(octave): float(each) for octave, each in state.get("patience", ())})
+        if "recording_s" in state:  # older states have none
+            planner._recording = RecordingPrice.from_state(state)
         return planner
 
 

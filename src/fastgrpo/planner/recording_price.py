@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 RECORDING_S = 0.08  # what a step takes longer in which drafts are recorded, to begin with
 _RATE = 0.25  # that what is seen of it changes it by
@@ -69,3 +71,21 @@ class RecordingPrice:
         """A step in which drafts were recorded took so much longer than one like it will."""
         if excess_s >= _LEAST * self.recording_s:
             self.recording_s += _RATE * (min(excess_s, _MOST * self.recording_s) - self.recording_s)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next rollout begins with; how much was lost while waiting ends with this one."""
+        return {
+            "recording_s": self.recording_s,
+            "patience": list(self.patience.items()),
+            "worth_s": list(self._worth_s.items()),
+            "paid": list(self._paid),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> RecordingPrice:
+        """The price that `state_dict` described."""
+        price = cls(float(state["recording_s"]))
+        price.patience.update({int(octave): float(each) for octave, each in state.get("patience", ())})
+        price._worth_s.update({int(octave): float(each) for octave, each in state.get("worth_s", ())})
+        price._paid = [int(octave) for octave in state.get("paid", ())]  # older states have not the last three
+        return price
