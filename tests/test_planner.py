@@ -889,6 +889,13 @@ def test_a_step_is_planned_for_somebody():
         PlanInputs(num_seqs=0)
     with pytest.raises(ValueError, match="max_draft_tokens must be at least 0, or None, got -1"):
         PlanInputs(num_seqs=1, max_draft_tokens=-1)
+    for counts, got in (
+        ({"num_waiting": -4}, "-4, 0"),
+        ({"num_read": -1}, "0, -1"),
+        ({"num_read": math.nan}, "0, nan"),
+    ):
+        with pytest.raises(ValueError, match=f"num_waiting and num_read must be at least 0, got {got}"):
+            PlanInputs(num_seqs=4, **counts)
 
 
 def test_a_plan_gives_way_as_soon_as_the_cache_has_no_room_for_it():

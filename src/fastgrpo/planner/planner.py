@@ -19,7 +19,7 @@ class PlanInputs:
     """What the engine knows before a step.
 
     Raises:
-        ValueError: no sequence is live, or a negative room; the message names the value.
+        ValueError: no sequence is live, or a negative count or room; the message names the value.
     """
 
     num_seqs: int
@@ -31,6 +31,8 @@ class PlanInputs:
     def __post_init__(self) -> None:
         if self.num_seqs < 1:
             raise ValueError(f"a step is planned for at least 1 live sequence, got {self.num_seqs}")
+        if not (self.num_waiting >= 0 and self.num_read >= 0):
+            raise ValueError(f"num_waiting and num_read must be at least 0, got {self.num_waiting}, {self.num_read}")
         if self.max_draft_tokens is not None and self.max_draft_tokens < 0:
             raise ValueError(f"max_draft_tokens must be at least 0, or None, got {self.max_draft_tokens}")
 
