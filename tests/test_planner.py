@@ -852,6 +852,8 @@ def test_the_predicted_length_follows_the_measured_one(num_emitted):
         ({"sample_s": -1.0}, "finite and positive"),
         ({"sample_s": math.nan}, "finite and positive"),
         ({"fixed_s": math.inf}, "finite and positive"),
+        ({"sample_s": 1e308}, r"1e\+09 s at most: sample_s is 1e\+308"),
+        ({"target_s": (1.0, 2.0, 1e300)}, r"1e\+09 s at most: target_s at 512 tokens is 1e\+300"),
     ],
 )
 def test_impossible_profiles_are_refused(change, message):
