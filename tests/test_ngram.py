@@ -599,6 +599,14 @@ def test_what_a_planner_learnt_elsewhere_is_left_out_by_name(tmp_path):
         assert resume({"name": "auto", "state": {}}) is None
     with pytest.raises(ValueError, match="is damaged"):
         resume({name: value for name, value in saved.items() if name != "state"})
+    with pytest.raises(ValueError, match=r"is damaged \(planner\.json holds no mapping\)"):
+        resume([])
+    prices = saved["state"]["costs"] | {"target": saved["state"]["costs"]["target"] | {"prices": [-1.0]}}
+    for change, message in (({"margin": 0.1}, "margin must be .* got 0.1"), ({"costs": prices}, "prices above 0")):
+        with pytest.raises(ValueError, match=rf"planner\.json is damaged \(.*{message}.*remove it"):
+            resume(saved | {"state": saved["state"] | change})
+    unsound = saved | {"state": saved["state"] | {"promised": math.nan}}  # as earlier versions could save it
+    assert math.isfinite(resume(unsound).state_dict()["promised"])
 
 
 def test_draft_tokens_are_tokens_of_the_model():

@@ -102,6 +102,8 @@ def _is_same_drafter(folder: Path, engine: Engine) -> bool:
 
 def _load_planner(path: Path, engine: Engine) -> None:
     saved = json.loads(path.read_text())
+    if not isinstance(saved, dict):
+        raise TypeError(f"{path.name} holds no mapping")
     version = saved.get("version")
     if version != _PLANNER_VERSION:
         reason = f"it has version {version!r}, this fastgrpo reads {_PLANNER_VERSION}"
@@ -109,8 +111,11 @@ def _load_planner(path: Path, engine: Engine) -> None:
         reason = list_differences(saved["identity"], describe_identity(engine.target, engine.drafter))
     if reason:
         warnings.warn(f"the planner measures anew, {path} is left out: {reason}", stacklevel=3)
-    else:
+        return
+    try:
         engine.planning.restore(saved["name"], saved["state"])
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and the planner measures anew") from error
 
 
 def _read_learner(folder: Path) -> dict[str, Any]:

@@ -102,5 +102,6 @@ class SharedBudget:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state_dict` described."""
-        self._promised, self._accepted = float(state["promised"]), float(state["accepted"])
+        if 0 < state["promised"] < math.inf:  # an older state's may be no number
+            self._promised, self._accepted = float(state["promised"]), float(state["accepted"])
         self._num_spared = int(state.get("num_spared", 0))  # older states have none

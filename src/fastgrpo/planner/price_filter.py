@@ -134,8 +134,15 @@ class PriceFilter:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with what `state_dict` described."""
-        self.prices, variance = np.array(state["prices"]), np.array(state["variance"])
+        """Go on with what `state_dict` described.
+
+        Raises:
+            ValueError: these are no positive prices, or more or fewer of them.
+        """
+        prices, variance = np.array(state["prices"], dtype=np.float64), np.array(state["variance"])
+        if prices.shape != self.prices.shape or not (np.isfinite(prices) & (prices > 0)).all():
+            raise ValueError(f"{len(self.prices)} prices above 0 are expected, got {state['prices']!r:.60}")
+        self.prices = prices
         self.variance[: len(variance), : len(variance)] = variance  # older states have no tempo
         self.noise = float(state.get("noise", self.noise))
         self._log_tempo = float(state.get("log_tempo", 0.0))
