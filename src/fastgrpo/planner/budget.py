@@ -66,7 +66,7 @@ class SharedBudget:
         Where nothing was verified what was counted before fades, to the weight that it began with.
         """
         for record in records:
-            is_counted = 0 < record.num_promised < math.inf  # of a head whose weights are no numbers neither are chances
+            is_counted = 0 < record.num_promised < math.inf  # a head's broken weights promise no numbers
             if is_counted or (record.num_tokens == record.num_seqs and self._promised > _PRIOR_PROMISED):
                 self._promised *= _KEEP_PROMISED
                 self._accepted *= _KEEP_PROMISED
