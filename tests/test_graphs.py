@@ -205,9 +205,18 @@ class BrokenRecorder(EagerRecorder):
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
 
+class UncompiledRecorder(EagerRecorder):
+    def record(self, run):
+        raise pytest.importorskip("triton.runtime.errors").OutOfResources(required=300, limit=227, name="shared memory")
+
+
 @pytest.mark.parametrize(
     ("recorder", "reason"),
-    [(BrokenRecorder(), "not permitted when stream is capturing"), (EagerRecorder(free_bytes=2**29), "0.5 GiB")],
+    [
+        (UncompiledRecorder(), "out of resource: shared memory"),
+        (BrokenRecorder(), "not permitted when stream is capturing"),
+        (EagerRecorder(free_bytes=2**29), "0.5 GiB"),
+    ],
 )
 def test_where_nothing_can_be_recorded_it_is_said_once(target, recorder, reason):
     cache = build_cache(target, 2)

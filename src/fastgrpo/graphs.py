@@ -91,7 +91,7 @@ class Recorder(Protocol):
         """Make the call once, and keep it.
 
         Raises:
-            RuntimeError: it cannot be recorded.
+            RuntimeError: it cannot be recorded; or one of Triton's own errors, where a kernel cannot be compiled.
         """
         ...
 
@@ -259,7 +259,9 @@ class Replays(Generic[Inputs]):
         fill(inputs)
         try:
             made = self._recorder.record(lambda: self._run(inputs))
-        except RuntimeError as error:  # out of memory is one
+        except Exception as error:
+            if not isinstance(error, RuntimeError) and not _comes_from_triton(error):  # out of memory is a RuntimeError
+                raise
             self._stop(str(error).strip().splitlines()[0] if str(error).strip() else repr(error))
             return None
         self._graphs[key] = _Graph(inputs=inputs, replay=made.replay, outputs=made.outputs)
@@ -270,6 +272,11 @@ class Replays(Generic[Inputs]):
         self.obstacle = reason
         self._graphs.clear()
         warnings.warn(f"decoding goes on without CUDA graphs, which takes longer: {reason}", stacklevel=4)
+
+
+def _comes_from_triton(error: Exception) -> bool:
+    """Whether a kernel cannot be compiled, or wants more than the device has: no RuntimeErrors."""
+    return any(kind.__module__.split(".")[0] == "triton" for kind in type(error).__mro__)
 
 
 class GraphRunner:
