@@ -239,6 +239,22 @@ def test_an_engine_survives_what_breaks_a_rollout(where, error):
     assert_usable(engine)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_engine_survives_what_breaks_the_end_of_a_rollout(error, monkeypatch):
+    engine = Engine(shared_model("llama"), drafter="eagle", speculation=TREE, max_num_seqs=2)
+
+    def fail() -> None:
+        raise error("broken")
+
+    with monkeypatch.context() as patch, pytest.raises(error, match="broken"):
+        rollout = engine.roll_out(engine.take_requests([GOOD] * 5, PARAMS))
+        next(rollout)
+        patch.setattr(engine.drafter, "end", fail)
+        rollout.close()
+    assert engine.cache.num_bytes == 0
+    assert_usable(engine)
+
+
 def test_a_stop_token_that_is_never_said_changes_nothing():
     engine = Engine(shared_model("llama"), drafter="none")
     expected = expected_completion(shared_model("llama"), tuple(GOOD), PARAMS, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
@@ -323,12 +324,10 @@ class Engine:
             return None
 
     def _reset(self) -> None:
-        """Leave nothing behind, whether the rollout ended or broke off."""
-        self.scheduler.abort()
-        self._verify.end()
-        self._rows.forget()
+        """Leave nothing behind, whether the rollout ended or broke off; the other parts, too, where one breaks off."""
         end: Callable[[], None] | None = getattr(self.drafter, "end", None)
-        if end is not None:
-            end()
-        self.cache.clear()
-        self.prefiller.clear()
+        with contextlib.ExitStack() as parts:  # the last one first
+            for forget in (self.prefiller.clear, self.cache.clear, end, self._rows.forget, self._verify.end):
+                if forget is not None:
+                    parts.callback(forget)
+            self.scheduler.abort()
