@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import math
 import os
+import pwd
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 from fastgrpo import sampling
 from fastgrpo.blocks import BLOCK_SIZE
 from fastgrpo.cache import locate
+from fastgrpo.cache_folder import find_cache_folder
 from fastgrpo.drafters import beams
 from fastgrpo.drafters.beams import rank_candidates
 from fastgrpo.kernels import build, cpu, linear, matrices
@@ -396,11 +399,37 @@ def test_a_damaged_library_is_compiled_again(monkeypatch, tmp_path):
     build.load_library.cache_clear()
     try:
         library = build._find_library()
-        library.write_bytes(b"\x7fELF")
+        whole = library.read_bytes()
+        assert build._is_whole(library)
+        for damaged in (whole[:4], whole[:-1], whole[:60_000], bytes(len(whole))):  # whose loading may end the process
+            library.write_bytes(damaged)
+            assert not build._is_whole(library)
         assert cpu.is_available()
-        assert library.stat().st_size > 4
+        assert build._is_whole(library)
     finally:
         build.load_library.cache_clear()
+
+
+def test_a_compiler_may_be_named_with_arguments(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setenv("FASTGRPO_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", f"{shutil.which('gcc') or shutil.which('cc')} -g0")
+    monkeypatch.setattr(build, "_compile", lambda compiler, library: commands.append(compiler))
+    with_arguments = build._find_library()
+    assert commands[0][1:] == ["-g0"]
+    monkeypatch.setenv("CC", commands[0][0])
+    assert build._find_library() != with_arguments
+
+
+@pytest.mark.parametrize("setting", [None, "~/kept"])
+def test_a_user_without_a_home_keeps_nothing(setting, monkeypatch):
+    for name in ("FASTGRPO_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if setting is not None:
+        monkeypatch.setenv("FASTGRPO_CACHE", setting)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: pwd.getpwnam("nobody of that name"))
+    folder = find_cache_folder()
+    assert folder.is_absolute() and not folder.parent.exists()
 
 
 @pytest.mark.parametrize("bias", [True, False])

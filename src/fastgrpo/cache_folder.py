@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 CACHE_ENV = "FASTGRPO_CACHE"  # a folder, or `off`: keep no profiles
+_NO_HOME = Path("/nonexistent")
 
 
 def has_profile_cache() -> bool:
@@ -13,8 +14,13 @@ def has_profile_cache() -> bool:
 
 
 def find_cache_folder() -> Path:
-    """`$FASTGRPO_CACHE` where it names a folder, else `fastgrpo` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """`$FASTGRPO_CACHE` where it names a folder, else `fastgrpo` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    A user without a home, as in some containers, is given a folder that cannot be made: nothing is kept then.
+    """
     setting = os.environ.get(CACHE_ENV)
-    if setting and setting != "off":
-        return Path(setting).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgrpo"
+    named = Path(setting) if setting and setting != "off" else None
+    try:
+        return (named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastgrpo").expanduser()
+    except RuntimeError:  # whose home is not known
+        return _NO_HOME / "fastgrpo"

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -26,6 +27,7 @@ _OWN_FLAGS = {"noise.c": "-ffp-contract=off", "decoder.c": "-ffp-contract=fast",
               "products.c": "-ffp-contract=fast", "layer.c": "-ffp-contract=fast",
               "trees.c": "-ffp-contract=off", "drafts.c": "-ffp-contract=off"}  # fmt: skip
 _LONGEST_S = 120.0
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @functools.cache
@@ -37,8 +39,8 @@ def load_library() -> ctypes.CDLL | None:
         library = _find_library()
         try:
             return ctypes.CDLL(str(library))
-        except OSError:  # damaged, or of another system that shares the folder
-            library.unlink()
+        except OSError:  # of another system that shares the folder
+            library.unlink(missing_ok=True)
             return ctypes.CDLL(str(_find_library()))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", "") or str(error)
@@ -51,15 +53,15 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _find_library() -> Path:
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or "")
+    if not compiler:
         raise OSError("no C compiler was found: neither CC is set nor gcc or cc in PATH")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     texts = [(_HERE / name).read_text() for name in (*_OWN_FLAGS, "common.h", "matrices.h", "records.h")]
-    parts = (*texts, *_FLAGS, *_OWN_FLAGS.values(), version, describe_cpu(), *list_cpu_flags())
+    parts = (*texts, *compiler[1:], *_FLAGS, *_OWN_FLAGS.values(), version, describe_cpu(), *list_cpu_flags())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     library = find_cache_folder() / f"kernels-{key}.so"
-    if not library.exists():
+    if not _is_whole(library):
         try:
             library.parent.mkdir(parents=True, exist_ok=True)
             _compile(compiler, library)
@@ -69,14 +71,24 @@ def _find_library() -> Path:
     return library
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _is_whole(library: Path) -> bool:
+    """Whether a file ends with the digest of what stands before: to load a part of a library may end the process."""
+    if not library.is_file():
+        return False
+    content = library.read_bytes()
+    return content[-_DIGEST_BYTES:] == hashlib.sha256(content[:-_DIGEST_BYTES]).digest()
+
+
+def _compile(compiler: list[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # beside it, so that it appears all at once
         built = Path(scratch) / library.name
         objects = []
         for name, own in _OWN_FLAGS.items():
             objects.append(str(Path(scratch) / f"{name}.o"))
-            _run(compiler, *_FLAGS, own, "-c", str(_HERE / name), "-o", objects[-1])
-        _run(compiler, "-shared", "-fopenmp", *objects, "-o", str(built), "-lm")
+            _run(*compiler, *_FLAGS, own, "-c", str(_HERE / name), "-o", objects[-1])
+        _run(*compiler, "-shared", "-fopenmp", *objects, "-o", str(built), "-lm")
+        content = built.read_bytes()
+        built.write_bytes(content + hashlib.sha256(content).digest())
         built.replace(library)
 
 
