@@ -186,6 +186,8 @@ def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
         return f"the activation is {decoder.config.hidden_act!r}"
     if type(decoder.embed_tokens) is not nn.Embedding:
         return f"its embedding is a {type(decoder.embed_tokens).__name__}"
+    if decoder.embed_tokens.max_norm is not None:
+        return f"its embedding has a max_norm of {decoder.embed_tokens.max_norm}"
     for layer in decoder.layers:
         if type(layer).__name__ not in _LAYERS:
             return f"its layers are of type {type(layer).__name__}"
