@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -254,6 +255,30 @@ def test_a_draft_does_not_depend_on_the_rows_beside_it_or_on_when_it_is_asked(ki
     assert {key: drafts[key] for key in shared} == {key: expected[key] for key in shared}
     if period == 1:
         assert drafts.keys() == expected.keys()
+
+
+def _lie_apart(model: PreTrainedModel) -> None:
+    embeddings = model.get_input_embeddings().weight
+    embeddings.data = embeddings.data.repeat_interleave(2, -1)[..., ::2]
+
+
+@pytest.mark.filterwarnings("ignore:decoding goes through transformers' modules")
+@pytest.mark.parametrize("change", [_lie_apart, lambda model: setattr(model.model, "norm", nn.Identity())])
+def test_embeddings_that_lie_apart_and_norms_without_weights_are_no_obstacle(kind, change):
+    model, plan = build_model("llama", torch.float32), SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
+    change(model)
+    drafting = Engine(model, drafter=kind.drafter(TargetModel(model)), speculation=plan)
+    plain, drafted = (
+        engine.generate(PROMPTS, SamplingParams(max_tokens=12)) for engine in (Engine(model, drafter="none"), drafting)
+    )
+    assert [each.token_ids for each in plain] == [each.token_ids for each in drafted]
+
+
+def test_an_output_head_without_rows_to_take_is_refused_by_name(kind):
+    model = build_model("llama", torch.float32)
+    model.lm_head = nn.Sequential(nn.Linear(HIDDEN_SIZE, 8), nn.Linear(8, VOCAB_SIZE))
+    with pytest.raises(ValueError, match=r'head is a Sequential without a weight of 120 x 32, .* drafter="ngram"'):
+        kind.drafter(TargetModel(model))
 
 
 def test_of_a_long_prompt_the_end_is_read(kind, monkeypatch):

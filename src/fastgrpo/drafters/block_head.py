@@ -25,7 +25,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastgrpo.drafters.head_parts import DraftHead, RMSNorm, SwiGLU, copy_layer, rotate, same_random_weights
+from fastgrpo.drafters.head_parts import (
+    DraftHead,
+    RMSNorm,
+    SwiGLU,
+    copy_layer,
+    copy_norm,
+    rotate,
+    same_random_weights,
+)
 from fastgrpo.model import TargetModel
 
 DEFAULT_BLOCK_SIZE = 8
@@ -169,7 +177,7 @@ def start_from_target(head: BlockHead, target: TargetModel) -> None:
         head.fc.weight[:, 2 * hidden :] = torch.eye(hidden)
         head.mask_embeddings.mul_(float(target.embed_tokens.weight.float().std()))
         head.embedding_in.weight.copy_(torch.eye(hidden))
-        head.norm.weight.copy_(target.decoder.norm.weight)
+        copy_norm(target.decoder.norm, head.norm.weight)
         for index, layer in enumerate(head.layers):
             source = last[min(index, len(last) - 1)]
             linears = {name: getattr(layer, name).weight for name in ("q_proj", "k_proj", "v_proj", "o_proj")}

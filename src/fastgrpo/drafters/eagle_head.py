@@ -9,7 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fastgrpo.drafters.head_parts import DraftHead, RMSNorm, SwiGLU, copy_layer, rotate, same_random_weights
+from fastgrpo.drafters.head_parts import (
+    DraftHead,
+    RMSNorm,
+    SwiGLU,
+    copy_layer,
+    copy_norm,
+    rotate,
+    same_random_weights,
+)
 from fastgrpo.model import TargetModel
 
 
@@ -100,7 +108,7 @@ def start_from_target(head: EagleHead, target: TargetModel) -> None:
     with torch.no_grad():
         head.fc.weight.zero_()
         head.fc.weight[:, 2 * hidden :] = torch.eye(hidden)
-        head.norm.weight.copy_(target.decoder.norm.weight)
+        copy_norm(target.decoder.norm, head.norm.weight)
         for name in states:
             getattr(attention, name).weight[:, :hidden].mul_(0.5)
         places = linears | states | norms | {"o_proj": attention.o_proj.weight}

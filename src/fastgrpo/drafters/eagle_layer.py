@@ -135,4 +135,6 @@ def compile_head(head: EagleHead, layer: FusedMidLayer) -> CompiledHead | None:
 
 def is_plain(embed_tokens: nn.Module, dtype: torch.dtype) -> TypeGuard[nn.Embedding]:
     """Whether it only looks up rows of a table that kernels read for products in this type."""
-    return type(embed_tokens) is nn.Embedding and cpu.covers(embed_tokens.weight.dtype, dtype)
+    if type(embed_tokens) is not nn.Embedding:
+        return False
+    return cpu.covers(embed_tokens.weight.dtype, dtype) and embed_tokens.weight.is_contiguous()

@@ -76,6 +76,12 @@ class DraftHead(nn.Module):
                 'drafter="ngram"'
             )
         self.hidden_size, self.target_vocab_size = target.hidden_size, target.vocab_size
+        shape = (self.target_vocab_size, self.hidden_size)
+        if getattr(getattr(target.lm_head, "weight", None), "shape", None) != shape:
+            raise ValueError(
+                f"the model's output head is a {type(target.lm_head).__name__} without a weight of {shape[0]} x "
+                f'{shape[1]}, of which draft heads take their output rows; use drafter="ngram"'
+            )
 
     @property
     def num_layers(self) -> int:
@@ -142,6 +148,13 @@ def copy_layer(layer: Any, places: Mapping[str, Tensor], num_kv_states: int) -> 
     for name, place in places.items():
         if name in found and found[name].shape == place.shape:
             place.copy_(found[name])
+
+
+def copy_norm(norm: Any, place: Tensor) -> None:
+    """Copy a norm's weight where it is wanted; where a model has another kind of norm, the place stays as it is."""
+    weight = getattr(norm, "weight", None)
+    if weight is not None and weight.shape == place.shape:
+        place.copy_(weight)
 
 
 @contextlib.contextmanager
