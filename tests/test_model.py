@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from peft import AdaptionPromptConfig, LNTuningConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from conftest import VOCAB_SIZE, build_model, expected_tokens, reference_generate, shared_model
+from fastgrpo.decoder import is_model_touched
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine, FinishedRollout
+from fastgrpo.grpo.head import add_token_scores
 from fastgrpo.model import TargetModel, _Modes
 from fastgrpo.rotation import RotationTable
 from fastgrpo.types import SamplingParams, SpeculationPlan
@@ -471,6 +479,75 @@ def test_what_an_owner_puts_in_place_of_a_part_of_a_layer_is_run(change):
     assert expected != before
     engine = Engine(model, drafter="none", speculation="off")
     assert [each.token_ids for each in engine.generate(PROMPTS, params)] == expected
+
+
+def _double(output: Any) -> Any:
+    output.logits = 2 * output.logits
+    return output
+
+
+def _subclass_model(model: PreTrainedModel) -> None:
+    class Doubled(type(model)):
+        def forward(self, *args: object, **kwargs: object) -> object:
+            return _double(super().forward(*args, **kwargs))
+
+    model.__class__ = Doubled
+
+
+def _patch_model(model: PreTrainedModel) -> None:
+    forward = model.forward
+    model.forward = functools.wraps(forward)(lambda *args, **kwargs: _double(forward(*args, **kwargs)))
+
+
+def _hook_every_module(model: PreTrainedModel) -> RemovableHandle:
+    def change(module: nn.Module, args: object, output: Any) -> Any:
+        return 1.5 * output if isinstance(module, nn.Linear) else None
+
+    return register_module_forward_hook(change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _subclass_model,
+        _patch_model,
+        lambda model: model.register_forward_hook(lambda module, args, output: _double(output)),
+        _hook_every_module,
+    ],
+    ids=["subclass", "patch", "hook", "every-module"],
+)
+@pytest.mark.filterwarnings("ignore:decoding goes through transformers' modules")
+def test_what_an_owner_puts_around_the_whole_model_has_its_say(change):
+    model, params = build_model("llama", torch.float32), SamplingParams(max_tokens=8)
+    before = reference_tokens(model, params)
+    engines = (Engine(model, drafter="none"), Engine(model, drafter="eagle-new", speculation=TREE))
+    hook = change(model)
+    try:
+        expected = reference_tokens(model, params)
+        assert expected != before
+        for engine in engines:
+            assert [each.token_ids for each in engine.generate(PROMPTS, params)] == expected
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def test_a_forward_of_the_owners_that_passes_nothing_on_is_refused_by_name():
+    model = build_model("llama", torch.float32)
+    model.forward = lambda input_ids: type(model).forward(model, input_ids)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM was given takes no \*\*kwargs.*: let it take them"):
+        Engine(model, drafter="none").generate(PROMPTS, PARAMS)
+
+
+def test_what_libraries_wrap_around_a_forward_for_training_takes_no_kernels_away():
+    model = build_model("llama", torch.float32)
+    add_token_scores(model, temperature=1.0)
+    assert "forward" in vars(model) and not is_model_touched(model)
+    model._original_forward = model.forward  # as `Accelerator.prepare_model` does
+    model.forward = types.MethodType(convert_outputs_to_fp32(model.forward.__func__), model)
+    assert not is_model_touched(model)
+    _patch_model(model)
+    assert is_model_touched(model)
 
 
 @pytest.mark.parametrize(("drafter", "hidden_act"), [("none", "gelu"), ("eagle-new", "silu"), ("block", "silu")])

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as every_module
 
 from fastgrpo.attention import MOST_GPU_NODES, ForwardBatch, attend_to_rows, describe_rows, has_kernels
 from fastgrpo.cache import SlotCache
@@ -28,6 +29,7 @@ _ONLY_TRAINING = (  # hooks that leave the values of a rollout as they are
     *("make_inputs_require_grads", "make_inputs_require_grad", "neftune_post_forward_hook"),
 )
 _LIBRARIES = ("torch.nn.", "transformers.")  # whose forwards are what `FusedDecoder` computes
+_WRAPPERS = ("accelerate.", "fastgrpo.", "liger_kernel.", "torch._dynamo.", "trl.")  # around a whole model's forward
 _LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer")
 _NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 _ACTIVATIONS = ("SiLUActivation", "SiLU")
@@ -180,6 +182,8 @@ def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
         decoder, dtype: as for `FusedDecoder`.
     """
     weight = decoder.embed_tokens.weight
+    if has_hooks_on_every_module():
+        return "there are hooks on every module"
     if not cpu.covers(weight.dtype, dtype):
         return f"there are no kernels for {weight.dtype} with products in {dtype}"
     if decoder.config.hidden_act != "silu":
@@ -219,6 +223,34 @@ def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
 
 def is_touched(module: nn.Module) -> bool:
     """Whether a module computes something else than its weights say."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     has_own_forward = "forward" in vars(module) or not type(module).forward.__module__.startswith(_LIBRARIES)
-    return has_own_forward or any(getattr(hook, "__name__", "") not in _ONLY_TRAINING for hook in hooks)
+    return has_own_forward or has_hooks(module)
+
+
+def is_model_touched(model: Any) -> bool:
+    """Whether a causal LM says something else than its output head does of its decoder's states.
+
+    What libraries wrap around a forward for training changes no logits.
+    """
+    forward = model.forward
+    if _is_from(forward, ("accelerate.",)):  # keeps what it has wrapped in autocast
+        forward = vars(model).get("_original_forward", forward)
+    return not _is_from(forward, (*_LIBRARIES, *_WRAPPERS)) or has_hooks(model)
+
+
+def _is_from(forward: Any, libraries: tuple[str, ...]) -> bool:
+    """Whether a function was written in one of these; decorators that take its name count by where they were."""
+    function = getattr(forward, "__func__", forward)
+    written_in = getattr(function, "__globals__", {}).get("__name__", "")
+    return str(function.__module__).startswith(libraries) and str(written_in).startswith(libraries)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks may change what a module computes."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return has_hooks_on_every_module() or any(getattr(hook, "__name__", "") not in _ONLY_TRAINING for hook in hooks)
+
+
+def has_hooks_on_every_module() -> bool:
+    """Whether hooks are registered that PyTorch calls for all modules."""
+    return bool(every_module._global_forward_hooks or every_module._global_forward_pre_hooks)

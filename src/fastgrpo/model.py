@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,14 @@ from transformers import Cache, PreTrainedModel
 from fastgrpo.attention import ATTENTION_NAME, ForwardBatch, has_gpu_kernel
 from fastgrpo.block_store import BlockStore
 from fastgrpo.cache import SlotCache
-from fastgrpo.decoder import NO_KERNELS, FusedDecoder, find_obstacle, is_touched, join_features
+from fastgrpo.decoder import (
+    NO_KERNELS,
+    FusedDecoder,
+    find_obstacle,
+    is_model_touched,
+    is_touched,
+    join_features,
+)
 from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder
 from fastgrpo.kernels import gpu
 from fastgrpo.kernels.linear import PackedLinear, has_own_product
@@ -147,6 +155,7 @@ class TargetModel:
         self._recorder: Recorder | None = None  # while a rollout lasts, where forwards are recorded
         self._runner: tuple[SlotCache, GraphRunner] | None = None
         self._output: PackedLinear | None = None
+        self._runs_whole = False  # what the owner put around decoder and head has its say
         self.base = base_model_of(model)
         self.config: Any = self.base.config
         check_supported(self.base)
@@ -294,7 +303,7 @@ class TargetModel:
 
     @contextlib.contextmanager
     def _change_model(self) -> Iterator[None]:
-        before = (self._fused, self._output, self._recorder, self._runner)
+        before = (self._fused, self._output, self._recorder, self._runner, self._runs_whole)
         training = [module for module in self.model.modules() if module.training]
         attention = self.config._attn_implementation
         try:
@@ -307,7 +316,7 @@ class TargetModel:
                     self._fused, self._recorder = self._fuse(), self._build_recorder()
                 yield
         finally:
-            self._fused, self._output, self._recorder, self._runner = before
+            self._fused, self._output, self._recorder, self._runner, self._runs_whole = before
             self.config._attn_implementation = attention
             for module in training:
                 module.training = True
@@ -364,7 +373,11 @@ class TargetModel:
         return None if seen is None else f"some layers see no more than the last {seen} tokens"
 
     def _fuse(self) -> FusedDecoder | None:
+        self._runs_whole = is_model_touched(self.base)
         obstacle = self._find_window_obstacle() or find_obstacle(self.decoder, self.dtype)
+        if self._runs_whole:
+            _check_takes_rows(self.base)
+            obstacle = f"{type(self.base).__name__} has hooks or a forward of its own"
         if obstacle is None:
             head = self.lm_head
             if type(head) is nn.Linear and not is_touched(head):
@@ -382,21 +395,26 @@ class TargetModel:
         if self._fused is not None:
             hidden, features, logits = self._fused.run(batch, cache, kept, wants_logits=wants_logits)
         else:
-            hidden, inputs = self._run_modules(batch, cache, kept or ())
+            hidden, inputs, logits = self._run_modules(batch, cache, kept or (), wants_logits=wants_logits)
             features = None if kept is None else join_features(inputs, kept, hidden, cache)
         return ForwardOutput(last_hidden=hidden, features=features), logits
 
     def _run_modules(
-        self, batch: ForwardBatch, cache: SlotCache, kept: tuple[int, ...]
-    ) -> tuple[Float[Tensor, "T H"], dict[int, Float[Tensor, "T H"]]]:
+        self, batch: ForwardBatch, cache: SlotCache, kept: tuple[int, ...], *, wants_logits: bool
+    ) -> tuple[Float[Tensor, "T H"], dict[int, Float[Tensor, "T H"]], Float[Tensor, "T V"] | None]:
         """The same through transformers' own modules."""
         captured: dict[int, Tensor] = {}
+        states: list[Tensor] = []
         hooks = [
             self.decoder.layers[layer].register_forward_pre_hook(functools.partial(_keep_input, captured, layer))
             for layer in set(kept)
         ]
+        hooks.append(self.decoder.register_forward_hook(functools.partial(_keep_states, states)))
+        model = self.decoder
+        if self._runs_whole:
+            model = functools.partial(self.base, logits_to_keep=0 if wants_logits else 1)
         try:
-            output = self.decoder(
+            output = model(
                 input_ids=batch.token_ids[None],
                 position_ids=batch.positions[None],
                 attention_mask=batch.visible.new_zeros(1, 1, 1, 1, dtype=batch.dtype),  # else one would be built
@@ -408,7 +426,7 @@ class TargetModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        return output.last_hidden_state[0], captured
+        return states[0], captured, output.logits[0] if self._runs_whole and wants_logits else None
 
     def compute_logits(self, hidden: Float[Tensor, "T H"]) -> Float[Tensor, "T V"]:
         if self._output is not None:
@@ -433,6 +451,24 @@ def _flatten(output: ForwardOutput, logits: Tensor) -> tuple[Tensor, ...]:
 def _keep_input(captured: dict[int, Tensor], layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
     """A hook before a layer; not a closure, whose signature the tests' shape checks would compile at each forward."""
     captured[layer] = args[0][0]
+
+
+def _keep_states(states: list[Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """A hook behind the decoder."""
+    states.append(output.last_hidden_state[0])
+
+
+def _check_takes_rows(model: PreTrainedModel) -> None:
+    """Refuse a forward of the owner's that does not pass on what attention is told.
+
+    Raises:
+        ValueError: it takes no keyword arguments but its own; says what to change.
+    """
+    if all(each.kind is not each.VAR_KEYWORD for each in inspect.signature(model.forward).parameters.values()):
+        raise ValueError(
+            f"the forward that {type(model).__name__} was given takes no **kwargs, in which attention is told where "
+            "its rows stand: let it take them, and pass them on to the model's own"
+        )
 
 
 @functools.cache
