@@ -395,6 +395,26 @@ def test_siblings_store_the_full_blocks_of_their_prompt_once():
     assert cache.used_bytes == 0
 
 
+def test_a_block_that_there_is_no_memory_to_copy_is_not_lost(monkeypatch):
+    cache = build_cache(0)
+    length = BLOCK_SIZE + 1
+    _fill(cache, [length, 0])
+    cache.share(0, [1], length)
+    before = _read(cache, 1, length)
+
+    def fail(store: BlockStore, source: int, target: int) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockStore, "copy_block", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.reserve(1, length + 1)
+    cache.check([length, length])
+    cache.reserve(1, length + 1)
+    cache.check([length, length])
+    assert all(map(torch.equal, _read(cache, 1, length), before))
+
+
 def test_a_held_prefix_outlives_its_row():
     cache = build_cache(3)
     _fill(cache, [5, 7])

@@ -209,8 +209,12 @@ class SlotCache:
         if self._writes_shared(row, length):
             place = self.lengths[row] // BLOCK_SIZE
             fresh = self._take()
-            for store in self.stores:
-                store.copy_block(table[place], fresh)
+            try:
+                for store in self.stores:
+                    store.copy_block(table[place], fresh)
+            except BaseException:  # such as no memory for what is copied
+                self._pool.give_back(fresh)
+                raise
             self._pool.give_back(table[place])
             table[place] = fresh
             self._forget_table()
