@@ -481,6 +481,32 @@ def test_what_an_owner_puts_in_place_of_a_part_of_a_layer_is_run(change):
     assert [each.token_ids for each in engine.generate(PROMPTS, params)] == expected
 
 
+def _take_layer(model: PreTrainedModel) -> None:
+    model.model.layers[1] = build_model("llama", torch.float64, seed=5).model.layers[1]
+
+
+def _take_decoder(model: PreTrainedModel) -> None:
+    model.model = build_model("llama", model.dtype, seed=5).model
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [(_take_layer, torch.float64), (_take_decoder, torch.float32), (_take_decoder, torch.float64)],
+    ids=["layer", "decoder", "decoder's-modules"],
+)
+@pytest.mark.filterwarnings("ignore:decoding goes through transformers' modules")
+def test_parts_of_other_models_that_come_between_rollouts_are_run(change, dtype):
+    """They have a config of their own, in which attention is looked up."""
+    model = build_model("llama", dtype)
+    engine = Engine(model, drafter="eagle-new", speculation=TREE)
+    before = [each.token_ids for each in engine.generate(PROMPTS, PARAMS)]
+    change(model)
+    expected = reference_tokens(model)
+    assert expected != before
+    assert [each.token_ids for each in engine.generate(PROMPTS, PARAMS)] == expected
+    assert reference_tokens(model) == expected, "attention is put back everywhere"
+
+
 def _double(output: Any) -> Any:
     output.logits = 2 * output.logits
     return output

@@ -160,7 +160,6 @@ class TargetModel:
         self.config: Any = self.base.config
         check_supported(self.base)
         _check_peft(model)
-        self.decoder: Any = self.base.model
         weight = self.embed_tokens.weight
         self.compute_dtype = None if compute_dtype == weight.dtype else compute_dtype
         if self.compute_dtype not in (None, torch.bfloat16, torch.float16):
@@ -199,6 +198,11 @@ class TargetModel:
     def is_like(self, other: TargetModel) -> bool:
         """Whether both run the same model in the same type."""
         return self.model is other.model and self.compute_dtype == other.compute_dtype
+
+    @property
+    def decoder(self) -> Any:
+        """The model without its head, which its owner may replace between rollouts."""
+        return self.base.model
 
     @property
     def embed_tokens(self) -> Any:
@@ -305,10 +309,11 @@ class TargetModel:
     def _change_model(self) -> Iterator[None]:
         before = (self._fused, self._output, self._recorder, self._runner, self._runs_whole)
         training = [module for module in self.model.modules() if module.training]
-        attention = self.config._attn_implementation
+        attentions = [(config, config._attn_implementation) for config in self._list_configs()]
         try:
             self.model.eval()
-            self.config._attn_implementation = ATTENTION_NAME
+            for config, _ in attentions:
+                config._attn_implementation = ATTENTION_NAME
             with contextlib.ExitStack() as weights:
                 with torch.no_grad():
                     weights.enter_context(merged_weights(self.model, self.compute_dtype))
@@ -317,9 +322,15 @@ class TargetModel:
                 yield
         finally:
             self._fused, self._output, self._recorder, self._runner, self._runs_whole = before
-            self.config._attn_implementation = attention
+            for config, attention in attentions:
+                config._attn_implementation = attention
             for module in training:
                 module.training = True
+
+    def _list_configs(self) -> list[Any]:
+        """The model's, and those of parts that came from other models; attention is looked up in its own."""
+        parts = (self.base, self.decoder, *(layer.self_attn for layer in self.decoder.layers))
+        return list({id(config): config for part in parts if (config := getattr(part, "config", None))}.values())
 
     def forward(self, batch: ForwardBatch, cache: SlotCache) -> ForwardOutput:
         """Run the packed tokens, writing their keys and values; call inside `rollout_mode`."""
