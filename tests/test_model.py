@@ -9,6 +9,7 @@ import threading
 import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,9 +23,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from conftest import VOCAB_SIZE, build_model, expected_tokens, reference_generate, shared_model
 from fastgrpo.decoder import is_model_touched
+from fastgrpo.drafters.drafter import TrainableDrafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.head import add_token_scores
+from fastgrpo.learner import Learner
 from fastgrpo.model import TargetModel, _Modes
 from fastgrpo.rotation import RotationTable
 from fastgrpo.types import SamplingParams, SpeculationPlan
@@ -574,6 +577,23 @@ def test_what_libraries_wrap_around_a_forward_for_training_takes_no_kernels_away
     assert not is_model_touched(model)
     _patch_model(model)
     assert is_model_touched(model)
+
+
+@pytest.mark.parametrize("drafter", ["eagle-new", "block"])
+def test_a_rollout_in_inference_mode_can_be_learnt_from_and_its_engine_goes_on_outside(drafter):
+    model = build_model("llama", torch.float32)
+    expected, params = reference_tokens(model), replace(PARAMS, max_tokens=40)
+    with torch.inference_mode():
+        engine = Engine(model, drafter=drafter, speculation=TREE)
+    assert isinstance(engine.drafter, TrainableDrafter)
+    learner = Learner(engine.drafter)
+    engine.on_finish.append(learner.add)
+    with torch.inference_mode():
+        engine.generate(PROMPTS, params)
+    assert learner.learn(1.0, max_updates=1).num_updates == 1
+    assert [each.token_ids for each in engine.generate(PROMPTS, PARAMS)] == expected
+    with torch.inference_mode():
+        assert [each.token_ids for each in engine.generate(PROMPTS, PARAMS)] == expected
 
 
 @pytest.mark.parametrize(("drafter", "hidden_act"), [("none", "gelu"), ("eagle-new", "silu"), ("block", "silu")])

@@ -94,7 +94,8 @@ class Engine:
         max_cache_bytes: int | None = None,
     ) -> None:
         target = TargetModel(model, compute_dtype=compute_dtype, tokenizer=tokenizer)
-        self.drafter = build_drafter(drafter, target)
+        with torch.inference_mode(False):  # its weights are written to in every rollout, and trained
+            self.drafter = build_drafter(drafter, target)
         self.target = find_own_target(self.drafter, target)
         self.planning = Planning(
             speculation, fixed=fixed_plan, profile=profile, target=self.target, drafter=self.drafter

@@ -302,7 +302,9 @@ class TargetModel:
             autocast = torch.autocast(kind, dtype=dtype, enabled=dtype is not None, cache_enabled=kind != "cuda")
         # Triton launches, and recordings are made, on the current device, whichever the tensors are on
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
-        with torch.no_grad(), on_device, autocast:
+        # what it makes may be learnt from, and written to by steps outside
+        leaving = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+        with leaving, torch.no_grad(), on_device, autocast:
             yield
 
     @contextlib.contextmanager
