@@ -33,17 +33,17 @@ from fastgrpo.tree import Draft
 from fastgrpo.types import PLAIN, Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
 from fastgrpo.verify import Verdict
 
-_MOMENTS = 64  # of a step, of which four are asked about; attempts that failed leave three each
+_MOMENTS = 64  # kept by the clock: a step reads four, and each failed attempt before it leaves up to three
 DEFAULT_FIXED_PLAN = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRollout:
-    """One finished sequence as a learner wants it.
+    """One finished sequence, as a learner takes it.
 
-    `features[i]` belongs to token i of prompt + completion; the last token has none. `request_id` is the place of its
-    prompt among those of `Engine.generate`; None for one that comes from elsewhere, such as a file. No features are
-    kept where no drafter learns from them, or where there was no memory for them.
+    `features[i]` belongs to token i of prompt + completion; the last token has none. `features` is None where the
+    drafter wants none, or where there was no memory for a copy. `request_id` is the index of its prompt in the call of
+    `Engine.generate`; None for a rollout that comes from elsewhere, such as a file.
     """
 
     prompt_ids: list[int]
@@ -54,26 +54,28 @@ class FinishedRollout:
 
 
 class Engine:
-    """Exact speculative generation with a transformers causal LM that stays its owner's.
+    """Exact speculative generation with a transformers causal LM, which is left as it was found.
 
     Args:
-        model: a causal LM or a PEFT model of one; Llama, Qwen2, Qwen3 and Mistral run through our kernels, Mixtral,
-            OLMo 2, Phi-3, Qwen3-MoE, SmolLM3 and layers with sliding windows through transformers' modules.
+        model: a causal LM or a PEFT model of one. Llama, Qwen2, Qwen3 and Mistral run through fastgrpo's kernels;
+            Mixtral, OLMo 2, Phi-3, Qwen3-MoE, SmolLM3 and models with sliding windows through transformers' modules.
         drafter: "eagle" (the head shipped for the model, if there is one), "eagle-new" (never the shipped one),
             "block" (a head that drafts in one pass), "ngram", "auto" (eagle and ngram, whichever pays), "none", a
             folder with a saved head or with a small causal LM of the same tokenizer, or a `Drafter`.
         speculation: "auto", "paper", "paper-own", "bandit", "fixed", "off", or a `SpeculationPlan` used at every step.
-        max_num_seqs: sequences decoded together; others wait, the longest expected completions at the front.
-        fixed_plan: the plan of "fixed".
+        max_num_seqs: sequences decoded together; the others wait, those expected to be longest at the front.
+        fixed_plan: the plan that `speculation="fixed"` uses.
         compute_dtype: run under autocast in this type; None computes in the model's own.
         tokenizer: the model's, compared with that of a drafter from a folder; None looks where the model came from.
-        profile: what forwards and drafts cost: measured before, or a file of `fastgrpo profile`; None takes what the
-            cache has of this machine, model and drafter (see `profile_files`), or measures at first use.
-        max_cache_bytes: of keys, values, features and a drafter's own rows together. Where it is reached, the youngest
-            sequences wait and are computed anew. None takes most of what is free when a rollout starts.
+        profile: what forwards and drafts cost: a profile, or a file that `fastgrpo profile` wrote. None takes the
+            cached profile of this machine, model and drafter (see `profile_files`), or measures one at first use.
+        max_cache_bytes: limit for keys, values, features and the drafter's own rows together. Where it is reached, the
+            youngest sequences wait and are computed anew. None takes most of what is free when a rollout starts.
 
     Attributes:
-        is_alone: False while something else is at work beside a step, whose time then teaches the planner nothing.
+        records: the facts of each step of the current or last rollout.
+        on_step, on_finish: functions called with each step's record, and with each finished sequence.
+        is_alone: set to False while other work runs beside the steps: the planner then ignores their times.
 
     Raises:
         ValueError: the model, drafter, speculation, profile or bound cannot be used; the message names the remedy.
@@ -150,12 +152,13 @@ class Engine:
             params: one for all (request i takes the noise stream `stream + i`) or one for each.
 
         Returns:
-            Completions in the order of the prompts, a function of model, prompt, params and seed alone.
+            Completions in the order of the prompts; each depends on the model, its prompt and its params alone.
 
         Raises:
             ValueError: a prompt is empty, too long or has ids out of range, or does not fit the bound on memory with
                 the tokens it may get; nothing has been generated.
-            MemoryError: memory ran out with a single sequence left running; says what would have fitted.
+            RuntimeError: the engine or the model cannot start a rollout now; see `roll_out`.
+            MemoryError: memory ran out with a single sequence left running; names what to make smaller.
             FloatingPointError: the model's logits are not finite; names request and position.
         """
         sequences = self.take_requests(prompt_token_ids, params)
@@ -168,7 +171,11 @@ class Engine:
         prompt_token_ids: list[list[int]],
         params: SamplingParams | list[SamplingParams] | None = None,
     ) -> list[Sequence]:
-        """What `generate` is asked for, checked, for `roll_out`; arguments and errors as there."""
+        """Check what `generate` would be given and build its sequences for `roll_out`; arguments and errors as there.
+
+        Raises:
+            ValueError: a prompt is empty, too long or has ids out of range; names it.
+        """
         return build_sequences(
             prompt_token_ids,
             SamplingParams() if params is None else params,
@@ -177,15 +184,15 @@ class Engine:
         )
 
     def roll_out(self, sequences: list[Sequence]) -> Generator[StepRecord]:
-        """`generate` step by step: fills the sequences and yields each step's facts; errors as there.
+        """`generate` step by step: fills the sequences in place and yields each step's facts; errors as there.
 
-        Until it is exhausted or closed the model is `prepared`; closed early, in whatever thread, it leaves nothing
-        behind. Engines of one model may take turns; the model is its owner's again when the last of them ends. Between
-        steps PyTorch is the caller's own, gradients and all.
+        The model stays prepared for decoding until the generator is exhausted or closed; it may be closed early, from
+        any thread. Engines of one model may take turns: the model is as it was found once the last of them ends.
+        Between steps, PyTorch's own state (gradients, autocast, device) is the caller's.
 
         Raises:
-            RuntimeError: another rollout of this engine is under way, which goes on; or the model's type, device,
-                vocabulary or layers have changed since the engine was built.
+            RuntimeError: this engine already has a rollout under way, or the model has one in another thread (both go
+                on); or the model's type, device, vocabulary or layers have changed since the engine was built.
         """
         self._check_idle()
         self.records = []
@@ -212,7 +219,7 @@ class Engine:
 
     @property
     def planner(self) -> Planner | None:
-        """None until its costs are known."""
+        """Chooses each step's plan; None until what steps cost is known."""
         return self.planning.planner
 
     @planner.setter
@@ -244,7 +251,7 @@ class Engine:
                 "of the same model, which may take turns with it"
             )
 
-    # -- the rooms behind `step` ---------------------------------------------------------------------
+    # -- parts of `step` -----------------------------------------------------------------------------
 
     def _attempt(self, is_plain: bool) -> Attempt:
         """Schedule, plan, propose, forward, verify."""
@@ -283,7 +290,7 @@ class Engine:
         )
 
     def _plan(self, inputs: PlanInputs) -> SpeculationPlan:
-        """The planner's, with no more nodes than the cache has room for."""
+        """The planner's plan, with no more nodes than the cache has room for."""
         plan = self.planning.plan(inputs).limit(inputs.max_draft_tokens)
         return plan if plan.is_plain or self.admission.fits(plan) else PLAIN
 
@@ -316,7 +323,7 @@ class Engine:
         )
 
     def _read_features(self, slot: int) -> Float[Tensor, "T W"] | None:
-        """None where there are none, or no memory for a copy: a learner does without them."""
+        """A copy for the learner; None where features are not kept, or memory for the copy is lacking."""
         try:
             return self.cache.read_features(slot)
         except (MemoryError, OSError, RuntimeError) as error:
