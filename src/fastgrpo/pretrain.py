@@ -238,10 +238,6 @@ def _build_requests(options: DraftTrainOptions, tokenizer: Any) -> list[tuple[st
     return [request for request in requests for _ in range(options.num_generations)]
 
 
-def _build_prompts(task: str, count: int, seed: int) -> list[Any]:
-    return list(build_task_dataset(task, size=count, seed=seed)["prompt"])
-
-
 def _read_answers(path: Path) -> list[Answer]:
     """What stands on file; a line that was cut off by a stop is drawn again."""
     if not path.exists():
