@@ -1,4 +1,4 @@
-"""One attempt at a step: what was computed, what is kept of it, and what is told of it."""
+"""One attempt at a step: its results, how they are committed, and the record made of them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from fastgrpo.verify import Outcome
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """What a step has computed before anything is kept of it: if memory runs out on the way, it is made again."""
+    """The results of a step before any of them is committed: an attempt that runs out of memory is made again."""
 
     inputs: PlanInputs
     plan: SpeculationPlan
-    num_tokens: int  # of the forward
+    num_tokens: int  # in the forward
     outcome: Outcome
     cache_bytes: int  # in use, drafted nodes included
-    scheduled: Moment  # in the device's work, as the others
-    drafted: Moment
-    forwarded: Moment
-    is_steady: bool  # nothing was recorded on the way, or launched though it will be
+    scheduled: Moment  # end of admission and prefill in the device's work
+    drafted: Moment  # end of drafting
+    forwarded: Moment  # end of the target forward
+    is_steady: bool  # later steps like it take as long: nothing was recorded, nor is anything still to be recorded
 
     def commit(self, running: list[Sequence], cache: SlotCache, drafter: Drafter) -> int:
-        """Keep the walked paths: cache and tokens; the drafter hears. Returns the number of tokens emitted.
+        """Keep the walked paths in the cache and their tokens in the sequences, and tell the drafter.
+
+        Returns:
+            The number of tokens emitted.
 
         Raises:
-            FloatingPointError: logits are not finite; names request and position.
+            FloatingPointError: logits are not finite; names request and position. Nothing has been kept.
         """
         outcome, counts = self.outcome, [count + 1 for count in self.outcome.num_accepted]
         _check_finite(outcome.logprobs, running)
@@ -50,7 +53,12 @@ class Attempt:
     def build_record(
         self, admitted: Admitted, *, num_emitted: int, plan_s: float, started: Moment, started_at: float
     ) -> StepRecord:
-        """The facts of the step, which ends now."""
+        """The facts of the step, timed up to this call.
+
+        Args:
+            started: moment at which the step began in the device's work.
+            started_at: the same by `time.perf_counter`, seconds.
+        """
         step_s = time.perf_counter() - started_at
         moments = (started, self.scheduled, self.drafted, self.forwarded)
         prefill_s, draft_s, target_s = map(compute_seconds, moments, moments[1:])

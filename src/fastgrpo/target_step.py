@@ -1,7 +1,7 @@
-"""The target's part of a step: a forward of what was drafted, the walk along its choices, and their state put in place.
+"""The target's part of a step: the forward of the draft, the walk along its choices, and moving their state in place.
 
-On a device whose forwards are recorded all of it is one recorded call, fed with one table of numbers and the draft:
-of a small batch the host would take longer to launch it than the device to do it.
+Where forwards are recorded (on a GPU) the whole part is one recorded call, fed with one table of numbers and the draft:
+for a small batch, launching the kernels one by one would take the host longer than the work takes the device.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from fastgrpo.verify import Facts, Outcome, Verdict, find_facts, read_outcome, v
 
 Decode = Callable[[ForwardBatch, SlotCache], tuple[ForwardOutput, Tensor]]
 
-_COLUMNS = 3 + NUM_COLUMNS  # of a table, before a row's blocks
-_DRAFT = ("token_ids", "parents", "scores")  # what is copied of it
+_COLUMNS = 3 + NUM_COLUMNS  # of the table, before a row's blocks: pending token, length, is a sequence; sampling
+_DRAFT = ("token_ids", "parents", "scores")  # the fields of `Draft` that a recorded call is fed with
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the target says of a draft, on its device; nothing has been read."""
+    """What the target made of a draft, still on its device: nothing has been read yet."""
 
     verdict: Verdict
-    facts: Facts  # padded rows behind those of the sequences
-    packed: Int[Tensor, " X"] | None
-    num_rows: int
-    num_tokens: int  # of the forward
-    forwarded: Moment  # after the forward, or after all of it where that is one recorded call
-    was_replayed: bool  # it took no longer than the next one like it will
+    facts: Facts  # the sequences' rows first, padding behind them
+    packed: Int[Tensor, " X"] | None  # the known facts in one tensor, see `transfer.pack`; None where not packed
+    num_rows: int  # sequences
+    num_tokens: int  # in the forward
+    forwarded: Moment  # end of the forward, or of the whole part where that is one recorded call
+    was_replayed: bool  # the next one like it will take as long
 
     def read(self) -> Outcome:
-        """The one read that a step makes of a device."""
+        """Wait for the device and read its results: the only read of a step."""
         return read_outcome(self.facts, self.num_rows, self.packed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Shape:
-    """The sizes of a recorded call, and what else makes one launch other work than another."""
+    """What tells recorded calls apart: their sizes, and all else that decides which kernels they launch."""
 
     rows: int
     nodes: int
@@ -60,6 +60,7 @@ class _Shape:
     has_scores: bool
 
     def build(self, device: torch.device) -> _Inputs:
+        """Buffers of these sizes, filled with zeros."""
         table = torch.zeros(self.rows, _COLUMNS + self.blocks, dtype=torch.int64, device=device)
         buffers: dict[str, Tensor] = {}
         if self.nodes > 1:
@@ -70,7 +71,7 @@ class _Shape:
         return _Inputs(shape=self, table=table, draft=buffers)
 
     def name_facts(self, known: list[Tensor]) -> Facts:
-        """Those that such a call finds, in the order of `Facts`."""
+        """The results of such a call by name; they come in the order of `Facts`, without those it does not find."""
         names = [each.name for each in fields(Facts)]
         absent = {"num_promised": not self.has_scores, "num_children": self.nodes == 1, "ranks": self.nodes == 1}
         told = [name for name in names if not absent.get(name)]
@@ -79,14 +80,14 @@ class _Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """What a recorded call is fed with."""
+    """The buffers of a recorded call: R rows, of which the first are sequences and the others padding."""
 
     shape: _Shape
-    table: Int[Tensor, "R C"]
-    draft: dict[str, Tensor]  # [R, N] each; of a plain step none, whose tokens stand in the table
+    table: Int[Tensor, "R C"]  # `_COLUMNS` numbers of each row, then its blocks
+    draft: dict[str, Tensor]  # [R, N] each; empty for a plain step, whose only tokens are in the table
 
     def fill(self, context: DraftContext, draft: Draft | None, scratch: int) -> None:
-        """Copy what `read` gives back; rows without a sequence have no draft, and write to the scratch block."""
+        """Copy in what `read` gives back; padding rows have no draft, and write to the block at `scratch`."""
         cache, count = context.cache, len(context.sequences)
         values = np.zeros(self.table.shape, dtype=np.int64)
         values[:count, 0] = [sequence.pending_token_id for sequence in context.sequences]
@@ -99,7 +100,7 @@ class _Inputs:
             buffer[:count].copy_(getattr(draft, name))
 
     def read(self) -> tuple[SamplingBatch, Draft, Int[Tensor, " R"], Int[Tensor, "R K"]]:
-        """Sampling state, draft, lengths and blocks."""
+        """(sampling state, draft, lengths, blocks) of all rows; launches work only, so that it can be recorded."""
         columns, shape = self.table[:, :_COLUMNS].T.contiguous(), self.shape
         pending, lengths, has_sequence = columns[:3]
         token_ids, parents = pending[:, None], torch.full_like(pending, -1)[:, None]
@@ -139,11 +140,11 @@ class TargetStep:
         self._replays = None
 
     def __call__(self, context: DraftContext, draft: Draft | None, pool: Draft | None, depth: int) -> Answer:
-        """Forward, verify, and move the state of walked nodes behind each row, whether or not they are kept.
+        """Forward, verify, and move the state of walked nodes behind each row; the cache's lengths stay as they are.
 
         Args:
-            draft: what is verified, of `depth` levels at most; None is plain decoding.
-            pool: what it is the first nodes of.
+            draft: the trees to verify, of at most `depth` levels; None is plain decoding.
+            pool: everything that was drafted; `draft` is the first nodes of each of its rows, or the pool itself.
 
         Raises:
             MemoryError, OSError, torch.OutOfMemoryError: there is no room for the nodes; nothing is kept.
@@ -162,7 +163,7 @@ class TargetStep:
     def _replay(
         self, replays: Replays[_Inputs], context: DraftContext, draft: Draft | None, depth: int
     ) -> Answer | None:
-        """None where it is still to be launched."""
+        """The whole part as one recorded call; None where nothing was recorded and it is still to be launched."""
         cache, num_rows = self._cache, len(context.sequences)
         num_nodes = 1 if draft is None else draft.token_ids.shape[1]
         shape = _Shape(
@@ -213,7 +214,7 @@ class TargetStep:
     def _launch(
         self, context: DraftContext, draft: Draft | None, pool: Draft | None, depth: int, decode: Decode
     ) -> Answer:
-        """The same, one operation after the other; the forward, which is the most of it, may be recorded alone."""
+        """The same, operation by operation; `decode` may replay the forward, which is most of the work."""
         cache, target = self._cache, self._target
         if draft is None or pool is None:
             draft = pool = Draft.roots(context.pending_token_ids)
@@ -248,7 +249,7 @@ class TargetStep:
 
 
 def _may_record(draft: Draft | None, num_rows: int) -> bool:
-    """Whether rows are alike, and small enough."""
+    """Whether all rows have the same number of nodes, and few enough that a recording is worth it."""
     if draft is None:
         return may_record(1, round_size(num_rows))
     width = draft.token_ids.shape[1]
@@ -258,9 +259,9 @@ def _may_record(draft: Draft | None, num_rows: int) -> bool:
 def gather_path(
     path: Int[Tensor, "B D"], batch: ForwardBatch, features: Float[Tensor, "T W"] | None, cache: SlotCache
 ) -> None:
-    """The state of walked nodes moves to where it stands if they are kept: behind each row, the others after them."""
+    """Move the keys, values and features of walked nodes to the positions behind each row, in the order of the path."""
     if batch.most_nodes > 1 or (features is not None and is_host(path)):
         cache.gather(path, batch.lengths, batch.blocks, batch.row_starts, features)
-    elif features is not None:  # the nodes are the rows, and stand where they belong: a device is not asked for paths
+    elif features is not None:  # one node a row: keys and values are in place, and no path need be read from a device
         assert cache.features is not None
         cache.features.write(0, batch.write_index, features)

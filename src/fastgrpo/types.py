@@ -1,4 +1,4 @@
-"""The records everything else speaks in. No tensors, no torch: these are facts about a run.
+"""The records that all other modules share: plain facts about a run, without tensors or torch.
 
 Axis letters used in tensor annotations throughout the package:
 
@@ -22,13 +22,12 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
 
-# what a training step does, in this order
+# the phases of a training step, in order
 ROLLOUT, REWARDS, LEARNING, LOG_PROBS = "rollout", "rewards", "draft learning", "log-probs"
 FORWARD, BACKWARD, OPTIMISER = "forward", "backward", "optimiser"
 PHASES = (ROLLOUT, REWARDS, LEARNING, LOG_PROBS, FORWARD, BACKWARD, OPTIMISER)
-STREAMED_REWARD = "streamed reward"  # beside the phases: a reward asked for while others decode
-BESIDE = "draft learning beside"  # likewise: on what stands idle while few sequences decode
-
+STREAMED_REWARD = "streamed reward"  # runs beside the rollout: a finished completion's reward while others decode
+BESIDE = "draft learning beside"  # runs beside the rollout's tail, on cores or a GPU that would stand idle
 
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-30, 1e30
 
@@ -41,9 +40,9 @@ class SamplingParams:
         temperature: divides the logits, from 1e-30 to 1e30; 0 is greedy decoding.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches this share, in (0, 1].
-        max_tokens: completion tokens at most, at least 1.
+        max_tokens: limit on the completion's tokens, at least 1.
         stop_token_ids: a completion ends with the first of these that is emitted.
-        seed: names the noise. The same seed, stream, prompt and model give the same tokens.
+        seed: selects the noise. The same seed, stream, prompt and model give the same tokens.
         stream: the noise stream within the seed. One `SamplingParams` given for many prompts
             is read as stream, stream + 1, ... in the order of the prompts.
 
@@ -68,7 +67,7 @@ class SamplingParams:
             raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}; use 0 for greedy")
         if self.temperature and not _LEAST_TEMPERATURE <= self.temperature <= _MOST_TEMPERATURE:
             raise ValueError(
-                f"temperature must be 0 or between {_LEAST_TEMPERATURE:g} and {_MOST_TEMPERATURE:g}, of which float32 "
+                f"temperature must be 0 or between {_LEAST_TEMPERATURE:g} and {_MOST_TEMPERATURE:g}, by which float32 "
                 f"can divide logits, got {self.temperature}; use 0 for greedy"
             )
         if self.top_k < 0:
@@ -84,7 +83,7 @@ class SamplingParams:
 
 
 def _take_integer(name: str, value: Any) -> int:
-    """The int that a value is, NumPy's and PyTorch's too."""
+    """The value as an int; NumPy's and PyTorch's integers are taken too."""
     try:
         return operator.index(value)
     except TypeError:
@@ -92,7 +91,7 @@ def _take_integer(name: str, value: Any) -> int:
 
 
 def _take_number(name: str, value: Any) -> float:
-    """The float that a number is, NumPy's and PyTorch's too."""
+    """The value as a float; NumPy's and PyTorch's numbers are taken too."""
     if isinstance(value, str) or not hasattr(value, "__float__"):
         raise ValueError(f"{name} must be a number, got {value!r}")
     return float(value)
@@ -115,7 +114,7 @@ class Completion:
 
 @dataclass(kw_only=True, eq=False)
 class Sequence:
-    """One request on its way through the engine: the only mutable record.
+    """One request on its way through the engine; the only mutable record here.
 
     The last of `all_token_ids` is the pending token: emitted (or the last of the prompt) but not
     yet in the cache. It is the root of every draft tree.
@@ -124,8 +123,8 @@ class Sequence:
     request_id: int
     prompt_ids: list[int]
     params: SamplingParams
-    max_tokens: int  # params.max_tokens, or less where the model's context ends earlier
-    stream_key: int  # 64-bit key of this request's noise, see sampling.stream_key
+    max_tokens: int  # `params.max_tokens`, or less where the model's context ends earlier
+    stream_key: int  # 64-bit key of this request's noise, see `sampling.stream_key`
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
@@ -145,14 +144,14 @@ class Sequence:
         return self.prompt_ids + self.token_ids
 
     def last_token_ids(self, count: int) -> list[int]:
-        """The last so many of prompt and completion."""
+        """The last `count` tokens of prompt and completion, which must have as many."""
         missing = count - len(self.token_ids)
         last = self.token_ids[max(-missing, 0) :]
         return self.prompt_ids[len(self.prompt_ids) - missing :] + last if missing > 0 else last
 
     @functools.cached_property
     def group_key(self) -> tuple[int, ...]:
-        """Completions of one prompt are siblings; the prompt itself names the group."""
+        """Names the group: requests with the same prompt are siblings."""
         return tuple(self.prompt_ids)
 
     def append(self, token_ids: list[int], logprobs: list[float], entropies: list[float]) -> int:
@@ -179,8 +178,11 @@ class SpeculationPlan:
         depth: draft levels, the longest path a draft can add.
         width: children considered for a node, and nodes expanded on a level.
         num_draft_tokens: nodes kept for verification in each tree, the root not counted.
-        most_draft_tokens: where it is set, the sequences share one budget of about num_draft_tokens for each, and
-            this many nodes may go to one of them; None gives every tree its own num_draft_tokens.
+        most_draft_tokens: if set, all sequences share one budget of about num_draft_tokens per sequence, of which one
+            tree may take up to this many nodes; None gives every tree its own num_draft_tokens.
+
+    Raises:
+        ValueError: a value is negative, or the values contradict each other; the message names them.
     """
 
     depth: int = 0
@@ -212,7 +214,7 @@ class SpeculationPlan:
         return self.num_draft_tokens if self.most_draft_tokens is None else self.most_draft_tokens
 
     def limit(self, tree_size: int | None) -> SpeculationPlan:
-        """The same with so many draft tokens in a tree at most; plain decoding with none, None sets no limit."""
+        """The same plan with at most `tree_size` draft tokens in a tree; below 1 it is plain, None sets no limit."""
         if tree_size is None or self.tree_size <= tree_size:
             return self
         if tree_size < 1:
@@ -227,11 +229,11 @@ PLAIN = SpeculationPlan()
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """Raw facts of one `Engine.step`. Planner, metrics and reports read it; nobody writes it.
+    """Raw facts of one `Engine.step`, read by planner, metrics and reports.
 
-    For walked nodes of depth d, `offered[d][r]` counts those that had a draft child of sibling rank
-    r, and `hits[d][r]` those whose target chose it. Both end where no walked node had children. Children that
-    were drafted and not verified count as well.
+    Of the nodes at depth d on walked paths, `offered[d][r]` counts those that had a draft child of sibling rank r, and
+    `hits[d][r]` those at which the target chose that child. Both end at the first depth without children. Children that
+    were drafted but not verified count too.
     """
 
     num_seqs: int
@@ -239,21 +241,21 @@ class StepRecord:
     plan: SpeculationPlan
     num_tokens: int  # tokens in the target forward, roots included
     num_emitted: int  # tokens emitted by this step
-    num_read: int  # cached positions of all sequences, which attention read
+    num_read: int  # cached positions that attention read, of all sequences together
     num_prefilled: int  # prompt tokens computed before this step's forward
     offered: tuple[tuple[int, ...], ...]
     hits: tuple[tuple[int, ...], ...]
-    prefill_s: float  # this and the next two: of the device's work
+    prefill_s: float  # seconds of the device's work, as are the next two
     draft_s: float
     target_s: float  # the target forward, its output head included
-    verify_s: float  # sampling, walking and committing: the rest of the step
-    step_s: float  # everything, prefill included
+    verify_s: float  # the rest of the step: sampling, walking and committing
+    step_s: float  # the whole step, prefill included
     num_unread: int = 0  # cached tokens that the drafter had not read before this step
-    num_promised: float = 0.0  # draft tokens that the drafter's calibrated chances had accepted; 0 where it says none
-    num_preempted: int = 0  # sequences that had to make room before this step; they wait and go on later
-    cache_bytes: int = 0  # of keys, values and features in use during the forward, drafted nodes included
-    is_steady: bool = True  # False where something was recorded for later steps, which take less time
-    plan_s: float = 0.0  # the planner: this step's plan and budget (in draft_s), and hearing the step before (in none)
+    num_promised: float = 0.0  # accepted draft tokens that the drafter's chances predicted; 0 where it gives none
+    num_preempted: int = 0  # sequences sent back to the queue before this step, to make room
+    cache_bytes: int = 0  # in use during the forward by keys, values and features, drafted nodes included
+    is_steady: bool = True  # False where its time says little of later steps, as when it recorded a CUDA graph
+    plan_s: float = 0.0  # the planner's: this step's plan and budget (in draft_s), the last step's lesson (in no other)
 
     @property
     def acceptance_length(self) -> float:
@@ -263,7 +265,7 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """A stretch of a training step: one of `PHASES`, `STREAMED_REWARD` or `BESIDE`. Seconds since the step began."""
+    """A stretch of a training step, in seconds since it began; `name` is in `PHASES`, `STREAMED_REWARD` or `BESIDE`."""
 
     name: str
     start_s: float
@@ -272,7 +274,7 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """When a training step of `step_s` seconds did what. Phases do not overlap; what runs beside them does."""
+    """What a training step of `step_s` seconds did when. Phases do not overlap; what runs beside them does."""
 
     step_s: float
     spans: tuple[Span, ...]
