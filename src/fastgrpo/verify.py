@@ -29,8 +29,8 @@ class Verdict:
 
     path: Int[Tensor, "B D"]
     token_ids: Int[Tensor, "B D"]
-    logprobs: Float[Tensor, "B D"]
-    entropies: Float[Tensor, "B D"]  # of the distribution that the token was drawn from, before top-k and top-p
+    logprobs: Float[Tensor, "B D"]  # as in `Completion`
+    entropies: Float[Tensor, "B D"]  # nats; of the distribution that the token was drawn from, before top-k and top-p
     num_accepted: Int[Tensor, " B"]  # accepted draft tokens; num_accepted + 1 tokens are emitted
 
 
@@ -53,7 +53,7 @@ def verify(
         row_starts: first packed row of each sequence.
         batch: the sampling state at the roots.
         vocabulary: int32 arange over V.
-        depth: levels that a tree has at most; a device walks so many, the host ends when every walk has.
+        depth: most levels of a tree; None: its draft nodes. A device walks that many, the host only while a walk lasts.
     """
     most = draft.token_ids.shape[1] - 1
     num_levels = 1 + (most if depth is None else min(depth, most))
@@ -68,6 +68,18 @@ def verify(
         for level in range(num_levels):
             walk.advance(*sample_rows(logits, walk.rows, batch.ahead(level), vocabulary))
         return Verdict(**{name: getattr(walk, name) for name in _VERDICT})
+    return _walk(logits, draft, row_starts, batch, vocabulary, num_levels)
+
+
+def _walk(
+    logits: Float[Tensor, "T V"],
+    draft: Draft,
+    row_starts: Int[Tensor, " B"],
+    batch: SamplingBatch,
+    vocabulary: Int[Tensor, " V"],
+    num_levels: int,
+) -> Verdict:
+    """`verify` without kernels of its own, level by level."""
     node = torch.zeros_like(row_starts)
     is_alive = torch.ones_like(node, dtype=torch.bool)
     columns: list[tuple[Tensor, ...]] = []
@@ -87,10 +99,10 @@ def verify(
 
 
 def find_ranks(verdict: Verdict, draft: Draft) -> tuple[Int[Tensor, "B D"], Int[Tensor, "B D"]]:
-    """(number of draft children, place among them of the one that the target chose or -1) of each walked node.
+    """Of each walked node (its number of draft children, the rank among them of the token the target chose or -1).
 
     Args:
-        draft: what was verified, or what it was the first nodes of: children that were not verified count too.
+        draft: what was verified, or the larger pool that it was taken from: children that were not verified count too.
     """
     if is_host(draft.parents) and cpu.is_available():
         return trees.find_ranks(verdict.path, verdict.token_ids, draft.token_ids, draft.parents)
@@ -111,7 +123,7 @@ def count_hits(verdict: Verdict, draft: Draft) -> tuple[Counts, Counts]:
 
 
 def _tally(children: np.ndarray, ranks: np.ndarray) -> tuple[Counts, Counts]:
-    """The same of what `find_ranks` found."""
+    """`count_hits` from what `find_ranks` found, [B, D] each."""
     offered, hits = [], []
     for below, chosen in zip(zip(*children.tolist(), strict=True), zip(*ranks.tolist(), strict=True), strict=True):
         width = max(below)
@@ -126,41 +138,41 @@ def _tally(children: np.ndarray, ranks: np.ndarray) -> tuple[Counts, Counts]:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the host learns of a step; lists have one entry for each sequence."""
+    """The results of a step on the host; lists have one entry for each sequence."""
 
     num_accepted: list[int]
-    token_ids: list[list[int]]  # as in `Verdict`, the columns behind the accepted ones included
+    token_ids: list[list[int]]  # the columns of `Verdict`, those past the end of a path included
     logprobs: list[list[float]]
     entropies: list[list[float]]
-    num_promised: float  # draft tokens that the drafter's chances had accepted
+    num_promised: float  # accepted draft tokens that the drafter's chances predicted; 0 where it gives none
     offered: Counts  # by depth and sibling rank, as `StepRecord` keeps them
     hits: Counts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the host is to know of a step, one row for each sequence."""
+    """The results of a step on its device, before `read_outcome` copies them to the host; one row for each sequence."""
 
     num_accepted: Int[Tensor, " B"]
-    token_ids: Int[Tensor, "B D"]  # as in `Verdict`, and the next two
+    token_ids: Int[Tensor, "B D"]  # this and the next two as in `Verdict`
     logprobs: Float[Tensor, "B D"]
     entropies: Float[Tensor, "B D"]
-    num_promised: Float[Tensor, " B"] | None  # draft tokens that the drafter's chances had accepted, if it says any
-    num_children: Int[Tensor, "B D"] | None  # as `find_ranks` finds them, and the next; None of a plain step
+    num_promised: Float[Tensor, " B"] | None  # `Draft.num_promised`
+    num_children: Int[Tensor, "B D"] | None  # this and the next as `find_ranks` gives them; None for a plain step
     ranks: Int[Tensor, "B D"] | None
 
     def list_known(self) -> dict[str, Tensor]:
-        """Those that there are, by name."""
+        """The fields that are not None, by name."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
 
 def find_facts(verdict: Verdict, draft: Draft, pool: Draft) -> Facts:
-    """Reads nothing of a device.
+    """The results of a step, left on their device.
 
     Args:
         draft: what was verified.
-        pool: what it was the first nodes of.
+        pool: everything that was drafted; `draft` is the first nodes of each of its rows, or the pool itself.
     """
     num_children, ranks = find_ranks(verdict, pool) if pool.token_ids.shape[1] > 1 else (None, None)
     return Facts(
@@ -175,11 +187,11 @@ def find_facts(verdict: Verdict, draft: Draft, pool: Draft) -> Facts:
 
 
 def read_outcome(facts: Facts, num_rows: int, packed: Int[Tensor, " X"] | None = None) -> Outcome:
-    """The one read that a step makes of a device.
+    """Copy the results of a step to the host: the only read of a device that a step makes.
 
     Args:
-        num_rows: sequences; what stands behind them is padding.
-        packed: the known facts as `transfer.pack` has them, if it was asked.
+        num_rows: sequences; the rows behind them are padding.
+        packed: the known facts in one tensor, if `transfer.pack` has made one.
     """
     known = facts.list_known()
     read = {
