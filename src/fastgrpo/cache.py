@@ -1,9 +1,9 @@
-"""The state of running sequences in blocks of positions: keys and values, features. No holes, hardly any copies.
+"""Keys, values and features of running sequences, in blocks of positions. No holes, hardly any copies.
 
-A row is one sequence, a position one token. Each row has a table of blocks, taken as it grows and handed back with
-it, so that memory in use is that of live tokens and at most one block a row. Siblings share the blocks of their
-prompt; who writes into a shared block has a copy of it first. Accepted nodes are gathered to the end of their row in
-one vectorised move.
+A row is one sequence, a position one token. Each row has a table of blocks, which are taken as it grows and given back
+when it ends, so that memory in use is that of live tokens and at most one block a row. Siblings share the blocks of
+their prompt; a shared block is copied before a row writes into it. Accepted nodes are gathered to the end of their row
+in one vectorised move.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fastgrpo.kernels import cpu, gpu, trees
 from fastgrpo.memory import find_available_bytes, is_out_of_memory
 from fastgrpo.transfer import is_host, upload
 
-_LEAST_BLOCKS = 16  # that room is made for
-_MOST_TAKEN = 0.9  # of what a device has free, where it grows by more than a block: forwards want some
-_IDLE_BYTES = 64 * 2**20  # less memory that nobody uses is not worth giving back
+_LEAST_BLOCKS = 16  # storage grows by at least as many
+_MOST_TAKEN = 0.9  # share of a device's free memory that growing by more than a block may take: forwards need the rest
+_IDLE_BYTES = 64 * 2**20  # less idle memory than this is not worth giving back
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowPrefix:
-    """The first positions of a row, owned for siblings that still wait; to be dropped by who holds it."""
+    """The first positions of a row, kept for siblings that still wait; whoever holds it must `drop` it."""
 
     blocks: tuple[int, ...]
     length: int
@@ -46,7 +46,7 @@ class SlotCache:
 
     Attributes:
         lengths: cached tokens of each running row.
-        position_bytes: of one position in all layers and stores.
+        position_bytes: bytes of one position, in all layers and stores together.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class SlotCache:
         self._pool = BlockPool()
         self._tables: list[list[int]] = []  # blocks of each row
         self._prefixes: list[RowPrefix] = []  # that are held
-        self._table: np.ndarray | None = None  # of all rows' blocks, while they stay as they are
+        self._table: np.ndarray | None = None  # all rows' blocks, see `table`; None after they have changed
         self._blocks: Tensor | None = None  # the same on the device
         self._scratch: int | None = None  # a block without a row
-        self._expected = 0
+        self._expected = 0  # blocks that this rollout may come to use
 
     # -- memory --------------------------------------------------------------------------------------
 
@@ -85,17 +85,17 @@ class SlotCache:
 
     @property
     def num_bytes(self) -> int:
-        """Set aside; on a CPU more than is in use."""
+        """Bytes of storage; on a CPU more than is in use."""
         return sum(store.num_bytes for store in self.stores)
 
     @property
     def used_bytes(self) -> int:
-        """Of the blocks that rows and held prefixes own, and of the scratch block."""
+        """Bytes of the blocks that rows and held prefixes own, and of the scratch block."""
         return self._pool.num_taken * self.block_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was in use at once since `begin`."""
+        """The most bytes that were in use at once since `begin`."""
         return self._pool.most_taken * self.block_bytes
 
     @property
@@ -104,11 +104,11 @@ class SlotCache:
         return self._pool.num_left
 
     def begin(self, *, expected_blocks: int = 0, limit: int | None = None) -> None:
-        """A rollout starts, with all rows empty.
+        """A rollout starts; no row may be left from the last one.
 
         Args:
-            expected_blocks: that may come to be in use at once. On a CPU there is room for them from the first.
-            limit: blocks in use at most; None: as many as there is memory for.
+            expected_blocks: blocks that may come to be in use at once. On a CPU there is room for them from the first.
+            limit: most blocks in use at once; None: as many as there is memory for.
         """
         assert not self.lengths, f"{len(self.lengths)} rows run"
         self._pool.limit = sys.maxsize if limit is None else limit
@@ -116,9 +116,13 @@ class SlotCache:
         self._expected = min(expected_blocks, self._pool.limit)
 
     def _make_room(self) -> None:
-        """Storage for more blocks: on a CPU for all that are expected, elsewhere in large steps.
+        """Grow the storage: on a CPU to all blocks that are expected, elsewhere in large steps.
 
-        Where the system does not promise so much, for half as many more, and so on: each time it moves, recordings go.
+        Steps are large because storage moves when it grows, and recorded forwards are lost with each move. Where memory
+        does not suffice, the step is halved until it does.
+
+        Raises:
+            OSError, torch.OutOfMemoryError: there is no memory for a single block more.
         """
         held = self._pool.size
         is_lazy = self.keys.data.device.type == "cpu"
@@ -140,9 +144,9 @@ class SlotCache:
                 more //= 2
 
     def _may_move(self, num_blocks: int) -> bool:
-        """Whether a device has room for all stores to move, one after the other: what one has taken the next one lacks.
+        """Whether a device has room for all stores to move, one after the other, into storage for `num_blocks` each.
 
-        On a CPU memory costs as it is written to, and it is tried.
+        Always true on a CPU, where memory is only taken as it is written to.
         """
         device = self.keys.data.device
         available = None if device.type == "cpu" else find_available_bytes(device)
@@ -157,7 +161,7 @@ class SlotCache:
         return True
 
     def _return_memory(self) -> None:
-        """Where more memory is idle than in use, the system has it back."""
+        """Give idle memory back to the system, where it is more than what is in use."""
         num_idle = self._pool.num_idle
         if num_idle >= self._pool.num_taken and num_idle * self.block_bytes >= _IDLE_BYTES:
             runs = self._pool.pop_idle()
@@ -168,9 +172,9 @@ class SlotCache:
 
     @property
     def blocks(self) -> Int[Tensor, "B K"]:
-        """Index of the first position of each block of each row; filled up with the row's last block.
+        """Index of the first position of each block of each row; short rows are padded with their own last block.
 
-        Not with one of another: what stands there may be read behind a row's end, and must be finite.
+        Another row's block would not do: what stands behind a row's end may be read, with weight 0, and must be finite.
         """
         if self._blocks is None:
             self._blocks = upload(self.table, self.keys.data.device)
@@ -178,7 +182,7 @@ class SlotCache:
 
     @property
     def table(self) -> np.ndarray:
-        """`blocks` on the host, [B, K] of int64; not to be written to."""
+        """`blocks` on the host, int64 [B, K]; read only."""
         if self._table is None:
             width = max(map(len, self._tables), default=0) or 1
             padded = [table + (table[-1:] or [0]) * (width - len(table)) for table in self._tables]
@@ -186,11 +190,11 @@ class SlotCache:
         return self._table
 
     def _forget_table(self) -> None:
-        """Rows or their blocks have changed."""
+        """To be called whenever rows or their blocks have changed."""
         self._table = self._blocks = None
 
     def locate(self, rows: Int[Tensor, " T"], positions: Int[Tensor, " T"]) -> Int[Tensor, " T"]:
-        """Where positions of rows stand in a store."""
+        """Index in a store of each position of its row."""
         return locate_each(self.blocks, rows, positions)
 
     def add_rows(self, count: int) -> None:
@@ -200,7 +204,7 @@ class SlotCache:
         self._forget_table()
 
     def reserve(self, row: int, length: int) -> None:
-        """Make room for `length` positions of a row; those from its own length on may be written then.
+        """Make room for `length` positions of a row; those behind its cached ones may then be written.
 
         Raises:
             MemoryError, OSError, torch.OutOfMemoryError: the limit is reached, or there is no more memory.
@@ -223,7 +227,7 @@ class SlotCache:
             self._forget_table()
 
     def count_missing(self, row: int, length: int) -> int:
-        """Blocks that `reserve` takes."""
+        """Blocks that `reserve` would take."""
         return max(count_blocks(length) - len(self._tables[row]), 0) + self._writes_shared(row, length)
 
     def _writes_shared(self, row: int, length: int) -> bool:
@@ -236,9 +240,9 @@ class SlotCache:
         return self._pool.take()
 
     def take_scratch(self) -> int:
-        """Index of the first position of a block that no row reads, for padding to be written to.
+        """Index of the first position of the scratch block, which no row reads: padded tokens are written there.
 
-        Taken when first asked for, under the limit as any other, and kept until `clear`.
+        It is taken at the first call, counts towards the limit, and is kept until `clear`.
 
         Raises:
             MemoryError, OSError, torch.OutOfMemoryError: the limit is reached, or there is no more memory.
@@ -273,7 +277,7 @@ class SlotCache:
         self._return_memory()
 
     def release(self, row: int, last_row: int) -> None:
-        """`remove_row` where the last rows may not have been added yet: those are empty."""
+        """`remove_row` for a cache to which the last of the running rows may not have been added yet."""
         if last_row < len(self.lengths):
             self.remove_row(row)
         elif row < len(self.lengths):
@@ -287,14 +291,13 @@ class SlotCache:
         starts: Int[Tensor, " B"],
         features: Float[Tensor, "T W"] | None,
     ) -> None:
-        """Node `path[b, j]` of each row moves to position length + j, behind which nothing is kept.
-
-        Nodes that stand where they belong need no move; a device is not asked for them, and copies all.
+        """Move node `path[b, j]` of each row to position length + j; its other nodes are not kept.
 
         Args:
+            path: nodes in walking order, -1 past the end of a path.
             lengths, blocks: of the rows, as this cache has them.
             starts: first packed node of each row.
-            features: of packed nodes, written where they go; None leaves features as they are.
+            features: of the packed nodes, written where their nodes go; None leaves features as they are.
         """
         if is_host(path) and cpu.is_available():
             cached = None if features is None or self.features is None else (self.features.data, features)
@@ -318,11 +321,11 @@ class SlotCache:
             self.features.write(0, target, features[nodes])
 
     def advance(self, num_tokens: list[int]) -> None:
-        """So many positions behind each row's own are kept."""
+        """Keep the next `num_tokens[b]` positions of each row: its length grows by as many."""
         self.lengths = [length + count for length, count in zip(self.lengths, num_tokens, strict=True)]
 
     def read_features(self, row: int) -> Float[Tensor, "T W"] | None:
-        """A copy of a row's features."""
+        """A copy of a row's features; None where none are kept."""
         if self.features is None:
             return None
         positions = torch.arange(self.lengths[row], device=self.features.data.device)
@@ -332,7 +335,7 @@ class SlotCache:
     # -- prefixes ------------------------------------------------------------------------------------
 
     def hold(self, row: int, length: int) -> RowPrefix:
-        """Own the first positions of a row, whatever becomes of it."""
+        """Keep the first positions of a row until `drop`, whatever becomes of the row."""
         assert length <= self.lengths[row], f"row {row} holds {self.lengths[row]} positions, not {length}"
         prefix = RowPrefix(blocks=tuple(self._tables[row][: count_blocks(length)]), length=length)
         for block in prefix.blocks:
@@ -341,7 +344,7 @@ class SlotCache:
         return prefix
 
     def restore(self, rows: Iterable[int], prefix: RowPrefix) -> None:
-        """Begin rows with a held prefix."""
+        """Begin rows anew with a held prefix, whose blocks they share."""
         for row in rows:
             self.truncate(row, 0)
             for block in prefix.blocks:
@@ -356,7 +359,7 @@ class SlotCache:
             self._pool.give_back(block)
 
     def share(self, source: int, rows: Iterable[int], length: int) -> None:
-        """Begin rows with the first positions of another one."""
+        """Begin rows anew with the first positions of another one, whose blocks they share."""
         prefix = self.hold(source, length)
         self.restore(rows, prefix)
         self.drop(prefix)
@@ -372,7 +375,7 @@ class SlotCache:
             store.clear()
 
     def check(self, expected_lengths: list[int]) -> None:
-        """Assert the conservation laws: one row a sequence, blocks for its tokens and no more, nothing lost."""
+        """Assert the conservation laws: one row a sequence, blocks for its tokens and no more, no block lost."""
         assert self.lengths == expected_lengths, f"cache holds {self.lengths}, sequences say {expected_lengths}"
         for row, (length, table) in enumerate(zip(self.lengths, self._tables, strict=True)):
             assert len(table) == count_blocks(length), f"row {row}: {len(table)} blocks for {length} positions"
@@ -383,7 +386,7 @@ class SlotCache:
 
 
 def _find_walked(path: Int[Tensor, "B D"]) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
-    """Rows and depths of the nodes on walked paths; a device is not asked for those, and has all there may be."""
+    """Row and depth of each node on a walked path; on a device, of each entry: to find the nodes would mean to wait."""
     if is_host(path):
         rows, depth = (path >= 0).nonzero(as_tuple=True)
         return rows, depth
@@ -397,7 +400,7 @@ def locate_each(blocks: Int[Tensor, "B K"], rows: Int[Tensor, " T"], positions: 
 
 
 def locate(blocks: Int[Tensor, "B K"], positions: Int[Tensor, "B X"]) -> Int[Tensor, "B X"]:
-    """Where positions of rows stand in a store, those beyond a row's table anywhere.
+    """Index in a store of the positions of each row; of those beyond the row's table, some index within the store.
 
     Args:
         blocks: index of the first position of each block of each row.

@@ -12,15 +12,14 @@ from fastgrpo.types import Sequence
 class Scheduler:
     """Continuous batching over `max_num_seqs` slots; every sequence ends on its own limits.
 
-    Where not all who wait can be admitted, prompts of the longest expected completions go first, that a long one
-    does not begin when the others end. Ties, and all while no length is known, keep the order of arrival, as does a
-    queue that fits into the free slots and the memory. Siblings stand together, so that their prompt is kept only for a
-    short while.
-    A sequence that was preempted waits at the front, with what it has emitted.
+    Where not all waiting sequences can be admitted, those expected to be longest go first, so that no long one begins
+    when the others end. The order of arrival decides between equals, while no length is known yet, and where the whole
+    queue fits into the free slots and the memory. Siblings stand together, so that their prompt is kept only for a
+    short while. A preempted sequence waits at the front and keeps the tokens it has emitted.
 
     Args:
         max_num_seqs: slots, at least 1.
-        lengths: what is known of earlier completions; it learns of every sequence that is removed.
+        lengths: predicts completion lengths; learns the length of every sequence that is removed.
 
     Raises:
         ValueError: there is no slot, or no whole number of them.
@@ -55,8 +54,8 @@ class Scheduler:
         """Move waiting sequences behind the running ones while slots are free; returns those moved.
 
         Args:
-            may_enter: asked of each in turn; the first that may not stays at the front, and all behind it.
-            may_all_enter: whether nobody is going to be refused; else the queue is put in order before.
+            may_enter: whether a sequence may run, asked of each in turn; the first refused and all behind it wait on.
+            may_all_enter: whether `may_enter` would refuse nobody; if it would, the queue is put in order first.
         """
         admitted = []
         num_free = self.max_num_seqs - len(self.running)
@@ -70,7 +69,7 @@ class Scheduler:
         return admitted
 
     def _put_longest_first(self) -> None:
-        """Order the queue, once after each arrival: the first to end are the shortest, and would mislead until then."""
+        """Order the queue, once after arrivals only: the first completions to end are short, and would mislead."""
         self._has_arrivals = False
         if not self.lengths.num_prompts:
             return
@@ -95,7 +94,7 @@ class Scheduler:
         return sequence
 
     def preempt(self, slot: int) -> Sequence:
-        """Send a running sequence back to the front of the queue; the last running one moves into its slot."""
+        """Move a running sequence back to the front of the queue; the last running one takes its slot."""
         sequence = self._take_out(slot)
         self.waiting.appendleft(sequence)
         self._num_waiting_siblings[sequence.group_key] += 1
@@ -109,14 +108,14 @@ class Scheduler:
         return sequence
 
     def abort(self) -> None:
-        """Forget everybody, as after an interrupted rollout; known lengths stay."""
+        """Drop all sequences, as after an interrupted rollout; known lengths stay."""
         self.waiting.clear()
         self._has_arrivals = False
         self.running.clear()
         self._num_waiting_siblings.clear()
 
     def check(self) -> None:
-        """Assert that nobody is lost: slots within bounds, nobody finished still runs or waits, nobody stands twice."""
+        """Assert the conservation laws: slots within bounds, no finished sequence runs or waits, none stands twice."""
         assert len(self.running) <= self.max_num_seqs, f"{len(self.running)} run in {self.max_num_seqs} slots"
         assert all(s.finish_reason is None for s in self.running), "a finished sequence still runs"
         assert all(s.finish_reason is None for s in self.waiting), "a finished sequence waits"
