@@ -51,7 +51,7 @@ class ForwardOutput:
 
 
 class _CacheView(Cache):
-    """What a decoder layer sees: it writes its new keys and values and gets whole rows back."""
+    """The slot cache as a decoder layer of transformers sees it: takes new keys and values, gives whole rows back."""
 
     def __init__(self, cache: SlotCache, batch: ForwardBatch, windows: tuple[int | None, ...]) -> None:
         super().__init__(layers=[])
@@ -68,26 +68,26 @@ class _CacheView(Cache):
     def _write(self, store: BlockStore, states: Float[Tensor, "1 kv T d"], layer: int) -> Float[Tensor, "B kv S d"]:
         batch, cache = self._batch, self._cache
         store.write(layer, batch.write_index, states[0].transpose(0, 1).flatten(1).to(store.data.dtype))
-        if self._windows[layer] is None and has_gpu_kernel(store.data, batch):  # finds each row's positions by itself
+        if self._windows[layer] is None and has_gpu_kernel(store.data, batch):  # the kernel finds each row's positions
             return store.flat(layer).unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(0, 1)[None]
         rows = store.read(layer, batch.read_index)
         return rows.unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(1, 2)
 
 
 class _Modes:
-    """What rollouts have changed of each model, the last one last; whichever thread they end in."""
+    """What rollouts have changed of each model, in the order they began; they may end in any order and any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # putting back may collect another rollout, which ends in the same thread
-        self._entered: dict[int, list[contextlib.ExitStack]] = {}  # of each model
-        self._left: list[contextlib.ExitStack] = []
+        self._lock = threading.RLock()  # a garbage collection while it is held may end another rollout in this thread
+        self._entered: dict[int, list[contextlib.ExitStack]] = {}  # by the model's id
+        self._left: list[contextlib.ExitStack] = []  # ended, but not put back yet: a later rollout still runs
 
     def enter(self, model: nn.Module, mode: contextlib.ExitStack) -> None:
         with self._lock:
             self._entered.setdefault(id(model), []).append(mode)
 
     def leave(self, model: nn.Module, mode: contextlib.ExitStack) -> None:
-        """Put back what it found, and what those found that have left before and had to wait for it."""
+        """Undo a rollout's changes, once all later ones are undone, and earlier ones' that only waited for it."""
         with self._lock:
             entered = self._entered[id(model)]
             self._left.append(mode)
@@ -102,14 +102,19 @@ _MODES = _Modes()
 
 
 class _Owners:
-    """Which thread has a model in a rollout: what one thread puts back is not what another one found."""
+    """Which thread has a model in rollouts: only one may, since each changes the model and puts it back."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # as that of `_Modes`
-        self._threads: dict[int, list[int]] = {}  # of each model, one entry for each rollout
+        self._lock = threading.RLock()  # reentrant for the reason given in `_Modes`
+        self._threads: dict[int, list[int]] = {}  # by the model's id, one entry for each rollout
 
     @contextlib.contextmanager
     def own(self, model: nn.Module) -> Iterator[None]:
+        """This thread has the model in a rollout within.
+
+        Raises:
+            RuntimeError: another thread has.
+        """
         own = threading.get_ident()
         with self._lock:
             threads = self._threads.setdefault(id(model), [])
@@ -138,11 +143,10 @@ class TargetModel:
         model: of one of the `SUPPORTED_FAMILIES`.
         compute_dtype: run under autocast with linear weights cast once for each rollout;
             None computes in the model's own type.
-        tokenizer: what gives the token ids their meaning; None looks in the folder the model came from, if
-            that is asked for.
+        tokenizer: the model's; None looks where the model came from, once `tokenizer_hash` is asked for.
 
     Attributes:
-        windows: of each layer, how many tokens a token sees, itself among them; None: all before it.
+        windows: for each layer, how many tokens a token sees, itself included; None: all before it.
 
     Raises:
         ValueError: the family, attention kind, RoPE kind or PEFT method is not supported; names it.
@@ -179,11 +183,11 @@ class TargetModel:
         self._built_for = self._list_facts()
 
     def _count_layers(self) -> int:
-        """That transformers runs: no more than the config says."""
+        """Layers that transformers runs: no more than the config says."""
         return len(self.decoder.layers[: self.config.num_hidden_layers])
 
     def _list_facts(self) -> dict[str, object]:
-        """What caches and drafters are built for."""
+        """What caches and drafters rely on: it must not change under an engine."""
         num_tokens = len(self.embed_tokens.weight)
         return {"dtype": self.dtype, "device": self.device, "tokens": num_tokens, "layers": self._count_layers()}
 
@@ -209,7 +213,7 @@ class TargetModel:
         return self.base.get_input_embeddings()
 
     def embed(self, token_ids: Int[Tensor, "*N"]) -> Float[Tensor, "*N H"]:
-        """As in a rollout: without the hooks that training leaves there, such as NEFTune's noise."""
+        """Embeddings of tokens as in a rollout: without hooks that training may have added, such as NEFTune's noise."""
         embedded: Tensor = self.embed_tokens.forward(token_ids)
         return embedded
 
@@ -233,22 +237,23 @@ class TargetModel:
 
     @functools.cached_property
     def tokenizer_hash(self) -> str | None:
-        """Names what the token ids mean (see `hash_vocabulary`), or None where no tokenizer is known.
+        """Hash of what the token ids mean (see `hash_vocabulary`); None where no tokenizer is known.
 
-        Reads a tokenizer from disk at first use, unless one was given.
+        The first use reads the tokenizer from disk, unless one was given.
         """
         tokenizer = self._tokenizer if self._tokenizer is not None else find_tokenizer(self.name)
         return None if tokenizer is None else hash_vocabulary(tokenizer.get_vocab())
 
     @property
     def feature_layers(self) -> tuple[int, int, int]:
-        """Layers whose inputs are the drafter's features, as in EAGLE-3 (arXiv:2503.01840)."""
+        """Indices of the layers whose inputs are the drafter's features, as in EAGLE-3 (arXiv:2503.01840)."""
         last = self.num_layers - 1
         low, mid, high = 2, self.num_layers // 2, self.num_layers - 3
         return min(low, last), min(mid, last), min(max(high, 0), last)
 
     @property
     def feature_width(self) -> int:
+        """Numbers per token: the inputs of the `feature_layers` and the last hidden state."""
         return 4 * self.hidden_size
 
     def build_cache(self, *, with_features: bool) -> SlotCache:
@@ -271,12 +276,12 @@ class TargetModel:
     def prepared(self) -> Iterator[None]:
         """Evaluation mode, merged LoRA, tree attention; everything is put back, whatever happens inside.
 
-        Several may be in it at once and leave in any order, in any thread: what one found is put back once those that
-        came later are gone.
+        Several engines of one thread may hold a model prepared, and leave in any order and any thread: what one of them
+        changed is put back once all that entered later have left.
 
         Raises:
             RuntimeError: another thread has the model in a rollout, which goes on; or its type, device, vocabulary or
-                layers are no longer those that it was given with.
+                layers have changed since it was given.
         """
         with _OWNERS.own(self.base):
             self._check_unchanged()
@@ -291,10 +296,10 @@ class TargetModel:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """What PyTorch keeps for each thread: no gradients, the model's device, the type that is computed in, whatever
-        an owner or another engine's rollout has set around it.
+        """PyTorch's state of this thread as a rollout wants it: no gradients, the model's device, autocast to
+        `compute_dtype` or none, whatever the caller or another engine has set.
 
-        Held for a step at a time, since a rollout may go on, or be closed, in another thread than it began in.
+        Held for one step at a time, since a rollout may go on, or be closed, in another thread than it began in.
         """
         kind, dtype = self.device.type, self.compute_dtype
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -339,7 +344,7 @@ class TargetModel:
         return self._run(batch, cache, wants_logits=False)[0]
 
     def decode(self, batch: ForwardBatch, cache: SlotCache) -> tuple[ForwardOutput, Float[Tensor, "T V"]]:
-        """`forward` and the logits of all tokens, both valid until the next call; on a GPU recorded and replayed."""
+        """`forward` and the logits of all tokens, both valid until the next call; recorded and replayed on a GPU."""
         if self._recorder is None:
             return self.launch(batch, cache)
         if self._runner is None or self._runner[0] is not cache:
@@ -349,26 +354,26 @@ class TargetModel:
         return ForwardOutput(last_hidden=hidden, features=features[0] if features else None), logits
 
     def launch(self, batch: ForwardBatch, cache: SlotCache) -> tuple[ForwardOutput, Float[Tensor, "T V"]]:
-        """`decode`, never recorded."""
+        """`decode`, but never recorded."""
         output, logits = self._run(batch, cache, wants_logits=True)
         return output, self.compute_logits(output.last_hidden) if logits is None else logits
 
     def forget(self) -> None:
-        """Let go of what `decode` has recorded, and of the cache that it was given last."""
+        """Drop what `decode` has recorded, and with it the cache that was used last."""
         self._runner = None
 
     @property
     def records(self) -> bool:
-        """Whether forwards are recorded and replayed; padding is written to a block of the cache then."""
+        """Whether forwards are recorded and replayed; their padding is written to the cache's scratch block."""
         return self._recorder is not None
 
     @property
     def was_replayed(self) -> bool:
-        """Whether the last `decode` took no longer than the next one like it will."""
+        """Whether the next `decode` like the last one will take as long: False where the last one was recorded."""
         return self._runner is None or self._runner[1].was_replayed
 
     def open_recorder(self) -> Recorder | None:
-        """For calls whose outputs are read while forwards are replayed; None where nothing is recorded."""
+        """A recorder with memory of its own, for calls other than `decode`; None where nothing is recorded."""
         return self._build_recorder() if self.records else None
 
     def _build_recorder(self) -> Recorder | None:
@@ -381,7 +386,7 @@ class TargetModel:
         return None
 
     def _find_window_obstacle(self) -> str | None:
-        """Why kernels that see all of a row cannot run."""
+        """Why fastgrpo's kernels, whose tokens see all of a row, cannot run; None where they can."""
         seen = min((window for window in self.windows if window is not None), default=None)
         return None if seen is None else f"some layers see no more than the last {seen} tokens"
 
@@ -403,7 +408,7 @@ class TargetModel:
     def _run(
         self, batch: ForwardBatch, cache: SlotCache, *, wants_logits: bool
     ) -> tuple[ForwardOutput, Float[Tensor, "T V"] | None]:
-        """The logits are there if they came at the same time."""
+        """The forward, and the logits if `wants_logits` and the fused decoder computed them along with it."""
         kept, logits = None if cache.features is None else self.feature_layers, None
         if self._fused is not None:
             hidden, features, logits = self._fused.run(batch, cache, kept, wants_logits=wants_logits)
@@ -415,7 +420,10 @@ class TargetModel:
     def _run_modules(
         self, batch: ForwardBatch, cache: SlotCache, kept: tuple[int, ...], *, wants_logits: bool
     ) -> tuple[Float[Tensor, "T H"], dict[int, Float[Tensor, "T H"]], Float[Tensor, "T V"] | None]:
-        """The same through transformers' own modules."""
+        """(last hidden states, inputs of the layers in `kept`, logits) through transformers' own modules.
+
+        Logits come only from a model that is run whole.
+        """
         captured: dict[int, Tensor] = {}
         states: list[Tensor] = []
         hooks = [
@@ -448,7 +456,7 @@ class TargetModel:
 
 
 def _cast(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
-    """The layer in another type: one that shares its weights with the embedding was not cast with the others."""
+    """The output head in `dtype`: where it shares its weights with the embedding, it was not cast with the others."""
     if linear.weight.dtype == dtype:
         return linear
     cast = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
@@ -462,7 +470,7 @@ def _flatten(output: ForwardOutput, logits: Tensor) -> tuple[Tensor, ...]:
 
 
 def _keep_input(captured: dict[int, Tensor], layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """A hook before a layer; not a closure, whose signature the tests' shape checks would compile at each forward."""
+    """A hook before a layer. Not a closure: the tests' shape checks would compile its signature at each forward."""
     captured[layer] = args[0][0]
 
 
@@ -486,23 +494,23 @@ def _check_takes_rows(model: PreTrainedModel) -> None:
 
 @functools.cache
 def _warn_of(obstacle: str) -> None:
-    """Once for each reason."""
-    if obstacle != NO_KERNELS:  # of which a warning has been given
+    """Warn once for each reason."""
+    if obstacle != NO_KERNELS:  # for this one, a warning has been given already
         warnings.warn(f"decoding goes through transformers' modules, which takes longer: {obstacle}", stacklevel=2)
 
 
 def find_graph_obstacle(dtype: torch.dtype) -> str | None:
-    """Why a GPU must launch each forward anew; None where it need not."""
+    """Why forwards cannot be recorded and replayed on a GPU; None where they can."""
     return gpu.find_obstacle() or (None if dtype in gpu.DTYPES else f"there are no GPU kernels for {dtype}")
 
 
 def find_windows(model: PreTrainedModel) -> tuple[int | None, ...]:
-    """Of each layer of a supported model, how many tokens a token sees, itself among them; None: all before it."""
+    """For each layer of a supported model, how many tokens a token sees, itself included; None: all before it."""
     return tuple(_find_window(layer, model.config) for layer in model.model.layers)
 
 
 def _find_window(layer: Any, config: Any) -> int | None:
-    """Where an attention module says nothing of its window, the config does for all."""
+    """The layer's window, taken from the config where its attention module names none."""
     found = getattr(layer.self_attn, "sliding_window", getattr(config, "sliding_window", None))
     if config.model_type in _WITHOUT_WINDOWS or not found or found >= config.max_position_embeddings:
         return None
@@ -515,11 +523,11 @@ def base_model_of(model: Any) -> Any:
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Refuse by name what the engine would run wrongly.
+    """Refuse models that the engine would run wrongly.
 
     Raises:
-        ValueError: unknown family or kind of attention, RoPE that depends on the batch, or no output head for all
-            tokens.
+        ValueError: the family or a kind of attention is not supported, RoPE depends on the batch, or the output head is
+            missing or has not one row for each token; names what was found.
     """
     config = model.config
     family = config.model_type
@@ -541,7 +549,7 @@ def check_supported(model: PreTrainedModel) -> None:
         )
     head, num_tokens = model.get_output_embeddings(), len(model.get_input_embeddings().weight)
     if head is None:
-        raise ValueError(f"{type(model).__name__} has no output head and can say nothing; load a causal LM")
+        raise ValueError(f"{type(model).__name__} has no output head, so it cannot generate; load a causal LM")
     if (num_outputs := getattr(head, "out_features", num_tokens)) != num_tokens:
         raise ValueError(
             f"the output head has {num_outputs} tokens and the embedding {num_tokens}, which is not supported: use "
