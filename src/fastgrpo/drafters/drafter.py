@@ -1,4 +1,4 @@
-"""What every drafter is asked."""
+"""The interface of drafters, and what they are given at each step."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fastgrpo.types import Sequence, SpeculationPlan
 
 @dataclass(frozen=True, kw_only=True)
 class DraftContext:
-    """The running sequences at the start of a step, in slot order; as tensors where they are asked for."""
+    """The running sequences at the start of a step, in slot order; tensors are built when first asked for."""
 
     sequences: list[Sequence]
     cache: SlotCache  # read only: features of every cached token, if the drafter wants them
     device: torch.device  # of the tensors
-    rows: SamplingRows = field(default_factory=SamplingRows)  # that `sampling` is built by
+    rows: SamplingRows = field(default_factory=SamplingRows)  # builds `sampling`
 
     @functools.cached_property
     def sampling(self) -> SamplingBatch:
@@ -40,7 +40,7 @@ class DraftContext:
 
     @functools.cached_property
     def columns(self) -> np.ndarray:
-        """What a recorded step reads `sampling` from, on the host."""
+        """The numbers of `sampling` on the host, [columns, B]: a recorded step is fed with them."""
         return list_columns(self.sequences)
 
     @functools.cached_property
@@ -49,16 +49,17 @@ class DraftContext:
 
 
 class Drafter(Protocol):
-    """Proposes draft trees. Any proposal is exact; a good one is accepted.
+    """Proposes draft trees. Whatever is proposed, the tokens emitted stay exact; a good proposal gets more accepted.
 
-    `name` is what users type and logs show; `wants_features` asks the engine to keep target features.
-    `position_bytes` is what a position takes in the rows that the drafter itself keeps of running sequences, 0 without
-    any; a row holds no more than the sequence's cached tokens, its pending one and, while `propose` runs,
+    `name` is what users type and logs show. `wants_features` asks the engine to keep target features. `position_bytes`
+    is the memory that one position takes in the drafter's own rows of running sequences, 0 if it keeps none. A row
+    holds no more than the sequence's cached tokens, its pending one and, while `propose` runs,
     `plan.width * plan.depth` nodes, in blocks of `fastgrpo.blocks.BLOCK_SIZE`.
-    Two methods are optional: `judge(draft, verdict)` hears what the target chose of the draft proposed last, and
-    `end()` that no sequence runs any more, so that memory for them goes back. Two attributes too, for the profiler:
-    `can_be_timed` True says that `propose` may be called for sequences that are made up, after which `begin` forgets
-    them; of a drafter with `members`, the first is timed in its place.
+
+    Optional methods: `judge(draft, verdict)` is told what the target chose of the last draft, and `end()` that no
+    sequence runs any more, so that their memory can be given back. Optional attributes, for the profiler:
+    `can_be_timed`, True if `propose` may be called with made-up sequences, which `begin` then forgets; and `members`,
+    the first of which is timed in the drafter's place.
     """
 
     name: str
@@ -72,9 +73,9 @@ class Drafter(Protocol):
         ...
 
     def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
-        """At most `plan.tree_size` nodes a row and `plan.depth` levels; rows may get fewer.
+        """Draft a tree of at most `plan.tree_size` nodes, root not counted, and `plan.depth` levels for each sequence.
 
-        Called only with a plan that is not plain; steps may pass between two calls.
+        Called only with a plan that is not plain, and not at every step.
         """
         ...
 
@@ -87,7 +88,7 @@ class Drafter(Protocol):
         ...
 
     def release(self, slot: int, last_slot: int) -> None:
-        """The sequence of `slot` is finished; the one of `last_slot` moves there."""
+        """The sequence in `slot` runs no more, finished or preempted; the one in `last_slot` moves there."""
         ...
 
 
@@ -95,22 +96,22 @@ class Drafter(Protocol):
 class TrainableDrafter(Drafter, Protocol):
     """A drafter with a head that learns from finished rollouts; see `fastgrpo.objective`."""
 
-    was_trained: bool  # the head did not begin from nothing
+    was_trained: bool  # the head was loaded, not started from the target's weights
 
     @property
     def target(self) -> TargetModel: ...
 
     @property
     def head(self) -> nn.Module:
-        """float32; its `lm_head` holds rows of the target's own and is not trained."""
+        """What is trained, float32; its `lm_head` holds rows of the target's output head and is not trained."""
         ...
 
     def refresh(self) -> None:
-        """Take the trained weights into the copy that drafts; output rows come from the target as it is now."""
+        """Copy the trained weights into the head that drafts; output rows come from the target as it is now."""
         ...
 
     def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
-        """Learn to draft from the most counted tokens; drafts do after the next `refresh`."""
+        """Make the most counted tokens the vocabulary of the trained head; drafts use it after the next `refresh`."""
         ...
 
     def save(self, folder: Path) -> None: ...
@@ -126,12 +127,12 @@ class TrainableDrafter(Drafter, Protocol):
 
 @runtime_checkable
 class StatefulDrafter(Drafter, Protocol):
-    """A drafter that remembers earlier rollouts and goes on with them after a restart."""
+    """A drafter that remembers earlier rollouts, and can save what it remembers."""
 
     def save(self, folder: Path) -> None: ...
 
     def restore(self, folder: Path) -> None:
-        """Take what `save` wrote in the place of what is remembered.
+        """Replace what is remembered with what `save` wrote.
 
         Raises:
             ValueError: a file is missing or damaged; names it.
