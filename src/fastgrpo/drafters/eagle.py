@@ -1,8 +1,8 @@
 """An EAGLE-3-shaped head (arXiv:2503.01840) that drafts trees ranked with the target's own noise.
 
-Pair i is (target feature of token i, embedding of token i + 1); the head's output there predicts token
-i + 2. Pairs with true features are read lazily, when a draft is asked for; the nodes of a tree use the
-head's own outputs as features.
+Pair i is (target feature of token i, embedding of token i + 1); the head's output for it predicts token
+i + 2. Pairs with the target's features are read lazily, when a draft is asked for; the nodes of a tree
+use the head's own outputs as features.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan
 
-_POINTING = ("_layer", "_compiled", "_replays")
-_MOST_KEPT = 2**16  # bytes of a mask; larger ones are not worth their memory
+_POINTING = ("_layer", "_compiled", "_replays")  # attributes that hold addresses of the fast copy's weights
+_MOST_KEPT = 2**16  # bytes of a mask that is kept for later steps; larger ones are not worth their memory
 
 
 class EagleDrafter(HeadDrafter[EagleHead]):
@@ -66,7 +66,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         self._compiled = None if self._layer is None else compile_head(self.fast_head, self._layer)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what points to where the fast copy's weights lie: a copy of the drafter makes its own."""
+        """All but what holds addresses of the fast copy's weights: a copy of the drafter builds its own."""
         return {name: value for name, value in vars(self).items() if name not in _POINTING}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it drafts in."""
+        """The type that drafts are computed in."""
         return self._rows.cache.keys.data.dtype
 
     def draft(self, inputs: HeadInputs, plan: SpeculationPlan) -> Draft:
@@ -84,7 +84,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         return grow_trees(inputs, plan, _EagleLevels(self, inputs, self._read_pairs(inputs)), self.calibration)
 
     def _draft_at_once(self, head: CompiledHead, inputs: HeadInputs, plan: SpeculationPlan) -> Draft:
-        """What `grow_trees` comes to, bit for bit, in one call."""
+        """The draft that `grow_trees` would grow, bit for bit, in one call of a compiled kernel."""
         assert self._cache is not None and self._cache.features is not None
         assert inputs.counts is not None and inputs.most_pairs is not None
         own, sampling, embeddings = self._rows.cache, inputs.sampling, self.target.embed_tokens.weight
@@ -117,7 +117,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         return build_draft(*head.draft(rows, shape, embeddings, self.head.draft_vocab))
 
     def _read_pairs(self, inputs: HeadInputs) -> Float[Tensor, "B H"]:
-        """Run the pairs whose true features are new; returns each row's last output."""
+        """Run the head over the pairs that have not been read; returns the output for each row's last pair."""
         (num_rows, width), device = inputs.unread.shape, inputs.unread.device
         counts = (width,) * num_rows if inputs.counts is None else inputs.counts
         is_kept = device.type == "cpu" and num_rows * width**2 <= _MOST_KEPT
@@ -137,7 +137,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         return self._run(batch, hidden)[batch.row_starts + (inputs.lengths - inputs.num_read) - 1]
 
     def catch_up(self, context: DraftContext) -> None:
-        """Keys and values of all new pairs but each row's last, whose output alone is drafted from."""
+        """Store keys and values of all unread pairs but each row's last: only that one's output is drafted from."""
         tokens: list[int] = []
         rows: list[int] = []
         positions: list[int] = []
@@ -162,18 +162,18 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         self._rows.write(0, places, key, value)
 
     def _read_features(self, places: Int[Tensor, " T"]) -> Float[Tensor, "T H"]:
-        """The head's hidden state for the target's features at these places."""
+        """The head's input for the target's features at these places of the target's cache."""
         hidden: Tensor = self.fast_head.fc(self._take_features(places))
         return hidden
 
     def expand(
         self, batch: ForwardBatch, hidden: Float[Tensor, "B A H"], above: Int[Tensor, "B W"]
     ) -> Float[Tensor, "T H"]:
-        """Outputs of nodes, W in each row, keys and values written behind it.
+        """Outputs of a level's nodes, W in each row; their keys and values are written behind the row.
 
         Args:
-            hidden: outputs of the nodes expanded before.
-            above: which of its row's each node has.
+            hidden: outputs of the A nodes of each row that were expanded before.
+            above: index among those of each node's parent.
         """
         num_rows, num_above = hidden.shape[:2]
         places = (torch.arange(num_rows, device=above.device) * num_above)[:, None] + above
@@ -197,18 +197,18 @@ class EagleDrafter(HeadDrafter[EagleHead]):
 
 
 def _build_triangles(num_rows: int, width: int, device: torch.device) -> Bool[Tensor, "B N N"]:
-    """What pairs see of their row: those before, and themselves."""
+    """Causal masks: each new pair of a row sees itself and those before it."""
     return torch.ones(num_rows, width, width, dtype=torch.bool, device=device).tril()
 
 
 @functools.lru_cache(maxsize=256)
 def _see_before(num_rows: int, width: int) -> Bool[Tensor, "B N N"]:
-    """`_build_triangles` on the host; not for recordings, whose memory is their own."""
+    """`_build_triangles` on the host, kept for later steps; not for recordings, which need memory of their own."""
     return _build_triangles(num_rows, width, torch.device("cpu"))
 
 
 class _EagleLevels:
-    """Nodes of a draft run through the head, on its own outputs."""
+    """Runs the levels of a draft through the head, with its own outputs as features; see `grow_trees`."""
 
     def __init__(self, drafter: EagleDrafter, inputs: HeadInputs, output: Float[Tensor, "B H"]) -> None:
         self.drafter, self.inputs = drafter, inputs

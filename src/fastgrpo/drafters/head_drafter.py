@@ -30,17 +30,17 @@ from fastgrpo.verify import Verdict
 
 Head = TypeVar("Head", bound=DraftHead)
 
-_PARTS = ("token_ids", "parents", "num_nodes", "log_chances", "scores")  # of a draft, recorded
-_MANY_TOKENS = 8  # new ones a row, from which on all but the last are read apart
-_PRICED_TOKENS = 512  # new ones in all, fewer of which take a device less time than launching what reads them
+_PARTS = ("token_ids", "parents", "num_nodes", "log_chances", "scores")  # fields of a draft that a recording returns
+_MANY_TOKENS = 8  # unread tokens a row on average; with more, all but each row's last are read by `catch_up`
+_PRICED_TOKENS = 512  # unread tokens in all; with fewer, a device spends more time on launches than on reading them
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Recorded:
-    """What a recorded draft is fed with."""
+    """The buffers that a recorded draft is fed with."""
 
     shape: TableShape
-    table: Int[Tensor, "R C"]
+    table: Int[Tensor, "R C"]  # laid out as `TableShape` says
 
 
 class HeadDrafter(ABC, Generic[Head]):
@@ -48,25 +48,25 @@ class HeadDrafter(ABC, Generic[Head]):
 
     Args:
         target: the model to draft for; its embedding, RoPE and output rows are used.
-        head: trained weights; None starts from the target's own, and `was_trained` is False.
-        draft_vocab_size: rows of a new head's reduced output head; None takes what the device is good for.
+        head: trained weights; None builds a head from the target's own weights, and `was_trained` is False.
+        draft_vocab_size: output rows of a new head; None takes as many as suit the device.
 
     Attributes:
-        head: float32, what is trained.
+        head: the head that is trained, float32.
         fast_head: a copy of it in the target's type, which drafts.
-        calibration: what its chances have been worth so far.
+        calibration: how often drafts came true, by the chance that the head gave them.
         acceptance: the chance that the target chooses the child of a sibling rank, by depth and rank, as measured when
-            the head was trained (see `objective.measure_head`); None where nobody has.
+            the head was trained (see `objective.measure_head`); None if it was not.
         ranks_with_noise: False drafts the likeliest tokens whatever the noise, as the paper does; for comparison.
     """
 
     name: str
     wants_features = True
     can_be_timed = True
+    num_prompt_tokens: int  # last tokens of each prompt that the head reads, as many as in training
     _cache: SlotCache | None = None  # the target's, whose features were read last
-    _replays: Replays[_Recorded] | None = None  # of drafts with the weights as they are
-    _num_caught_up = 0  # tokens read before the last draft, by what is not recorded
-    num_prompt_tokens: int  # read of each prompt, as many as in training
+    _replays: Replays[_Recorded] | None = None  # recorded drafts, with the weights as they are now
+    _num_caught_up = 0  # tokens that `catch_up`, which is not recorded, read before the last draft
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class HeadDrafter(ABC, Generic[Head]):
         self._rows = HeadRows(target, self.head.num_layers, self.num_prompt_tokens)
         self.refresh()
 
-    # -- a kind of head ------------------------------------------------------------------------------
+    # -- what a kind of head implements --------------------------------------------------------------
 
     @staticmethod
     @abstractmethod
@@ -109,37 +109,37 @@ class HeadDrafter(ABC, Generic[Head]):
         """Write the trained head.
 
         Args:
-            compact: bfloat16, and without the output rows, which the target has itself.
-            counts: how often each token was said; a compact head keeps those of its vocabulary.
+            compact: write bfloat16, and no output rows: the target has them.
+            counts: how often rollouts had each token; a compact head keeps the counts of its vocabulary.
         """
 
     @abstractmethod
     def catch_up(self, context: DraftContext) -> None:
-        """Read what the rows have not read yet but the last token of each."""
+        """Store keys and values of each row's unread tokens but the last."""
 
     @abstractmethod
     def draft(self, inputs: HeadInputs, plan: SpeculationPlan) -> Draft:
-        """Read what is left, and draft behind it. On a device it launches work alone: it may be recorded."""
+        """Read the tokens that are still unread, then draft. On a GPU it must only launch work: it may be recorded."""
 
     # -- learning ------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Take the trained weights into the copy that drafts; output rows come from the target as it is now."""
+        """Copy the trained weights into the head that drafts; output rows come from the target as it is now."""
         self.head.take_output_rows(self.target)
         self.fast_head: Head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
         self.prepare()
 
     def prepare(self) -> None:
-        """Make `fast_head` fast: it does not change until the next `refresh`."""
+        """Pack the weights of `fast_head` for speed; they do not change until the next `refresh`."""
         pack_modules(self.fast_head)
 
     def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
-        """Draft from the most counted tokens, after the next `refresh`."""
+        """Make the most counted tokens the head's vocabulary; drafts use it after the next `refresh`."""
         self.head.select_vocabulary(counts)
         self.head.take_output_rows(self.target)
 
     def save(self, folder: Path) -> None:
-        """Write the trained head, and beside it what its chances are worth and what is known of its acceptance."""
+        """Write the trained head, and beside it its calibration and measured acceptance."""
         self.save_head(folder)
         self.calibration.save(folder)
         if self.acceptance is not None:
@@ -154,14 +154,14 @@ class HeadDrafter(ABC, Generic[Head]):
         head = self.load_head(folder, self.target)
         self.check_like(head, folder)
         self.head.resize_vocabulary(head.draft_vocab_size)
-        self.head.to(self.target.device)  # the new rows came on the CPU
+        self.head.to(self.target.device)  # new rows are made on the CPU
         self.head.lm_head.to(head.lm_head.weight.dtype)
         self.head.load_state_dict(head.state_dict())
         self.calibration.restore(folder)
         self.refresh()
 
     def check_like(self, head: Head, folder: Path) -> None:
-        """Refuse a head of another shape than this drafter's."""
+        """Raise a ValueError for a head whose shape differs from this drafter's; here none does."""
 
     @classmethod
     def load(cls, folder: Path, target: TargetModel) -> Self:
@@ -193,7 +193,7 @@ class HeadDrafter(ABC, Generic[Head]):
 
     @property
     def was_replayed(self) -> bool:
-        """Whether the last draft took no longer than the next one like it will, but for what it had to read first."""
+        """Whether the next draft like the last one will take as long, what had to be read first set aside."""
         if self._replays is None:
             return True
         return self._replays.was_replayed and not 0 < self._num_caught_up < _PRICED_TOKENS
@@ -223,9 +223,9 @@ class HeadDrafter(ABC, Generic[Head]):
         return draft
 
     def _grow(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
-        """Read what the rows have not read yet, and draft behind it; there is room for both."""
+        """Read what the rows have not read yet, and draft behind it; room for both has been reserved."""
         own, replays = self._rows.cache, self._find_replays(context.cache)
-        lengths = context.cache.lengths  # an attempt that failed behind its draft has read all: the last are read again
+        lengths = context.cache.lengths  # if a failed attempt has read them all, the last token of each is read again
         num_read = [min(read, length - 1) for read, length in zip(self._rows.num_read, lengths, strict=True)]
         most = max(length - read for length, read in zip(lengths, num_read, strict=True))
         num_unread = sum(lengths) - sum(num_read)
@@ -249,7 +249,7 @@ class HeadDrafter(ABC, Generic[Head]):
         return self.draft(HeadInputs.gather(context, num_read, self._rows), plan)
 
     def _find_replays(self, cache: SlotCache) -> Replays[_Recorded] | None:
-        """Of drafts from the features of this cache; None where nothing is recorded."""
+        """Recordings of drafts from the features of this cache; None where nothing is recorded."""
         if cache is not self._cache:
             self._replays, self._cache = None, cache
         if self._replays is None and (recorder := self.target.open_recorder()) is not None:
@@ -265,12 +265,12 @@ class HeadDrafter(ABC, Generic[Head]):
         return [store.data for store in (*self._rows.cache.stores, *self._cache.stores)]
 
     def _take_features(self, places: Int[Tensor, " T"]) -> Float[Tensor, "T F"]:
-        """The target's features at these places of its cache, as many of their numbers as a head reads."""
+        """The target's features at these places of its cache, without the last hidden state, which no head reads."""
         assert self._cache is not None and self._cache.features is not None
         return self._cache.features.flat(0)[places, : 3 * self.target.hidden_size].to(self.target.dtype)
 
     def rank(
         self, logits: Float[Tensor, "B W C"], noise_rows: SamplingBatch, width: int
     ) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
-        """The `width` most promising tokens by logits over the draft vocabulary: log chance of being chosen, id."""
+        """The `width` most promising tokens by logits over the draft vocabulary: (log chance of being chosen, id)."""
         return rank_candidates(logits, self.head.draft_vocab, noise_rows, width, with_noise=self.ranks_with_noise)
