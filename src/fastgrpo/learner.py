@@ -1,10 +1,10 @@
 """Online draft learning: the head learns from what the target already computed in its rollouts.
 
-No target forward: features and final hidden states were kept when tokens were verified. The head is
-unrolled on its own outputs as it is when it drafts (training-time test of EAGLE-3, arXiv:2503.01840)
-and follows the target's distribution at the rollout's temperature, in the sense of one of the losses of
-`fastgrpo.draft_loss`. All completions teach, zero-variance groups included. How a kind of head learns
-from a rollout is its objective's.
+No target forward is needed: features and final hidden states were kept when tokens were verified. The
+head is unrolled on its own outputs, as when it drafts (training-time test of EAGLE-3, arXiv:2503.01840),
+and learns the target's distribution at the rollout's temperature by one of the losses in
+`fastgrpo.draft_loss`. All completions teach, zero-variance groups included. How each kind of head learns
+from a rollout is said in `fastgrpo.objective`.
 """
 
 from __future__ import annotations
@@ -32,34 +32,35 @@ from fastgrpo.objective import build_objective
 _BATCH_PAIRS = 256  # pairs of one optimiser step
 _WARMUP_UPDATES, _YOUNG_UPDATES = 20, 300
 _NEW_RATE, _TRAINED_RATE = 2e-3, 3e-4
-_MOST_NEW_BYTES = 2 * 2**30  # of rollouts that nobody has learnt from yet; of a device, where it is scarce
-_NUM_REPLAYS = 3  # passes over everything kept, behind the one over what is new
+_MOST_NEW_BYTES = 2 * 2**30  # limit for rollouts that are still to be learnt from; they lie in the device's memory
+_NUM_REPLAYS = 3  # passes over new and kept rollouts, after the first, which is over the new ones alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnReport:
     """What one call of `Learner.learn` did."""
 
-    loss: float  # the learner's loss at the first unroll step, mean over tokens
+    loss: float  # mean loss over tokens at the first unroll step; NaN without an update
     num_tokens: int  # completion tokens learnt from, repetitions counted
     num_updates: int
-    num_skipped: int  # batches with a non-finite loss or gradient, and rollouts with such features
+    num_skipped: int  # batches with a non-finite loss or gradient, and rollouts with non-finite features
     learn_s: float
-    free_s: float  # of these, what the run is none the longer for
-    held_out_loss: float  # of the head as it came, on new rollouts before they were learnt from; all unroll steps
+    free_s: float  # the part of `learn_s` that did not lengthen the run
+    held_out_loss: float  # of the head before it learnt, on the new rollouts, over all unroll steps; NaN without any
     effort: float  # share of the budget that was allowed, in (0, 1]
-    is_rolled_back: bool  # the head had got worse than the best so far, which took its place
+    is_rolled_back: bool  # the head had become worse than the best one so far, which has replaced it
 
 
 class Lesson:
     """One bout of learning, a piece at a time: the head is judged on rollouts it has not learnt from, then taught.
 
-    The new rollouts once, then up to three more passes over everything kept. Pieces may run beside decoding, in another
-    thread: they touch nothing that drafts before `Learner.finish`.
+    It is taught the new rollouts once, then up to three times these and all that were kept. Pieces may run beside
+    decoding, in another thread: what drafts changes with `Learner.finish` alone.
 
     Attributes:
-        learn_s, updates_s: seconds of all pieces, and of each that taught.
-        free_s: what of `learn_s` cost nothing; whoever calls knows.
+        learn_s: seconds of all pieces.
+        updates_s: seconds of each update tried.
+        free_s: the part of `learn_s` that did not lengthen the run; set by the caller, who knows.
         effort: see `LearnReport`.
     """
 
@@ -76,7 +77,7 @@ class Lesson:
 
     @property
     def num_updates(self) -> int:
-        """Updates made; a batch that could not be learnt from is none."""
+        """Updates made; batches that were skipped do not count."""
         return len(self._losses)
 
     @property
@@ -106,6 +107,7 @@ class Lesson:
         )
 
     def _list_pieces(self, learner: Learner, replay: list[FinishedRollout]) -> Iterator[bool]:
+        """The pieces: each does its work when it is asked for, and yields True."""
         loss, judgement = learner.judge(self.rollouts)
         self.effort, self._judged = judgement.effort, (loss, judgement.outcome is Outcome.ROLL_BACK)
         yield True
@@ -129,9 +131,12 @@ class Learner:
         drafter: its head is trained in float32; the drafting copy is refreshed afterwards.
         learning_rate: of AdamW, constant after a short warm-up; None takes 2e-3 for a new head and 3e-4 for
             one that was trained before, which a larger rate makes worse.
-        loss: what the head is trained for, see `DraftLoss`.
-        max_replay_bytes: rollouts kept for replay; the oldest go first.
-        seed: of the replay's own generator; the run's generators are never touched.
+        loss: name of the loss, see `fastgrpo.draft_loss`.
+        max_replay_bytes: limit for rollouts kept for replay; the oldest are dropped first.
+        seed: of the learner's own generator; the run's generators are never touched.
+
+    Raises:
+        ValueError: the learning rate is not a positive number, or the loss is unknown.
     """
 
     def __init__(
@@ -153,16 +158,16 @@ class Learner:
         self.max_replay_bytes = max_replay_bytes
         self.control = LearningControl()
         self.num_updates = 0
-        self.update_s: float | None = None  # what an update takes while nothing else is done
-        self._is_prepared = False  # kernels are, by a first lesson that took longer
+        self.update_s: float | None = None  # seconds of an update that runs alone; None until measured
+        self._is_prepared = False  # a first lesson, slower than others, has been given: times may be measured
         self.rate_scale = 1.0  # halved by each roll-back
-        self._warm_from = 0  # update that the optimiser was last started at
-        self._num_dropped = 0
+        self._warm_from = 0  # `num_updates` when the optimiser was last started: the warm-up counts from there
+        self._num_dropped = 0  # rollouts with non-finite features, since the last report
         self._reference: list[Tensor] | None = None  # weights of the best head so far
         self._new: deque[FinishedRollout] = deque()
         self._replay: deque[FinishedRollout] = deque()
         self._token_counts = torch.zeros(drafter.target.vocab_size, dtype=torch.int64)
-        self._has_counted = False  # since the vocabulary was chosen
+        self._has_counted = False  # whether tokens were counted since the vocabulary was last chosen
         self._generator = torch.Generator().manual_seed(seed)
         half = drafter.target.dtype in (torch.bfloat16, torch.float16)
         self._working = copy.deepcopy(drafter.head).to(torch.bfloat16 if half else torch.float32)
@@ -177,13 +182,13 @@ class Learner:
 
     @property
     def is_young(self) -> bool:
-        """The head began from nothing and has hardly learnt yet: what it costs now, it saves later."""
+        """Whether the head began untrained and has hardly learnt yet: the time it takes now is saved later."""
         return not self.drafter.was_trained and self.num_updates < _YOUNG_UPDATES
 
     def add(self, rollout: FinishedRollout) -> None:
-        """Take a finished rollout; an engine's `on_finish` listener. Features that overflowed teach nothing.
+        """Take a finished rollout; a listener for `Engine.on_finish`. Rollouts with non-finite features are dropped.
 
-        Where more wait to be learnt from than memory is set aside for, the oldest of them go.
+        Where the rollouts that wait to be learnt from exceed their memory limit, the oldest are dropped.
         """
         if rollout.features is None or len(rollout.features) < 2:
             return
@@ -209,9 +214,9 @@ class Learner:
 
         Args:
             budget_s: seconds that updates may take; where learning does not help, only a part of them is used.
-            max_updates: updates at most, of which a part as well; None leaves it to the time.
-            is_free: whether the machine would wait now, so that an update takes nothing of the budget.
-            lesson: that has begun already, to go on with.
+            max_updates: limit on updates, reduced in the same way; None leaves it to the time.
+            is_free: whether the machine would be idle now: what is then learnt is not charged to the budget.
+            lesson: one that `begin` returned, pieces of which may be done already; None begins one.
         """
         started = time.perf_counter()
         self.choose_vocabulary()
@@ -235,13 +240,13 @@ class Learner:
         return self.finish(lesson)
 
     def begin(self) -> Lesson:
-        """A lesson of the rollouts that are new now; `finish` ends it."""
+        """Begin a lesson on the rollouts that are new now; `finish` ends it."""
         rollouts = list(self._new)
         self._new.clear()
         return Lesson(self, rollouts, list(self._replay))
 
     def finish(self, lesson: Lesson) -> LearnReport:
-        """Keep the lesson's rollouts for replay; from now on drafts come from what it has learnt."""
+        """Keep the lesson's rollouts for replay, and let the drafter use what the head has learnt."""
         started = time.perf_counter()
         self._replay.extend(lesson.rollouts)
         self.keep()
@@ -252,23 +257,27 @@ class Learner:
         return lesson.build_report()
 
     def put_back(self, lesson: Lesson) -> None:
-        """The lesson ends with nothing taught: its rollouts are new ones again."""
+        """Give up a lesson: its rollouts count as new again."""
         self._new.extendleft(reversed(lesson.rollouts))
 
     def choose_vocabulary(self) -> None:
-        """Draft from what rollouts say most, from the next `finish` on."""
+        """Make the most frequent tokens of rollouts the draft vocabulary, from the next `finish` on."""
         if self._has_counted:
             self._has_counted = False
             self.drafter.select_vocabulary(self._token_counts.to(self.drafter.target.device))
 
     def keep(self) -> None:
-        """Keep rollouts for later calls of `learn`, the newest ones; nothing is learnt now."""
+        """Drop the oldest rollouts, learnt from or not, until the others are within `max_replay_bytes`."""
         _drop_oldest((self._replay, self._new), self.max_replay_bytes)
 
     @float32_products()
     @torch.no_grad()
     def judge(self, rollouts: list[FinishedRollout]) -> tuple[float, Judgement]:
-        """The head's loss on rollouts that it has not learnt from, and what follows from it."""
+        """The head's loss on rollouts that it has not learnt from, and what was done about it: see `LearningControl`.
+
+        The head is kept, or becomes the reference, or is replaced by the reference, with a new optimiser and half the
+        learning rate.
+        """
         if not rollouts:
             return math.nan, Judgement(Outcome.KEEP, self.control.effort)
         stride = max(1, sum(self.objective.count_rows(rollout) for rollout in rollouts) // _BATCH_PAIRS)
@@ -288,7 +297,7 @@ class Learner:
         return loss, judgement
 
     def _evaluate(self, weights: list[Tensor], batch: Any) -> float:
-        """Loss of a head with these weights, its steps weighed as in training."""
+        """Loss of a head with these weights, with its unroll steps weighted as in training."""
         losses = self.objective.compute_losses(self._fill_working(weights), batch)
         return float(self.objective.weigh(losses))
 
@@ -299,7 +308,7 @@ class Learner:
         return self._working
 
     def shuffle(self, rollouts: list[FinishedRollout]) -> list[list[FinishedRollout]]:
-        """Batches of these rollouts in a new order."""
+        """These rollouts in random order, in batches of about `_BATCH_PAIRS` pairs."""
         order = torch.randperm(len(rollouts), generator=self._generator).tolist()
         return self._pack([rollouts[i] for i in order])
 
@@ -336,7 +345,7 @@ class Learner:
         return float(losses[0].detach()), self.objective.count_taught(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, generator, counters, reference and replay; the head is saved by its drafter."""
+        """Optimiser, generator, counters, reference weights and rollouts; the head itself is saved by its drafter."""
         return {
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
@@ -362,7 +371,7 @@ class Learner:
 
 
 def _drop_oldest(queues: Sequence[deque[FinishedRollout]], most_bytes: int) -> None:
-    """Until all of them together take no more."""
+    """Drop rollouts, the first queue's before the next one's, until all queues together are within `most_bytes`."""
     num_bytes = sum(_num_bytes(rollout) for queue in queues for rollout in queue)
     for queue in queues:
         while queue and num_bytes > most_bytes:
@@ -375,6 +384,7 @@ def _num_bytes(rollout: FinishedRollout) -> int:
 
 
 def _trained(head: nn.Module) -> list[Tensor]:
+    """The parameters that are trained, always in the same order."""
     return [parameter for parameter in head.parameters() if parameter.requires_grad]
 
 
