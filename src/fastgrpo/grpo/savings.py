@@ -1,4 +1,4 @@
-"""What the update leaves out because the rollout, or an earlier pass, has said it: from the engine to TRL's loss."""
+"""Work that the update leaves out because the rollout, or an earlier pass, has done it already."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 class Savings:
-    """One trainer's. A training generation goes through `begin`, `hear` and `line_up` to `attach`; an update plans each
-    micro-batch, TRL's loss scores what the plan says (`take_batch`), and `finish` keeps and measures the scores.
+    """What one trainer's updates leave out: rows without advantage, repeated prompts, passes for old log-probs.
 
-    What cannot be left out, and why, goes to the log once.
+    A training generation calls `begin`, `hear` for each call of the engine, `line_up` and `attach`. An update calls
+    `plan` for each micro-batch; TRL's loss then scores what the plan says (`take_batch`), and `finish` keeps and
+    measures the scores. What cannot be left out, and why, is logged once.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -43,11 +44,11 @@ class Savings:
         self.old_logps_from, reason = choose_old_logps(trainer)
         self._turns: list[Turn] = []
         self._facts: RolloutFacts | None = None  # of the generation under way
-        self._facts_for_old: RolloutFacts | None = None  # while TRL's next question is for the old log-probs
-        self._batch: MicroBatch | None = None
+        self._facts_for_old: RolloutFacts | None = None  # set while the next scores TRL asks for are the old log-probs
+        self._batch: MicroBatch | None = None  # planned, and not scored yet
         self._reward_names = trainer.reward_func_names
         self._sum = trainer.accelerator.reduce if trainer.accelerator.num_processes > 1 else None
-        self._has_work = True  # some process has, in the first pass over the generation
+        self._has_work = True  # whether some process has rows to compute in the first pass over the generation
         if own is not None:
             logger.warning("the update computes every row as TRL does: %s is not ours and may read them all", own)
         elif args.skip_zero_advantages and obstacle is not None:
@@ -58,16 +59,17 @@ class Savings:
     # -- generation ----------------------------------------------------------------------------------
 
     def begin(self) -> None:
+        """A generation starts."""
         self._turns, self._facts, self._facts_for_old, self._batch = [], None, None, None
 
     def hear(self, prompt_ids: list[list[int]], completions: list[Completion]) -> None:
-        """One call of the engine."""
+        """Take in what one call of the engine generated."""
         self._turns.append(Turn(prompt_ids=prompt_ids, completions=completions))
 
     def line_up(
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], tool_mask: list[list[int]] | None
     ) -> None:
-        """The rows that TRL will train on."""
+        """Match what the engine generated with the rows that TRL will train on, prompt and completion apart."""
         self._facts = RolloutFacts.build(self._turns, prompt_ids, completion_ids, tool_mask)
         self._facts_for_old = self._facts if self.old_logps_from in ("update", "rollout") else None
 
@@ -77,10 +79,12 @@ class Savings:
         completion_ids: Int[Tensor, "B C"],
         attention_mask: Int[Tensor, "B L"],
     ) -> Float[Tensor, "B C"] | None:
-        """The old log-probs if TRL asks for them now: the rollout's, or NaN that the first pass will fill in.
+        """The old log-probs, if those are what TRL asks for now; else None.
+
+        They are the rollout's, or NaN where the update's first pass is to fill them in.
 
         Args:
-            score: computes the log-probs of the rows it is given, for those that the rollout does not know whole.
+            score: computes the log-probs of given rows; asked for rows of which the rollout does not know every token.
         """
         facts, self._facts_for_old = self._facts_for_old, None
         if facts is None:
@@ -93,7 +97,7 @@ class Savings:
         return logps
 
     def attach(self, output: dict[str, Any], step: int, *, is_training: bool) -> None:
-        """Put the facts beside TRL's batch; of several processes each calls it once they have met over the rewards."""
+        """Add the facts to TRL's batch, and end the generation; all processes call it together in training."""
         if is_training and self._sum is not None:
             self._has_work = bool(self._sum(self._count_work(output)) > 0)
         if self._facts is not None:
@@ -112,7 +116,8 @@ class Savings:
     # -- update --------------------------------------------------------------------------------------
 
     def plan(self, inputs: dict[str, Any], step: int) -> MicroBatch:
-        """
+        """Choose the rows of a micro-batch to compute; `take_batch` hands them out.
+
         Raises:
             FloatingPointError: advantages are not finite.
         """
@@ -128,42 +133,42 @@ class Savings:
         return self._batch
 
     def fill_old_logps(self, batches: Sequence[dict[str, Any]], model: nn.Module) -> None:
-        """Before the weights move: the old log-probs of micro-batches whose first pass is still to come.
+        """Compute the old log-probs of micro-batches whose first pass is still to come, before the weights change.
 
         Args:
-            batches: all of a generation.
+            batches: all micro-batches of a generation; changed in place.
         """
         for inputs in batches if self.old_logps_from == "update" else ():
             old_logps = inputs[OLD_LOGPS]
             if bool(old_logps.isnan().any()):
                 rows = find_rows_to_train(inputs) if self.skips_rows else find_counted(inputs).any(1)
-                old_logps.zero_()  # rows without a gradient make no use of them
+                old_logps.zero_()  # rows without a gradient do not use them
                 old_logps[rows] = score_rows(model, inputs, rows, shares_prompts=self.shares_prompts)
 
     def age(self, batches: Sequence[dict[str, Any]], model: nn.Module) -> None:
-        """What an earlier training has left of a generation is no longer fresh: its steps were counted anew.
+        """Mark a generation left over from an earlier `train` as no longer fresh, since steps are counted anew.
 
         Args:
-            batches: all of that generation; changed in place.
+            batches: all micro-batches of that generation; changed in place.
         """
         self.fill_old_logps(batches, model)
         for inputs in batches:
             inputs.pop(STEP, None)
 
     def expect(self, batch: MicroBatch) -> None:
-        """Of TRL's loss that comes next."""
+        """Hand out this micro-batch for the next call of TRL's loss."""
         self._batch = batch
 
     def take_batch(self, completion_ids: Int[Tensor, "B C"]) -> MicroBatch:
-        """What to score now: the planned micro-batch, once, or every row of what TRL asks outside its loss."""
+        """What to score now: the planned micro-batch, once; or every row, where TRL asks outside its loss."""
         batch, self._batch = self._batch or MicroBatch.of_all(completion_ids), None
         return batch
 
     def finish(self, batch: MicroBatch, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Keep the scores for later passes; what is logged of them.
+        """Keep the scores of a micro-batch for later passes; returns the metrics to log.
 
         Args:
-            gather: of all processes' values.
+            gather: collects a tensor's values from all processes, as `Accelerator.gather` does.
         """
         self._batch = None
         batch.keep_old_logps()

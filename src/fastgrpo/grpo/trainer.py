@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer with our engine in the place of its generation."""
+"""TRL's GRPO trainer, with completions from `fastgrpo.Engine`."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _STATE_FOLDER = "fastgrpo"  # inside a checkpoint
 class FastGRPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer` whose completions come from `fastgrpo.Engine`; takes the same arguments.
 
-    Rollouts speculate with the policy being trained, so they are on-policy and exact; the draft head
-    learns on what stands idle, else between rollout and update. Head, its optimiser and the planner are
-    saved with checkpoints.
+    Rollouts use the policy as it is being trained, so they are on-policy and exact. The draft head learns
+    while cores or a GPU are idle, otherwise between rollout and update. The head, its optimiser and the
+    planner are saved with checkpoints.
 
     Raises:
         TypeError: `args` is not a `FastGRPOConfig`.
@@ -84,7 +84,7 @@ class FastGRPOTrainer(GRPOTrainer):
         self._choose_savings()
         add_heads(self)
         attach_clock(self, self._clock)
-        self._rollout_places = {True: (-1, 0), False: (-1, 0)}  # in training, else: (global step, calls within it)
+        self._rollout_places = {True: (-1, 0), False: (-1, 0)}  # by whether in training: (global step, calls within it)
 
     def _choose_savings(self) -> None:
         self.savings = Savings(self)
@@ -101,7 +101,7 @@ class FastGRPOTrainer(GRPOTrainer):
 
     @property
     def timeline(self) -> Timeline | None:
-        """When the last training step did what; None before the first has ended."""
+        """What the last training step did when; None before the first has ended."""
         return self._clock.timeline
 
     def _log_in_training(self, key: str, value: float) -> None:
@@ -131,7 +131,7 @@ class FastGRPOTrainer(GRPOTrainer):
         self._clock.rollout_s += rollout_s
         self.learning.hear_rollout()
         self._log_rollout(rollout_s)
-        if not self.tools:  # after whose calls a process may decode again, as others may not
+        if not self.tools:  # after tool calls, some processes decode again and others do not
             self.learning.learn_while_others_decode()
         return [completion.token_ids for completion in completions], None
 
@@ -143,8 +143,8 @@ class FastGRPOTrainer(GRPOTrainer):
         return output
 
     def _build_params(self, count: int) -> list[SamplingParams]:
-        """Noise of its own for every completion of every process, call and step; the same after a resume, which does
-        not evaluate again what was evaluated before the checkpoint.
+        """Parameters with noise of its own for every completion of every process, call and step; a resumed run draws
+        the same noise, except that it does not repeat evaluations made before the checkpoint.
         """
         is_training: bool = self.model.training
         step, calls = self._rollout_places[is_training]
@@ -173,7 +173,7 @@ class FastGRPOTrainer(GRPOTrainer):
         self.learning.begin(is_training=self.model.training)
         with self.reward_stream.follow(inputs):
             output = super()._generate_and_score_completions(inputs)
-        if self.savings.has_own_loss:  # which may not ask ours
+        if self.savings.has_own_loss:  # it may never call `_compute_loss` of this class, which checks too
             check_advantages(output["advantages"], self.state.global_step, self.reward_func_names)
         self.savings.attach(output, self.state.global_step, is_training=self.model.training)
         others_s = self._clock.rollout_s + self._clock.learn_s - before
@@ -228,7 +228,7 @@ class FastGRPOTrainer(GRPOTrainer):
         for known in self.siblings.keep(batch):
             self.savings.expect(known)
             with torch.no_grad():
-                super()._compute_loss(model, known.inputs)  # for its log
+                super()._compute_loss(model, known.inputs)  # only for what it logs
         return loss
 
     def _get_per_token_logps_and_entropies(
@@ -252,7 +252,7 @@ class FastGRPOTrainer(GRPOTrainer):
 
         if (old := self.savings.answer_old_logps(score, completion_ids, attention_mask)) is not None:
             return old, None, None
-        # the router's loss is over all positions; a compiled model takes no hooks
+        # the router's loss needs all positions; a compiled model takes no hooks
         if compute_aux_loss or self.args.torch_compile:
             return super()._get_per_token_logps_and_entropies(
                 model,
@@ -278,7 +278,7 @@ class FastGRPOTrainer(GRPOTrainer):
             logprobs = logprobs.index_put((part,), scores[0])
             entropies = entropies.index_put((part,), scores[1])
         if torch.is_grad_enabled() and not logprobs.requires_grad:
-            logprobs.requires_grad_(True)  # nothing to learn here: a loss without a way to the weights
+            logprobs.requires_grad_(True)  # no row has a gradient: TRL's backward still needs a loss that takes one
         batch.logps, batch.entropies = logprobs.detach(), entropies.detach()
         return logprobs, entropies if compute_entropy else None, None
 
@@ -293,13 +293,13 @@ class FastGRPOTrainer(GRPOTrainer):
         summary = summarise_rollout(self.engine.records, rollout_s=rollout_s)
         for key, value in rollout_metrics(summary, capacity=capacity).items():
             self._metrics[mode][key].append(value)
-        for way, share in getattr(self.engine.drafter, "way_shares", {}).items():  # of a drafter of two
+        for way, share in getattr(self.engine.drafter, "way_shares", {}).items():  # only `AutoDrafter` has any
             self._metrics[mode][f"draft/share_{way}"].append(share)
 
     # -- checkpoints ---------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Ours first, then TRL's: older checkpoints are only removed once the new one is whole."""
+        """fastgrpo's state first, then TRL's: older checkpoints are only removed once the new one is whole."""
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         is_new = not folder.exists()
         try:
@@ -324,5 +324,5 @@ def _is_zero3(trainer: GRPOTrainer) -> bool:
 
 
 def _compute_dtype(args: GRPOConfig) -> torch.dtype | None:
-    """What TRL's own generation would autocast to."""
+    """The type that TRL's own generation would autocast to; None where it would not."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
