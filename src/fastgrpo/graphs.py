@@ -1,8 +1,7 @@
-"""Forwards and drafts of a few sizes, recorded when they first come and replayed from then on: launching kernels one
-by one costs more than a small batch's work.
+"""Forwards and drafts as CUDA graphs of a few sizes: recorded at their first call, replayed at later ones.
 
-A batch is copied into buffers of the next larger size and padded there. What is recorded reads and writes the cache
-where it stood at the time: when that moves, recordings are dropped.
+For small batches, launching kernels one by one takes longer than their work. A batch is copied into buffers of the next
+larger size and padded there. Recordings hold the addresses of the cache: when it moves, they are dropped.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from fastgrpo.memory import find_available_bytes
 Outputs = tuple[Tensor, ...]
 Inputs = TypeVar("Inputs")
 _SIZES = sorted({base << shift for shift in range(15) for base in (2, 3)} | {1})  # 1 2 3 4 6 8 12 16 ...
-_MOST_TOKENS = 1024  # more are bound by their arithmetic, not by launches
-_LEAST_BLOCKS = 4  # our attention kernel reads as many at once; from here on their number doubles, as rows grow
+_MOST_TOKENS = 1024  # larger forwards are bound by their arithmetic, not by launches
+_LEAST_BLOCKS = 4  # the attention kernel reads as many at once; larger sizes are its doubles, as rows grow
 _MOST_GRAPHS = 32
-_PADDED_USES = 16  # of a larger recording, before one of the right size is worth its time
-_FREE_BYTES = 2 * 2**30  # left to others; nothing is recorded with less
-_MODE = "thread_local"  # other threads, in which drafts may be learnt, go on as ever
-_PADDING = ("token_ids", "positions", "row_starts", "num_nodes", "lengths")  # zero behind the real entries
+_PADDED_USES = 16  # uses of a larger recording before one of the right size is worth recording
+_FREE_BYTES = 2 * 2**30  # nothing is recorded with less free memory on the device
+_MODE = "thread_local"  # capture error mode: other threads, in which drafts may be learnt, are not restricted
+_PADDING = ("token_ids", "positions", "row_starts", "num_nodes", "lengths")  # fields padded with zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class Bucket:
 
     @staticmethod
     def find(batch: ForwardBatch) -> Bucket | None:
-        """The smallest that holds a batch; None where it is too large, or sees earlier nodes of its tree."""
+        """The smallest bucket for a batch; None where it is too large, or its nodes see earlier ones of a tree."""
         num_tokens = len(batch.token_ids)
         if not may_record(batch.most_nodes, num_tokens) or batch.num_before:
             return None
@@ -55,61 +54,63 @@ class Bucket:
 
 
 def may_record(most_nodes: int, num_tokens: int) -> bool:
-    """Whether a forward of rows of so many nodes at most is worth it, and our attention kernel takes it."""
+    """Whether a forward is small enough to be worth recording, and its rows for the attention kernel."""
     return most_nodes <= MOST_GPU_NODES and num_tokens <= _MOST_TOKENS
 
 
 def round_size(count: int) -> int:
-    """Rows, nodes or tokens of the smallest bucket that holds so many."""
+    """The smallest size of rows, nodes or tokens that is at least `count`."""
     return next(size for size in _SIZES if size >= count)
 
 
 def list_larger(count: int) -> list[int]:
-    """Sizes above this one, up to half as many again: more padding soon takes longer than recording."""
+    """Sizes above `count`, up to 1.5 times as large: with more padding, recording anew soon takes less time."""
     return [size for size in _SIZES if count < size <= count + count // 2]
 
 
 def round_blocks(count: int) -> int:
-    """Blocks a row, likewise."""
+    """The smallest size of a row's table that is at least `count` blocks."""
     return max(_LEAST_BLOCKS, 1 << (count - 1).bit_length())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """A call that was made, and what makes it again."""
+    """A call that was made once, and can be replayed."""
 
-    first: Outputs  # what it gave
+    first: Outputs  # the results of the first call
     replay: Callable[[], None]
-    outputs: Outputs  # what each replay writes to
+    outputs: Outputs  # tensors that each replay writes its results to
 
 
 @runtime_checkable
 class Recorder(Protocol):
-    """Makes a call whose inputs stay where they are, and records it."""
+    """Records calls whose inputs keep their addresses."""
 
     def record(self, run: Callable[[], Outputs]) -> Recording:
-        """Make the call once, and keep it.
+        """Make the call once and record it.
 
         Raises:
             RuntimeError: it cannot be recorded; or one of Triton's own errors, where a kernel cannot be compiled.
         """
         ...
 
-    def count_free_bytes(self) -> int: ...
+    def count_free_bytes(self) -> int:
+        """Free memory of the device."""
+        ...
 
 
 class _Streams(threading.local):
     """A thread's own stream to record on, on each device.
 
-    PyTorch has 32 in all and hands them out in turn, so that one drawn anew would soon be that of another thread, whose
-    work would be recorded too; and what it keeps of memory for each stream no other stream may use.
+    PyTorch has 32 streams in all and hands them out in turn: a new one each time would soon be that of another thread,
+    whose work would be recorded too. Besides, memory that PyTorch caches for one stream no other stream may use.
     """
 
     def __init__(self) -> None:
         self._by_device: dict[int, torch.cuda.Stream] = {}
 
     def find(self) -> torch.cuda.Stream:
-        """That of the current device."""
+        """This thread's stream on the current device."""
         device = torch.cuda.current_device()
         if device not in self._by_device:
             self._by_device[device] = torch.cuda.Stream()
@@ -120,21 +121,21 @@ _STREAMS = _Streams()
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory: of their outputs, those of the last replay are to be read.
+    """Records CUDA graphs that share one pool of memory: a replay may overwrite the outputs of all others.
 
-    The host records a call while the device is still at it, and waits for nothing.
+    The host records a call while the device still executes it, and waits for nothing.
     """
 
     def __init__(self) -> None:
         self._stream = _STREAMS.find()
-        self._first: Any = None  # holds the pool, which PyTorch gives up for good with the last graph that uses it
+        self._first: Any = None  # an empty graph: PyTorch gives up the pool for good with the last graph that uses it
 
     def record(self, run: Callable[[], Outputs]) -> Recording:
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            first = run()  # kernels are compiled and workspaces taken outside the recording
-            if torch.cuda.mem_get_info()[0] < _FREE_BYTES:  # a recording takes nothing that PyTorch has set aside
+            first = run()  # so that kernels are compiled and workspaces taken outside the recording
+            if torch.cuda.mem_get_info()[0] < _FREE_BYTES:  # a recording cannot use memory that PyTorch has cached
                 torch.cuda.empty_cache()
             if self._first is None:
                 self._first, _ = _capture(lambda: (torch.zeros(1, device="cuda"),), None)
@@ -144,25 +145,28 @@ class CudaRecorder:
 
     def count_free_bytes(self) -> int:
         free = find_available_bytes(torch.device("cuda"))
-        assert free is not None, "CUDA says what is free"
+        assert free is not None, "CUDA reports its free memory"
         return free
 
 
 def _capture(run: Callable[[], Outputs], pool: Any) -> tuple[Any, Outputs]:
-    """What the call launches on the current stream, as a graph; `torch.cuda.graph` would wait, and empty the cache."""
+    """The call's launches on the current stream as a CUDA graph, and its outputs.
+
+    `torch.cuda.graph` would wait for the device and empty the memory cache.
+    """
     graph = torch.cuda.CUDAGraph()
     try:
         graph.capture_begin(pool=pool, capture_error_mode=_MODE)
         try:
             outputs = run()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # which says less of why
+            with contextlib.suppress(RuntimeError):  # the first error says more of the cause
                 graph.capture_end()
             raise
         graph.capture_end()
     except RuntimeError:
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(generator.clone_state())  # else it waits for the end of the recording
+        generator.graphsafe_set_state(generator.clone_state())  # else the generator stays as in a recording
         raise
     return graph, outputs
 
@@ -175,18 +179,18 @@ class _Graph(Generic[Inputs]):
 
 
 class Replays(Generic[Inputs]):
-    """Calls that are recorded when they first come, and replayed from then on.
+    """Calls that are recorded at the first use of their key, and replayed from then on.
 
-    Where a larger recording is there it serves for a while: while sequences finish fast, sizes do not last. Outputs
-    hold until the next call.
+    A larger recording, if there is one, is used for a while before the right size is recorded: while sequences finish
+    fast, sizes do not last. Outputs are valid until the next call.
 
     Args:
         run: launches work of the device only, and reads nothing back.
-        list_stores: what it reads and writes besides its inputs; where that moves, recordings are dropped.
+        list_stores: tensors that `run` reads and writes besides its inputs; when one moves, recordings are dropped.
 
     Attributes:
-        obstacle: why nothing is recorded any more.
-        was_replayed: whether the last call took no longer than the next one like it will.
+        obstacle: why nothing is recorded any more; None while recording goes on.
+        was_replayed: whether the next call like the last one will take as long: False where the last one was recorded.
     """
 
     def __init__(
@@ -212,13 +216,13 @@ class Replays(Generic[Inputs]):
         fill: Callable[[Inputs], None],
         larger: Iterable[Hashable] = (),
     ) -> Outputs | None:
-        """What the call gives, of padded inputs; None where it must be made as it is.
+        """The outputs of the call on padded inputs; None where nothing can be recorded and the caller must make it.
 
         Args:
-            key: calls of one key are alike but for the numbers in their inputs.
-            build: makes buffers for a key's inputs.
-            fill: copies the inputs of this call into them, or into those of a larger key.
-            larger: keys whose buffers would hold them too, the nearest first.
+            key: calls with the same key differ in the numbers in their inputs alone.
+            build: makes the buffers for a key's inputs.
+            fill: copies the inputs of this call into such buffers, or into those of a larger key.
+            larger: keys whose buffers would hold the inputs too, the nearest first.
         """
         self.was_replayed = self.obstacle is not None
         if self.obstacle is not None:
@@ -235,7 +239,7 @@ class Replays(Generic[Inputs]):
         return graph.outputs
 
     def _choose(self, key: Hashable, larger: Iterable[Hashable]) -> Hashable:
-        """The key itself, or a larger one that is recorded, for so many uses."""
+        """The key itself, or for its first uses a larger one that is recorded."""
         if key in self._graphs or self._padded_uses[key] >= _PADDED_USES:
             return key
         found = next((each for each in larger if each in self._graphs), key)
@@ -268,7 +272,7 @@ class Replays(Generic[Inputs]):
         return made.first
 
     def _stop(self, reason: str) -> None:
-        """Once is enough: where it failed it would fail again."""
+        """Record nothing any more: what failed once would fail again."""
         self.obstacle = reason
         self._graphs.clear()
         warnings.warn(f"decoding goes on without CUDA graphs, which takes longer: {reason}", stacklevel=4)
@@ -280,18 +284,18 @@ def _comes_from_triton(error: Exception) -> bool:
 
 
 class GraphRunner:
-    """Forwards in padded batches of a few sizes, replayed; runs as they come those that are too large.
+    """Replays forwards in padded batches of a few sizes; runs larger ones without recording.
 
-    Outputs hold until the next call. Padded tokens are written to the cache's scratch block.
+    Outputs are valid until the next call. Padded tokens are written to the cache's scratch block.
 
     Args:
         run: the forward; launches work of the device only, and reads nothing back.
-        cache: that `run` reads and writes.
+        cache: the one that `run` reads and writes.
     """
 
     def __init__(self, run: Callable[[ForwardBatch], Outputs], cache: SlotCache, recorder: Recorder) -> None:
         self._run, self._cache = run, cache
-        # a view of its own for each run: what a batch computes lazily must be computed in the recording
+        # a copy of the batch for each run: what a batch computes lazily must be computed within the recording
         self._replays = Replays[ForwardBatch](
             lambda inputs: run(replace(inputs)), lambda: [store.data for store in cache.stores], recorder
         )
@@ -302,12 +306,12 @@ class GraphRunner:
 
     @property
     def obstacle(self) -> str | None:
-        """Why nothing is recorded any more."""
+        """Why nothing is recorded any more; None while recording goes on."""
         return self._replays.obstacle
 
     @property
     def was_replayed(self) -> bool:
-        """Whether the last forward took no longer than the next one like it will."""
+        """Whether the next forward like the last one will take as long: False where the last one was recorded."""
         return self._replays.was_replayed
 
     def __call__(self, batch: ForwardBatch) -> Outputs:
@@ -323,7 +327,7 @@ class GraphRunner:
         return tuple(output[: len(batch.token_ids)] for output in outputs)
 
     def _fill(self, inputs: ForwardBatch, batch: ForwardBatch) -> None:
-        """Copy a batch into the buffers; what stands behind it there computes nothing that is looked at."""
+        """Copy a batch into the buffers and pad it; nobody reads what is computed for the padding."""
         for name, padding in (*((name, 0) for name in _PADDING), ("write_index", self._cache.take_scratch())):
             buffer, values = getattr(inputs, name), getattr(batch, name)
             buffer[: len(values)].copy_(values)
@@ -336,7 +340,7 @@ class GraphRunner:
 
 
 def _build_inputs(bucket: Bucket, batch: ForwardBatch) -> ForwardBatch:
-    """Buffers of a bucket's size."""
+    """Buffers of a bucket's sizes, filled with zeros."""
     device = batch.blocks.device
 
     def zeros(*shape: int) -> Tensor:
@@ -353,5 +357,5 @@ def _build_inputs(bucket: Bucket, batch: ForwardBatch) -> ForwardBatch:
         lengths=zeros(bucket.rows),
         visible=torch.zeros(bucket.rows, bucket.nodes, bucket.nodes, dtype=torch.bool, device=device),
         pad_index=None,
-        laid_out_words=None,  # of the batch that was given
+        laid_out_words=None,  # those of `batch` itself
     )
