@@ -1,4 +1,4 @@
-"""Who runs within the bound on cache memory: lets in whom there is room for, and sends the youngest back."""
+"""Which sequences run within the bound on cache memory: admits those that fit, and preempts the youngest."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from fastgrpo.prefill import Prefiller
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.types import PLAIN, Sequence, SpeculationPlan
 
-_SHARE = 0.8  # of the memory that is free at the start, for the cache; the rest is for forwards
-_MOST_NODES = 64  # of a draft behind a full row, for which there is room from the first
-_LARGEST = SpeculationPlan(depth=8, width=8, num_draft_tokens=_MOST_NODES - 1)  # larger ones fit whole or not at all
+_SHARE = 0.8  # share of the memory free at the start that the cache may take; the rest is for forwards
+_MOST_NODES = 64  # nodes of a draft behind a full row, for which there is room from the first
+_LARGEST = SpeculationPlan(depth=8, width=8, num_draft_tokens=_MOST_NODES - 1)  # larger plans fit whole or not at all
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Admitted:
-    """What became of the queue before a step, in attempts that failed as well."""
+    """What admission did before a step, in failed attempts too."""
 
-    num_prefilled: int  # tokens computed for those that were let in
-    num_preempted: int
+    num_prefilled: int  # tokens computed for admitted sequences
+    num_preempted: int  # sequences
 
 
 class Admission:
-    """Keeps the cache and the drafter's own rows within one bound, looked at in blocks before each step.
+    """Keeps the cache and the drafter's own rows together within one bound, checked in blocks before each step.
 
-    Where the next plain step does not fit, the youngest running sequences, with the fewest tokens emitted, wait again
-    and are computed anew when there is room. Nobody is let in who would soon have to go: there must be a further
-    block for every row. Tokens are the same whoever waited. A drafter reads late, and shares no prompts that one could
-    count on: it is taken to have read every row in full.
+    Where the next plain step does not fit, the running sequences with the fewest emitted tokens go back to the queue
+    and are computed anew when there is room. A sequence is admitted only if a further block is left for every row, so
+    that it is not soon preempted. Tokens do not depend on who waited. The drafter's rows are counted as if it had read
+    all of each sequence, since it reads late and may share no prompts.
 
     Args:
-        max_bytes: of keys, values, features and the drafter's rows; None takes most of the memory that is free when a
-            rollout starts, and sets no bound where the system does not say what is free.
-        target: whose cache it is; it may want a block of its own.
+        max_bytes: limit for keys, values, features and the drafter's rows; None takes most of the memory that is free
+            when a rollout starts, and sets no bound where the system does not say what is free.
+        target: the model that the cache is for; where its forwards are recorded, it needs a scratch block.
 
     Raises:
         ValueError: `max_bytes` is not positive.
@@ -65,16 +65,16 @@ class Admission:
             raise ValueError(f"max_cache_bytes must be positive, got {max_bytes}; None takes what is free")
         self.scheduler, self.cache, self.prefiller, self.drafter = scheduler, cache, prefiller, drafter
         self.max_bytes, self.target = max_bytes, target
-        self._bound = max_bytes  # of this rollout
+        self._bound = max_bytes  # bytes, in this rollout
         self._most_running = scheduler.max_num_seqs  # fewer once memory ran out
-        self._num_preempted = 0  # since that was last taken
+        self._num_preempted = 0  # since `take_admitted`
         self._has_warned = False
 
     def begin(self, sequences: list[Sequence]) -> None:
         """A rollout of these sequences starts.
 
         Raises:
-            ValueError: one of them does not fit the bound even alone; says what would.
+            ValueError: one of them does not fit the bound even alone; names how many tokens would fit.
         """
         self._most_running, self._num_preempted = self.scheduler.max_num_seqs, 0
         self._bound = self.max_bytes
@@ -95,28 +95,28 @@ class Admission:
             self.cache.take_scratch()
 
     def admit(self) -> None:
-        """Make room for the next step of those who run; where nobody had to go, let others in.
+        """Make room for the next plain step; if no sequence had to be preempted for it, admit others and prefill.
 
         Raises:
-            ValueError: a sequence has outgrown the bound; says what would fit.
+            ValueError: a sequence has outgrown the bound; names how many tokens would fit.
         """
         if self._make_room():
             self._let_in()
         self.prefiller.prefill()
 
     def take_admitted(self) -> Admitted:
-        """All since this was last asked."""
+        """What was done since the last call."""
         num_preempted, self._num_preempted = self._num_preempted, 0
         return Admitted(num_prefilled=self.prefiller.take_num_filled(), num_preempted=num_preempted)
 
     def fits(self, plan: SpeculationPlan) -> bool:
         """Whether every running row can take a step of this plan."""
         num_nodes, left = 1 + plan.tree_size, self._compute_left(plan) / self.cache.block_bytes
-        most = len(self.scheduler.running) * (2 + count_blocks(num_nodes))  # whatever the rows are like
+        most = len(self.scheduler.running) * (2 + count_blocks(num_nodes))  # blocks, however full the rows' last ones
         return most <= left or self._count_missing(num_nodes) <= left
 
     def count_room(self) -> int | None:
-        """Draft tokens that the tree of every running row may have; None where any plan's may."""
+        """Draft tokens for which every running row has room; None where it has for `_LARGEST`, and no limit is set."""
         if self.fits(_LARGEST):
             return None
 
@@ -126,14 +126,14 @@ class Admission:
         return bisect.bisect_left(range(1, _MOST_NODES), True, key=is_too_many)
 
     def retry_until_it_fits(self, attempt: Callable[[bool], Result]) -> Result:
-        """Where memory runs out in spite of the bound, once more without prompts that are kept for those who wait, then
-        without a draft, then with ever fewer sequences.
+        """Call `attempt` until memory suffices, in case it runs out in spite of the bound: again without prompts kept
+        for waiting sequences, then without a draft, then with ever fewer sequences.
 
         Args:
-            attempt: is told whether to decode plainly; nothing that it emits is kept where it fails.
+            attempt: makes a step, given whether it must decode plainly; must commit nothing where it fails.
 
         Raises:
-            MemoryError: one sequence alone runs; says what does not fit.
+            MemoryError: not even a single sequence fits; names what to make smaller.
         """
         is_plain = False
         while True:
@@ -151,7 +151,7 @@ class Admission:
     # -- memory ran out ------------------------------------------------------------------------------
 
     def _shrink(self, error: BaseException) -> None:
-        """Only the older half goes on, and no more run in this rollout."""
+        """Preempt the younger half, and run no more than the older half in the rest of this rollout."""
         running = self.scheduler.running
         if len(running) < 2:
             num_positions = max((s.num_cached + 1 for s in running), default=0)
@@ -168,7 +168,7 @@ class Admission:
     # -- the bound -----------------------------------------------------------------------------------
 
     def _make_room(self) -> bool:
-        """Preempt until a plain step fits; returns whether nobody had to go."""
+        """Preempt until a plain step fits; returns whether it fitted without."""
         had_room = True
         while not self.fits(PLAIN):
             if self.prefiller.drop_kept():
@@ -182,7 +182,7 @@ class Admission:
         return had_room
 
     def _compute_left(self, plan: SpeculationPlan) -> float:
-        """Bytes that the cache may still take, beside what the drafter's rows come to in a step of this plan."""
+        """Bytes that the cache may still take, those set aside that the drafter's rows take in a step of this plan."""
         if self._bound is None:
             return math.inf
         draft_block, num_drafted = self._draft_block_bytes, 1 + plan.width * plan.depth
@@ -190,17 +190,17 @@ class Admission:
         return self._bound - self.cache.used_bytes - blocks * draft_block
 
     def _count_missing(self, num_nodes: int) -> int:
-        """Blocks that it takes to append so many nodes to every running row."""
+        """Blocks that the cache needs to append `num_nodes` to every running row."""
         running = enumerate(self.scheduler.running)
         return sum(self.cache.count_missing(row, sequence.num_cached + num_nodes) for row, sequence in running)
 
     def _compute_entering(self, sequence: Sequence) -> int:
-        """Bytes that a waiting sequence takes for its next step, and a block more."""
+        """Bytes that a waiting sequence would take for its next step, and for one more block."""
         num_shared = (len(sequence.prompt_ids) - 1) // BLOCK_SIZE if self.prefiller.has_prompt(sequence) else 0
         return self._compute_row_bytes(sequence.num_cached + 1 + BLOCK_SIZE) - num_shared * self.cache.block_bytes
 
     def _compute_row_bytes(self, num_positions: int) -> int:
-        """A row of its own with so many positions, the drafter's beside it."""
+        """Bytes of a row with `num_positions` that shares none, and of the drafter's row beside it."""
         return count_blocks(num_positions) * (self.cache.block_bytes + self._draft_block_bytes)
 
     def _let_in(self) -> None:
@@ -227,7 +227,7 @@ class Admission:
             return fits and sum(map(self._compute_entering, waiting)) <= left
 
         admitted = self.scheduler.admit(may_enter, may_all_enter)
-        self.cache.add_rows(len(running) - len(self.cache.lengths))  # before anybody may run out of memory
+        self.cache.add_rows(len(running) - len(self.cache.lengths))  # before anything that may run out of memory
         for sequence in admitted:
             self.drafter.observe(sequence, 0)
 
@@ -241,7 +241,7 @@ class Admission:
 
     @property
     def _scratch_bytes(self) -> int:
-        """Of the blocks that are in use and no row's."""
+        """Bytes of the scratch blocks, which are in use and belong to no row."""
         return (self.cache.block_bytes + self._draft_block_bytes) * self.target.records
 
     @property
@@ -251,7 +251,7 @@ class Admission:
     # -- words ---------------------------------------------------------------------------------------
 
     def _describe_needs(self, num_positions: int) -> str:
-        """What so many positions take, what fits, and what to do about it."""
+        """The end of an error message: what `num_positions` take, what would fit, and what to do about it."""
         needed, bound = self._compute_row_bytes(num_positions), self._bound or 0
         position_bytes = self.cache.position_bytes + self.drafter.position_bytes
         num_fitting = (bound - self._scratch_bytes) // (BLOCK_SIZE * position_bytes) * BLOCK_SIZE
@@ -262,7 +262,7 @@ class Admission:
         )
 
     def _warn(self, what: str) -> None:
-        """Once."""
+        """Warn once for each engine."""
         if not self._has_warned:
             self._has_warned = True
             bound = "without a bound" if self._bound is None else f"of {describe_bytes(self._bound)} that there may be"

@@ -1,4 +1,4 @@
-"""Prompts: each computed once for all its siblings, in forwards of bounded size."""
+"""Prefill: each prompt is computed once for all its siblings, in forwards of bounded size."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _PREFILL_CHUNK = 512  # prompt tokens of one row in one forward
 
 
 class Prefiller:
-    """Fills the rows of new sequences; keeps prompts of groups of which some still wait."""
+    """Fills the cache rows of new sequences, and keeps the prompts of groups of which some sequences still wait."""
 
     def __init__(self, target: TargetModel, cache: SlotCache, scheduler: Scheduler) -> None:
         self.target, self.cache, self.scheduler = target, cache, scheduler
         self._kept: dict[tuple[int, ...], RowPrefix] = {}
-        self._num_filled = 0
+        self._num_filled = 0  # tokens, since `take_num_filled`
 
     def clear(self) -> None:
-        """Forget all prompts, after the cache has."""
+        """Forget all kept prompts; call after the cache was cleared."""
         self._kept.clear()
         self._num_filled = 0
 
     def take_num_filled(self) -> int:
-        """Tokens computed since this was last asked, also where memory then ran out."""
+        """Tokens computed since the last call, those of attempts that ran out of memory included."""
         num_filled, self._num_filled = self._num_filled, 0
         return num_filled
 
     def prefill(self) -> None:
-        """Cache what the rows of running sequences lack.
+        """Compute what the rows of running sequences lack.
 
-        Prompts are computed once for all siblings; of a sequence that was preempted, what it has emitted as well.
-        All but a sequence's last token is cached; the last is pending and becomes a root.
+        All but each sequence's last token is cached; the last is pending, and becomes the root of its tree. A prompt is
+        computed once for all siblings, the tokens that a preempted sequence had emitted for it alone.
         """
         running, lengths = self.scheduler.running, self.cache.lengths
         lacking = [slot for slot, sequence in enumerate(running) if lengths[slot] < sequence.num_cached]
@@ -46,12 +46,12 @@ class Prefiller:
             self._fill({slot: running[slot].all_token_ids[lengths[slot] : -1] for slot in lacking})
 
     def has_prompt(self, sequence: Sequence) -> bool:
-        """Whether a sibling's row, or one kept aside, will hold the prompt."""
+        """Whether the sequence would share its prompt, with a running sibling or a kept prefix."""
         key = sequence.group_key
         return key in self._kept or any(other.group_key == key for other in self.scheduler.running)
 
     def keep(self, slot: int, sequence: Sequence) -> None:
-        """Before the last running sibling goes, keep the prompt for those that wait."""
+        """Keep the prompt for siblings that wait, if this sequence, about to leave, is the last one that runs."""
         key = sequence.group_key
         if key in self._kept or not self.scheduler.has_waiting_sibling(sequence):
             return
@@ -59,7 +59,7 @@ class Prefiller:
             self._kept[key] = self.cache.hold(slot, len(key) - 1)
 
     def drop_kept(self) -> bool:
-        """Keep no prompt any longer; returns whether there was one."""
+        """Give up all kept prompts; returns whether there was one."""
         had_any = bool(self._kept)
         for key in list(self._kept):
             self._drop(key)
@@ -71,7 +71,7 @@ class Prefiller:
             self.cache.drop(prefix)
 
     def _fill_prompts(self, lacking: list[int]) -> None:
-        """The first of each group computes its prompt, unless it is there already; the others share it."""
+        """Compute each group's prompt in the row of its first sequence, unless some row has it; the others share it."""
         running, lengths = self.scheduler.running, self.cache.lengths
         groups: dict[tuple[int, ...], list[int]] = {}
         for slot in lacking:
@@ -98,7 +98,11 @@ class Prefiller:
         return None
 
     def _fill(self, left: dict[int, list[int]]) -> None:
-        """Tokens behind some rows, in forwards of bounded size; longest rows together."""
+        """Compute tokens behind rows, in forwards of bounded size; those with most left go together.
+
+        Args:
+            left: the tokens to compute, by slot.
+        """
         while left := {slot: ids for slot, ids in left.items() if ids}:
             chosen: list[int] = []
             width = 0
