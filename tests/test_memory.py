@@ -246,8 +246,8 @@ def test_what_can_never_fit_is_refused_at_once():
     engine.on_step.append(lambda record: pytest.fail("something was generated"))
     block = engine.cache.block_bytes
     message = (
-        f"request 1 may come to 129 tokens (a prompt of 70 and 60 more): they take {describe_bytes(3 * block)} of "
-        f"cache ({describe_bytes(block / 64)} a token), of which there may be {describe_bytes(3 * block - 1)}. 128 "
+        f"request 1 may come to 129 tokens (a prompt of 70 and 60 more): they need {describe_bytes(3 * block)} of "
+        f"cache ({describe_bytes(block / 64)} a token), and the limit is {describe_bytes(3 * block - 1)}. 128 "
         f"tokens would fit: lower max_tokens, shorten the prompt, or raise max_cache_bytes to {3 * block}"
     )
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -158,7 +158,7 @@ class Admission:
             raise MemoryError(
                 f"memory ran out with one sequence of {num_positions} tokens running and "
                 f"{describe_bytes(self.cache.used_bytes)} of cache in use ({error}): "
-                "a smaller max_tokens, model or draft, or a machine with more memory, would fit"
+                "lower max_tokens, use a smaller model or draft, or a machine with more memory"
             ) from error
         self._warn(f"memory ran out with {len(running)} sequences running ({error}): half of them wait")
         self._most_running = len(running) // 2
@@ -256,19 +256,19 @@ class Admission:
         position_bytes = self.cache.position_bytes + self.drafter.position_bytes
         num_fitting = (bound - self._scratch_bytes) // (BLOCK_SIZE * position_bytes) * BLOCK_SIZE
         return (
-            f"they take {describe_bytes(needed)} of cache ({describe_bytes(position_bytes)} a token), of "
-            f"which there may be {describe_bytes(bound)}. {max(num_fitting, 0)} tokens would fit: lower "
-            f"max_tokens, shorten the prompt, or raise max_cache_bytes to {needed + self._scratch_bytes}"
+            f"they need {describe_bytes(needed)} of cache ({describe_bytes(position_bytes)} a token), and the limit is "
+            f"{describe_bytes(bound)}. {max(num_fitting, 0)} tokens would fit: lower max_tokens, shorten the prompt, "
+            f"or raise max_cache_bytes to {needed + self._scratch_bytes}"
         )
 
     def _warn(self, what: str) -> None:
         """Warn once for each engine."""
         if not self._has_warned:
             self._has_warned = True
-            bound = "without a bound" if self._bound is None else f"of {describe_bytes(self._bound)} that there may be"
+            limit = "without a limit" if self._bound is None else f"with a limit of {describe_bytes(self._bound)}"
             warnings.warn(
                 f"{what}, and go on with the same tokens when there is room ({describe_bytes(self.cache.used_bytes)} "
-                f"of cache in use {bound}); fewer max_num_seqs, or more max_cache_bytes, would save computing "
+                f"of cache in use, {limit}); a smaller max_num_seqs, or a larger max_cache_bytes, would save computing "
                 "them twice",
                 stacklevel=2,
             )
