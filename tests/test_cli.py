@@ -331,4 +331,4 @@ def test_seconds_of_learning_that_cannot_be_are_refused(capsys: pytest.CaptureFi
 def test_lists_that_hold_no_numbers_are_refused_with_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "plans", "--concurrency", "1,x"])
-    assert "'x' in '1,x'; numbers are parted by commas" in capsys.readouterr().err
+    assert "'x' in '1,x'; numbers are separated by commas" in capsys.readouterr().err

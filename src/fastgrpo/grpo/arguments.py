@@ -38,7 +38,8 @@ class FastGRPOScriptArguments(GRPOScriptArguments):
         metadata={"help": "JSONL file of objects with `prompt` (text or chat messages); other keys become columns."},
     )
     skip_broken: bool = field(
-        default=False, metadata={"help": "Go on without the broken lines of `prompts`; how many is said."}
+        default=False,
+        metadata={"help": "Go on without the broken lines of `prompts`; how many were skipped is printed."},
     )
 
 

@@ -1,4 +1,4 @@
-"""The keys of a run: TRL's, and a few of ours."""
+"""The keys of a run: TRL's, and those that fastgrpo adds."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class FastGRPOConfig(GRPOConfig):
     hide_draft_learning: bool = field(
         default=True,
         metadata={
-            "help": "Let the draft head learn where something stands idle: beside the last sequences of a rollout (on "
-            "a GPU in a stream of its own, on a CPU where a core is idle for each of PyTorch's threads), and while "
-            "other processes still decode. What it takes from decoding is measured; where it does not pay, the head "
+            "help": "Let the draft head learn while cores or the GPU are idle: beside the last sequences of a rollout "
+            "(on a GPU in a stream of its own, on a CPU where a core is idle for each of PyTorch's threads), and while "
+            "other processes still decode. What this takes from decoding is measured; where it does not pay, the head "
             "learns between rollouts."
         },
     )
@@ -72,19 +72,19 @@ class FastGRPOConfig(GRPOConfig):
     max_cache_bytes: int | None = field(
         default=None,
         metadata={
-            "help": "Memory for keys, values and features of a rollout and a drafter's own rows. Where it is reached, "
-            "the youngest sequences wait and are computed anew, with the same tokens. Default: most of what is free "
-            "when the rollout starts."
+            "help": "Limit, in bytes, for keys, values and features of a rollout and the drafter's own rows. Where it "
+            "is reached, the youngest sequences wait and are computed anew, with the same tokens. Default: most of the "
+            "memory that is free when the rollout starts."
         },
     )
     skip_zero_advantages: bool = field(
         default=True,
         metadata={
-            "help": "No backward pass for completions whose advantage is 0, as all have in a group of equal rewards, "
-            "and no forward pass while the weights are the rollout's, which has said what is logged of them. "
-            "The gradient is the same; stays off where something else depends on them (beta, entropy bonus, dropout). "
-            "Of several processes each computes at least one row of a micro-batch, since the others wait for it, but "
-            "where none has anything to compute."
+            "help": "Skip the backward pass of completions whose advantage is 0 (all of a group with equal rewards), "
+            "and their forward pass too while the weights are still those of the rollout, which knows what is logged. "
+            "The gradient is the same; stays off where these rows count otherwise (beta, entropy bonus, dropout). With "
+            "several processes, each computes at least one row of a micro-batch, since the others wait for it, unless "
+            "none has anything to compute."
         },
     )
     float32_products: bool = field(
@@ -100,13 +100,13 @@ class FastGRPOConfig(GRPOConfig):
             "help": "Call reward functions declared `@fastgrpo.per_completion` as completions finish, so that slow "
             "ones (a judge over HTTP, a sandbox) hide behind the tail of the rollout. Rewards, order and errors are "
             "those of the plain call; stays off with tools, environments and rollout_func, whose completions end "
-            "later. Waiting costs nothing; a reward that computes takes the cores, or Python's one lock, from the "
-            "decoding."
+            "later. A reward that only waits costs nothing; one that computes takes cores, or Python's global lock, "
+            "from decoding."
         },
     )
     max_reward_calls: int = field(
         default=16,
-        metadata={"help": "Calls of streamed rewards at once: so many threads, and so many awaited async calls."},
+        metadata={"help": "Streamed reward calls at once: limits the threads, and as many async calls beside them."},
     )
     reward_timeout_s: float = field(
         default=600.0,
@@ -134,8 +134,8 @@ class FastGRPOConfig(GRPOConfig):
         metadata={
             "help": "Log-probabilities of the weights that generated, where the loss needs them (`num_iterations` "
             "above 1, or `steps_per_generation` not aligned with `gradient_accumulation_steps`): `auto` (the first "
-            "pass over a micro-batch says them; the gradient is TRL's), `rollout` (the rollout's: no pass at all, but "
-            "they round otherwise than the update, in bfloat16 visibly), or `forward` (TRL's own forward)."
+            "pass over a micro-batch gives them; the gradient is TRL's), `rollout` (the rollout's: no pass at all, but "
+            "rounded differently from the update's, visibly so in bfloat16), or `forward` (TRL's own forward)."
         },
     )
 
@@ -171,23 +171,23 @@ class FastGRPOConfig(GRPOConfig):
 
 
 def check_config(args: GRPOConfig) -> None:
-    """Refuse by name what our engine cannot do yet.
+    """Refuse what the engine cannot do yet.
 
     Raises:
         ValueError: names the key and the remedy.
     """
     refused = {
-        "use_vllm": (args.use_vllm, "our engine generates from the trained weights themselves; set use_vllm=False"),
+        "use_vllm": (args.use_vllm, "fastgrpo generates from the trained weights themselves; set use_vllm=False"),
         "use_transformers_continuous_batching": (
             args.use_transformers_continuous_batching,
-            "our engine batches continuously by itself; leave it unset",
+            "fastgrpo batches continuously by itself; leave it unset",
         ),
         "min_p": (args.min_p not in (None, 0, 0.0), "use top_p or top_k"),
         "repetition_penalty": (
             args.repetition_penalty not in (None, 1, 1.0),
             "it makes a token depend on the whole text; leave it at 1.0",
         ),
-        "cache_implementation": (args.cache_implementation is not None, "our engine has its own cache; leave it unset"),
+        "cache_implementation": (args.cache_implementation is not None, "fastgrpo has its own cache; leave it unset"),
         "generation_kwargs": (bool(args.generation_kwargs), "use temperature, top_k, top_p, max_completion_length"),
     }
     for name, (is_set, remedy) in refused.items():

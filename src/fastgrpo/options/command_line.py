@@ -18,8 +18,8 @@ def about(help: str, *, choices: tuple[str, ...] = (), many: bool = False, write
 
     Args:
         help: what it does, with its unit.
-        choices: the words it takes; a tuple of words takes several, parted by commas.
-        many: takes several arguments, parted by spaces.
+        choices: the words it takes; a tuple of words takes several, separated by commas.
+        many: takes several arguments, separated by spaces.
         writes: names a file that is written in the end, a picture beside it.
     """
     return {"help": help, "choices": choices, "many": many, "writes": writes}
@@ -120,7 +120,9 @@ def _build_reader(hint: Any, choices: tuple[str, ...]) -> Callable[[str], Any]:
         try:
             return tuple(get_args(kind)[0](word) for word in words)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{error} in {text!r}; numbers are parted by commas, as in 1,4") from error
+            raise argparse.ArgumentTypeError(
+                f"{error} in {text!r}; numbers are separated by commas, as in 1,4"
+            ) from error
 
     read.__name__ = getattr(kind, "__name__", "value")
     return read

@@ -25,18 +25,19 @@ class DraftTrainOptions:
         metadata=about("eagle drafts level by level (EAGLE-3), block all levels in one pass", choices=HEAD_KINDS),
     )
     output: Path = field(
-        default=Path("runs/draft"), metadata=about("folder for the head and the run's state; the same one goes on")
+        default=Path("runs/draft"),
+        metadata=about("folder for the head and the run's state; an existing one is resumed"),
     )
     data: Path | None = field(
         default=None, metadata=about("JSONL file of objects with 'prompt': text, or a list of chat messages")
     )
     skip_broken: bool = field(
-        default=False, metadata=about("go on without the broken lines of a file of prompts; how many is said")
+        default=False, metadata=about("skip broken lines of a file of prompts, and print how many")
     )
     task: tuple[str, ...] = field(
         default=("chain_sum",),
         metadata=about(
-            "reasoning-gym tasks that make the prompts, parted by commas; without a file of prompts; NAME:3 takes "
+            "reasoning-gym tasks that make the prompts, separated by commas; without a file of prompts; NAME:3 takes "
             "three times a single share of them"
         ),
     )
@@ -44,10 +45,12 @@ class DraftTrainOptions:
     num_generations: int = field(default=4, metadata=about("answers of the target to each prompt"))
     max_prompt_length: int = field(default=1024, metadata=about("longer prompts are left out, in tokens"))
     max_tokens: int = field(default=256, metadata=about("longest answer, in tokens"))
-    temperature: float = field(default=1.0, metadata=about("of the answers; train at the one you will roll out with"))
+    temperature: float = field(
+        default=1.0, metadata=about("sampling temperature of the answers; use that of your rollouts")
+    )
     updates: int = field(default=4000, metadata=about("optimiser steps"))
     batch_tokens: int = field(
-        default=512, metadata=about("answer tokens of one step, about; a GPU takes more in the same time")
+        default=512, metadata=about("answer tokens of one step, about; a GPU can take more in the same time")
     )
     learning_rate: float = field(default=2e-3, metadata=about("peak AdamW learning rate of the head"))
     head: Path | None = field(
@@ -63,7 +66,7 @@ class DraftTrainOptions:
     compact: bool = field(
         default=False, metadata=about("save in bfloat16 without output rows, which are the target's own")
     )
-    feature_cache_gib: float = field(default=4.0, metadata=about("memory for features that are used again, in GiB"))
+    feature_cache_gib: float = field(default=4.0, metadata=about("memory for keeping features between passes, in GiB"))
     max_num_seqs: int = field(default=64, metadata=about("sequences decoded together"))
     device: str = field(
         default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
@@ -121,16 +124,17 @@ class DraftImportOptions:
         default=None, metadata=about("JSONL file of objects with 'prompt', to measure acceptance on")
     )
     skip_broken: bool = field(
-        default=False, metadata=about("go on without the broken lines of a file of prompts; how many is said")
+        default=False, metadata=about("skip broken lines of a file of prompts, and print how many")
     )
     task: str = field(
         default="chain_sum", metadata=about("reasoning-gym task that makes the prompts; without a file of prompts")
     )
     num_prompts: int = field(default=16, metadata=about("prompts that the target answers"))
     max_tokens: int = field(default=128, metadata=about("longest answer, in tokens"))
-    temperature: float = field(default=1.0, metadata=about("of the answers; 0 is greedy"))
+    temperature: float = field(default=1.0, metadata=about("sampling temperature of the answers; 0 is greedy"))
     least_acceptance: float = field(
-        default=0.1, metadata=about("share of first drafts that must be accepted, in [0, 1]; less is refused")
+        default=0.1,
+        metadata=about("share of first draft tokens that must be accepted, in [0, 1]; a head below it is refused"),
     )
     device: str = field(
         default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)

@@ -18,12 +18,12 @@ class GenerateOptions:
     """`fastgrpo generate`."""
 
     model: str = field(default="demo", metadata=about("model: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct"))
-    prompt: tuple[str, ...] = field(default=(), metadata=about("prompts, each an argument of its own", many=True))
+    prompt: tuple[str, ...] = field(default=(), metadata=about("prompts, one argument each", many=True))
     prompts: Path | None = field(
         default=None, metadata=about("JSONL file of objects with 'prompt': text, or a list of chat messages")
     )
     skip_broken: bool = field(
-        default=False, metadata=about("go on without the broken lines of a file of prompts; how many is said")
+        default=False, metadata=about("skip broken lines of a file of prompts, and print how many")
     )
     raw: bool = field(default=False, metadata=about("give the text to the model as it is, without its chat template"))
     num_generations: int = field(default=1, metadata=about("completions for each prompt"))
@@ -31,7 +31,7 @@ class GenerateOptions:
     temperature: float = field(default=1.0, metadata=about("divides the logits; 0 is greedy"))
     top_k: int = field(default=0, metadata=about("keep this many of the most likely tokens; 0 keeps all"))
     top_p: float = field(default=1.0, metadata=about("keep the most likely tokens up to this probability, in (0, 1]"))
-    seed: int = field(default=0, metadata=about("names the noise: the same seed gives the same tokens"))
+    seed: int = field(default=0, metadata=about("seed of the noise: the same seed gives the same tokens"))
     drafter: str = field(
         default="ngram",
         metadata=about("ngram, eagle, eagle-new, block, auto, none, or a folder with a saved head or a small LM"),

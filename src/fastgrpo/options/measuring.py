@@ -24,7 +24,7 @@ class DraftersOptions:
     model: str = field(default="demo", metadata=about("model: a folder, a hub id, or 'demo' for SmolLM2-135M-Instruct"))
     drafters: tuple[str, ...] = field(
         default=("eagle", "ngram", "auto"),
-        metadata=about("drafters, parted by commas: names, or folders of saved ones"),
+        metadata=about("drafters, separated by commas: names, or folders of saved ones"),
     )
     task: str = field(default="chain_sum", metadata=about("reasoning-gym task that makes the prompts"))
     num_prompts: int = field(default=4, metadata=about("prompts in a rollout"))
@@ -76,7 +76,7 @@ class RolloutOptions:
     speculation: tuple[str, ...] = field(
         default=("auto", "off", "paper", "fixed"),
         metadata=about(
-            f"variants that roll out in turn, parted by commas: {', '.join(SPECULATION)}, or fixed plans by their "
+            f"variants that roll out in turn, separated by commas: {', '.join(SPECULATION)}, or fixed plans by their "
             f"shape, {SHAPE_FORM}"
         ),
     )
@@ -88,7 +88,7 @@ class RolloutOptions:
     )
     draft_vocab_size: int | None = field(
         default=None,
-        metadata=about("draft from so many of the head's most frequent tokens (default: 4096 on a CPU, or all)"),
+        metadata=about("draft from this many of the head's most frequent tokens (default: 4096 on a CPU, or all)"),
     )
     warmup_steps: int = field(
         default=0, metadata=about("rollouts of other prompts on which the eagle head learns first")
@@ -133,10 +133,10 @@ class AcceptanceOptions:
     drafter: str = field(default="eagle", metadata=about("eagle, eagle-new, block, or a folder with a saved head"))
     task: tuple[str, ...] = field(
         default=("gsm_symbolic", "chain_sum"),
-        metadata=about("reasoning-gym tasks that make the prompts, parted by commas"),
+        metadata=about("reasoning-gym tasks that make the prompts, separated by commas"),
     )
     temperature: tuple[float, ...] = field(
-        default=(1.0, 0.6, 0.0), metadata=about("sampling temperatures, parted by commas; 0 is greedy")
+        default=(1.0, 0.6, 0.0), metadata=about("sampling temperatures, separated by commas; 0 is greedy")
     )
     num_prompts: int = field(default=32, metadata=about("prompts of each task, one completion each"))
     max_tokens: int = field(default=96, metadata=about("longest completion, in tokens"))
@@ -171,10 +171,12 @@ class ProfileOptions:
         default=None,
         metadata=about("JSONL file of objects with 'prompt' that drafts are measured on (default: those of the task)"),
     )
-    task: str = field(default="chain_sum", metadata=about("reasoning-gym task that makes the prompts otherwise"))
+    task: str = field(
+        default="chain_sum", metadata=about("reasoning-gym task that makes the prompts where no file is given")
+    )
     num_prompts: int = field(default=8, metadata=about("prompts, one completion each, that drafts are measured on"))
     max_tokens: int = field(
-        default=48, metadata=about("longest completion, in tokens; less where the machine is too slow for them")
+        default=48, metadata=about("longest completion, in tokens; fewer on a machine that is too slow")
     )
     temperature: float = field(default=1.0, metadata=about("sampling temperature; 0 is greedy"))
     device: str = field(

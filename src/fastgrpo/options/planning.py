@@ -23,7 +23,7 @@ class SteadyOptions:
     max_tokens: int = field(default=128, metadata=about("longest completion, in tokens"))
     temperature: float = field(default=1.0, metadata=about("sampling temperature; 0 is greedy"))
     max_num_tokens: int = field(
-        default=512, metadata=about("tokens in a target forward at most; plans are left out where they take more")
+        default=512, metadata=about("largest target forward, in tokens; plans that need more are left out")
     )
     device: str = field(
         default="auto", metadata=about("where it runs; auto takes the GPU where there is one", choices=DEVICES)
@@ -48,21 +48,19 @@ class PlansOptions(SteadyOptions):
     """`fastgrpo bench plans`."""
 
     concurrency: tuple[int, ...] = field(
-        default=(1, 2, 4, 8, 16, 32, 64), metadata=about("numbers of live sequences, parted by commas")
+        default=(1, 2, 4, 8, 16, 32, 64), metadata=about("numbers of live sequences, separated by commas")
     )
     plans: tuple[str, ...] = field(
         default=(
             *("1x1x1", "1x3x3", "2x1x2", "2x2x4", "2x3x6", "3x1x3", "3x3x8"),
             *("4x2x8", "4x4x16", "5x4x24", "6x8x32", "8x8x48"),
         ),
-        metadata=about(f"fixed plans beside auto and plain decoding, parted by commas: {SHAPE_FORM}"),
+        metadata=about(f"fixed plans beside auto and plain decoding, separated by commas: {SHAPE_FORM}"),
     )
     tokens_per_seq: int = field(
-        default=40, metadata=about("tokens that each live sequence emits in a measured rollout, in the mean")
+        default=40, metadata=about("mean tokens that each live sequence emits in a measured rollout")
     )
-    min_tokens: int = field(
-        default=120, metadata=about("tokens in a measured rollout at least, all sequences together")
-    )
+    min_tokens: int = field(default=120, metadata=about("fewest tokens in a measured rollout, all sequences together"))
     repeats: int = field(default=3, metadata=about("measured rollouts of each plan, in turn"))
     warmups: int = field(default=2, metadata=about("rollouts in which auto learns first, at each concurrency"))
 
@@ -78,21 +76,22 @@ class BudgetOptions(SteadyOptions):
     """`fastgrpo bench budget`."""
 
     concurrency: tuple[int, ...] = field(
-        default=(2, 4, 8, 16, 32, 64), metadata=about("numbers of live sequences, parted by commas")
+        default=(2, 4, 8, 16, 32, 64), metadata=about("numbers of live sequences, separated by commas")
     )
     plans: tuple[str, ...] = field(
         default=("1x4x1", "1x4x2", "2x2x2", "2x4x4", "3x2x4", "3x3x8", "4x4x8", "4x4x16", "5x4x16"),
-        metadata=about(f"plans, parted by commas; of those with as many draft tokens the best counts: {SHAPE_FORM}"),
+        metadata=about(
+            f"plans, separated by commas; among those with equal draft tokens the best counts: {SHAPE_FORM}"
+        ),
     )
     most: int = field(
-        default=4, metadata=about("draft tokens of one sequence at most where they share, as a multiple of the mean")
+        default=4,
+        metadata=about("limit on draft tokens of one sequence under a shared budget, as a multiple of the mean"),
     )
     tokens_per_seq: int = field(
-        default=24, metadata=about("tokens that each live sequence emits in a measured rollout, in the mean")
+        default=24, metadata=about("mean tokens that each live sequence emits in a measured rollout")
     )
-    min_tokens: int = field(
-        default=256, metadata=about("tokens in a measured rollout at least, all sequences together")
-    )
+    min_tokens: int = field(default=256, metadata=about("fewest tokens in a measured rollout, all sequences together"))
     repeats: int = field(default=2, metadata=about("measured rollouts of each plan with either budget, in turn"))
 
     def __post_init__(self) -> None:
@@ -115,10 +114,10 @@ class OrderOptions:
     speculation: str = field(default="auto", metadata=about(f"how it speculates: a planner, or a plan, {SHAPE_FORM}"))
     tasks: tuple[str, ...] = field(
         default=("chain_sum", "products"),
-        metadata=about("reasoning-gym tasks with short and with long answers, parted by commas"),
+        metadata=about("reasoning-gym tasks with short and with long answers, separated by commas"),
     )
     num_prompts: tuple[int, ...] = field(
-        default=(12, 4), metadata=about("prompts of each task, a number for each, parted by commas")
+        default=(12, 4), metadata=about("prompts of each task, a number for each, separated by commas")
     )
     num_generations: int = field(default=4, metadata=about("completions for each prompt"))
     max_tokens: int = field(default=LONG_TAIL_MAX_TOKENS, metadata=about("longest completion, in tokens"))

@@ -18,7 +18,7 @@ class SimulateOptions:
 
     record: Path | None = field(
         default=None,
-        metadata=about("roll out, write what drafts would have brought to this file, and end", writes=True),
+        metadata=about("roll out, write to this file what drafts would have gained, and stop", writes=True),
     )
     facts: Path | None = field(default=None, metadata=about("replay a recorded file; its workload is taken from it"))
     model: str = field(
@@ -49,21 +49,21 @@ class SimulateOptions:
         default=3, metadata=about("measured rollouts of each planner, and as many that correct its costs")
     )
     devices: tuple[str, ...] = field(
-        default=(), metadata=about("machines to plan for by their roofline, parted by commas", choices=MACHINES)
+        default=(), metadata=about("machines to plan for by their roofline, separated by commas", choices=MACHINES)
     )
     models: tuple[str, ...] = field(
-        default=("8b",), metadata=about("sizes of models on these machines, parted by commas", choices=MODEL_SIZES)
+        default=("8b",), metadata=about("sizes of models on these machines, separated by commas", choices=MODEL_SIZES)
     )
     mean_lengths: tuple[int, ...] = field(
-        default=(2000,), metadata=about("mean completion lengths there, in tokens, parted by commas")
+        default=(2000,), metadata=about("mean completion lengths there, in tokens, separated by commas")
     )
-    longest_over_mean: float = field(default=4.0, metadata=about("longest completion there, in mean ones"))
+    longest_over_mean: float = field(default=4.0, metadata=about("longest completion there, as a multiple of the mean"))
     group_sizes: tuple[int, ...] = field(
-        default=(16,), metadata=about("completions of a prompt there, parted by commas")
+        default=(16,), metadata=about("completions of a prompt there, separated by commas")
     )
-    num_completions: int = field(default=256, metadata=about("completions of a rollout there"))
+    num_completions: int = field(default=256, metadata=about("completions in a rollout there"))
     noise: float = field(
-        default=0.0, metadata=about("scatter of simulated times, the standard deviation of their logarithm")
+        default=0.0, metadata=about("noise of simulated times: the standard deviation of their logarithm")
     )
     output: Path | None = field(
         default=None,

@@ -18,7 +18,7 @@ class Workload:
     dtype: str = field(default="bfloat16", metadata=about("type of the base weights", choices=DTYPES))
     task: str = field(default="chain_sum", metadata=about("reasoning-gym task that makes prompts and checks answers"))
     prompt_examples: int = field(
-        default=0, metadata=about("solved problems put before each question, the same for all: longer prompts")
+        default=0, metadata=about("solved problems before each question, the same for all, to make prompts longer")
     )
     prompts_per_step: int = field(default=4, metadata=about("prompts in a training step"))
     num_generations: int = field(default=8, metadata=about("completions for each prompt (the group of GRPO)"))
@@ -76,7 +76,7 @@ class E2EOptions(Workload):
     variants: tuple[str, ...] = field(
         default=("trl", "off", "auto"),
         metadata=about(
-            "trainers that step in turn, parted by commas: trl (TRL's GRPOTrainer, transformers generation), or "
+            "trainers that step in turn, separated by commas: trl (TRL's GRPOTrainer, transformers generation), or "
             f"FastGRPOTrainer with this speculation: {', '.join(TRAINING_VARIANTS)}; each may have keys of its config, "
             "such as auto:skip_zero_advantages=false",
         ),
@@ -102,8 +102,8 @@ class UpdateOptions(E2EOptions):
     variants: tuple[str, ...] = field(
         default=("trl", "off"),
         metadata=about(
-            "trainers that update in turn, parted by commas: trl, and ours: off; each may have keys of its config, "
-            "such as off:share_prompts=false",
+            "trainers that update in turn, separated by commas: trl, or off (FastGRPOTrainer); each may have keys of "
+            "its config, such as off:share_prompts=false",
         ),
     )
     prompt_length: int = field(default=100, metadata=about("tokens of each prompt, drawn at random"))
@@ -134,7 +134,7 @@ class RewardsOptions(Workload):
     """`fastgrpo bench rewards`."""
 
     answer_s: float = field(default=2.0, metadata=about("seconds after which the judge answers"))
-    max_reward_calls: int = field(default=16, metadata=about("completions that the judge is asked about at once"))
+    max_reward_calls: int = field(default=16, metadata=about("calls to the judge at once, one completion each"))
     repeats: int = field(default=3, metadata=about("measured steps of each way, after one that is not measured"))
     speculation: str = field(default="auto", metadata=about("how drafts are sized", choices=SPECULATION))
     output: Path | None = field(
@@ -155,13 +155,13 @@ class LearningOptions(Workload):
 
     steps: int = field(default=30, metadata=about("training steps of the run whose rollouts are learnt from"))
     losses: tuple[str, ...] = field(
-        default=("kl", "kl+tv", "lk", "overlap", "coupled"), metadata=about("losses to learn with, parted by commas")
+        default=("kl", "kl+tv", "lk", "overlap", "coupled"), metadata=about("losses to learn with, separated by commas")
     )
     starts: tuple[str, ...] = field(
         default=("eagle", "eagle-new"),
-        metadata=about("heads to begin with, parted by commas: eagle (the shipped one), eagle-new, or folders"),
+        metadata=about("heads to begin with, separated by commas: eagle (the shipped one), eagle-new, or folders"),
     )
-    updates: int = field(default=8, metadata=about("updates after each rollout at most, of about 256 tokens each"))
+    updates: int = field(default=8, metadata=about("limit on updates after each rollout, of about 256 tokens each"))
     rollouts: Path | None = field(
         default=None,
         metadata=about("safetensors file of the rollouts; written by the run, and read instead of a run if it exists"),
