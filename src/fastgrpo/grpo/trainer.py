@@ -19,6 +19,7 @@ from fastgrpo.grpo.checks import check_advantages, check_columns, check_rewards
 from fastgrpo.grpo.clock import StepClock, attach_clock
 from fastgrpo.grpo.config import FastGRPOConfig
 from fastgrpo.grpo.draft_learning import DraftLearning
+from fastgrpo.grpo.micro_batch import MicroBatch
 from fastgrpo.grpo.savings import Savings
 from fastgrpo.grpo.scoring import add_heads, fill_missing_gradients, find_own_loss, score_completions
 from fastgrpo.grpo.siblings import Siblings, is_regrouped, unlogged
@@ -57,14 +58,7 @@ class FastGRPOTrainer(GRPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = FastGRPOConfig(f"{str(name).rstrip('/').split('/')[-1]}-FastGRPO")
         super().__init__(model, reward_funcs, args, *others, **kwargs)
-        if getattr(self, "_is_vlm", False):
-            raise ValueError("vision-language models are not supported by FastGRPOTrainer; use trl.GRPOTrainer")
-        check_columns(self.train_dataset, self.eval_dataset)
-        if self.is_fsdp_enabled or getattr(self.accelerator.state, "zero_stage", None) == 3 or _is_zero3(self):
-            raise ValueError(
-                "weights sharded by FSDP or DeepSpeed ZeRO-3 are not supported by FastGRPOTrainer; "
-                "use DDP or ZeRO-2, or trl.GRPOTrainer"
-            )
+        self._check_supported()
         self.engine = Engine(
             self.accelerator.unwrap_model(self.model),
             drafter=args.drafter,
@@ -85,6 +79,16 @@ class FastGRPOTrainer(GRPOTrainer):
         add_heads(self)
         attach_clock(self, self._clock)
         self._rollout_places = {True: (-1, 0), False: (-1, 0)}  # by whether in training: (global step, calls within it)
+
+    def _check_supported(self) -> None:
+        if getattr(self, "_is_vlm", False):
+            raise ValueError("vision-language models are not supported by FastGRPOTrainer; use trl.GRPOTrainer")
+        check_columns(self.train_dataset, self.eval_dataset)
+        if self.is_fsdp_enabled or getattr(self.accelerator.state, "zero_stage", None) == 3 or _is_zero3(self):
+            raise ValueError(
+                "weights sharded by FSDP or DeepSpeed ZeRO-3 are not supported by FastGRPOTrainer; "
+                "use DDP or ZeRO-2, or trl.GRPOTrainer"
+            )
 
     def _choose_savings(self) -> None:
         self.savings = Savings(self)
@@ -265,7 +269,20 @@ class FastGRPOTrainer(GRPOTrainer):
                 **kwargs,
             )
         batch = self.savings.take_batch(completion_ids)
+        logprobs, entropies = self._score_batch(model, batch, input_ids, attention_mask, batch_size)
+        return logprobs, entropies if compute_entropy else None, None
+
+    def _score_batch(
+        self,
+        model: Any,
+        batch: MicroBatch,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        batch_size: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of the batch's completions, [B, C] each, computed for the rows that it plans."""
         logprobs, entropies = batch.begin_scores()
+        logits_to_keep = logprobs.shape[1]
         shares = self.savings.shares_prompts
         for part, has_gradient in batch.split(batch_size):
             with (
@@ -280,7 +297,7 @@ class FastGRPOTrainer(GRPOTrainer):
         if torch.is_grad_enabled() and not logprobs.requires_grad:
             logprobs.requires_grad_(True)  # no row has a gradient: TRL's backward still needs a loss that takes one
         batch.logps, batch.entropies = logprobs.detach(), entropies.detach()
-        return logprobs, entropies if compute_entropy else None, None
+        return logprobs, entropies
 
     def _log_rollout(self, rollout_s: float) -> None:
         mode = "train" if self.model.training else "eval"
