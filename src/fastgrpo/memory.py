@@ -1,4 +1,4 @@
-"""How much memory there is to be had, and whether an error says that there is no more."""
+"""How much memory is available, and whether an error means that it has run out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-_NO_MEMORY = (  # of PyTorch's CPU allocator; CUDA; cuBLAS and cuDNN; C++; oneDNN
+_NO_MEMORY = (  # words in errors of PyTorch's CPU allocator; CUDA; cuBLAS and cuDNN; C++; oneDNN
     *("DefaultCPUAllocator", "CUDA error: out of memory", "ALLOC_FAILED", "bad_alloc", "create a memory object"),
 )
 _MEMINFO, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -27,7 +27,7 @@ def find_available_bytes(device: torch.device) -> int | None:
 
 
 def _find_group_bytes() -> int | None:
-    """What a container's limit (cgroup version 2) leaves; cached files give way and do not count."""
+    """Bytes that a container's limit (cgroup version 2) leaves; None without one. Cached files count as free."""
     try:
         limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         files = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
@@ -37,7 +37,7 @@ def _find_group_bytes() -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be had; PyTorch's CPU allocator and libraries below it raise no type of their own."""
+    """Whether memory ran out; PyTorch's CPU allocator and libraries below it have no exception type for this."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -46,7 +46,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_bytes(num_bytes: float) -> str:
-    """For a person: 3.2 GiB, 410 MiB, 12 KiB."""
+    """Bytes for a person to read: 3.2 GiB, 410 MiB, 12 KiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if num_bytes >= size:
             return f"{num_bytes / size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""When a trainer's draft head learns: on what stands idle if anything does, else between rollout and update."""
+"""When a trainer's draft head learns: while cores or a GPU idle, if they do, else between rollout and update."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from fastgrpo.learner import Learner, LearnReport, Lesson
 from fastgrpo.planner import AutoPlanner
 from fastgrpo.side_learning import SideLearning
 
-_CPU_SHARE, _SHARE = 0.1, 0.03  # of the steps' time
+_CPU_SHARE, _SHARE = 0.1, 0.03  # default shares of a step's time, on a CPU and on a GPU
 _NOTHING = ("learn_s", "hidden_s", "num_tokens", "num_updates")  # logged as 0 where nothing was learnt
 
 
 class DraftLearning:
-    """Lets the head learn once of each generation, within its share of the time.
+    """Lets the head learn once from each generation, within its share of the time.
 
-    It learns where the machine would wait: beside the last sequences of the rollout (see `SideLearning`), while other
-    processes still decode, while streamed rewards are waited for. Where nothing waits, it learns behind the rewards.
+    It learns while the machine would wait: beside the last sequences of the rollout (see `SideLearning`), while other
+    processes still decode, or while streamed rewards are awaited. Otherwise it learns after the rewards.
 
     Args:
-        log: told each metric's name and value.
+        log: called with each metric's name and value.
 
     Attributes:
         learner: None where no head is trained.
         side: None where nothing is learnt beside decoding.
-        saved_s: what speculation won in the last rollout; None while the head is young, and for planners that cannot
-            say.
+        saved_s: seconds that speculation saved in the last rollout; None while the head is young, and for planners that
+            cannot say.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class DraftLearning:
         self._hides = args.hide_draft_learning
         self.side = SideLearning(self.learner, engine) if self.learner and self._hides else None
         self.saved_s: float | None = None
-        self._teaches = False  # the rollout that runs now, or was the last
-        self._is_due = False
-        self._lesson: Lesson | None = None  # that was begun beside this step's rollout
+        self._teaches = False  # whether the current or last rollout is to be learnt from
+        self._is_due = False  # whether this step has still to learn
+        self._lesson: Lesson | None = None  # begun beside this step's rollout, to be gone on with after the rewards
         engine.on_finish.extend([self._hear] if self.learner else [])
 
     def begin(self, *, is_training: bool) -> None:
-        """A generation begins; those of an evaluation teach nothing."""
+        """A generation begins; those of evaluations are not learnt from."""
         self._teaches = self._is_due = is_training and self.learner is not None
         if (lesson := self._take_lesson()) is not None and self.learner is not None:
             self.learner.put_back(lesson)  # of a step that broke off
@@ -61,13 +61,13 @@ class DraftLearning:
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
-        """A rollout of the step takes place within."""
+        """Wraps a rollout, beside which the head may learn."""
         side = self.side if self._is_due and self._lesson is None and not self._clock.owes else None
         with contextlib.nullcontext() if side is None else side.follow():
             yield
 
     def hear_rollout(self) -> None:
-        """The engine has ended a rollout."""
+        """A rollout has ended: finish what was learnt beside it, or keep the lesson for later in the step."""
         self.saved_s, planner = None, self._engine.planner
         if self.learner is None:
             return
@@ -79,10 +79,10 @@ class DraftLearning:
             self.learner.choose_vocabulary()
             self._finish(self.learner.finish(lesson), started)
         elif lesson is not None:
-            self._lesson = lesson  # goes on behind the rewards
+            self._lesson = lesson  # `learn` goes on with it
 
     def learn_while_others_decode(self) -> None:
-        """Learn for as long as other processes are still at their rollouts; every process calls it behind its own."""
+        """Learn for as long as other processes are still in their rollouts; every process calls it after its own."""
         others, is_cpu = OtherProcesses(), self._engine.target.device.type == "cpu"
         if self._hides and self._is_due and others.are_busy() and (not is_cpu or look_for_cores(others)):
             self.learn(is_free=others.are_busy)
@@ -112,10 +112,10 @@ class DraftLearning:
         return lesson
 
     def _finish(self, report: LearnReport, started: float) -> None:
-        """The step has had its learning.
+        """Charge and log what the step has learnt; it learns no more.
 
         Args:
-            started: when it went on behind the rollout.
+            started: when the part after the rollout began, by `time.perf_counter`.
         """
         self._is_due = False
         longer_s = report.learn_s - report.free_s

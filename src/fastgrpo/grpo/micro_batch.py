@@ -1,4 +1,4 @@
-"""One micro-batch of an update: what must be computed, what the rollout has said already, and what the scores were."""
+"""One micro-batch of an update: what must be computed, what the rollout has computed already, and the scores."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ OLD_LOGPS = "old_per_token_logps"  # TRL's name
 class MicroBatch:
     """The rows of a micro-batch by what they need, and their scores once they are known.
 
-    A row without an advantage has no gradient. Its entropy is logged all the same: where the rollout has said it, and
-    the weights are still the rollout's, the row is not computed at all.
+    A row without an advantage has no gradient, but its entropy is logged: where the rollout has computed it, and the
+    weights are still the rollout's, the row is not computed at all.
     """
 
     inputs: dict[str, Any]  # what TRL's loss reads
-    is_counted: Bool[Tensor, "B C"]
-    rows_to_train: Bool[Tensor, " B"]
-    rows_known: Bool[Tensor, " B"]  # nothing to compute; never rows to train
+    is_counted: Bool[Tensor, "B C"]  # completion tokens that take part in loss and log
+    rows_to_train: Bool[Tensor, " B"]  # computed with a gradient
+    rows_known: Bool[Tensor, " B"]  # not computed; never rows to train
     rollout: tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]] | None  # log-probs and entropies of the same weights
     old_logps: Float[Tensor, "B C"] | None  # to be filled in with this pass's log-probs, for later passes
     logps: Float[Tensor, "B C"] | None = None  # this pass's
-    entropies: Float[Tensor, "B C"] | None = None
+    entropies: Float[Tensor, "B C"] | None = None  # this pass's, nats
 
     @staticmethod
     def plan(
@@ -44,11 +44,11 @@ class MicroBatch:
             inputs: TRL's slice of the batch.
             step: optimiser steps so far.
             skips_rows: rows without advantage need no gradient.
-            awaits_old_logps: the first pass over a batch, whose weights are the rollout's, fills them in.
-            keeps_step: other processes wait for this one in every pass, so there is one pass, never none.
+            awaits_old_logps: the first pass over a batch, whose weights are the rollout's, fills the old log-probs in.
+            keeps_step: other processes wait for this one in every pass, so at least one row is computed.
 
         Raises:
-            RuntimeError: no first pass has filled them in.
+            RuntimeError: the old log-probs are needed, and no first pass has filled them in.
         """
         is_fresh = STEP in inputs and int(inputs[STEP]) == step
         old_logps = inputs.get(OLD_LOGPS) if awaits_old_logps else None
@@ -76,7 +76,7 @@ class MicroBatch:
 
     @staticmethod
     def of_all(completion_ids: Int[Tensor, "B C"]) -> MicroBatch:
-        """Every row is computed, with a gradient where there are any: for questions of TRL's outside its loss."""
+        """Every row is computed, with a gradient where gradients are on: for scores that TRL wants outside its loss."""
         is_counted = torch.ones_like(completion_ids, dtype=torch.bool)
         rows = is_counted.new_ones(len(is_counted))
         return MicroBatch(
@@ -85,7 +85,7 @@ class MicroBatch:
 
     @staticmethod
     def of_known(inputs: dict[str, Any], logps: Float[Tensor, "B C"], entropies: Float[Tensor, "B C"]) -> MicroBatch:
-        """Nothing is computed: these are the scores."""
+        """No row is computed: `logps` and `entropies` are the scores."""
         everything = torch.ones_like(logps, dtype=torch.bool)
         rows = everything.new_ones(len(everything))
         return MicroBatch(
@@ -98,10 +98,10 @@ class MicroBatch:
         )
 
     def begin_scores(self) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
-        """Log-probs and entropies of the rows that are known; the others are to be put in."""
+        """Log-probs and entropies with the known rows filled in; the caller puts in those it computes."""
         shape, device = self.is_counted.shape, self.is_counted.device
         logps, entropies = self.inputs.get(OLD_LOGPS), torch.zeros(shape, device=device)
-        logps = torch.zeros(shape, device=device) if logps is None else logps  # where nothing counts: a ratio of 1
+        logps = torch.zeros(shape, device=device) if logps is None else logps  # old or equal ones: a ratio of 1
         if self.rollout is None:
             return logps, entropies
         is_known = self.rows_known[:, None] & self.is_counted
@@ -129,9 +129,10 @@ class MicroBatch:
 
 
 def check_old_logps(old_logps: Float[Tensor, "B C"]) -> None:
-    """
+    """Refuse old log-probs that no pass has filled in.
+
     Raises:
-        RuntimeError: they were never filled in.
+        RuntimeError: some are NaN.
     """
     if bool(old_logps.isnan().any()):
         raise RuntimeError(
