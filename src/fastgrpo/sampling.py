@@ -53,7 +53,6 @@ def _mix(value: int) -> int:
 
 def stream_key(seed: int, stream: int) -> int:
     """The 64-bit key of one request's noise; distinct (seed, stream) pairs give unrelated keys."""
-
     return _signed(_mix(_mix(seed * _GOLDEN + 1) + stream * _GOLDEN + 2), 64)
 
 
@@ -139,7 +138,7 @@ def _gpu_sampling() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingKind:
-    """What the parameters of some sequences ask for, which decides what is launched."""
+    """What the parameters of some sequences ask for: it decides which kernels are launched."""
 
     is_warped: bool  # some temperature is not 1
     is_truncated: bool  # some top_k or top_p is active
@@ -161,7 +160,7 @@ NUM_COLUMNS = 5
 
 
 def list_columns(sequences: list[Sequence]) -> np.ndarray:
-    """The sampling state as int64 [5, R], for `SamplingBatch.read`; of numbers with a fraction the bits."""
+    """The sampling state as int64 [5, R], for `SamplingBatch.read`; floats as the bits of float64."""
     params = [sequence.params for sequence in sequences]
     columns = np.empty((NUM_COLUMNS, len(sequences)), dtype=np.int64)
     columns[0] = [sequence.stream_key for sequence in sequences]
@@ -228,22 +227,18 @@ class SamplingBatch(SamplingKind):
 
 
 class SamplingRows:
-    """Builds the `SamplingBatch` of each step; on a host, while the same sequences run, their positions are all that is
-    read again.
+    """Builds the `SamplingBatch` of each step; on the host, only positions are renewed while the same sequences run.
 
-    Behind a forward, whose weights have driven all else out of a processor's caches, each line of Python costs tens of
+    After a forward, whose weights have driven all else out of the processor's caches, each line of Python costs tens of
     microseconds.
     """
 
     def __init__(self) -> None:
         self._sequences: list[Sequence] = []
-        self._last: tuple[SamplingBatch, np.ndarray] | None = None  # with its positions
+        self._last: tuple[SamplingBatch, np.ndarray] | None = None  # and a view of its positions, to be overwritten
 
     def build(self, sequences: list[Sequence], device: torch.device) -> SamplingBatch:
-        """`SamplingBatch.build`, valid until the next one is built.
-
-        Parameters and stream keys of a sequence that is under way do not change.
-        """
+        """`SamplingBatch.build`, valid until the next call; a running sequence's parameters and key must not change."""
         if self._last is None or not self._knows(sequences):
             batch = SamplingBatch.build(sequences, device)
             if is_host(batch.positions):
@@ -254,7 +249,7 @@ class SamplingRows:
         return batch
 
     def forget(self) -> None:
-        """The sequences are no longer under way."""
+        """Drop the last batch and its sequences."""
         self._sequences, self._last = [], None
 
     def _knows(self, sequences: list[Sequence]) -> bool:
@@ -333,11 +328,11 @@ def sample(
 def sample_rows(
     logits: Float[Tensor, "T V"], rows: Int[Tensor, " R"], batch: SamplingBatch, vocabulary: Int[Tensor, " V"]
 ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
-    """`sample` of some rows of the logits, without asking the device which.
+    """`sample` for chosen rows of the logits, without waiting for a device to say which; returns as there.
 
     Args:
-        rows: of `logits`, one for each row of `batch`; one of -1 is not sampled and gives token -1, log-prob and
-            entropy 0.
+        rows: index into `logits` for each row of `batch`; a row with -1 is not sampled and gives token -1, log-prob 0
+            and entropy 0.
     """
     if _samples_on_gpu(logits, batch):
         return _gpu_sampling().sample(logits, rows, batch.stream_keys, batch.positions, batch.temperature)
@@ -360,7 +355,7 @@ def sample_rows(
 
 
 def samples_on_host(logits: Tensor, batch: SamplingBatch) -> bool:
-    """Whether the compiled kernels sample from these."""
+    """Whether the compiled CPU kernels can sample from these logits."""
     return has_kernels(logits) and logits.dtype in cpu.DTYPES and not batch.is_truncated
 
 

@@ -1,4 +1,4 @@
-"""What a head drafts from, as tensors: uploaded one by one, or as one table of numbers that recordings are fed with."""
+"""What a head drafts from, as tensors: uploaded one by one, or read from the one table that recordings are fed with."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class HeadInputs:
 
     sampling: SamplingBatch
     pending_token_ids: Int[Tensor, " B"]
-    lengths: Int[Tensor, " B"]  # cached tokens of the target, as many pairs are read by the draft's first level
+    lengths: Int[Tensor, " B"]  # cached tokens of the target, and so pairs to be read before the draft's first level
     num_read: Int[Tensor, " B"]  # pairs that were read before
-    unread: Int[Tensor, "B N"]  # token i + 1 of the pairs that were not; padded behind them
-    counts: tuple[int, ...] | None  # of those; None: padding is computed too, and nobody looks at what comes of it
+    unread: Int[Tensor, "B N"]  # token i + 1 of each pair that is still to be read, then padding
+    counts: tuple[int, ...] | None  # unread pairs of each row; None: padding is computed too, and ignored
     most_pairs: int | None  # the largest of `lengths`, where the host knows it
-    blocks: Int[Tensor, "B K"]  # of the target's cache, from there on
-    own_blocks: Int[Tensor, "B J"]  # of the head's
+    blocks: Int[Tensor, "B K"]  # of the target's cache, from where the sequence's own row begins
+    own_blocks: Int[Tensor, "B J"]  # of the head's own cache
 
     @staticmethod
     def gather(context: DraftContext, num_read: list[int], rows: HeadRows) -> HeadInputs:
-        """Those of the running sequences, as many numbers as there are.
+        """The inputs for the running sequences, without padding of rows.
 
         Args:
-            num_read: tokens of each sequence, from the first on.
+            num_read: tokens of each sequence that the head has read, counted from its first token.
         """
         lengths, device = context.cache.lengths, context.device
         counts = [length - read for length, read in zip(lengths, num_read, strict=True)]
@@ -64,7 +64,7 @@ class HeadInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class TableShape:
-    """The sizes of a table, and what else makes one draft launch other work than another."""
+    """What tells recorded drafts apart: their table's sizes, and all else that decides which kernels they launch."""
 
     plan: SpeculationPlan
     rows: int
@@ -75,7 +75,7 @@ class TableShape:
 
     @staticmethod
     def find(context: DraftContext, plan: SpeculationPlan, own: SlotCache, *, with_noise: bool) -> TableShape:
-        """The smallest that holds the running sequences."""
+        """The smallest shape that holds the running sequences."""
         return TableShape(
             plan=plan,
             rows=round_size(len(context.sequences)),
@@ -87,19 +87,19 @@ class TableShape:
 
     @property
     def most_unread(self) -> int:
-        """Of a sequence that a draft of this plan was verified for."""
+        """Most unread tokens of a sequence after a draft of this plan was verified."""
         return self.plan.depth + 1
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """Columns of unread tokens and of both tables of blocks."""
+        """Columns of the unread tokens, of the target's blocks and of the head's own."""
         return self.most_unread, self.blocks, self.own_blocks
 
     def build(self, device: torch.device) -> Int[Tensor, "R C"]:
         return torch.zeros(self.rows, _COLUMNS + sum(self.widths), dtype=torch.int64, device=device)
 
     def fill(self, table: Int[Tensor, "R C"], context: DraftContext, num_read: list[int], rows: HeadRows) -> None:
-        """Copy what `read` gives back, in one go; rows without a sequence write to the scratch block."""
+        """Copy in what `read` gives back, in one go; padding rows write to the scratch block."""
         sequences, lengths, own = context.sequences, context.cache.lengths, rows.cache
         count = len(sequences)
         values = np.zeros(table.shape, dtype=np.int64)
@@ -115,6 +115,7 @@ class TableShape:
         copy_to(table, values)
 
     def read(self, table: Int[Tensor, "R C"]) -> HeadInputs:
+        """The inputs that `fill` copied in; launches work only, so that it can be recorded."""
         columns = table[:, :_COLUMNS].T.contiguous()
         pending, lengths, num_read = columns[:3]
         unread, blocks, own_blocks = table[:, _COLUMNS:].split(self.widths, dim=1)

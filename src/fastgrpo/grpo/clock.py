@@ -15,7 +15,7 @@ from fastgrpo.metrics import step_time_shares
 from fastgrpo.types import BACKWARD, FORWARD, LEARNING, LOG_PROBS, OPTIMISER, REWARDS, ROLLOUT, Span, Timeline
 
 _LEARN_SHARE_OF_ROLLOUT, _LEARN_SHARE_OF_SAVING = 0.25, 0.5
-_LEAST_LEARN_SHARE = 0.005  # of a step, that pays off what learning owes even where speculation saves nothing
+_LEAST_LEARN_SHARE = 0.005  # least share of a step that pays off what learning owes, though speculation saves nothing
 
 
 class StepClock(TrainerCallback):
@@ -23,8 +23,8 @@ class StepClock(TrainerCallback):
 
     Args:
         log: called with each metric's name and value at the end of a step.
-        is_exact: wait for an accelerator wherever a phase ends. Else its times are the host's, and kernels that still
-            run count to the phase that waits for them.
+        is_exact: wait for the GPU at the end of each phase. Otherwise times are the host's, and kernels that still run
+            count towards the phase that waits for them.
     """
 
     def __init__(self, log: Callable[[str, float], None] = lambda key, value: None, *, is_exact: bool = False) -> None:
@@ -34,22 +34,23 @@ class StepClock(TrainerCallback):
         self._last_step_s: float | None = None
         self._last_rollout_s = 0.0
         self.rollout_s = self.reward_s = self.learn_s = 0.0
-        self._owed_s = 0.0  # by draft learning; below 0: what it has left
+        self._owed_s = 0.0  # seconds that draft learning owes to later steps; below 0: seconds it has left
         self._has_learnt = False
         self.timeline: Timeline | None = None  # of the last step that ended
         self._spans: list[Span] = []
-        self._open: list[str] = []  # phases that are on, the inner ones last
-        self._since = 0.0  # when the innermost began or went on
+        self._open: list[str] = []  # phases under way, the innermost last
+        self._since = 0.0  # when the innermost phase began or was resumed
 
     def budget_s(self, share: float, saved_s: float | None = None) -> float:
-        """Seconds that draft learning may take now: a share of the last step, or of this one so far, less what it took.
+        """Seconds that draft learning may still take: a share of the last step, or of the first one so far, less those
+        that it has taken in this step.
 
-        Never more than a quarter of the rollout, the last one until there is one: about what a good head saves of it.
+        Never more than a quarter of this step's rollout (before it, of the last one): about what a good head saves.
 
         Args:
             share: of the step, in [0, 1).
-            saved_s: what speculation saved in this step's rollout; learning then takes at most half of it.
-                None where nobody knows, or where a head is still too young to save anything.
+            saved_s: seconds that speculation saved in this step's rollout, of which learning takes at most half; None
+                where that is not known, or where a head is still too young to save anything.
         """
         step_s = self.rollout_s + self.reward_s if self._last_step_s is None else self._last_step_s
         budget_s = min(share * step_s, _LEARN_SHARE_OF_ROLLOUT * (self.rollout_s or self._last_rollout_s))
@@ -57,26 +58,26 @@ class StepClock(TrainerCallback):
         return max(budget_s - self.learn_s, 0.0)
 
     def pay(self, budget_s: float) -> None:
-        """Pay for earlier learning, of which one update may take longer than a step allows; as each step begins.
+        """Pay for earlier learning, since one update may take longer than a step allows; call as each step begins.
 
         Args:
-            budget_s: of this step, by `budget_s`.
+            budget_s: this step's, from `budget_s`.
         """
         paid_s = max(budget_s, _LEAST_LEARN_SHARE * (self._last_step_s or 0.0))
         self._owed_s = max(self._owed_s - paid_s, -paid_s)
 
     @property
     def owes(self) -> bool:
-        """Whether earlier learning is still to be paid for; then there is none."""
+        """Whether earlier learning is still to be paid for: until then, nothing is learnt."""
         return self._owed_s > 0
 
     def charge(self, learn_s: float, *, owed_s: float | None = None) -> None:
-        """What draft learning took in this step.
+        """Add up what draft learning took in this step.
 
         Args:
-            learn_s: seconds that the step was at it.
-            owed_s: seconds that the step is longer for it, if that is another figure: what it would have waited
-                anyway, it does not owe. Nor what it took for the first time, when kernels are prepared.
+            learn_s: seconds that the step spent on it.
+            owed_s: seconds that the step became longer for it, where these are fewer: time that the step would have
+                waited anyway is not owed. The first learning, which prepares kernels, is not owed either.
         """
         self.learn_s += learn_s
         if self._has_learnt:
@@ -87,7 +88,7 @@ class StepClock(TrainerCallback):
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Note that a phase takes place within; one within another interrupts it. Outside of steps nothing is noted."""
+        """Wraps a phase of a step; a phase within another one interrupts it. Outside of steps nothing is noted."""
         if self._started is None or (name == LOG_PROBS and FORWARD in self._open):  # the loss's own are its forward
             yield
             return
@@ -100,12 +101,12 @@ class StepClock(TrainerCallback):
             self._open.pop()
 
     def note(self, name: str, started_s: float, ended_s: float) -> None:
-        """Add what took place beside the phases, by `time.perf_counter`."""
+        """Add a stretch of the step to the timeline; times are those of `time.perf_counter`."""
         if self._started is not None:
             self._spans.append(Span(name=name, start_s=started_s - self._started, end_s=ended_s - self._started))
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as a phase."""
+        """The function, timed as a phase."""
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -115,7 +116,7 @@ class StepClock(TrainerCallback):
         return run
 
     def _cut(self) -> None:
-        """The innermost phase ends here, or is interrupted."""
+        """Note the innermost phase up to now: it ends here, or is interrupted."""
         now = self._now()
         if self._open:
             self.note(self._open[-1], self._since, now)
@@ -162,7 +163,7 @@ class StepClock(TrainerCallback):
 
 
 def attach_clock(trainer: Any, clock: StepClock) -> None:
-    """Time the phases of a trainer, TRL's or ours: at methods that both have, whatever class overrides them."""
+    """Time the phases of a trainer, TRL's or fastgrpo's, by wrapping methods that both have."""
     accelerator, learner = trainer.accelerator, getattr(trainer, "learner", None)
     if (side := getattr(getattr(trainer, "learning", None), "side", None)) is not None:
         side.on_piece.append(clock.note)
