@@ -20,7 +20,7 @@ from fastgrpo.kernels.linear import wants_round_rows
 from fastgrpo.transfer import is_host, upload
 
 ATTENTION_NAME = "fastgrpo_tree"
-_MOST_NODES, MOST_GPU_NODES = 64, 256  # of one row that our kernels take: on a CPU with oneDNN's products, on a GPU
+_MOST_NODES, MOST_GPU_NODES = 64, 256  # nodes of a row that the kernels take: on a CPU with oneDNN's products, on a GPU
 READ_BLOCK = 16
 """Rows are read up to a multiple of this. A partly filled last block is summed in another order, so
 without it a row's half-precision result would depend on the length of its neighbours (PyTorch's CPU
@@ -66,8 +66,8 @@ class ForwardBatch:
             blocks: where the rows stand in the cache, as `SlotCache.blocks` says; there is room for the nodes.
             lengths: positions of those rows that every node sees.
             dtype, num_repeats: of the attention: its type, and query heads for each key head.
-            counts: `num_nodes` where the host knows it. A device that would have to be asked computes the padding
-                too, behind its row's own nodes, and so there is room for N of each; nobody looks at what comes of it.
+            counts: `num_nodes` where the host knows it. If it does not, a device computes the padding too, behind its
+                row's own nodes, and nobody reads the results; each row must then have room for N nodes.
         """
         width = visible.shape[1]
         if counts is None and not is_host(num_nodes):
@@ -75,9 +75,7 @@ class ForwardBatch:
             counts = (width,) * len(num_nodes)
         pad_index = _find_used(num_nodes, width, counts)
         words = None
-        if (
-            pad_index is None and width <= MOST_GPU_NODES and gpu.runs_on(token_ids)
-        ):  # of a long prompt nobody needs words
+        if pad_index is None and width <= MOST_GPU_NODES and gpu.runs_on(token_ids):  # long prompts need no words
             from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
 
             *places, words = gpu_trees.lay_out(visible, lengths, blocks)
@@ -103,7 +101,7 @@ class ForwardBatch:
 
     @property
     def num_before(self) -> int:
-        """Positions behind `lengths` that stand in the cache already."""
+        """Positions behind `lengths` that are in the cache already: earlier nodes of the trees."""
         return self.visible.shape[2] - self.most_nodes
 
     @functools.cached_property
@@ -118,18 +116,18 @@ class ForwardBatch:
 
     @functools.cached_property
     def read_length(self) -> int:
-        """Cache positions read where rows are read alike, the new tokens included; a multiple of READ_BLOCK."""
+        """S: positions read of every row where no kernel reads each row by itself; a multiple of READ_BLOCK."""
         return -(-(int((self.lengths + self.num_nodes).max()) + self.num_before) // READ_BLOCK) * READ_BLOCK
 
     @functools.cached_property
     def read_index(self) -> Int[Tensor, "B S"]:
-        """Flat cache index of the positions read where rows are read alike."""
+        """Flat cache index of the first `read_length` positions of each row."""
         slot = torch.arange(self.read_length, device=self.lengths.device)
         return locate(self.blocks, slot.expand(len(self.blocks), -1))
 
     @functools.cached_property
     def mask(self) -> Float[Tensor, "B 1 repN S"]:
-        """Additive, once for each query head that shares a key head."""
+        """The additive attention mask, repeated for each query head that shares a key head."""
         return self.build_mask(None)
 
     @functools.cached_property
@@ -137,7 +135,7 @@ class ForwardBatch:
         return {}
 
     def mask_within(self, window: int | None) -> Float[Tensor, "B 1 repN S"]:
-        """`mask` where a node sees the last `window` tokens alone, itself among them; None: all before it."""
+        """`mask` where a node sees only the last `window` tokens, itself included; None: all before it."""
         if window is None:
             return self.mask
         if window not in self._masks:
@@ -145,6 +143,7 @@ class ForwardBatch:
         return self._masks[window]
 
     def build_mask(self, window: int | None) -> Float[Tensor, "B 1 repN S"]:
+        """`mask_within`, computed anew."""
         slot = torch.arange(self.read_length, device=self.lengths.device)
         node = slot - self.lengths[:, None]  # node that a slot holds
         is_node = (node >= 0) & (node < self.visible.shape[2])
@@ -236,11 +235,12 @@ def tree_attention(
 
     Args:
         key, value: of the batch's rows; where the GPU kernel runs, of the whole cache as one row.
-        attention_mask: not looked at: the batch has its own.
-        windows: tokens that each layer's nodes see; None: all before them.
+        attention_mask: ignored: the batch has its own.
+        windows: for each layer, how many tokens a node sees, itself included; None: all before it.
 
     Raises:
-        RuntimeError: somebody else calls the model amid a rollout, from a callback or a streamed reward.
+        RuntimeError: the model was called from outside the engine during a rollout, as by a callback or a streamed
+            reward.
     """
     if tree_batch is None:
         raise RuntimeError(
@@ -269,11 +269,10 @@ def attend_to_rows(
     head_dim: int,
     scale: float,
 ) -> Float[Tensor, "_ hd"]:
-    """Attention of packed nodes to the cached rows, their own keys and values among them.
+    """Attention of packed nodes to the cached rows, their own keys and values included.
 
-    Queries may be padded: what stands behind the batch's T tokens comes out as anything.
-
-    Where there are kernels, each node reads its own row's positions and no others.
+    Queries may be padded: results behind the batch's T tokens are undefined. Kernels, where they run, read of each row
+    its own positions alone.
     """
     if has_gpu_kernel(query, batch):
         heads = query.unflatten(-1, (-1, head_dim))
@@ -306,7 +305,7 @@ def attend_to_rows(
 def describe_rows(
     batch: ForwardBatch, keys: BlockStore, values: BlockStore, cos: Float[Tensor, "C d"], sin: Float[Tensor, "C d"]
 ) -> CachedRows:
-    """The batch for layers that run in one call; for batches that `has_kernels` accepts.
+    """The batch as kernels that run whole layers take it; only for batches that `has_kernels` accepts.
 
     Args:
         cos, sin: of all positions up to the batch's, as `RotationTable.cover` has them.
@@ -351,13 +350,15 @@ def _attend_to_blocks(
 
 
 def has_gpu_kernel(values: Tensor, batch: ForwardBatch) -> bool:
+    """Whether the attention kernel for GPUs takes the batch."""
     return batch.most_nodes <= MOST_GPU_NODES and values.dtype in gpu.DTYPES and gpu.runs_on(values)
 
 
 def has_kernels(query: Tensor, batch: ForwardBatch) -> bool:
-    """Where oneDNN has matrix instructions, with which no row has its own bits, PyTorch's attention reads prompts.
+    """Whether the attention kernel for CPUs takes the batch.
 
-    Elsewhere a prompt's bits are its own, and those of its tokens decoded one by one.
+    It does not take long prompts where oneDNN has matrix instructions, with which a row's bits depend on its batch
+    anyway. Elsewhere it takes all, so that a prompt's bits are its own, and those of its tokens decoded one by one.
     """
     if query.device.type != "cpu" or not cpu.covers(query.dtype, query.dtype):
         return False
