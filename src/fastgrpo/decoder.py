@@ -171,7 +171,7 @@ def join_features(
 
 
 def count_positions(config: Any) -> int:
-    """That nodes may have: those of sequences, and of a tree behind the longest."""
+    """Positions that nodes may have: those of the longest sequence, and of a tree behind it."""
     return int(config.max_position_embeddings) + MOST_GPU_NODES
 
 

@@ -94,7 +94,7 @@ def _read_busy_s() -> float:
 
 
 def _count_own_cores() -> float:
-    """That this process may use."""
+    """Cores that this process may use."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = map(float, _QUOTA.read_text().split())

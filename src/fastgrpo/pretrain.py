@@ -102,7 +102,8 @@ def run_draft_training(options: DraftTrainOptions, command: str, console: Consol
 
 
 def _check_folder(folder: Path, options: DraftTrainOptions) -> None:
-    """
+    """Refuse a folder that this run could not go on with.
+
     Raises:
         ValueError: the folder is not empty and holds something else than a run with these settings.
     """
@@ -137,10 +138,10 @@ def _list_settings(options: DraftTrainOptions) -> dict[str, Any]:
 
 
 class _Features:
-    """Of answers, by their number; the least recently used go first.
+    """Features of answers, by their number; the least recently used are dropped first.
 
     Args:
-        most_gib: kept at most, but for one answer's.
+        most_gib: memory for them, in GiB; those of one answer are kept whatever they take.
     """
 
     def __init__(self, most_gib: float) -> None:

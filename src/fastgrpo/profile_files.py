@@ -64,7 +64,7 @@ def describe_identity(target: TargetModel, drafter: Drafter) -> Identity:
 
 
 def _count_draft_parameters(drafter: Drafter) -> int:
-    """Of the head, or of the small LM; 0 without one."""
+    """Parameters of the drafter's head or small LM; 0 without one."""
     trainable = find_trainable(drafter)
     module = trainable.head if trainable is not None else getattr(getattr(drafter, "lm", None), "base", None)
     return sum(parameter.numel() for parameter in module.parameters()) if isinstance(module, nn.Module) else 0

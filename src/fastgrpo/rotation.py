@@ -62,7 +62,7 @@ class RotationTable:
         return cos, sin
 
     def _build_table(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Of all positions that a device may ask for; None where that is too much."""
+        """Rotations of all positions that a device may ask for; None where they would take too much memory."""
         if self._num_positions:
             first, _ = self._compute(torch.zeros(1, dtype=torch.int64, device=like.device), like)
             if 2 * self._num_positions * first.numel() * first.element_size() > _MOST_BYTES:

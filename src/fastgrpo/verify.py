@@ -99,7 +99,7 @@ def _walk(
 
 
 def find_ranks(verdict: Verdict, draft: Draft) -> tuple[Int[Tensor, "B D"], Int[Tensor, "B D"]]:
-    """Of each walked node (its number of draft children, the rank among them of the token the target chose or -1).
+    """(number of draft children, rank among them of the token that the target chose or -1) of each walked node.
 
     Args:
         draft: what was verified, or the larger pool that it was taken from: children that were not verified count too.

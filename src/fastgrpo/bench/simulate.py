@@ -268,7 +268,8 @@ def _describe_error(errors: dict[str, float], has_rooflines: bool) -> str:
 
 
 def _build_table(scenario: str, rows: Sequence[Row], *, was_measured: bool) -> Table:
-    """
+    """The results of one scenario, a row for each planner.
+
     Args:
         was_measured: the errors are of this scenario; else they are those of this machine.
     """

@@ -55,7 +55,8 @@ class SteadyWorkload:
 
     @classmethod
     def build(cls, opened: Opened, options: SteadyOptions, *, tokens_per_seq: int, min_tokens: int) -> SteadyWorkload:
-        """
+        """The workload that these options describe.
+
         Raises:
             ValueError: the task cannot be used.
         """

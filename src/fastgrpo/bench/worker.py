@@ -66,7 +66,8 @@ class Worker:
         self._process.join()
 
     def _receive(self) -> Any:
-        """
+        """The next answer of the process.
+
         Raises:
             ValueError: the settings do not fit, as the process said.
             RuntimeError: it failed, or died.
@@ -180,9 +181,10 @@ class _TurnCallback(TrainerCallback):
 
 
 def _build_row(trainer: Any, timeline: Timeline, rollouts: _Rollouts, step_s: float) -> Row:
-    """
+    """The results of one training step.
+
     Args:
-        step_s: data, rollout, rewards, update and logging.
+        step_s: seconds of data, rollout, rewards, update and logging.
     """
     records = trainer.engine.records if hasattr(trainer, "engine") else []
     learn_s = sum(trainer._metrics["train"].get("draft/learn_s", [])[-1:])

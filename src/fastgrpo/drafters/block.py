@@ -156,7 +156,7 @@ def _spread(counts: ListOf[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _count(num_rows: int, width: int, device: torch.device) -> tuple[Int[Tensor, " T"], Int[Tensor, " T"]]:
-    """The same of rows that are alike, on a device."""
+    """(row, place in it) of each of `width` places in every row, computed on the device."""
     at = torch.arange(num_rows * width, device=device)
     return at // width, at % width
 

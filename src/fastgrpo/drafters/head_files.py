@@ -102,7 +102,11 @@ def has_fingerprint(target: TargetModel, fingerprint: Any) -> bool:
 
 
 def check_tokenizer(config: dict[str, Any], folder: Path, target: TargetModel) -> None:
-    """Of two vocabularies of one size every id may mean something else; unknown ones are not compared."""
+    """Refuse a head of another tokenizer: its ids may mean other tokens. Where one is not known, nothing is compared.
+
+    Raises:
+        ValueError: the tokenizers differ.
+    """
     known = config.get(TOKENIZER)
     if known is None or target.tokenizer_hash in (None, known):
         return

@@ -11,9 +11,10 @@ _MOST_NAMED = 5
 
 
 def check_columns(*datasets: Any) -> None:
-    """
+    """Refuse datasets with images.
+
     Args:
-        datasets: TRL's: each a dataset, several of them by name, or None.
+        datasets: as TRL takes them: each a dataset, a dict of several, or None.
 
     Raises:
         ValueError: one has images.
@@ -29,7 +30,7 @@ def check_columns(*datasets: Any) -> None:
 
 
 def check_rewards(rewards: Float[Tensor, "B F"], names: list[str]) -> None:
-    """NaN, as TRL reads None, leaves a completion out of its reward; an infinite reward has no advantage.
+    """Refuse infinite rewards, which give no advantage; NaN, as TRL reads None, leaves a completion out of its reward.
 
     Raises:
         ValueError: names the reward function, the completions and the value.
@@ -44,7 +45,8 @@ def check_rewards(rewards: Float[Tensor, "B F"], names: list[str]) -> None:
 
 
 def check_advantages(advantages: Float[Tensor, " B *C"], step: int, names: list[str]) -> None:
-    """
+    """Refuse advantages that are not finite.
+
     Raises:
         FloatingPointError: some are not finite; names the rows, and the rewards that they come from.
     """

@@ -34,7 +34,10 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutFacts:
-    """Of each completion token; NaN where the engine did not draw it, 0 where a tool wrote it: nothing counts there."""
+    """Log-prob and entropy of each completion token: NaN where the engine did not draw it, 0 where a tool wrote it.
+
+    Tokens of tools do not count in the loss.
+    """
 
     logps: Float[Tensor, "B C"]
     entropies: Float[Tensor, "B C"]

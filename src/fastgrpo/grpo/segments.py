@@ -30,10 +30,10 @@ class Segment:
     """A stretch of a packed sequence: a prompt with its first completion, or one more completion of that prompt."""
 
     num_tokens: int
-    """Of its own: prompt and completion, or completion alone."""
+    """Tokens of the segment: prompt and completion, or completion alone."""
     num_prompt_tokens: int
     is_first: bool
-    """Whether the prompt stands in it; else its tokens see that of the last segment in which one does."""
+    """Whether it holds the prompt; if not, its tokens see the prompt of the last segment before it that does."""
 
 
 @dataclass(frozen=True, kw_only=True)

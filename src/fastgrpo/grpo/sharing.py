@@ -22,13 +22,13 @@ _SEGMENT_COST_ELSEWHERE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class PackedRows:
-    """A padded batch without its padding: what the model is given, and where its answers stand."""
+    """A padded batch without its padding: what the model is given, and where to find its outputs."""
 
     input_ids: Int[Tensor, "1 T"]
     position_ids: Int[Tensor, "1 T"]
     mask: SegmentMask
     predicted_at: Int[Tensor, " N"]
-    """Of the hidden state that predicts each completion token, rows in the order of the batch."""
+    """Index of the hidden state that predicts each completion token, rows in the order of the batch."""
 
 
 def pack_rows(input_ids: Int[Tensor, "B L"], is_used: Bool[Tensor, "B L"], num_kept: int) -> PackedRows:

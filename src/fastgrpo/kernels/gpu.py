@@ -44,7 +44,7 @@ def find_obstacle() -> str | None:
 
 
 class _Absence:
-    """Of cuDNN's attention, while anybody is inside: PyTorch has one switch for all threads."""
+    """Keeps cuDNN's attention off while any thread holds this: PyTorch has one switch for all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

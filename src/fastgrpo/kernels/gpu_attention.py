@@ -116,7 +116,7 @@ def _attend_splits(
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
 ) -> None:
-    """Of one row, key head, stretch of positions and tile of queries: weighted values, largest score, mass."""
+    """For one row, key head, stretch of positions and tile of queries: weighted values, largest score, mass."""
     row, group = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     split, tile = tl.program_id(1), tl.program_id(2)
     count, length = tl.load(num_nodes + row), tl.load(lengths + row)

@@ -34,7 +34,7 @@ def _rank_blocks(
     WITH_NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Of one node and one block of the vocabulary: best scores and their columns, and the mass relative to the best."""
+    """For one node and one block of the vocabulary: best scores, their columns, and the mass relative to the best."""
     node, block = tl.program_id(0), tl.program_id(1)
     row = node // num_expanded
     column = block * BLOCK + tl.arange(0, BLOCK)

@@ -78,8 +78,8 @@ def _sample_blocks(
     num_blocks: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Of one row and one block of the vocabulary: best score and its token, largest logit; relative to it, the mass and
-    the sum of mass times logit."""
+    """For one row and one block of the vocabulary: best score, its token, the largest logit; relative to it, mass and
+    sum of mass times logit."""
     row, block = tl.program_id(0), tl.program_id(1)
     source = tl.load(rows + row)
     if source < 0:

@@ -65,7 +65,7 @@ class ModelShape:
 
     @property
     def head_parameters(self) -> int:
-        """Of an EAGLE-3 head's level: one layer over embedding and feature side by side, and its output rows."""
+        """Parameters that a level of an EAGLE-3 head reads: one layer, wider at its input, and the output rows."""
         wider = self.hidden_size * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
         return self.layer_parameters + wider + self.hidden_size * min(DRAFT_VOCAB_SIZE, self.vocab_size)
 
