@@ -13,14 +13,14 @@ BLOCK_SIZE = 64
 
 
 def count_blocks(num_positions: int) -> int:
-    """Blocks that hold so many positions."""
+    """Blocks that `num_positions` need."""
     return -(-num_positions // BLOCK_SIZE)
 
 
 class BlockPool:
-    """Block numbers, the lowest free one handed out first, so that what was ever touched stays small.
+    """Hands out block numbers, the lowest free one first, so that little memory is ever touched.
 
-    A block may have several owners, which then only read it, and is free when the last one gives it back.
+    A block may have several owners, which then only read it; it is free when the last one gives it back.
 
     Attributes:
         size: blocks that there is storage for.
@@ -32,10 +32,10 @@ class BlockPool:
         self.size = 0
         self.limit = sys.maxsize
         self.most_taken = 0
-        self._num_owners: Counter[int] = Counter()  # of each block that is taken
-        self._free: list[int] = []  # a heap: those below `_fresh` that are not taken
-        self._fresh = 0  # from here on no block was ever taken
-        self._idle: set[int] = set()  # free, but still with memory behind them
+        self._num_owners: Counter[int] = Counter()  # by block, for those that are taken
+        self._free: list[int] = []  # a heap of the blocks below `_fresh` that are not taken
+        self._fresh = 0  # the first block that was never taken
+        self._idle: set[int] = set()  # free blocks that still have memory behind them
 
     @property
     def num_taken(self) -> int:
@@ -52,7 +52,7 @@ class BlockPool:
 
     @property
     def end(self) -> int:
-        """All blocks that were ever taken stand before this one."""
+        """The first block that was never taken; none behind it was."""
         return self._fresh
 
     @property
@@ -61,10 +61,10 @@ class BlockPool:
         return self.num_taken == self.size
 
     def take(self) -> int:
-        """The lowest free block.
+        """Take the lowest free block.
 
         Raises:
-            MemoryError: as many are taken as may be.
+            MemoryError: the limit is reached.
         """
         if self.num_left <= 0:
             raise MemoryError(f"all {self.limit} blocks of the cache are taken")
@@ -80,7 +80,7 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """One owner more."""
+        """Add an owner to a block."""
         assert block in self._num_owners, f"block {block} is free"
         self._num_owners[block] += 1
 
@@ -88,7 +88,7 @@ class BlockPool:
         return self._num_owners[block] > 1
 
     def give_back(self, block: int) -> None:
-        """One owner less."""
+        """Take an owner from a block, which is free without any."""
         assert block in self._num_owners, f"block {block} is free"
         self._num_owners[block] -= 1
         if not self._num_owners[block]:
@@ -97,7 +97,7 @@ class BlockPool:
             self._idle.add(block)
 
     def pop_idle(self) -> list[tuple[int, int]]:
-        """(first, end) of the runs of free blocks with memory behind them, which is now theirs no more."""
+        """(first, end) of each run of free blocks that still have memory behind them, for the caller to release."""
         runs = []
         for _, numbered in itertools.groupby(enumerate(sorted(self._idle)), lambda pair: pair[1] - pair[0]):
             blocks = [block for _, block in numbered]
@@ -106,14 +106,14 @@ class BlockPool:
         return runs
 
     def clear(self) -> None:
-        """Nobody owns a block and there is no storage; limit and `most_taken` stay."""
+        """Free all blocks and forget the storage; limit and `most_taken` stay."""
         self.size = self._fresh = 0
         self._num_owners.clear()
         self._free.clear()
         self._idle.clear()
 
     def check(self, owned: Iterable[Iterable[int]]) -> None:
-        """Assert that blocks are lost by nobody: each has as many owners as tables name it, all others are free."""
+        """Assert that no block is lost: each has as many owners as tables name it, and all others are free."""
         assert Counter(itertools.chain.from_iterable(owned)) == self._num_owners, "owners differ from the tables"
         assert sorted((*self._free, *self._num_owners)) == list(range(self._fresh)), "a block is lost, or stands twice"
         assert self._fresh <= self.size, f"{self._fresh} blocks in a storage of {self.size}"

@@ -1,8 +1,8 @@
-"""A model's decoder layers without the modules in between: its matrix products, and our kernels around them.
+"""A model's decoder layers without the modules in between: its matrix products, and fastgrpo's kernels around them.
 
 transformers' layers are chains of small operators, some forty for each layer; dispatching them on a CPU, and running
 them on a GPU, takes longer than a small batch's products. Here the same weights meet nine kernels a layer, rounded
-where transformers rounds; where the products are our own, the whole forward is one call (`kernels/layer.c`).
+where transformers rounds; where the products are fastgrpo's too, the whole forward is one call (`kernels/layer.c`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class FusedDecoder:
     Args:
         decoder: transformers' model without its head, adapters merged.
         dtype: of the matrix products, and of keys and values.
-        output: from hidden states to logits; None where that product is none of ours.
+        output: from hidden states to logits; None where PyTorch computes that product.
     """
 
     def __init__(self, decoder: Any, dtype: torch.dtype, output: PackedLinear | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What stands idle while a rollout ends: cores of the machine, and this process while others still decode."""
+"""What is idle while a rollout ends: cores of the machine, and this process while others still decode."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 _WINDOW_S = 0.1  # the system counts in hundredths of a second
-_ENOUGH = 0.75  # of a core for each thread: the system itself takes something too
+_ENOUGH = 0.75  # share of a core that must be idle for each thread: the system itself takes some
 _KEY = "fastgrpo/done"  # what all processes have done, counted
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container (cgroup version 2)
 
 
 class IdleCores:
-    """Cores that this process could still take, others on the machine considered, from now on."""
+    """Counts the cores that were idle since it was built, and that this process may use."""
 
     def __init__(self) -> None:
         self._since, self._idle_s, self._own_s = time.perf_counter(), _read_idle_s(), time.process_time()
@@ -35,13 +35,13 @@ class IdleCores:
 
 
 class OthersWork:
-    """What else the machine does, from now on."""
+    """Counts what other processes on the machine take, from now on."""
 
     def __init__(self) -> None:
         self._since, self._busy_s, self._own_s = time.perf_counter(), _read_busy_s(), time.process_time()
 
     def count_cores_taken(self) -> float:
-        """Cores that it took from PyTorch's threads in the mean so far; 0 where each had most of one."""
+        """Mean number of cores that others took from PyTorch's threads so far; 0 where each thread had most of one."""
         busy_s = _read_busy_s() - self._busy_s - (time.process_time() - self._own_s)
         cores = busy_s / max(time.perf_counter() - self._since, _WINDOW_S)
         num_threads = torch.get_num_threads()
@@ -50,9 +50,9 @@ class OthersWork:
 
 
 class OtherProcesses:
-    """Whether other processes of the run are still at what this one has done: asked without waiting for them.
+    """Tells, without waiting, whether other processes of the run have still to finish what this one has finished.
 
-    Each builds one whenever it has done its part of what all do, before they meet again.
+    Every process builds one each time that it has done its part of common work, before they meet again.
     """
 
     _known: ClassVar[Any] = None  # the store of this run
@@ -74,7 +74,7 @@ class OtherProcesses:
 
 
 def look_for_cores(others: OtherProcesses) -> bool:
-    """Whether enough cores stand idle while the others are busy; looks on for a tenth of a second."""
+    """Whether enough cores are idle while the others are busy; watches for a tenth of a second."""
     cores = IdleCores()
     while others.are_busy():
         if (suffice := cores.suffice) is not None:

@@ -1,4 +1,4 @@
-"""How long a completion will be, guessed from those that have ended. No torch: counted facts alone."""
+"""Predicts completion lengths from those of finished completions. No torch: counted facts alone."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_LEAST_BEGINNING, _MOST_BEGINNING = 8, 4096  # tokens of a prompt that may tell its task
+_LEAST_BEGINNING, _MOST_BEGINNING = 8, 4096  # lengths of beginnings, in tokens, that may tell a task
 _BEGINNINGS_PER_OCTAVE = 2
-_KINDS_PER_PROMPT = 8  # remembered, for each prompt that is
-_DOUBT = 8.0  # completions that a wider kind of prompts counts for beside a narrower one
+_KINDS_PER_PROMPT = 8  # kinds remembered for each prompt that is
+_DOUBT = 8.0  # weight, in completions, of a wider kind of prompts beside a narrower one
 
 
 @dataclass
@@ -32,19 +32,20 @@ class RunningMean:
 
 
 class LengthPredictor:
-    """Expected completion lengths in tokens: of the same prompt, else of prompts of its task and length, else of all.
+    """Expected completion lengths in tokens: the mean of the same prompt, else an estimate from prompts like it.
 
-    The engine is told of no tasks: prompts of one begin alike. From the mean of prompts as long, an estimate is drawn
-    to that of prompts which share the first 8 tokens, then 11, 16 and so on, and at each to that of those as long, the
-    more, the more completions these means rest on; what all begin with (a system prompt) tells none apart.
+    The engine knows no tasks, but prompts of one task begin alike. The estimate starts as the mean of prompts of about
+    the same length (or of all). It then moves towards the mean of prompts with the same first 8 tokens, next to that of
+    those among them of about the same length, and so on with the first 11, 16, ... tokens: the further, the more
+    completions a mean rests on. A beginning that all prompts share (a system prompt) tells none apart.
 
-    Means follow a policy that changes; within a group, those that end last are the longest and count most, for every
-    prompt alike. It outlives rollouts. Memory is bounded: the prompts and beginnings least recently completed are
-    forgotten.
+    Older completions count less, since the policy changes. Within a group the longest end last and so count most, for
+    every prompt alike. The predictor outlives rollouts. Memory is bounded: the prompts and beginnings that were
+    completed least recently are forgotten.
 
     Args:
-        max_prompts: prompts remembered, at least 1; and some times as many beginnings.
-        decay: what a completion's weight is multiplied by at each later one of its prompt, in (0, 1].
+        max_prompts: prompts remembered, at least 1; of beginnings, some times as many.
+        decay: factor on a completion's weight at each later completion of its prompt, in (0, 1].
         shared_decay: the same for the means of many prompts.
 
     Raises:
@@ -58,7 +59,7 @@ class LengthPredictor:
             raise ValueError(f"decays must be in (0, 1], got {decay} and {shared_decay}")
         self.max_prompts, self.decay, self.shared_decay = max_prompts, decay, shared_decay
         self._prompts: OrderedDict[str, RunningMean] = OrderedDict()  # least recently completed first
-        self._kinds: OrderedDict[str, RunningMean] = OrderedDict()  # of prompts that begin alike, likewise
+        self._kinds: OrderedDict[str, RunningMean] = OrderedDict()  # prompts that begin alike, in the same order
         self._buckets: dict[int, RunningMean] = {}
         self._all = RunningMean()
 
@@ -79,7 +80,7 @@ class LengthPredictor:
         return expected
 
     def observe(self, prompt_ids: list[int], num_tokens: int) -> None:
-        """A completion of this prompt has ended after so many tokens."""
+        """Learn from a completion of this prompt that ended after `num_tokens`."""
         key = hash_prompt(prompt_ids)
         self._prompts.setdefault(key, RunningMean()).observe(num_tokens, self.decay)
         self._prompts.move_to_end(key)
@@ -123,8 +124,9 @@ def hash_prompt(prompt_ids: list[int]) -> str:
 
 
 def _list_kinds(prompt_ids: list[int]) -> Iterator[str]:
-    """What this prompt is one of, the widest first: of those that begin with the same tokens, ever more of them; and at
-    each, of those as long.
+    """Keys of the kinds of prompts that this one belongs to, the widest first.
+
+    For each length of beginning: prompts that begin with the same tokens, then those among them of about its length.
     """
     bucket, digest, begun = _find_bucket(len(prompt_ids)), hashlib.blake2b(digest_size=8), 0
     for length in _BEGINNINGS:

@@ -1,4 +1,4 @@
-"""An engine's planner: built from a key, its costs measured when they are first needed, its own time taken."""
+"""An engine's planner: built from a key, its costs measured when first needed, its own time taken."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from fastgrpo.types import SpeculationPlan, StepRecord
 
 
 class Planning:
-    """Asks the planner of a `speculation` key.
+    """Builds and asks the planner that a `speculation` key names.
 
     Args:
         speculation, fixed, profile: as `Engine` takes them; `fixed` is the plan of "fixed".
-        drafter: what the profile must have been measured of.
+        drafter: the one that the profile must have been measured with.
 
     Attributes:
-        planner: None until its costs are known; another one may be put in its place.
-        profile_s: seconds that it took to look the costs up, or to measure them.
+        planner: None until costs are known; may be replaced.
+        profile_s: seconds that looking up or measuring the costs took.
 
     Raises:
         ValueError: an unknown key, or a profile that cannot be used.
@@ -66,11 +66,11 @@ class Planning:
         return self.planner.name if self.planner else str(self.speculation)
 
     def turn_off(self) -> None:
-        """Plain decoding whatever the key was: there is nothing to speculate with."""
+        """Decode plainly, whatever the key was: there is no drafter to speculate with."""
         self.speculation, self.planner = "off", FixedPlanner()
 
     def restore(self, name: str, state: Mapping[str, Any]) -> None:
-        """Go on with a saved planner's measurements; one of another kind is left out."""
+        """Take over a saved planner's measurements; those of a planner of another name are ignored."""
         if name == self.speculation:
             self.planner = restore_planner(name, state) or self.planner
 
@@ -85,7 +85,7 @@ class Planning:
             return planner.plan(inputs)
 
     def spend_budget(self, pool: Draft, plan: SpeculationPlan, inputs: PlanInputs) -> Draft:
-        """What is verified: every node of the pool, or the likeliest ones over all sequences."""
+        """The draft to verify: all of the pool, or under a shared budget the likeliest nodes over all sequences."""
         if plan.most_draft_tokens is None or pool.scores is None:
             return pool
         scores, num_nodes = download(pool.scores, pool.num_nodes)
@@ -105,11 +105,11 @@ class Planning:
             planner.observe(record)
 
     def take_s(self) -> float:
-        """Seconds that the planner took since this was last asked."""
+        """Seconds that the planner took since the last call."""
         return self._watch.take_s()
 
     def _ensure(self) -> Planner:
-        """The planner, its costs looked up or measured at first use."""
+        """The planner; at first use, its costs are looked up or measured."""
         if self.planner is None:
             started = time.perf_counter()
             self.planner = build_planner(

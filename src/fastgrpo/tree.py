@@ -53,7 +53,7 @@ class Draft:
 
     @property
     def num_promised(self) -> Float[Tensor, " B"] | None:
-        """Draft tokens of each row that are accepted if the scores are right; None where there are none."""
+        """Expected number of accepted draft tokens of each row if the scores are right; None without scores."""
         if self.scores is None:
             return None
         if is_host(self.scores) and cpu.is_available():
@@ -72,17 +72,17 @@ class Draft:
 
 
 def _build_roots(num_rows: int, device: torch.device) -> tuple[Int[Tensor, "B 1"], Int[Tensor, " B"]]:
-    """Parents and number of nodes of trees without a draft."""
+    """(parents, number of nodes) of trees without a draft."""
     parents = torch.full((num_rows, 1), -1, dtype=torch.int64, device=device)
     return parents, torch.ones(num_rows, dtype=torch.int64, device=device)
 
 
-_list_roots = functools.lru_cache(maxsize=256)(_build_roots)  # not for recordings, whose memory is their own
+_list_roots = functools.lru_cache(maxsize=256)(_build_roots)  # not for recordings, which need memory of their own
 
 
 @functools.lru_cache(maxsize=256)
 def _see_themselves(num_rows: int) -> Bool[Tensor, "B 1 1"]:
-    """What trees without a draft see."""
+    """Ancestors in trees without a draft: each root sees itself."""
     return torch.ones(num_rows, 1, 1, dtype=torch.bool)
 
 
@@ -90,7 +90,7 @@ def compute_ancestors(parents: Int[Tensor, "B N"], depth: int | None = None) -> 
     """`[b, i, j]` is True iff node j is node i or an ancestor of it.
 
     Args:
-        depth: levels that a tree has at most; a device follows so many links, the host until there are no more.
+        depth: most levels of a tree; None: its draft nodes. A device follows as many links, the host those there are.
     """
     num_nodes = parents.shape[1]
     if is_host(parents) and num_nodes == 1:

@@ -1,7 +1,7 @@
 """Keys and values of a draft head, one row for each running sequence, in the order of the engine's slots.
 
-Of a prompt only the end is read, as much as the head has seen of prompts when it was trained: of long ones that saves
-nearly all of what a first draft costs. Positions here are those of the row, which begins with the first token read.
+Only the end of a prompt is read, as much as the head has seen of prompts when it was trained: for long prompts that
+saves nearly all the cost of a first draft. Positions here are those of the row, which begins with the first token read.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class HeadRows:
     Args:
         target: heads have its key heads, and its type when they draft.
         num_layers: of the head.
-        num_prompt_tokens: read of each prompt, its last ones; up to a block more.
+        num_prompt_tokens: last tokens of each prompt that are read; up to a block more, so that a block begins the row.
 
     Attributes:
-        starts: the first token read of each row's sequence, the first of a block.
+        starts: index of the first token read of each row's sequence, a multiple of the block size.
     """
 
     def __init__(self, target: TargetModel, num_layers: int, num_prompt_tokens: int) -> None:
@@ -34,7 +34,7 @@ class HeadRows:
         self.num_prompt_tokens = num_prompt_tokens
         self.starts: list[int] = []
         nothing = np.zeros((0, 0), dtype=np.int64)
-        self._shifted: tuple[np.ndarray, list[int], np.ndarray] = (nothing, [], nothing)  # table, starts, what came
+        self._shifted: tuple[np.ndarray, list[int], np.ndarray] = (nothing, [], nothing)  # last call of `shift_table`
         self.cache = SlotCache(
             num_layers=num_layers,
             num_kv_heads=target.num_kv_heads,
@@ -62,14 +62,14 @@ class HeadRows:
         return sum(sequence.num_cached for sequence in sequences) - num_read
 
     def reserve(self, sequences: list[Sequence], num_nodes: int) -> None:
-        """The first slots run these; make room for what is cached of each and a draft behind it."""
+        """Make room for the cached tokens of the sequences, which run in the first slots, and `num_nodes` behind."""
         self.starts = self._list_starts(sequences)
         self.cache.add_rows(len(sequences) - len(self.cache.lengths))
         for row, (sequence, start) in enumerate(zip(sequences, self.starts, strict=True)):
             self.cache.reserve(row, sequence.num_cached - start + num_nodes)
 
     def _list_starts(self, sequences: list[Sequence]) -> list[int]:
-        """Kept where a row has been read from."""
+        """`starts` for these sequences: as they are where a row has been read, else found anew."""
         kept = [start if length else None for start, length in zip(self.starts, self.cache.lengths, strict=True)]
         kept += [None] * (len(sequences) - len(kept))
         return [
@@ -81,11 +81,11 @@ class HeadRows:
         return max(len(sequence.prompt_ids) - self.num_prompt_tokens, 0) // BLOCK_SIZE * BLOCK_SIZE
 
     def place(self, lengths: list[int]) -> list[int]:
-        """Tokens of the sequences, counted from the first ones, as positions of their rows."""
+        """Lengths counted from each sequence's first token, as lengths of the rows."""
         return [length - start for length, start in zip(lengths, self.starts, strict=True)]
 
     def shift_table(self, table: np.ndarray) -> np.ndarray:
-        """The target's table of blocks, [B, K], each row from the block on that the head's row begins with."""
+        """The target's table of blocks, [B, K], with each row starting at the block at which the head's row begins."""
         if not any(self.starts):
             return table
         known, starts, shifted = self._shifted
@@ -96,15 +96,15 @@ class HeadRows:
         return shifted
 
     def finish(self, lengths: list[int]) -> None:
-        """So many tokens of each sequence were read."""
+        """Note that `lengths` tokens of each sequence have been read."""
         self.cache.lengths = self.place(lengths)
 
     def trim(self) -> None:
-        """What was drafted behind the positions that were read goes."""
+        """Drop what was drafted behind the positions that were read."""
         self.cache.trim()
 
     def release(self, slot: int, last_slot: int) -> None:
-        """The sequence of `slot` runs no more; the one of `last_slot` moves there."""
+        """The sequence in `slot` runs no more; the one in `last_slot` moves there."""
         if last_slot < len(self.starts):
             self.starts[slot] = self.starts[-1]
             self.starts.pop()

@@ -79,7 +79,7 @@ def add_heads(trainer: Any) -> None:
 
 
 def can_share_prompts(trainer: Any) -> bool:
-    """Whether nothing is in the way; what is in the way goes to the log."""
+    """Whether completions of one prompt can be computed with one copy of it; logs why, if not."""
     obstacle = find_sharing_obstacle(trainer)
     if obstacle is None and not getattr(trainer, "is_deepspeed_enabled", False):  # whose weights may be elsewhere
         obstacle = next(filter(None, map(find_mask_obstacle, _find_models(trainer))), None)
@@ -119,7 +119,7 @@ _LOSS_METHODS = (
 
 
 def find_own_loss(trainer: Any) -> str | None:
-    """The method of somebody else's that computes the loss or a part of it: a subclass's, or one put in its place."""
+    """A method of the loss that is not fastgrpo's or TRL's: a subclass's, or one put in its place; None without any."""
     for name in _LOSS_METHODS:
         method = getattr(trainer, name)
         owner = str(getattr(method, "__module__", "")).partition(".")[0]
@@ -143,7 +143,7 @@ def find_rows_to_train(inputs: dict[str, Any]) -> Bool[Tensor, " B"]:
 
 
 def fill_missing_gradients(model: nn.Module) -> None:
-    """Zeros where a whole step had nothing to learn: an optimiser with momentum moves the weights all the same."""
+    """Set gradients to zero where a whole step had nothing to learn: momentum still moves the weights."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if all(p.grad is None for p in trained):
         for p in trained:
@@ -191,7 +191,7 @@ def score_completions(
 
 
 def _find_span(is_used: Bool[Tensor, "B L"]) -> tuple[int, int]:
-    """First and last column but one behind it, outside which every row is padding."""
+    """(first, end) of the columns outside which every row is padding."""
     columns = is_used.any(0).nonzero()[:, 0]
     return int(columns[0]), int(columns[-1]) + 1
 
@@ -200,7 +200,7 @@ def _find_span(is_used: Bool[Tensor, "B L"]) -> tuple[int, int]:
 def score_rows(
     model: nn.Module, inputs: dict[str, Any], rows: Bool[Tensor, " B"], *, shares_prompts: bool
 ) -> Float[Tensor, "R C"]:
-    """Log-probabilities of some rows of a micro-batch of TRL's, without a gradient."""
+    """Log-probabilities of some rows of one of TRL's micro-batches, without a gradient."""
     ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), 1)[rows]
     mask = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1)[rows]
     num_kept = inputs["completion_ids"].shape[1]

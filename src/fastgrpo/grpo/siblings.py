@@ -113,7 +113,7 @@ def is_regrouped(inputs: dict[str, Any]) -> bool:
 
 
 def regroup_step(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As many micro-batches of as many rows, siblings together.
+    """The same rows in as many micro-batches of the same size, siblings together.
 
     Args:
         batches: what one optimiser step accumulates, as TRL buffers it.
@@ -141,7 +141,7 @@ def restore_step(scored: Sequence[MicroBatch]) -> list[MicroBatch]:
 
 
 def _put_back(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `regroup_step` was given, or what has become of it."""
+    """Undo `regroup_step`: the rows in TRL's micro-batches and order, whatever their values are now."""
     rows = _join(batches)
     places = rows.pop(_PLACE).argsort()
     del rows[_TURN]
@@ -150,7 +150,7 @@ def _put_back(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def unlogged(metrics: dict[str, Any], mode: str = "train") -> Iterator[None]:
-    """What is appended to `metrics[mode]` within is forgotten."""
+    """Drops what is appended to `metrics[mode]` within."""
     kept, metrics[mode] = metrics[mode], defaultdict(list)
     try:
         yield
@@ -168,7 +168,7 @@ def _order_by_prompt(prompt_ids: Int[Tensor, "B P"], is_used: Bool[Tensor, "B P"
 
 
 def _join(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One behind the other; what has no rows is the same in all."""
+    """Concatenate micro-batches; values without rows are the same in all of them."""
     return _map_rows(
         batches[0],
         lambda key, _: torch.cat([batch[key] for batch in batches]),
@@ -185,7 +185,7 @@ def _map_rows(
     of_tensor: Callable[[str, Tensor], Tensor],
     of_list: Callable[[str, list[Any]], list[Any]],
 ) -> dict[str, Any]:
-    """Columns of rows, made anew; what has no rows stays."""
+    """A micro-batch with each value that has rows mapped; values without rows stay."""
     mapped = dict(rows)
     for key, value in rows.items():
         if isinstance(value, Tensor) and value.ndim:
