@@ -79,16 +79,11 @@ def run_profile(options: ProfileOptions, command: str, console: Console | None =
     measurement = _measure(engine)
     cores_taken = others.count_cores_taken() if engine.target.device.type == "cpu" else 0.0
     profile = measurement.profile
-    table, context_len = AcceptanceTable(), _UNMEASURED_CONTEXT
-    check: Check | None = None
+    table, context_len, check = AcceptanceTable(), _UNMEASURED_CONTEXT, None
     if prompts:
         params = _choose_params(profile, len(prompts), options, opened.stop_token_ids)
         context_len = _count_acceptance(engine, prompts, params, table)
-        live = range(len(prompts), 0, -1)  # as many as draft by the forecast
-        expected = forecast_gains(profile, table, context_len=context_len, concurrencies=tuple(live))
-        drafting = next((forecast for forecast in expected if not forecast.plan.is_plain), None)
-        if drafting is not None:
-            check = _check_forecast(engine, prompts[: drafting.num_seqs], params, drafting)
+        check = _check_first_gain(engine, prompts, params, profile, table, context_len)
     forecasts = forecast_gains(profile, table, context_len=context_len)
     is_measured = table.offered[0][0] > 0
     verdict = _describe_verdict(engine.drafter.name, forecasts, table, is_measured, check)
@@ -102,17 +97,7 @@ def run_profile(options: ProfileOptions, command: str, console: Console | None =
     )
     console.print(_build_cost_table(profile))
     console.print(_build_table(forecasts, engine.drafter.name))
-    console.print(verdict, markup=False, highlight=False)
-    if check is not None:
-        console.print(check.describe(), markup=False, highlight=False)
-    if cores_taken:
-        console.print(
-            f"Other work took {cores_taken:.1f} cores while this was measured, so that all may look dearer than it is: "
-            "measure again where the machine is quiet.",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+    _print_findings(console, verdict, check, cores_taken)
     kept = None if cores_taken else keep_profile(measurement, identity)
     if options.output is not None:
         save_profile(profile, identity, options.output, result)
@@ -125,6 +110,20 @@ def run_profile(options: ProfileOptions, command: str, console: Console | None =
     elif cores_taken or not measurement.is_steady:
         console.print("not kept for the engine, which measures for itself", markup=False, highlight=False)
     return result
+
+
+def _print_findings(console: Console, verdict: str, check: Check | None, cores_taken: float) -> None:
+    console.print(verdict, markup=False, highlight=False)
+    if check is not None:
+        console.print(check.describe(), markup=False, highlight=False)
+    if cores_taken:
+        console.print(
+            f"Other work took {cores_taken:.1f} cores while this was measured, so everything may look more expensive "
+            "than it is: measure again on a quiet machine.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _load_prompts(options: ProfileOptions, opened: Opened) -> list[list[int]]:
@@ -166,6 +165,21 @@ def _count_acceptance(engine: Engine, prompts: list[list[int]], params: Sampling
         table.observe(record)
     num_read, num_rows = (sum(getattr(record, key) for record in engine.records) for key in ("num_read", "num_seqs"))
     return round(num_read / num_rows)
+
+
+def _check_first_gain(
+    engine: Engine,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    profile: HardwareProfile,
+    table: AcceptanceTable,
+    context_len: int,
+) -> Check | None:
+    """Check the forecast with as many live sequences as it still drafts for; None where it never drafts."""
+    concurrencies = tuple(range(len(prompts), 0, -1))
+    expected = forecast_gains(profile, table, context_len=context_len, concurrencies=concurrencies)
+    drafting = next((forecast for forecast in expected if not forecast.plan.is_plain), None)
+    return None if drafting is None else _check_forecast(engine, prompts[: drafting.num_seqs], params, drafting)
 
 
 def _check_forecast(engine: Engine, prompts: list[list[int]], params: SamplingParams, expected: Forecast) -> Check:

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from fastgrpo.bench.measure import choose_turn_tokens, compute_median, interleave, measure_rollout
+from fastgrpo.bench.measure import (
+    RolloutResult,
+    choose_turn_tokens,
+    compute_median,
+    interleave,
+    measure_rollout,
+)
 from fastgrpo.engine import DEFAULT_FIXED_PLAN, Engine
 from fastgrpo.planner import HardwareProfile, build_planner
 from fastgrpo.profile_files import find_profile, take_profile
@@ -116,19 +122,22 @@ def reproduce(
             )
             for each in (Corrections(), corrections)
         )
-        reproductions.append(
-            Reproduction(
-                planner=name,
-                measured_s=compute_median(result.generation_s for result in measured),
-                profile_s=believing.total_s,
-                simulated_s=corrected.total_s,
-                measured_steps=len(measured[0].records),
-                simulated_steps=len(corrected.records),
-                measured_tokens=measured[0].num_tokens,
-                simulated_tokens=corrected.num_emitted,
-            )
-        )
+        reproductions.append(_compare(name, measured, believing, corrected))
     return profile, corrections, tuple(reproductions)
+
+
+def _compare(name: str, measured: list[RolloutResult], believing: Replay, corrected: Replay) -> Reproduction:
+    """Measured rollouts of a planner beside those simulated by the profile as it is, and by the corrected one."""
+    return Reproduction(
+        planner=name,
+        measured_s=compute_median(result.generation_s for result in measured),
+        profile_s=believing.total_s,
+        simulated_s=corrected.total_s,
+        measured_steps=len(measured[0].records),
+        simulated_steps=len(corrected.records),
+        measured_tokens=measured[0].num_tokens,
+        simulated_tokens=corrected.num_emitted,
+    )
 
 
 def _find_costs(workload: Workload, profile_file: str | None) -> HardwareProfile:

@@ -108,6 +108,17 @@ def replay(
     return Replay(records=records, exact_share=run.num_exact / max(run.num_drafts, 1))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Drafted:
+    """What the drafts of one step came to; arrays have one entry for each live sequence."""
+
+    num_verified: NDArray[np.int64]
+    num_accepted: NDArray[np.int64]
+    num_promised: float = 0.0
+    offered: Counts = ()  # by depth and sibling rank, as `StepRecord` has them
+    hits: Counts = ()
+
+
 class _Run:
     """A rollout under way; arrays are by request, `live` lists the requests in slot order."""
 
@@ -129,7 +140,7 @@ class _Run:
     def step(self, planner: Planner, costs: Costs) -> StepRecord:
         num_prefilled = self._admit()
         live = self.live
-        cached = self.prompt_lens[live] + self.num_emitted[live] - 1
+        cached = self._count_cached()
         inputs = PlanInputs(
             num_seqs=len(live),
             num_waiting=len(self.scheduler.waiting),
@@ -137,21 +148,9 @@ class _Run:
             num_unread=int((cached - self.num_drafter_read[live]).sum()),
         )
         plan = planner.plan(inputs)
-        num_tokens, num_accepted, num_promised = len(live), np.zeros_like(live), 0.0
-        offered: Counts = ()
-        hits: Counts = ()
-        if not plan.is_plain:
-            trees = self.tables.find(plan)
-            rows = self.positions[self.starts[live] + self.num_emitted[live]]
-            verified = choose_nodes(trees, rows, plan, inputs, planner)
-            num_tokens += int(verified.sum())
-            num_promised = _sum_chances(trees, rows, verified)
-            num_accepted = (trees.places[rows] <= verified[:, None]).sum(1)
-            offered, hits = count_hits(trees, rows, num_accepted, plan.width)
-            self.num_drafter_read[live] = cached
-            self.num_drafts += len(live)
-            self.num_exact += int(trees.is_exact[rows].sum())
-        emitted = np.minimum(num_accepted + 1, self.lengths[live] - self.num_emitted[live])
+        drafted = self._draft(plan, inputs, planner)
+        num_tokens = len(live) + int(drafted.num_verified.sum())
+        emitted = np.minimum(drafted.num_accepted + 1, self.lengths[live] - self.num_emitted[live])
         self.num_emitted[live] += emitted
         num_emitted = int(emitted.sum())
         self._retire()
@@ -174,16 +173,41 @@ class _Run:
             num_emitted=num_emitted,
             num_read=inputs.num_read,
             num_prefilled=num_prefilled,
-            offered=offered,
-            hits=hits,
+            offered=drafted.offered,
+            hits=drafted.hits,
             prefill_s=seconds.prefill_s,
             draft_s=seconds.draft_s,
             target_s=seconds.target_s,
             verify_s=seconds.verify_s,
             step_s=seconds.step_s,
             num_unread=inputs.num_unread,
-            num_promised=num_promised,
+            num_promised=drafted.num_promised,
         )
+
+    def _draft(self, plan: SpeculationPlan, inputs: PlanInputs, planner: Planner) -> _Drafted:
+        """Draft and verify for every live sequence, from the recorded facts of its next position."""
+        live = self.live
+        if plan.is_plain:
+            return _Drafted(num_verified=np.zeros_like(live), num_accepted=np.zeros_like(live))
+        trees = self.tables.find(plan)
+        rows = self.positions[self.starts[live] + self.num_emitted[live]]
+        verified = choose_nodes(trees, rows, plan, inputs, planner)
+        num_accepted = (trees.places[rows] <= verified[:, None]).sum(1)
+        offered, hits = count_hits(trees, rows, num_accepted, plan.width)
+        self.num_drafter_read[live] = self._count_cached()
+        self.num_drafts += len(live)
+        self.num_exact += int(trees.is_exact[rows].sum())
+        return _Drafted(
+            num_verified=verified,
+            num_accepted=num_accepted,
+            num_promised=_sum_chances(trees, rows, verified),
+            offered=offered,
+            hits=hits,
+        )
+
+    def _count_cached(self) -> NDArray[np.int64]:
+        """[B] cached tokens of each live sequence: all but the pending one."""
+        return self.prompt_lens[self.live] + self.num_emitted[self.live] - 1
 
     def _admit(self) -> int:
         """Let waiting requests in; returns the prompt tokens computed, each prompt's once, its last token left out."""
