@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -66,7 +67,9 @@ def _find_library() -> Path:
             library.parent.mkdir(parents=True, exist_ok=True)
             _compile(compiler, library)
         except OSError:  # a home that cannot be written to
-            library = Path(tempfile.mkdtemp(prefix="fastgrpo-")) / library.name
+            folder = Path(tempfile.mkdtemp(prefix="fastgrpo-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            library = folder / library.name
             _compile(compiler, library)
     return library
 
