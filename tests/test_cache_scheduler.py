@@ -561,3 +561,12 @@ def test_the_scheduler_is_first_come_first_served_while_no_length_is_known():
 def test_at_least_one_slot():
     with pytest.raises(ValueError, match="max_num_seqs must be at least 1, got 0"):
         Scheduler(0)
+
+
+@given(prompt=st.lists(st.integers(0, 9), min_size=1, max_size=6), emitted=st.lists(st.integers(0, 9), max_size=6))
+def test_last_token_ids_are_the_end_of_prompt_and_completion(prompt, emitted):
+    sequence = build_sequence(0, prompt)
+    sequence.token_ids += emitted
+    assert sequence.last_token_ids(0) == []
+    for count in range(1, 20):  # more than there are: all of them
+        assert sequence.last_token_ids(count) == sequence.all_token_ids[-count:]

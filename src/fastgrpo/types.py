@@ -144,10 +144,9 @@ class Sequence:
         return self.prompt_ids + self.token_ids
 
     def last_token_ids(self, count: int) -> list[int]:
-        """The last `count` tokens of prompt and completion, which must have as many."""
+        """The last `count` tokens of prompt and completion, or all if there are fewer; copies no more than those."""
         missing = count - len(self.token_ids)
-        last = self.token_ids[max(-missing, 0) :]
-        return self.prompt_ids[len(self.prompt_ids) - missing :] + last if missing > 0 else last
+        return self.prompt_ids[-missing:] + self.token_ids if missing > 0 else self.token_ids[-missing:]
 
     @functools.cached_property
     def group_key(self) -> tuple[int, ...]:

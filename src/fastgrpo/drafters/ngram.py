@@ -91,7 +91,7 @@ class NgramDrafter:
                 self._prompts.add(group)
                 self._texts.append(group, sequence.prompt_ids, len(sequence.prompt_ids))
         if num_new_tokens:
-            self._texts.append(group, _read_tail(sequence, MAX_ORDER + num_new_tokens), num_new_tokens)
+            self._texts.append(group, sequence.last_token_ids(MAX_ORDER + num_new_tokens), num_new_tokens)
         if sequence.finish_reason is not None:
             del self._groups[sequence]
         if self._texts.num_new_tokens >= _MOST_COLLECTED:
@@ -117,7 +117,7 @@ class NgramDrafter:
         if device.type != "cpu":
             context = replace(context, device=torch.device("cpu"))
         groups = [self._groups.get(sequence) or hash_group(sequence.prompt_ids) for sequence in sequences]
-        tails = [_pad(_read_tail(sequence, MAX_ORDER)) for sequence in sequences]
+        tails = [_pad(sequence.last_token_ids(MAX_ORDER)) for sequence in sequences]
         levels = _NgramLevels(self.table, np.array(groups, np.uint64), np.array(tails))
         draft = grow_trees(context, plan, levels, self.calibration)
         assert draft.log_chances is not None and draft.scores is not None
@@ -232,12 +232,6 @@ def hash_group(prompt_ids: list[int]) -> int:
     """64-bit key of a prompt's group, the same in every process; never 0."""
     digest = hashlib.blake2b(np.array(prompt_ids, np.int64).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1
-
-
-def _read_tail(sequence: Sequence, count: int) -> list[int]:
-    """The last `count` tokens at most; long sequences are not copied."""
-    missing = count - len(sequence.token_ids)
-    return sequence.prompt_ids[-missing:] + sequence.token_ids if missing > 0 else sequence.token_ids[-count:]
 
 
 def _pad(token_ids: list[int], count: int = MAX_ORDER) -> list[int]:
