@@ -91,7 +91,7 @@ def _list_longest(events: Any, measure: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = build_parser("Take training steps apart.")
     parser.add_argument("--model", default="demo", help="a folder, a hub id, or 'demo'")
-    parser.add_argument("--variants", default="off,trl", help="as in fastgrpo bench e2e, parted by commas")
+    parser.add_argument("--variants", default="off,trl", help="as in fastgrpo bench e2e, separated by commas")
     parser.add_argument("--whole", action="store_true", help="rollouts too")
     parser.add_argument("--steps", type=int, default=6, help="of each; the first is left out, the last profiled")
     options = parser.parse_args()
