@@ -7,6 +7,7 @@
  * they make these sums, in an order of their own, for a process that has asked for them (`fastgrpo_use_matrices`).
  */
 
+#include <omp.h>
 #include <stdlib.h>
 
 #include "common.h"
@@ -34,6 +35,8 @@
 #define STEP 192  /* inputs after which the next tile takes its turn: weights and rows stay in the nearest cache */
 #define ROWS 240  /* rows at a time at most */
 #define GROUP 120 /* rows of one task at most; half of ROWS */
+#define OWN_ROWS 64 /* rows of which each thread lays tiles of its own, at most */
+#define APART 64 /* numbers between the tiles of two threads: they share no line */
 #define AHEAD 64  /* inputs whose weights are asked for early where a step is one tile: memory is slow */
 
 /* Whether weights stay in the caches behind a tile's: they are read once a step of the engine, so that a caches' worth
@@ -184,26 +187,44 @@ static inline i64 share_rows(i64 rows, i64 most) {
     return (rows + parts - 1) / parts;
 }
 
-/* `stride` numbers lie between the starts of two rows of x; out is dense. */
+/* `height` rows of x, `stride` numbers apart, side by side in a tile, unit by unit. */
+#define DEFINE_LAY(X)                                                                                                 \
+    static inline void lay_##X(const X *x, i64 stride, i64 height, i64 inputs, row_##X *tile) {                       \
+        i64 units = UNITS_##X(inputs), whole = inputs / UNIT_##X;                                                     \
+        for (i64 row = 0; row < height; row++) {                                                                      \
+            const X *from = x + row * stride;                                                                         \
+            row_##X *to = tile + row;                                                                                 \
+            for (i64 i = 0; i < whole; i++) to[i * height] = join_##X(from + i * UNIT_##X, UNIT_##X);                 \
+            for (i64 i = whole; i < units; i++) to[i * height] = join_##X(from + i * UNIT_##X, inputs - i * UNIT_##X);\
+        }                                                                                                             \
+    }
+
+DEFINE_LAY(bf16)
+DEFINE_LAY(float)
+
+/* `stride` numbers lie between the starts of two rows of x; out is dense. Of few rows each thread lays its own tiles:
+ * all of them is less work than to fetch another core's, and two threads that write one tile take its lines from each
+ * other at every unit. */
 #define DEFINE_PRODUCT(X)                                                                                             \
     static int multiply_##X(const X *x, i64 stride, const packed_##X *layout, const X *bias, X *out, i64 rows,        \
                             i64 inputs, i64 outputs) {                                                                \
-        i64 most = share_rows(rows, ROWS), blocks = (outputs + WIDE - 1) / WIDE;                                      \
-        i64 units = UNITS_##X(inputs), step = STEP / UNIT_##X, early = AHEAD / UNIT_##X;                              \
-        row_##X *tiles = malloc(most * units * sizeof *tiles); /* rows of a tile side by side, unit by unit */        \
-        if (!tiles) return NO_MEMORY;                                                                                 \
+        i64 most = share_rows(rows, ROWS), blocks = (outputs + WIDE - 1) / WIDE, is_own = rows <= OWN_ROWS;           \
+        i64 units = UNITS_##X(inputs), step = STEP / UNIT_##X, early = AHEAD / UNIT_##X, size = most * units + APART; \
+        row_##X *room = malloc((is_own ? omp_get_max_threads() : 1) * size * sizeof *room);                           \
+        if (!room) return NO_MEMORY;                                                                                  \
         _Pragma("omp parallel if (rows * inputs * outputs > FEW)")                                                    \
         for (i64 start = 0; start < rows; start += most) {                                                            \
             i64 count = rows - start < most ? rows - start : most, group = share_rows(count, GROUP);                  \
-            i64 groups = (count + group - 1) / group;                                                                 \
-            _Pragma("omp for")                                                                                        \
-            for (i64 row = 0; row < count; row++) {                                                                   \
-                i64 first = row / group * group, left = first + group < count ? group : count - first, height;        \
-                while (first + (height = find_height(left)) <= row) first += height, left -= height;                  \
-                const X *from = x + (start + row) * stride;                                                           \
-                row_##X *to = tiles + first * units + row - first;                                                    \
-                for (i64 i = 0; i < units; i++)                                                                       \
-                    to[i * height] = join_##X(from + i * UNIT_##X, inputs - i * UNIT_##X);                            \
+            i64 groups = (count + group - 1) / group, thread = omp_get_thread_num(), threads = omp_get_num_threads(); \
+            row_##X *tiles = is_own ? room + thread * size : room; /* one behind the other; none crosses groups */    \
+            for (i64 row = 0, number = 0, height; row < count; row += height, number++) {                             \
+                i64 left = group - row % group;                                                                       \
+                height = find_height(left < count - row ? left : count - row);                                        \
+                if (is_own || number % threads == thread)                                                             \
+                    lay_##X(x + (start + row) * stride, stride, height, inputs, tiles + row * units);                 \
+            }                                                                                                         \
+            if (!is_own) {                                                                                            \
+                _Pragma("omp barrier")                                                                                \
             }                                                                                                         \
             _Pragma("omp for")                                                                                        \
             for (i64 task = 0; task < groups * blocks; task++) {                                                      \
@@ -215,12 +236,12 @@ static inline i64 share_rows(i64 rows, i64 most) {
                 i64 bytes = NUMBERS_##X * sizeof *weights, num_tiles = count_tiles(to - from);                        \
                 i64 pace = (bytes + num_tiles - 1) / num_tiles; /* the tiles of a step ask for the next step's */     \
                 for (i64 i = 0; i < units; i += step) {                                                               \
-                    i64 size = units - i < step ? units - i : step;                                                   \
+                    i64 part = units - i < step ? units - i : step;                                                   \
                     const packed_##X *own = weights + i * NUMBERS_##X;                                                \
-                    const char *ahead = (const char *)(own + (num_tiles == 1 ? early : size) * NUMBERS_##X);          \
-                    for (i64 row = from, height; row < to; row += height, ahead += size * pace) {                     \
+                    const char *ahead = (const char *)(own + (num_tiles == 1 ? early : part) * NUMBERS_##X);          \
+                    for (i64 row = from, height; row < to; row += height, ahead += part * pace) {                     \
                         height = find_height(to - row);                                                               \
-                        run_tile_##X(height, tiles + row * units + i * height, own, size, sums + (row - from) * WIDE, \
+                        run_tile_##X(height, tiles + row * units + i * height, own, part, sums + (row - from) * WIDE, \
                                      ahead, pace);                                                                    \
                     }                                                                                                 \
                 }                                                                                                     \
@@ -233,7 +254,7 @@ static inline i64 share_rows(i64 rows, i64 most) {
                     }                                                                                                 \
             }                                                                                                         \
         }                                                                                                             \
-        free(tiles);                                                                                                  \
+        free(room);                                                                                                   \
         return 0;                                                                                                     \
     }
 
