@@ -19,6 +19,7 @@
 #define MOST_ROWS 16  /* of a task */
 #define MOST_NODES 64 /* of a row in a task: their queries and sums stay near; a row of more (a prompt) is long */
 #define FEW_TASKS 2   /* for each thread: fewer are parted once more, by heads */
+#define READING 4     /* queries that take as long as it takes to read a chunk for them */
 
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
 
@@ -289,19 +290,24 @@ static inline int shares_chunk(const batch *b, i64 row, i64 other, i64 first) {
            !is_long(b, other) && place_of(b, row, first) == place_of(b, other, first);
 }
 
-/* All segments, the first ones of all rows first, with `heads` of their heads in a task. */
+/* All segments of all rows, with `heads` of their heads in a task. Rows that share their beginning stand together, and
+ * so do a head's segments where a task has one head: what is added up lies with one thread, more or less. */
 static i64 list_tasks(const batch *b, i64 heads, task *tasks) {
-    i64 count = 0, left = b->rows;
-    for (i64 first = 0; left; first += SEGMENT) {
-        left = 0;
-        for (i64 row = 0, end; row < b->rows; row = end) {
-            end = row + 1;
-            if (first / SEGMENT >= count_segments(b, row)) continue;
-            while (end < b->rows && end - row < MOST_ROWS && shares_chunk(b, row, end, first)) end++;
-            for (i64 node = 0; node < b->nodes[row]; node += MOST_NODES, left++)
-                for (i64 head = 0; head < b->kv_heads; head += heads)
-                    tasks[count++] = (task){row, end, first, node, node + MOST_NODES, head, head + heads};
-        }
+    i64 count = 0;
+    for (i64 from = 0, to; from < b->rows; from = to) {
+        to = from + 1;
+        while (to < b->rows && to - from < MOST_ROWS && shares_chunk(b, from, to, 0)) to++;
+        for (i64 head = 0; head < b->kv_heads; head += heads)
+            for (i64 first = 0, left = 1; left; first += SEGMENT) {
+                left = 0;
+                for (i64 row = from, end; row < to; row = end) {
+                    end = row + 1;
+                    if (first / SEGMENT >= count_segments(b, row)) continue;
+                    while (end < to && shares_chunk(b, row, end, first)) end++;
+                    for (i64 node = 0; node < b->nodes[row]; node += MOST_NODES, left++)
+                        tasks[count++] = (task){row, end, first, node, node + MOST_NODES, head, head + heads};
+                }
+            }
     }
     return count;
 }
@@ -324,6 +330,25 @@ static inline float *find_states(const batch *b, const task *own, i64 row, i64 h
     if (is_long(b, row) && own->first > 0)
         return scratch + (head * MOST_NODES - own->node) * b->repeats * ROOM(b->padded);
     return states + find_state(b, row, own->first, head) * ROOM(b->padded);
+}
+
+/* What a task takes: chunks, each as often as a query meets it. */
+static i64 count_work(const batch *b, const task *own) {
+    i64 left = count_positions(b, own->row) - own->first, queries = READING;
+    for (i64 row = own->row; row < own->end; row++) queries += (find_last(b, own, row) - own->node) * b->repeats;
+    left = left < SEGMENT || is_long(b, own->row) ? left : SEGMENT;
+    return (left + CHUNK - 1) / CHUNK * queries * (own->last_head - own->head);
+}
+
+/* The first of the tasks that thread number `thread` of `threads` has; those of the next thread follow its own. Who has
+ * what hangs on the batch alone, so that a thread finds in its cache what it wrote for the layer before. */
+static i64 find_share(const batch *b, const task *tasks, i64 num_tasks, i64 work, i64 thread, i64 threads) {
+    i64 number = 0;
+    for (i64 before = 0, own; number < num_tasks; number++, before += own) {
+        own = count_work(b, tasks + number);
+        if ((2 * before + own) * threads >= 2 * work * thread) break;
+    }
+    return number;
 }
 
 /* Batches of queries that meet a chunk of rows `row` to `end` for each key head, more or less. */
@@ -476,7 +501,7 @@ static void order_nodes(const batch *b, i64 row) {
                              const i64 *starts, const i64 *nodes, const i64 *lengths, const i64 *blocks,              \
                              i64 most_blocks, const uint8_t *visible, i64 most_nodes, i64 seen, i64 heads,            \
                              i64 kv_heads, i64 width, float scale) {                                                  \
-        i64 padded = (width + PAIR - 1) / PAIR * PAIR, num_tasks = 0, claimed = 0;                                    \
+        i64 padded = (width + PAIR - 1) / PAIR * PAIR, num_tasks = 0, work = 0;                                       \
         i64 *table = malloc((rows + 1) * (2 * most_nodes + 3) * sizeof(i64));                                         \
         if (!table) return NO_MEMORY;                                                                                 \
         batch b = {rows, starts, nodes, lengths, blocks, most_blocks, visible, most_nodes, seen, kv_heads,            \
@@ -498,13 +523,13 @@ static void order_nodes(const batch *b, i64 row) {
         }                                                                                                             \
         num_tasks = list_tasks(&b, kv_heads, tasks);                                                                  \
         if (num_tasks < FEW_TASKS * omp_get_max_threads()) num_tasks = list_tasks(&b, 1, tasks);                      \
+        for (i64 number = 0; number < num_tasks; number++) work += count_work(&b, tasks + number);                    \
         float *states = queries + num_queries;                                                                        \
         int is_short = 0; /* of memory */                                                                             \
         _Pragma("omp parallel if (rows * kv_heads > 1)")                                                              \
         {                                                                                                             \
             i64 num_columns = 2 * CHUNK * padded, num_scratch = most_nodes > MOST_NODES ? MOST_NODES * heads : 0;     \
             float *columns = aligned_alloc(64, (num_columns + num_scratch * ROOM(padded)) * sizeof(float));           \
-            i64 mine, after;                                                                                          \
             if (columns) memset(columns, 0, num_columns * sizeof(float));                                             \
             else {                                                                                                    \
                 _Pragma("omp atomic write")                                                                           \
@@ -517,15 +542,11 @@ static void order_nodes(const batch *b, i64 row) {
                     float *to = queries + find_query(&b, row, head) * padded;                                         \
                     take_queries_##X(&b, query, stride, scale, row, head, to);                                        \
                 }                                                                                                     \
-            _Pragma("omp atomic capture")                                                                             \
-            after = claimed++;                                                                                        \
-            while (after < num_tasks && !is_short) { /* a thread knows its next one, and asks for its memory */       \
-                mine = after;                                                                                         \
-                _Pragma("omp atomic capture")                                                                         \
-                after = claimed++;                                                                                    \
-                run_task_##X(&b, tasks + mine, after < num_tasks ? tasks + after : NULL, keys, values, queries, states,\
-                             columns + num_columns, columns);                                                         \
-            }                                                                                                         \
+            i64 thread = omp_get_thread_num(), threads = omp_get_num_threads();                                       \
+            i64 stop = find_share(&b, tasks, num_tasks, work, thread + 1, threads);                                   \
+            for (i64 mine = find_share(&b, tasks, num_tasks, work, thread, threads); mine < stop && !is_short; mine++)\
+                run_task_##X(&b, tasks + mine, mine + 1 < stop ? tasks + mine + 1 : NULL, keys, values, queries,      \
+                             states, columns + num_columns, columns); /* a task asks for the memory of the next one */\
             _Pragma("omp barrier")                                                                                    \
             _Pragma("omp for collapse(2)")                                                                            \
             for (i64 row = 0; row < rows; row++)                                                                      \
