@@ -36,10 +36,10 @@ int fastgrpo_find_most(const i64 *values, i64 count) {
 /* ---- norms ------------------------------------------------------------------------------------------------ */
 
 static inline float sum_squares(const float *x, i64 width) {
-    float lanes[LANES] = {0}, sum = 0.0f;
+    vec lanes = {0};
+    float sum = 0.0f;
     i64 i = 0;
-    for (; i + LANES <= width; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) lanes[lane] = __builtin_fmaf(x[i + lane], x[i + lane], lanes[lane]);
+    for (; i + LANES <= width; i += LANES) lanes += *(const vec *)(x + i) * *(const vec *)(x + i);
     for (; i < width; i++) sum = __builtin_fmaf(x[i], x[i], sum);
     for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
     return sum;
