@@ -22,7 +22,8 @@ from fastgrpo import model as model_module
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.lm import LmDrafter
 from fastgrpo.engine import Engine, FinishedRollout
-from fastgrpo.model import SUPPORTED_FAMILIES, TargetModel
+from fastgrpo.families import SUPPORTED_FAMILIES
+from fastgrpo.model import TargetModel
 from fastgrpo.planner import FixedPlanner
 from fastgrpo.types import SamplingParams, SpeculationPlan
 

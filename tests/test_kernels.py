@@ -322,7 +322,7 @@ def test_rows_that_share_a_prompt_have_the_bits_of_each_alone(dtype):
     alone = torch.cat([attend([row]) for row in range(rows)])
     num_threads = torch.get_num_threads()
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             assert torch.equal(attend(list(range(rows))), alone), threads
     finally:
@@ -375,6 +375,26 @@ def test_a_long_prompt_has_the_bits_of_each_of_its_tokens_alone(dtype, length):
     for node in (0, 1, 31, 63, 64, 65, 127, 128, 200, 255, 299):
         alone = attend(query[node, None], [1], [length + node], blocks[:1], one)
         assert torch.equal(both[node], alone[0]), node
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("inputs", [33, 64, 768])
+def test_rows_have_the_same_products_whoever_lays_their_tiles(dtype, inputs):
+    """Each thread all of them, or each some; up to the rows that are computed at a time, and beyond."""
+    torch.manual_seed(inputs)
+    outputs, counts = 100, (1, 5, 12, 13, 24, 100, 170, 171, 240, 241, 500)
+    x, bias = torch.randn(max(counts), inputs).to(dtype), torch.randn(outputs).to(dtype)
+    layout = cpu.pack_weights([torch.randn(outputs, inputs).to(dtype)])
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = torch.cat([cpu.multiply(row[None], layout, bias, outputs) for row in x])
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            for count in counts:
+                assert torch.equal(cpu.multiply(x[:count], layout, bias, outputs), alone[:count]), (threads, count)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

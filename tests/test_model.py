@@ -28,7 +28,8 @@ from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.head import add_token_scores
 from fastgrpo.learner import Learner
-from fastgrpo.model import TargetModel, _Modes
+from fastgrpo.model import TargetModel
+from fastgrpo.rollout_modes import RolloutModes
 from fastgrpo.rotation import RotationTable
 from fastgrpo.types import SamplingParams, SpeculationPlan
 from fastgrpo.weights import merged_weights
@@ -628,7 +629,7 @@ def test_engines_of_several_types_take_turns():
 @pytest.mark.parametrize("is_same_model", [True, False])
 def test_a_rollout_may_be_collected_while_another_puts_back(is_same_model):
     """The collector runs where it likes, and what it collects ends in the same thread."""
-    modes, ended = _Modes(), []
+    modes, ended = RolloutModes(), []
     model = torch.nn.Linear(1, 1)
     other = model if is_same_model else torch.nn.Linear(1, 1)
     first, second = contextlib.ExitStack(), contextlib.ExitStack()

@@ -18,11 +18,11 @@ from trl import GRPOTrainer
 import conftest
 import test_tools
 from fastgrpo import FastGRPOConfig, FastGRPOTrainer
+from fastgrpo.families import base_model_of
 from fastgrpo.grpo.micro_batch import MicroBatch
 from fastgrpo.grpo.rollout_facts import ENTROPIES, LOGPS, STEP, RolloutFacts, Turn
 from fastgrpo.grpo.savings import Savings
 from fastgrpo.grpo.segments import SegmentMask
-from fastgrpo.model import base_model_of
 from fastgrpo.types import Completion, SamplingParams
 from test_trainer import assert_same_weights, build_model, build_tokenizer, weights_of
 

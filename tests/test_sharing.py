@@ -21,12 +21,12 @@ from trl.trainer import add_fused_lm_head
 
 from conftest import build_model
 from fastgrpo import FastGRPOTrainer
+from fastgrpo.families import base_model_of
 from fastgrpo.grpo import head, scoring, segments, sharing
 from fastgrpo.grpo.head import add_token_scores, score_tokens
 from fastgrpo.grpo.scoring import find_sharing_obstacle, score_completions
 from fastgrpo.grpo.segments import Segment, SegmentMask
 from fastgrpo.grpo.sharing import pack_rows
-from fastgrpo.model import base_model_of
 from test_scoring import LOSSES, compute_loss
 from test_trainer import build_trainer, weights_of
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,19 +26,13 @@ from fastgrpo.decoder import (
     is_touched,
     join_features,
 )
+from fastgrpo.families import base_model_of, check_adapters, check_supported, find_windows
 from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder
 from fastgrpo.kernels import gpu
 from fastgrpo.kernels.linear import PackedLinear, has_own_product
+from fastgrpo.rollout_modes import MODES, OWNERS
 from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.weights import merged_weights
-
-SUPPORTED_FAMILIES = (
-    *("llama", "qwen2", "qwen3", "mistral"),
-    *("mixtral", "olmo2", "phi3", "qwen3_moe", "smollm3"),  # through transformers' modules
-)
-_WITHOUT_WINDOWS = ("llama", "olmo2")  # whatever their config says
-_ATTENTION_KINDS = ("full_attention", "sliding_attention")
-_POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")  # frequencies depend on the batch's longest sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,68 +67,6 @@ class _CacheView(Cache):
         return rows.unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(1, 2)
 
 
-class _Modes:
-    """What rollouts have changed of each model, in the order they began; they may end in any order and any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # a garbage collection while it is held may end another rollout in this thread
-        self._entered: dict[int, list[contextlib.ExitStack]] = {}  # by the model's id
-        self._left: list[contextlib.ExitStack] = []  # ended, but not put back yet: a later rollout still runs
-
-    def enter(self, model: nn.Module, mode: contextlib.ExitStack) -> None:
-        with self._lock:
-            self._entered.setdefault(id(model), []).append(mode)
-
-    def leave(self, model: nn.Module, mode: contextlib.ExitStack) -> None:
-        """Undo a rollout's changes, once all later ones are undone, and earlier ones' that only waited for it."""
-        with self._lock:
-            entered = self._entered[id(model)]
-            self._left.append(mode)
-            while entered and entered[-1] in self._left:
-                self._left.remove(entered[-1])
-                entered.pop().close()
-            if not entered:
-                self._entered.pop(id(model), None)
-
-
-_MODES = _Modes()
-
-
-class _Owners:
-    """Which thread has a model in rollouts: only one may, since each changes the model and puts it back."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # reentrant for the reason given in `_Modes`
-        self._threads: dict[int, list[int]] = {}  # by the model's id, one entry for each rollout
-
-    @contextlib.contextmanager
-    def own(self, model: nn.Module) -> Iterator[None]:
-        """This thread has the model in a rollout within.
-
-        Raises:
-            RuntimeError: another thread has.
-        """
-        own = threading.get_ident()
-        with self._lock:
-            threads = self._threads.setdefault(id(model), [])
-            if any(thread != own for thread in threads):
-                raise RuntimeError(
-                    "this model is in a rollout of another thread: end that one first, or give each thread a copy of "
-                    "the model; engines of one model may take turns in one thread"
-                )
-            threads.append(own)
-        try:
-            yield
-        finally:
-            with self._lock:
-                threads.remove(own)
-                if not threads:
-                    self._threads.pop(id(model), None)
-
-
-_OWNERS = _Owners()
-
-
 class TargetModel:
     """Adapter around a transformers causal LM (or a PEFT model of one). The weights stay the owner's.
 
@@ -163,7 +94,7 @@ class TargetModel:
         self.base = base_model_of(model)
         self.config: Any = self.base.config
         check_supported(self.base)
-        _check_peft(model)
+        check_adapters(model)
         weight = self.embed_tokens.weight
         self.compute_dtype = None if compute_dtype == weight.dtype else compute_dtype
         if self.compute_dtype not in (None, torch.bfloat16, torch.float16):
@@ -283,16 +214,16 @@ class TargetModel:
             RuntimeError: another thread has the model in a rollout, which goes on; or its type, device, vocabulary or
                 layers have changed since it was given.
         """
-        with _OWNERS.own(self.base):
+        with OWNERS.own(self.base):
             self._check_unchanged()
             with contextlib.ExitStack() as entering:
                 entering.enter_context(self._change_model())
                 mode = entering.pop_all()
-            _MODES.enter(self.base, mode)
+            MODES.enter(self.base, mode)
             try:
                 yield
             finally:
-                _MODES.leave(self.base, mode)
+                MODES.leave(self.base, mode)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -502,70 +433,3 @@ def _warn_of(obstacle: str) -> None:
 def find_graph_obstacle(dtype: torch.dtype) -> str | None:
     """Why forwards cannot be recorded and replayed on a GPU; None where they can."""
     return gpu.find_obstacle() or (None if dtype in gpu.DTYPES else f"there are no GPU kernels for {dtype}")
-
-
-def find_windows(model: PreTrainedModel) -> tuple[int | None, ...]:
-    """For each layer of a supported model, how many tokens a token sees, itself included; None: all before it."""
-    return tuple(_find_window(layer, model.config) for layer in model.model.layers)
-
-
-def _find_window(layer: Any, config: Any) -> int | None:
-    """The layer's window, taken from the config where its attention module names none."""
-    found = getattr(layer.self_attn, "sliding_window", getattr(config, "sliding_window", None))
-    if config.model_type in _WITHOUT_WINDOWS or not found or found >= config.max_position_embeddings:
-        return None
-    return int(found)
-
-
-def base_model_of(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def check_supported(model: PreTrainedModel) -> None:
-    """Refuse models that the engine would run wrongly.
-
-    Raises:
-        ValueError: the family or a kind of attention is not supported, RoPE depends on the batch, or the output head is
-            missing or has not one row for each token; names what was found.
-    """
-    config = model.config
-    family = config.model_type
-    if family not in SUPPORTED_FAMILIES:
-        raise ValueError(
-            f"model family '{family}' is not supported; supported are {', '.join(SUPPORTED_FAMILIES)}. "
-            "Train it with trl.GRPOTrainer instead"
-        )
-    if others := sorted(set(getattr(config, "layer_types", None) or ()) - set(_ATTENTION_KINDS)):
-        raise ValueError(
-            f"'{family}' model with layers of {', '.join(others)} is not supported; supported are "
-            f"{', '.join(_ATTENTION_KINDS)}. Train it with trl.GRPOTrainer instead"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _POSITION_DEPENDENT_ROPE:
-        raise ValueError(
-            f"rope_type '{rope['rope_type']}' is not supported: its frequencies depend on the longest sequence of "
-            "a batch, so a completion would depend on its neighbours. Use 'default', 'linear', 'yarn' or 'llama3'"
-        )
-    head, num_tokens = model.get_output_embeddings(), len(model.get_input_embeddings().weight)
-    if head is None:
-        raise ValueError(f"{type(model).__name__} has no output head, so it cannot generate; load a causal LM")
-    if (num_outputs := getattr(head, "out_features", num_tokens)) != num_tokens:
-        raise ValueError(
-            f"the output head has {num_outputs} tokens and the embedding {num_tokens}, which is not supported: use "
-            "model.resize_token_embeddings"
-        )
-
-
-def _check_peft(model: nn.Module) -> None:
-    for name, config in getattr(model, "peft_config", {}).items():
-        obstacles = {
-            "prepends virtual tokens": getattr(config, "is_prompt_learning", False),
-            "has attention of its own": getattr(config, "is_adaption_prompt", False),
-            "begins behind its alora_invocation_tokens": getattr(config, "alora_invocation_tokens", None),
-        }
-        for obstacle, is_so in obstacles.items():
-            if is_so:
-                raise ValueError(
-                    f"PEFT adapter '{name}' ({type(config).__name__}) {obstacle}, which is not supported; use LoRA"
-                )

@@ -17,7 +17,7 @@ _MOST_BYTES = 80 * 2**20  # of a table on a device: 128 numbers a head, and 1310
 class RotationTable:
     """cos and sin of positions: on the host of those that were asked for, on a device of all that there can be.
 
-    A position's are the same in any batch: RoPE kinds for which they are not are refused (`model.check_supported`).
+    A position's are the same in any batch: RoPE kinds for which they are not are refused (`families.check_supported`).
 
     Args:
         rotary_emb: transformers' module, whose frequencies do not change while this lasts.

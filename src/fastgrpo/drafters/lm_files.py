@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fastgrpo.model import SUPPORTED_FAMILIES, TargetModel
+from fastgrpo.families import SUPPORTED_FAMILIES
+from fastgrpo.model import TargetModel
 
 
 def is_causal_lm(folder: Path) -> bool:

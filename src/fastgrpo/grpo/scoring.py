@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from fastgrpo.families import SUPPORTED_FAMILIES, base_model_of, find_windows
 from fastgrpo.grpo.head import add_token_scores
 from fastgrpo.grpo.sharing import pack_rows, pays
-from fastgrpo.model import SUPPORTED_FAMILIES, base_model_of, find_windows
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@
 #define STEP 192  /* inputs after which the next tile takes its turn: weights and rows stay in the nearest cache */
 #define ROWS 240  /* rows at a time at most */
 #define GROUP 120 /* rows of one task at most; half of ROWS */
-#define OWN_ROWS 64 /* rows of which each thread lays tiles of its own, at most */
+#define OWN_BYTES (1 << 18) /* of tiles, up to which each thread lays its own: they stay in its second cache */
 #define APART 64 /* numbers between the tiles of two threads: they share no line */
 #define AHEAD 64  /* inputs whose weights are asked for early where a step is one tile: memory is slow */
 
@@ -208,8 +208,9 @@ DEFINE_LAY(float)
 #define DEFINE_PRODUCT(X)                                                                                             \
     static int multiply_##X(const X *x, i64 stride, const packed_##X *layout, const X *bias, X *out, i64 rows,        \
                             i64 inputs, i64 outputs) {                                                                \
-        i64 most = share_rows(rows, ROWS), blocks = (outputs + WIDE - 1) / WIDE, is_own = rows <= OWN_ROWS;           \
+        i64 most = share_rows(rows, ROWS), blocks = (outputs + WIDE - 1) / WIDE;                                      \
         i64 units = UNITS_##X(inputs), step = STEP / UNIT_##X, early = AHEAD / UNIT_##X, size = most * units + APART; \
+        i64 is_own = rows == most && most * units * (i64)sizeof(row_##X) <= OWN_BYTES;                                \
         row_##X *room = malloc((is_own ? omp_get_max_threads() : 1) * size * sizeof *room);                           \
         if (!room) return NO_MEMORY;                                                                                  \
         _Pragma("omp parallel if (rows * inputs * outputs > FEW)")                                                    \
