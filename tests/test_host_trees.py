@@ -33,6 +33,10 @@ def without_kernels(compute: Callable[[], Any]) -> Any:
         return compute()
 
 
+def build_plan(shape: tuple[int, int, int]) -> SpeculationPlan:
+    return SpeculationPlan(depth=shape[0], width=shape[1], num_draft_tokens=shape[2])
+
+
 def grow(plan: SpeculationPlan, calibration: Calibration, seed: int, num_trees: int, absent: float) -> Draft:
     """A drafter that says something random, and the same whatever the pool is."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +67,7 @@ def grow(plan: SpeculationPlan, calibration: Calibration, seed: int, num_trees: 
     is_fitted=st.booleans(),
 )
 def test_a_pool_on_the_host_keeps_what_a_pool_of_tensors_keeps(seed, shape, num_trees, absent, is_fitted):
-    plan = SpeculationPlan(depth=shape[0], width=shape[1], num_draft_tokens=shape[2])
+    plan = build_plan(shape)
     calibration = Calibration()
     if is_fitted:
         calibration.slope[:], calibration.offset[:] = 0.7, -0.3
@@ -143,3 +147,17 @@ def test_what_a_draft_promises_is_the_sum_of_its_chances(rows, padding, seed):
     scores = (-6 * torch.rand(draft.token_ids.shape, generator=generator)).masked_fill(~draft.node_mask, -math.inf)
     draft = replace(draft, scores=scores)
     torch.testing.assert_close(draft.num_promised, without_kernels(lambda: draft.num_promised))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(8))
+def test_the_best_nodes_that_a_draft_keeps(shape, seed):
+    """From roots alone to all of them; a row may be left with fewer than it has."""
+    drafted = grow(build_plan(shape), Calibration(), seed, num_trees=5, absent=0.2)
+    generator = torch.Generator().manual_seed(seed)
+    counts = [int(torch.randint(1, int(most) + 1, (), generator=generator)) for most in drafted.num_nodes]
+    kept, expected = drafted.keep(counts), without_kernels(lambda: drafted.keep(counts))
+    for name in ("token_ids", "parents", "num_nodes", "log_chances", "scores"):
+        assert torch.equal(getattr(kept, name), getattr(expected, name)), name
+    assert kept.counts == expected.counts == tuple(counts)
+    check_draft(kept)

@@ -41,13 +41,19 @@ class Draft:
         """The first `counts` nodes of each row, root included."""
         width = max(counts)
         num_nodes = upload(counts, self.num_nodes.device, self.num_nodes.dtype)
-        used = torch.arange(width, device=num_nodes.device) < num_nodes[:, None]
+        scores: Tensor | None
+        if self.scores is not None and is_host(self.scores) and cpu.is_available():
+            parents, scores = trees.keep_nodes(self.parents, self.scores, num_nodes, width)
+        else:
+            used = torch.arange(width, device=num_nodes.device) < num_nodes[:, None]
+            parents = self.parents[:, :width].masked_fill(~used, -1)
+            scores = None if self.scores is None else self.scores[:, :width].masked_fill(~used, -torch.inf)
         return Draft(
             token_ids=self.token_ids[:, :width],
-            parents=self.parents[:, :width].masked_fill(~used, -1),
+            parents=parents,
             num_nodes=num_nodes,
             log_chances=None if self.log_chances is None else self.log_chances[:, :width],
-            scores=None if self.scores is None else self.scores[:, :width].masked_fill(~used, -torch.inf),
+            scores=scores,
             counts=tuple(counts),
         )
 

@@ -120,6 +120,17 @@ void fastgrpo_find_ranks(const i64 *path, const i64 *chosen, i64 rows, i64 level
     }
 }
 
+/* The first `counts` nodes of each tree, `most` at most; those beyond are marked as unused. */
+void fastgrpo_keep_nodes(const i64 *parents, const float *scores, i64 rows, i64 nodes, const i64 *counts, i64 most,
+                         i64 *out_parents, float *out_scores) {
+    for (i64 row = 0; row < rows; row++)
+        for (i64 n = 0; n < most; n++) {
+            int is_used = n < counts[row];
+            out_parents[row * most + n] = is_used ? parents[row * nodes + n] : -1;
+            out_scores[row * most + n] = is_used ? scores[row * nodes + n] : -INFINITY;
+        }
+}
+
 /* Adds the children of walked nodes to tables of [levels, bins] by depth and log-odds, and those walked to; what was
  * there counts for `decay` of itself. */
 void fastgrpo_count_judged(const i64 *path, i64 rows, i64 steps, const i64 *parents, const float *chances, i64 nodes,

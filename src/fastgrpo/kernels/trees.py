@@ -151,6 +151,17 @@ def find_ranks(
     return num_children, ranks
 
 
+def keep_nodes(
+    parents: Int[Tensor, "B N"], scores: Float[Tensor, "B N"], counts: Int[Tensor, " B"], most: int
+) -> tuple[Int[Tensor, "B M"], Float[Tensor, "B M"]]:
+    """Parents and scores of the first `counts` nodes of each tree, `most` at most; -1 and -inf beyond."""
+    num_trees = len(counts)
+    parents_out = torch.empty(num_trees, most, dtype=torch.int64)
+    scores_out = torch.empty(num_trees, most, dtype=torch.float32)
+    call("keep_nodes", parents.contiguous(), scores.contiguous(), *parents.shape, counts, most, parents_out, scores_out)
+    return parents_out, scores_out
+
+
 def count_judged_(
     offered: np.ndarray,
     hits: np.ndarray,
