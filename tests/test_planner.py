@@ -395,6 +395,14 @@ def test_first_trials_are_paid_for_in_advance(first_credit):
     assert sum(drafted) > 40 if first_credit else sum(drafted) <= 6
 
 
+@pytest.mark.parametrize("num_seqs", [16, 32, 64])
+@pytest.mark.parametrize("known", [[[0.75]] * 3, None])
+def test_drafts_that_lose_a_little_cost_little_from_the_first_step_on(num_seqs, known):
+    """They promise nearly as much as plain decoding, are tried first where many run, and win nothing there."""
+    planner = SyntheticClockPlanner(XEON, acceptance=known)
+    assert compute_speed(planner, play(planner, 160, num_seqs, chance=0.7)) > 0.98
+
+
 def test_what_was_measured_of_a_drafter_before_is_believed_at_first():
     """Until some tens of trials say otherwise; ranks and depths that were not measured are guessed from the others."""
     known = [[0.6, 0.2], [0.5]]

@@ -17,7 +17,7 @@ _DOUBTS = 1.5  # standard deviations of it that a plan is given, before it is ta
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter, if it was seen lately
 _RIVAL_WAIT = 256  # steps, after which a plan is worth another trial, and what was seen of plain decoding is old
 _WHOLE_TRIALS = 8  # one trial in so many verifies what it is charged for, whatever is believed of its price
-_FIRST_CREDIT = 4  # plain steps, that the first trials with about so many live may lose besides:
+_FIRST_CREDIT = 1.0  # plain steps, that the first trials with about so many live may lose besides:
 _LIKELY, _LIKELY_KNOWN = 0.8, 0.92  # of plans of so much of the current rate, the more where acceptance is known
 _FIRST_STEPS = 12  # until so many have drafted there
 _TRIAL_STEPS = 3  # of drafts in place of plain decoding, once they have read; all others are tried for one
@@ -27,7 +27,7 @@ _TRIAL_WAIT, _DRAFTS_WAIT = 4, 24  # steps between trials, at least; before one 
 class Trials:
     """What trials may still lose, and what was seen when.
 
-    Trials may lose a share of the time, and the first ones with about as many live sequences (an octave) a few steps'
+    Trials may lose a share of the time, and the first ones with about as many live sequences (an octave) a plain step's
     worth besides, without which a profile that is wrong would be believed for long.
 
     Args:
