@@ -558,14 +558,17 @@ from fastgrpo.kernels import cpu
 torch.set_num_threads(2)
 ones = lambda *shape: torch.ones(*shape)
 whole = lambda *shape: torch.zeros(*shape, dtype=torch.int64)
-rows, inputs = 4096, 2**20
+rows, inputs, columns = 4096, 2**20, 2**22
 x, layout = ones(8, inputs), cpu.pack_weights([ones(1, inputs)])
 query, keys = ones(rows, 1024), ones(64, 64)
+logits, vocabulary, one = ones(1, 1, columns), torch.arange(columns, dtype=torch.int32), 1 + whole(1)
 trees = dict(starts=torch.arange(rows), num_nodes=1 + whole(rows), lengths=whole(rows), blocks=whole(rows, 1))
 asked = {
     "product": lambda: cpu.multiply(x, layout, None, 1),  # 32 MiB of tiles
     "attend": lambda: cpu.attend(query, keys, keys, visible=ones(rows, 1, 1).bool(), head_dim=64, scale=1.0, **trees),
-}[sys.argv[1]]  # 42 MiB of queries and sums, beside 16 of what comes out
+    # 42 MiB of queries and sums, beside 16 of what comes out
+    "rank": lambda: cpu.rank(logits, vocabulary, one, one, ones(1), 4, with_noise=True)[0],
+}[sys.argv[1]]  # 32 MiB of noise and scores
 cpu.multiply(ones(8, 8), cpu.pack_weights([ones(8, 8)]), None, 8)  # threads have their stacks
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 hard = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -580,7 +583,7 @@ print(asked().shape[0])
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process has")
-@pytest.mark.parametrize(("kernel", "rows"), [("product", 8), ("attend", 4096)])
+@pytest.mark.parametrize(("kernel", "rows"), [("product", 8), ("attend", 4096), ("rank", 1)])
 def test_a_kernel_without_memory_says_so_and_works_again(kernel, rows):
     done = subprocess.run([sys.executable, "-c", _STARVED, kernel], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -78,7 +78,7 @@ def rank(
     token_ids = torch.empty(num_trees, num_nodes, most, dtype=torch.int64)
     sizes = (*logits.shape, most, int(with_noise))
     rows = (vocabulary, stream_keys, positions, temperature)
-    call(f"rank_{NAMES[logits.dtype]}", logits.contiguous(), *rows, *sizes, chances, token_ids)
+    compute(f"rank_{NAMES[logits.dtype]}", logits.contiguous(), *rows, *sizes, chances, token_ids)
     return chances, token_ids
 
 

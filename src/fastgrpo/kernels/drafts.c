@@ -116,8 +116,8 @@ static void see_before(uint8_t *visible, i64 rows, i64 width) {
     int fastgrpo_read_pairs_##E##_##X(const head *, const batch *, const E *, const X *, i64, const i64 *, i64, X *,  \
                                        X *);                                                                          \
     int fastgrpo_score_##X(const head *, X *, i64, X *, X *);                                                         \
-    void fastgrpo_rank_##X(const X *, const int32_t *, const i64 *, const i64 *, const float *, i64, i64, i64, i64,   \
-                           i64, float *, i64 *);                                                                      \
+    int fastgrpo_rank_##X(const X *, const int32_t *, const i64 *, const i64 *, const float *, i64, i64, i64, i64,    \
+                          i64, float *, i64 *);                                                                       \
                                                                                                                       \
     static int grow_##E##_##X(const head *own, const draft *d, rooms r, i64 *num_candidates) {                        \
         i64 columns = own->output.outputs, children = count_children(own, d), capacity = count_candidates(own, d);    \
@@ -140,8 +140,8 @@ static void see_before(uint8_t *visible, i64 rows, i64 width) {
             }                                                                                                         \
             for (i64 row = 0; row < d->rows; row++) at[row] = d->positions[row] + level;                              \
             TRY(fastgrpo_score_##X(own, hidden, d->rows * width, r.logits, r.scratch));                               \
-            fastgrpo_rank_##X(r.logits, d->vocabulary, d->stream_keys, at, d->temperatures, d->rows, width, columns,  \
-                              children, d->is_noisy, r.chances, r.candidates);                                        \
+            TRY(fastgrpo_rank_##X(r.logits, d->vocabulary, d->stream_keys, at, d->temperatures, d->rows, width,       \
+                                  columns, children, d->is_noisy, r.chances, r.candidates));                          \
             i64 chosen = level + 1 < d->depth ? least(d->width, width * children) : 0;                                \
             fastgrpo_grow_level(r.chances, r.candidates, d->rows, width, children, d->lines[2 * level],               \
                                 d->lines[2 * level + 1], d->penalty, now->places, now->sums, now->visible, expanded,  \

@@ -5,6 +5,8 @@
  * only where it says so: the vector body of a loop and its end would otherwise round differently.
  */
 
+#include <stdlib.h>
+
 #include "common.h"
 
 #define CHUNK 1024 /* tokens of the vocabulary looked at at once */
@@ -212,38 +214,57 @@ DEFINE_SAMPLE(float)
 
 /* ---- drafting ---------------------------------------------------------------------------------------------- */
 
-/* Candidates below each node of each tree by logits / temperature + noise; nodes of a tree share its row of noise. */
+/* Candidates below each node of each tree by logits / temperature + noise; nodes of a tree share its row of noise.
+ * Noise and scores are as wide as a vocabulary may be, which is more than the stack of a thread may hold. */
 #define DEFINE_RANK(T)                                                                                                \
-    void fastgrpo_rank_##T(const T *logits, const int32_t *vocabulary, const i64 *stream_keys, const i64 *positions,  \
-                           const float *temperatures, i64 trees, i64 nodes, i64 width, i64 most, i64 is_noisy,        \
-                           float *chances, i64 *tokens) {                                                             \
-        _Pragma("omp parallel for if (trees * nodes * width > FEW)")                                                  \
-        for (i64 tree = 0; tree < trees; tree++) {                                                                    \
-            float noise[width], score[width], temperature = temperatures[tree];                                       \
-            uint64_t key = position_key(stream_keys[tree], positions[tree]);                                          \
-            uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);                                               \
-            if (is_noisy && temperature > 0) /* asked once: a condition inside would keep the loop from vectors */    \
-                for (i64 i = 0; i < width; i++) noise[i] = gumbel((uint32_t)vocabulary[i], low, high);                \
-            else                                                                                                      \
-                memset(noise, 0, width * sizeof(float));                                                              \
-            for (i64 node = tree * nodes; node < (tree + 1) * nodes; node++) {                                        \
-                const T *own = logits + node * width;                                                                 \
-                float divisor = temperature > 0 ? temperature : 1.0f, lanes[LANES] = {0}, mass = 0.0f;                \
-                for (i64 i = 0; i < width; i++) score[i] = load_##T(own + i) / divisor + noise[i];                    \
-                float top = find_max(score, width);                                                                   \
-                i64 i = 0;                                                                                            \
-                for (; i + LANES <= width; i += LANES)                                                                \
-                    for (int lane = 0; lane < LANES; lane++) lanes[lane] += exp_negative(score[i + lane] - top);      \
-                for (; i < width; i++) lanes[0] += exp_negative(score[i] - top);                                      \
-                for (int lane = 0; lane < LANES; lane++) mass += lanes[lane];                                         \
-                take_best(score, width, most, chances + node * most, tokens + node * most);                           \
-                float total = top + logf(mass);                                                                       \
-                for (i64 n = 0; n < most; n++) {                                                                      \
-                    chances[node * most + n] -= total;                                                                \
-                    tokens[node * most + n] = vocabulary[tokens[node * most + n]];                                    \
-                }                                                                                                     \
+    static void rank_tree_##T(const T *logits, const int32_t *vocabulary, uint64_t key, float temperature, i64 nodes, \
+                              i64 width, i64 most, i64 is_noisy, float *restrict noise, float *restrict score,        \
+                              float *chances, i64 *tokens) {                                                          \
+        uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);                                                   \
+        if (is_noisy && temperature > 0) /* asked once: a condition inside would keep the loop from vectors */        \
+            for (i64 i = 0; i < width; i++) noise[i] = gumbel((uint32_t)vocabulary[i], low, high);                    \
+        else                                                                                                          \
+            memset(noise, 0, width * sizeof(float));                                                                  \
+        for (i64 node = 0; node < nodes; node++) {                                                                    \
+            const T *own = logits + node * width;                                                                     \
+            float divisor = temperature > 0 ? temperature : 1.0f, lanes[LANES] = {0}, mass = 0.0f;                    \
+            for (i64 i = 0; i < width; i++) score[i] = load_##T(own + i) / divisor + noise[i];                        \
+            float top = find_max(score, width);                                                                       \
+            i64 i = 0;                                                                                                \
+            for (; i + LANES <= width; i += LANES)                                                                    \
+                for (int lane = 0; lane < LANES; lane++) lanes[lane] += exp_negative(score[i + lane] - top);          \
+            for (; i < width; i++) lanes[0] += exp_negative(score[i] - top);                                          \
+            for (int lane = 0; lane < LANES; lane++) mass += lanes[lane];                                             \
+            take_best(score, width, most, chances + node * most, tokens + node * most);                               \
+            float total = top + logf(mass);                                                                           \
+            for (i64 n = 0; n < most; n++) {                                                                          \
+                chances[node * most + n] -= total;                                                                    \
+                tokens[node * most + n] = vocabulary[tokens[node * most + n]];                                        \
             }                                                                                                         \
         }                                                                                                             \
+    }                                                                                                                 \
+                                                                                                                      \
+    int fastgrpo_rank_##T(const T *logits, const int32_t *vocabulary, const i64 *stream_keys, const i64 *positions,   \
+                          const float *temperatures, i64 trees, i64 nodes, i64 width, i64 most, i64 is_noisy,         \
+                          float *chances, i64 *tokens) {                                                              \
+        int is_short = 0; /* of memory */                                                                             \
+        _Pragma("omp parallel if (trees * nodes * width > FEW)")                                                      \
+        {                                                                                                             \
+            float *noise = malloc(2 * width * sizeof(float));                                                         \
+            if (!noise) {                                                                                             \
+                _Pragma("omp atomic write")                                                                           \
+                is_short = 1;                                                                                         \
+            }                                                                                                         \
+            _Pragma("omp for")                                                                                        \
+            for (i64 tree = 0; tree < trees; tree++)                                                                  \
+                if (noise)                                                                                            \
+                    rank_tree_##T(logits + tree * nodes * width, vocabulary,                                          \
+                                  position_key(stream_keys[tree], positions[tree]), temperatures[tree], nodes, width, \
+                                  most, is_noisy, noise, noise + width, chances + tree * nodes * most,                \
+                                  tokens + tree * nodes * most);                                                      \
+            free(noise);                                                                                              \
+        }                                                                                                             \
+        return is_short ? NO_MEMORY : 0;                                                                              \
     }
 
 DEFINE_RANK(bf16)
