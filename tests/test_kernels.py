@@ -353,6 +353,26 @@ def test_a_row_that_overflowed_leaves_the_others_as_they_are(dtype):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("length", [0, 29, 40])
+def test_a_node_that_overflowed_leaves_those_that_do_not_see_it_as_they_are(dtype, length):
+    torch.manual_seed(length)
+    paths = ([0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4])
+    visible = torch.zeros(1, 5, 5, dtype=torch.bool)
+    for node, path in enumerate(paths):
+        visible[0, node, path] = True
+    keys, values = (torch.randn(BLOCK_SIZE, 64).to(dtype) for _ in range(2))
+    given = {"starts": torch.tensor([0]), "num_nodes": torch.tensor([5]), "lengths": torch.tensor([length])}
+    given |= {"blocks": torch.tensor([[0]]), "visible": visible, "head_dim": 64, "scale": 0.2}
+    query = torch.randn(5, 64).to(dtype)
+    whole = cpu.attend(query, keys, values, **given)
+    for node in range(1, 5):
+        broken = values.clone()
+        broken[length + node] = math.inf
+        kept = ~visible[0, :, node]
+        assert torch.equal(cpu.attend(query, keys, broken, **given)[kept], whole[kept]), node
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("length", [0, 100])
 def test_a_long_prompt_has_the_bits_of_each_of_its_tokens_alone(dtype, length):
     """Beside a short row; more nodes than a task has, over several segments."""

@@ -378,12 +378,13 @@ static void order_nodes(const batch *b, i64 row) {
 
 #define DEFINE_ATTEND(X)                                                                                              \
     /* A row's nodes and the chunk that holds what not all of them see. Neighbours that see all of it go together;    \
-     * those that do not see a prefix of it put their own path there. */                                              \
+     * those that do not see a prefix of it put their own path there. What a node does not see weighs nothing, which  \
+     * takes a number: rows from `filled` on are zeros meanwhile. */                                                  \
     static void attend_to_end_##X(const batch *b, const task *own, i64 row, i64 first, i64 size, i64 head,            \
                                   const X *keys, const X *values, const float *queries, float *states, float *columns,\
                                   float *rows, ahead *next) {                                                         \
         const i64 *order = b->order + row * b->most_nodes, *num_seen = b->num_seen + row * b->most_nodes;             \
-        i64 length = b->lengths[row], stride = b->kv_heads * b->width, last = find_last(b, own, row);                 \
+        i64 length = b->lengths[row], stride = b->kv_heads * b->width, last = find_last(b, own, row), filled = size;  \
         for (i64 turn = 0, count; turn < b->nodes[row]; turn += count) {                                              \
             i64 node = order[turn], end = length + num_seen[node] - first, at = node * b->repeats;                    \
             count = 1;                                                                                                \
@@ -393,6 +394,9 @@ static void order_nodes(const batch *b, i64 row) {
                    length + num_seen[node + count] - first >= size)                                                   \
                 count++;                                                                                              \
             end = end < size ? end : size;                                                                            \
+            if (turn < b->num_prefix[row] && end > filled)                                                            \
+                read_values_##X(values + place_of(b, row, first + filled) * stride + head * b->width,                 \
+                                rows + filled * b->padded, end - filled, stride, b->width, b->padded);                \
             const uint8_t *sees = b->visible + (row * b->most_nodes + node) * b->seen;                                \
             for (i64 e = 0, to = length - first; turn >= b->num_prefix[row] && to < end; e++) {                       \
                 if (!sees[e]) continue;                                                                               \
@@ -401,6 +405,8 @@ static void order_nodes(const batch *b, i64 row) {
                 if (to >= 0) read_values_##X(values + from, rows + to * b->padded, 1, stride, b->width, b->padded);   \
                 to++;                                                                                                 \
             }                                                                                                         \
+            if (end < filled) memset(rows + end * b->padded, 0, (filled - end) * b->padded * sizeof(float));          \
+            filled = end;                                                                                             \
             attend_to_chunk(queries + at * b->padded, states + at * ROOM(b->padded), count * b->repeats, columns, rows,\
                             end, b->padded, next);                                                                    \
         }                                                                                                             \
