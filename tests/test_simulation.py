@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import random
 import subprocess
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import SMALL_CPU, SyntheticClockPlanner, shared_model
+from fastgrpo.bench import recording
 from fastgrpo.bench.recording import record_facts
 from fastgrpo.cli import main
 from fastgrpo.drafters.eagle import EagleDrafter
@@ -135,6 +137,26 @@ def test_completions_that_stop_are_replayed_too(plan: SpeculationPlan) -> None:
         assert [getattr(r, name) for r in simulated.records] == [getattr(r, name) for r in theirs], name
     for ours, real in zip(simulated.records, theirs, strict=True):
         assert sum(map(sum, ours.hits)) <= sum(map(sum, real.hits))
+
+
+def test_what_is_recorded_where_memory_ran_out_is_the_same_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that broke off has drafted already; one that is made again may be plain, or of smaller trees."""
+    tell, drafted = Engine._tell_drafter, itertools.count()
+
+    def fail_once(engine: Engine, *told: Any) -> None:
+        if next(drafted) == 2:
+            raise MemoryError
+        tell(engine, *told)
+
+    facts = record()
+    monkeypatch.setattr(Engine, "_tell_drafter", fail_once)
+    with pytest.warns(UserWarning, match="half of them wait"):
+        again = record_facts(shared_model("llama"), build_drafter(), PROMPTS, PARAMS, plan=RECORDED)
+    for name in ("parents", "path", "lengths"):
+        assert np.array_equal(getattr(again, name), getattr(facts, name)), name
+    monkeypatch.setattr(recording, "Engine", functools.partial(Engine, max_cache_bytes=300_000))
+    with pytest.raises(MemoryError, match=r"no room for drafts of 150 tokens at .* positions of request 0, .*seqs"):
+        record_facts(shared_model("llama"), build_drafter(), PROMPTS[:1], PARAMS, plan=RECORDED)
 
 
 # -- laws of a replay ----------------------------------------------------------------------------------------------

@@ -35,14 +35,19 @@ class RecordingDrafter:
 
     What the target chose of its drafts is kept from the other drafter, for nothing is verified.
 
+    A step that ran out of memory is made again, with another draft or none, so that trees go by their position.
+
+    Args:
+        plan: that is to be recorded; a smaller tree is not kept.
+
     Attributes:
-        trees: by request, the tree at each position of its completion.
+        trees: by request and position of its completion, the tree drafted there.
     """
 
-    def __init__(self, drafter: Drafter) -> None:
-        self.drafter = drafter
+    def __init__(self, drafter: Drafter, plan: SpeculationPlan) -> None:
+        self.drafter, self.plan = drafter, plan
         self.name, self.wants_features = drafter.name, drafter.wants_features
-        self.trees: dict[int, list[_Tree]] = {}
+        self.trees: dict[int, dict[int, _Tree]] = {}
 
     @property
     def position_bytes(self) -> int:
@@ -60,8 +65,25 @@ class RecordingDrafter:
         scores = np.zeros(parents.shape) if draft.scores is None else draft.scores.float().cpu().numpy()
         for row, sequence in enumerate(context.sequences):
             tree = _Tree(token_ids=token_ids[row], parents=parents[row], scores=scores[row])
-            self.trees.setdefault(sequence.request_id, []).append(tree)
+            if plan == self.plan:
+                self.trees.setdefault(sequence.request_id, {})[len(sequence.token_ids)] = tree
         return Draft.roots(context.pending_token_ids)
+
+    def collect(self, request_id: int, length: int) -> list[_Tree]:
+        """The trees at the first `length` positions of a completion.
+
+        Raises:
+            MemoryError: one is lacking, since there was no room for it.
+        """
+        trees = self.trees.get(request_id, {})
+        missing = [position for position in range(length) if position not in trees]
+        if missing:
+            raise MemoryError(
+                f"memory had no room for drafts of {self.plan.num_draft_tokens} tokens at {len(missing)} of {length} "
+                f"positions of request {request_id}, so they cannot be recorded; record fewer sequences at once "
+                "(--max-num-seqs), or shorter ones (--max-tokens)"
+            )
+        return [trees[position] for position in range(length)]
 
     def count_unread(self, sequences: list[Sequence]) -> int:
         return self.drafter.count_unread(sequences)
@@ -95,15 +117,16 @@ def record_facts(
 
     Raises:
         ValueError: the drafter does not say how likely its nodes are, or a prompt cannot be used.
+        MemoryError: there was no room for a draft at every position.
     """
-    recorder = RecordingDrafter(drafter)
+    recorder = RecordingDrafter(drafter, plan)
     engine = Engine(model, drafter=recorder, speculation=plan, max_num_seqs=max_num_seqs)
     completions = engine.generate(prompts, replace(params, max_tokens=params.max_tokens + plan.depth))
     lengths = np.array([min(len(each.token_ids), params.max_tokens) for each in completions])
     num_ahead = np.array([len(each.token_ids) for each in completions]) - lengths
     ends = [completion.finish_reason == "stop" for completion in completions]
     walked = [
-        _walk(recorder.trees[index][:length], completion, plan)
+        _walk(recorder.collect(index, length), completion, plan)
         for index, (length, completion) in enumerate(zip(lengths.tolist(), completions, strict=True))
     ]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(map(tuple, prompts)))}
