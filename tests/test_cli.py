@@ -310,6 +310,22 @@ def test_results_that_could_not_be_written_are_refused_before_anything_is_measur
     assert [path.name for path in tmp_path.iterdir()] == ["a file"]
 
 
+def test_results_overwrite_nothing_that_the_same_command_names(tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine").write_text("dear")
+    mine = str(tmp_path / "mine")
+    for argv in (
+        ["profile", "--prompts", mine],
+        ["generate", "--prompts", str(tmp_path / ".." / tmp_path.name / "mine")],
+        ["bench", "simulate", "--facts", mine],
+        ["bench", "simulate", "--facts", "facts.npz", "--profile", mine],
+    ):
+        assert main([*argv, "--output", mine]) == 2
+        assert f"output would overwrite {argv[-2][2:]}: both are '{mine}'; name another" in capsys.readouterr().err
+    assert main(["bench", "simulate", "--record", mine, "--output", mine]) == 2
+    assert "record would overwrite output" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "dear"
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError("64 tokens would fit"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
 )

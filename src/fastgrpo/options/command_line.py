@@ -74,7 +74,8 @@ def check_outputs(options: Any) -> None:
     """Before anything is measured, since results that cannot be written would be lost; makes their folders.
 
     Raises:
-        ValueError: a file that is to be written has no name, or that of a picture.
+        ValueError: a file that is to be written has no name, that of a picture, or that of another file here, which
+            would be lost.
         OSError: it cannot be written there.
     """
     for entry in fields(options):
@@ -85,6 +86,10 @@ def check_outputs(options: Any) -> None:
             raise ValueError(f"{entry.name} must be a file, got the folder '{path}'; name a file in it")
         if path.suffix == ".png":
             raise ValueError(f"{entry.name}='{path}' is the name of the picture beside it; take another ending")
+        for other in (each.name for each in fields(options) if each.name != entry.name):
+            theirs = getattr(options, other)
+            if isinstance(theirs, Path) and theirs.resolve() == path.resolve():
+                raise ValueError(f"{entry.name} would overwrite {other}: both are '{path}'; name another")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path.parent):
