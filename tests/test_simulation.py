@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from conftest import SMALL_CPU, SyntheticClockPlanner, shared_model
 from fastgrpo.bench import recording
+from fastgrpo.bench import simulate as simulate_bench
 from fastgrpo.bench.recording import record_facts
 from fastgrpo.cli import main
 from fastgrpo.drafters.eagle import EagleDrafter
@@ -28,6 +29,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.options import SimulateOptions, words
 from fastgrpo.planner import AutoPlanner, BanditPlanner, FixedPlanner, PaperPlanner, Planner
 from fastgrpo.planner.costs import IDLE_S
+from fastgrpo.profile_files import save_profile
 from fastgrpo.simulation import (
     DEVICES,
     MODELS,
@@ -381,6 +383,7 @@ def test_damaged_facts_are_refused_by_name(tmp_path: Path) -> None:
         ({"scores": surer.astype(np.float16)}, "scores must be log chances"),
         ({"lengths": arrays["lengths"].astype(float)}, "lengths is of type float64"),
         ({"header": np.array("{}")}, "format"),
+        ({"header": np.array(str(arrays["header"]).replace('"about": {}', '"about": []'))}, r"about must be .*\[\]"),
     ):
         np.savez(path, **(arrays | change))
         with pytest.raises(ValueError, match=message):
@@ -494,16 +497,25 @@ def test_a_replay_without_a_measurement_says_so(tmp_path: Path, capsys: pytest.C
     facts = tmp_path / "facts.npz"
     save_facts(record(), facts)
     argv = ["bench", "simulate", "--facts", str(facts)]
+    profile, damaged = tmp_path / "[/of] mine.json", tmp_path / "damaged.npz"
+    save_profile(SMALL_CPU, {}, profile)
+    settings = {name: getattr(SimulateOptions(facts=facts), name) for name in simulate_bench._WORKLOAD}
+    save_facts(dataclasses.replace(record(), about={"settings": settings | {"max_num_seqs": "many"}}), damaged)
+    unsound = ["bench", "simulate", "--facts", str(damaged)]
     shape = ["--devices", "a100", "--mean-lengths", "30", "--num-completions", "16", "--longest-over-mean", "3"]
     assert main([*argv, "--skip-measurement", *shape]) == 0
     printed = capsys.readouterr().out
     assert "its error is not known" in printed and "Computed cost tables add an error of their own" in printed
+    assert main([*argv, "--skip-measurement", "--profile", str(profile)]) == 0
+    assert "[/of] mine.json" in capsys.readouterr().out
     for wrong, message in (
         (argv, "do not say of which workload"),
         ([*argv, "--skip-measurement"], "name a profile, or devices"),
         ([*argv, "--record", "here.npz"], "give either a file to record facts to"),
         (["bench", "simulate", "--record", "here.npz", "--drafter", "auto"], "got drafter=auto"),
         ([*argv, "--skip-measurement", *shape, "--num-completions", "1"], "lengths need at least 2 completions"),
+        ([*unsound, "--skip-measurement", "--profile", str(profile)], "are of a workload with max_num_seqs='many'"),
+        (unsound, "are of a workload with max_num_seqs='many'; record again"),
         ([*argv, *shape, "--group-sizes", "64"], "groups of 1 to all of them"),  # before anything is measured
         ([*argv, *shape, "--mean-lengths", "9999999999999"], "more than the 100,000,000 tokens of a rollout"),
         ([*argv, *shape, "--noise", "1e300"], "noise must be at most 2.0"),

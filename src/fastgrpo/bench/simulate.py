@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastgrpo.bench.measure import describe_run
 from fastgrpo.bench.recording import record_facts
@@ -113,11 +114,20 @@ def _open_workload(options: SimulateOptions) -> Workload:
 
 
 def _take_workload(options: SimulateOptions, facts: Facts) -> SimulateOptions:
-    """The options with the workload that the facts were recorded of."""
+    """The options with the workload that the facts were recorded of; what cannot be one is refused."""
     settings = facts.about.get("settings")
     if not isinstance(settings, dict) or sorted(settings) != sorted(_WORKLOAD):
         raise ValueError(f"these facts do not say of which workload they are; {RECORD_AGAIN}, or skip the measurement")
+    for name, value in settings.items():
+        expected = type(getattr(options, name))
+        if type(value) is not expected and not (expected is float and type(value) is int):
+            raise ValueError(f"these facts are of a workload with {name}={value!r:.60}; {RECORD_AGAIN}")
     return dataclasses.replace(options, **settings)
+
+
+def _find_slots(options: SimulateOptions, facts: Facts) -> int:
+    """Sequences that were decoded together when the facts were recorded; the options' where they do not say."""
+    return (_take_workload(options, facts) if facts.about.get("settings") else options).max_num_seqs
 
 
 def _replay(options: SimulateOptions, command: str, facts: Facts, console: Console) -> dict[str, Any]:
@@ -144,7 +154,7 @@ def _replay(options: SimulateOptions, command: str, facts: Facts, console: Conso
     rows: list[Row] = []
     if profile is not None:
         costs = ProfileCosts(profile=profile, corrections=corrections, noise=options.noise, seed=options.seed)
-        slots = facts.about.get("settings", {}).get("max_num_seqs", options.max_num_seqs)
+        slots = _find_slots(options, facts)
         predicted = predict_planners(tables, build_requests(facts), profile, costs, max_num_seqs=slots)
         rows += _describe_predictions({"scenario": machine}, predicted, errors)
     rows += _predict_larger_machines(options, tables, errors, drawn)
@@ -273,7 +283,7 @@ def _build_table(scenario: str, rows: Sequence[Row], *, was_measured: bool) -> T
     Args:
         was_measured: the errors are of this scenario; else they are those of this machine.
     """
-    table = Table(title=f"simulated: {scenario}", title_justify="left")
+    table = Table(title=Text(f"simulated: {scenario}", style="table.title"), title_justify="left")
     table.add_column("planner")
     error_heading = "error" if was_measured else "error here"
     for heading in ("seconds", "x off", error_heading, "tokens a forward", "exact trees"):

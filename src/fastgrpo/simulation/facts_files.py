@@ -66,6 +66,8 @@ def load_facts(path: Path) -> Facts:
         for name, kind in _TYPES.items():
             if arrays[name].dtype != kind:
                 raise ValueError(f"{name} is of type {arrays[name].dtype}, not {np.dtype(kind)}")
+        if not isinstance(header["about"], dict):
+            raise ValueError(f"about must be a mapping, got {header['about']!r:.60}")
         arrays["scores"] = arrays["scores"].astype(np.float32)
         return Facts(plan=SpeculationPlan(**header["plan"]), about=header["about"], **arrays)
     except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
