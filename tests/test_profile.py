@@ -648,6 +648,9 @@ def test_the_plot_shows_every_measured_point(profile: HardwareProfile) -> None:
         assert first == pytest.approx(heights[0])
         assert 0 < bottom < min(heights) and 1.5 * max(heights) <= top < 100 * max(heights)
         assert "knee" in " ".join(text.get_text() for text in axes.get_legend().get_texts())
+    figure.draw_without_rendering()
+    labels = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels(which="both")]
+    assert any(labels) and not any("mathdefault" in label for label in labels), "numbers, not powers"
 
 
 def test_profile_refuses_in_one_line(

@@ -28,12 +28,15 @@ def build_roofline(profile: HardwareProfile, spreads: Sequence[float], *, title:
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(11, 4.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     time_axes, rate_axes = figure.subplots(1, 2, sharex=True)
     for axes in (time_axes, rate_axes):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")  # before the limits of what is drawn are set
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # within a decade or two
     _plot_times(time_axes, profile, spreads)
     _plot_rates(rate_axes, profile)
     for axes in (time_axes, rate_axes):
@@ -42,7 +45,7 @@ def build_roofline(profile: HardwareProfile, spreads: Sequence[float], *, title:
         axes.set_xlabel("tokens in a forward")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(framealpha=0.9, edgecolor="none", fontsize=9)  # the knee goes behind it
     figure.suptitle(title, fontsize=11)
     return figure
 
