@@ -30,6 +30,7 @@ from fastgrpo.options import SimulateOptions, words
 from fastgrpo.planner import AutoPlanner, BanditPlanner, FixedPlanner, PaperPlanner, Planner
 from fastgrpo.planner.costs import IDLE_S
 from fastgrpo.profile_files import save_profile
+from fastgrpo.report.predictions import build_predictions
 from fastgrpo.simulation import (
     DEVICES,
     MODELS,
@@ -46,6 +47,7 @@ from fastgrpo.simulation import (
     draw_requests,
     fit_corrections,
     load_facts,
+    predict_planners,
     replay,
     save_facts,
 )
@@ -523,6 +525,25 @@ def test_a_replay_without_a_measurement_says_so(tmp_path: Path, capsys: pytest.C
     ):
         assert main(wrong) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_picture_says_what_it_leaves_out_and_whether_its_error_is_known() -> None:
+    for count, error, title, about in (
+        (2, 2.5, "", "bars: the simulation's error"),
+        (30, None, "the first 24 of 30 scenarios; the JSON file has all", "its error is not known"),
+    ):
+        row = {"planner": "auto", "speed_up": 1.5, "error": error}
+        axes = build_predictions([row | {"scenario": str(index)} for index in range(count)]).axes[0]
+        assert axes.get_title() == title and about in axes.get_xlabel() and axes.get_xlim()[0] == 0
+
+
+def test_no_share_of_exact_trees_is_said_where_nothing_was_drafted() -> None:
+    dear = dataclasses.replace(SMALL_CPU, draft_s=(9.0,) * len(SMALL_CPU.num_tokens))
+    tables = TreeTables(record())
+    costs = ProfileCosts(profile=dear)
+    predicted = predict_planners(tables, build_requests(record()), dear, costs, max_num_seqs=64)
+    shares = {each.planner: each.exact_share for each in predicted}
+    assert shares["off"] is None and shares["auto"] is None and shares["fixed best"] == 1
 
 
 def test_the_command_knows_every_roofline() -> None:

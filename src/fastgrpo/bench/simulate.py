@@ -294,7 +294,7 @@ def _build_table(scenario: str, rows: Sequence[Row], *, was_measured: bool) -> T
             name += f" ({plan['depth']}, {plan['width']}, {plan['num_draft_tokens']})"
         error = "not known" if row["error"] is None else f"{100 * row['error']:+.1f} %"
         error += f" ({row['error_of']})" if row["error_of"] not in (None, row["planner"]) else ""
-        exact = "-" if row["planner"] == "off" else f"{row['exact_share']:.0%}"
+        exact = "-" if row["exact_share"] is None else f"{row['exact_share']:.0%}"
         speed = (f"{row['total_s']:.2f}", f"{row['speed_up']:.2f}", error, f"{row['acceptance_length']:.2f}", exact)
         table.add_row(name, *speed)
     return table

@@ -28,7 +28,7 @@ class Prediction:
         plan: of "fixed best", the one of `FIXED_GRID` that took least; None for other planners.
         speed_up: how many times sooner it ends than plain decoding of the same requests.
         acceptance_length: tokens emitted a sequence and forward, plain steps included.
-        exact_share: see `Replay`.
+        exact_share: see `Replay`; None where nothing was drafted.
     """
 
     planner: str
@@ -36,7 +36,7 @@ class Prediction:
     total_s: float
     speed_up: float
     acceptance_length: float
-    exact_share: float
+    exact_share: float | None
 
 
 def predict_planners(
@@ -63,6 +63,7 @@ def predict_planners(
         else:
             planner = build_planner(name, fixed=FIXED_GRID[0], measure=lambda: profile)
             simulated = replay_settled(tables, requests, planner, costs, max_num_seqs=max_num_seqs)
+        has_drafted = any(not record.plan.is_plain for record in simulated.records)
         num_forwards = sum(record.num_seqs for record in simulated.records)
         predictions.append(
             Prediction(
@@ -71,7 +72,7 @@ def predict_planners(
                 total_s=simulated.total_s,
                 speed_up=plain.total_s / simulated.total_s,
                 acceptance_length=simulated.num_emitted / num_forwards,
-                exact_share=simulated.exact_share,
+                exact_share=simulated.exact_share if has_drafted else None,
             )
         )
     return tuple(predictions)
