@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from fastgrpo.bench.budget import choose_best, compare, compute_gain, compute_gain_error
+from fastgrpo.bench.budget import choose_best, compare, compute_gain, compute_gain_error, plot_budget
 from fastgrpo.bench.measure import TURN_TOKENS, interleave
-from fastgrpo.bench.plans import describe_concurrency, judge
+from fastgrpo.bench.plans import describe_concurrency, judge, plot_plans
 from fastgrpo.bench.rollout import compare_variants
 from fastgrpo.bench.steady import Progress, SteadyRollout, SteadyWorkload
 from fastgrpo.cli import main
@@ -402,6 +403,21 @@ def test_plans_are_measured_by_live_sequences(
     assert "left out, too many tokens a forward: 3x3x8" in text
     assert "planning takes less than 0.2 ms with 64 live sequences: not measured" in text
     assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_pictures_say_what_does_not_count_and_hide_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    row = {"num_seqs": 4, "num_draft_tokens": 2, "gain": 0.1, "gain_error": None, "verified_difference": 0.0}
+    for difference, num_crosses in ((0.02, 0), (-0.03, 1)):
+        plot_budget([row, row | {"num_seqs": 8, "verified_difference": difference}], tmp_path / "budget.png")
+        axes = drawn[-1].axes[0]
+        crosses = [line for line in axes.lines if line.get_label() == "NOT as many: does not count"]
+        assert len(crosses) == num_crosses and "standard errors" in axes.get_ylabel()
+    arms = {"off": {"over_plain": 1.0}, "1x1x1": {"over_plain": 1.5}, "auto": {"over_plain": 1.6}}
+    plot_plans([{"num_seqs": 4, "best": "1x1x1", "auto_to_best": 1.07, "arms": arms}], tmp_path / "plans.png")
+    heights = {text.get_text(): text.xy[1] + text.xyann[1] / 100 for text in drawn[-1].axes[0].texts}
+    assert heights["1x1x1"] > 1.6 and heights["1.07"] < 1.5, "above and below both lines"
 
 
 def test_budgets_are_compared_at_as_many_verified_tokens(

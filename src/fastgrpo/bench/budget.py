@@ -18,7 +18,7 @@ from fastgrpo.engine import Engine
 from fastgrpo.loading import open_model, quiet_libraries
 from fastgrpo.metrics import compute_ratio
 from fastgrpo.options import BudgetOptions, parse_plan
-from fastgrpo.report import GREY, PALETTE, write_json
+from fastgrpo.report import GREY, PALETTE, RED, write_json
 
 UNIFORM, SHARED = "uniform", "shared"
 MOST_DIFFERENCE = 0.02  # of verified tokens a sequence, between the two
@@ -152,6 +152,11 @@ def choose_best(shapes: Sequence[Row]) -> list[Row]:
     return rows
 
 
+def verifies_as_many(row: Row) -> bool:
+    """Whether both ways verified as many tokens, so that the gain counts."""
+    return bool(abs(row["verified_difference"]) <= MOST_DIFFERENCE)
+
+
 def _show_gain(row: Row) -> str:
     error = "" if row["gain_error"] is None else f" +- {100 * row['gain_error']:.1f}"
     return f"{100 * row['gain']:+.1f}{error}"
@@ -159,7 +164,7 @@ def _show_gain(row: Row) -> str:
 
 def _describe(row: Row) -> str:
     lengths, difference = row["acceptance_length"], row["verified_difference"]
-    unequal = "" if abs(difference) <= MOST_DIFFERENCE else " (NOT as many: the gain does not count)"
+    unequal = "" if verifies_as_many(row) else " (NOT as many: the gain does not count)"
     return (
         f"{row['num_seqs']} live, {row['plan']}: {lengths[UNIFORM]:.3f} uniform, {lengths[SHARED]:.3f} shared, gain "
         f"{_show_gain(row)} %; verified tokens {difference:+.1%}{unequal}"
@@ -176,7 +181,7 @@ def _build_table(rows: Sequence[Row]) -> Table:
         counts = (str(row["num_seqs"]), str(row["num_draft_tokens"]), row["plan"])
         best = f"{row['best_shared']['acceptance_length']:.3f} {row['best_shared']['plan']}"
         verified = f"{row['verified_difference']:+.1%}"
-        mark = "" if abs(row["verified_difference"]) <= MOST_DIFFERENCE else " [red]<>[/]"
+        mark = "" if verifies_as_many(row) else " [red]<>[/]"
         table.add_row(*counts, *lengths, _show_gain(row), best, verified + mark)
     return table
 
@@ -189,6 +194,7 @@ def plot_budget(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(8, 4.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     axes = figure.subplots()
     axes.set_xscale("log", base=2)
+    unequal: list[tuple[float, float]] = []
     budgets = sorted({row["num_draft_tokens"] for row in rows})
     for place, budget in enumerate(budgets):
         own = [row for row in rows if row["num_draft_tokens"] == budget]
@@ -202,12 +208,17 @@ def plot_budget(rows: Sequence[Row], path: Path) -> None:
             capsize=2,
             label=f"{budget} draft token{'s' if budget > 1 else ''} a sequence",
         )
+        unequal += [(row["num_seqs"] * shift, 100 * row["gain"]) for row in own if not verifies_as_many(row)]
+    if unequal:
+        axes.plot(
+            *zip(*unequal, strict=True), "x", color=RED, markersize=11, zorder=4, label="NOT as many: does not count"
+        )
     concurrency = sorted({row["num_seqs"] for row in rows})
     axes.axhline(0, color=GREY, linestyle=":", linewidth=1.5, label="as many for each sequence")
     axes.set_xticks(concurrency, [str(count) for count in concurrency])
     axes.minorticks_off()
     axes.set_xlabel("live sequences")
-    axes.set_ylabel("gain in acceptance length by sharing, %")
+    axes.set_ylabel("gain in acceptance length by sharing, %\n(bars: standard errors)")
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -155,6 +155,7 @@ def _plot(results: Mapping[str, Sequence[RolloutResult]], path: Path, options: O
         )
     load = f"{len(results[ARRIVAL][0].token_ids)} completions of {', '.join(options.tasks)}"
     axes.set_title(f"{load} in {options.max_num_seqs} slots")
+    axes.locator_params(axis="y", integer=True)
     axes.set_xlabel("seconds")
     axes.set_ylabel("live sequences")
     axes.set_ylim(bottom=0)

@@ -294,7 +294,7 @@ def plot_plans(rows: Sequence[Row], path: Path) -> None:
     axes.plot(concurrency, best, color=GREEN, linestyle="--", label="the best of them and of plain decoding")
     axes.plot(concurrency, own, color=BLUE, linewidth=2.8, marker="o", label="auto, and its share of the best")
     for row, top, bottom in zip(rows, best, own, strict=True):
-        texts = ((row["best"], top, 9, GREEN), (f"{row['auto_to_best']:.2f}", min(bottom, top), -17, BLUE))
+        texts = ((row["best"], max(bottom, top), 9, GREEN), (f"{row['auto_to_best']:.2f}", min(bottom, top), -17, BLUE))
         for text, height, offset, colour in texts:
             axes.annotate(
                 text, (row["num_seqs"], height), xytext=(0, offset), textcoords="offset points", ha="center",
