@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+from fastgrpo.bench import order
 from fastgrpo.bench.budget import choose_best, compare, compute_gain, compute_gain_error, plot_budget
 from fastgrpo.bench.measure import TURN_TOKENS, interleave
 from fastgrpo.bench.plans import describe_concurrency, judge, plot_plans
@@ -456,6 +459,24 @@ def test_who_waits_goes_by_what_is_known_of_lengths(
     assert ways["order of arrival"]["gain"] == 1 and result["workload"]["num_completions"] == 8
     assert len({own["each"][0]["num_tokens"] for own in ways.values()}) == 1  # in float32 the order changes no token
     assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_orders_that_were_measured_are_kept_should_the_rest_not_come(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, count = order.measure_rollout, itertools.count()
+
+    def stop_in_the_second_repeat(*arguments: Any) -> Any:
+        if next(count) == 2 + 3 + 1:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(order, "measure_rollout", stop_in_the_second_repeat)
+    argv = ["bench", "order", "--model", str(model_dir), "--dtype", "float32", "--device", "cpu", "--max-tokens", "4"]
+    argv += ["--speculation", "off", "--num-prompts", "2,1", "--num-generations", "1", "--max-num-seqs", "2"]
+    assert main([*argv, "--output", str(tmp_path / "order.json")]) == 130
+    kept = json.loads((tmp_path / "order.json").read_text())
+    assert [len(way["each"]) for way in kept["ways"].values()] == [1, 1, 1]
 
 
 def test_rollouts_take_plans_by_shape_and_draw_one(

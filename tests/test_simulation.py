@@ -527,6 +527,25 @@ def test_a_replay_without_a_measurement_says_so(tmp_path: Path, capsys: pytest.C
         assert message in capsys.readouterr().err
 
 
+def test_scenarios_that_are_simulated_are_kept_should_the_rest_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, count = simulate_bench.build_roofline_profile, itertools.count()
+
+    def stop_at_the_third(*arguments: Any, **keywords: Any) -> Any:
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return build(*arguments, **keywords)
+
+    monkeypatch.setattr(simulate_bench, "build_roofline_profile", stop_at_the_third)
+    facts, output = tmp_path / "facts.npz", tmp_path / "simulated.json"
+    save_facts(record(), facts)
+    shape = ["--devices", "a100,h100,h200,b200", "--mean-lengths", "9", "--num-completions", "4"]
+    shape += ["--longest-over-mean", "1.5", "--group-sizes", "2", "--output", str(output)]
+    assert main(["bench", "simulate", "--facts", str(facts), "--skip-measurement", *shape]) == 130
+    assert {row["device"] for row in json.loads(output.read_text())["predictions"]} == {"a100", "h100"}
+
+
 def test_the_picture_says_what_it_leaves_out_and_whether_its_error_is_known() -> None:
     for count, error, title, about in (
         (2, 2.5, "", "bars: the simulation's error"),

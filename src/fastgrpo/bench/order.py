@@ -57,17 +57,20 @@ def run_order_bench(options: OrderOptions, command: str, console: Console | None
         measure_rollout(engine, _shuffle(taught, seed), dataclasses.replace(params, seed=seed))
         known[way] = engine.scheduler.lengths.state_dict()
     results: dict[str, list[RolloutResult]] = {way: [] for way in known}
-    for repeat, way in itertools.product(range(options.repeats), known):
-        engine.scheduler.lengths = LengthPredictor.from_state(known[way])
+    result = describe_run(command, dataclasses.asdict(options))
+    for repeat in range(options.repeats):
         seed = options.seed + repeat
-        results[way].append(measure_rollout(engine, _shuffle(groups, seed), dataclasses.replace(params, seed=seed)))
-    result = describe_run(command, dataclasses.asdict(options)) | {
-        "workload": _describe_workload(results[ARRIVAL]),
-        "ways": {way: _describe_way(own, results[ARRIVAL], options.max_num_seqs) for way, own in results.items()},
-    }
+        for way, own in results.items():
+            engine.scheduler.lengths = LengthPredictor.from_state(known[way])
+            own.append(measure_rollout(engine, _shuffle(groups, seed), dataclasses.replace(params, seed=seed)))
+        result["workload"] = _describe_workload(results[ARRIVAL])
+        result["ways"] = {
+            way: _describe_way(own, results[ARRIVAL], options.max_num_seqs) for way, own in results.items()
+        }
+        if options.output is not None:  # what there is, should the rest not come
+            write_json(result, options.output, indent=1)
     console.print(_build_table(result, options.max_num_seqs))
     if options.output is not None:
-        write_json(result, options.output, indent=1)
         _plot(results, options.output.with_suffix(".png"), options)
         console.print(f"written: {options.output} and a plot beside it", markup=False, highlight=False, soft_wrap=True)
     return result

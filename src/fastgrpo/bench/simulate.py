@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,8 @@ def run_simulate_bench(options: SimulateOptions, command: str, console: Console 
     else:
         assert options.facts is not None  # the record itself sees to it
         result = _replay(options, command, load_facts(options.facts), console)
+    _keep(result, options)
     if options.output is not None:
-        write_json(result, options.output, indent=1)
         if result.get("predictions"):
             plot_predictions(result["predictions"], options.output.with_suffix(".png"))
         console.print(f"written: {options.output}", markup=False, highlight=False, soft_wrap=True)
@@ -152,25 +152,44 @@ def _replay(options: SimulateOptions, command: str, facts: Facts, console: Conso
         _print_reproduction(reproductions, console)
     errors = {each.planner: each.error for each in reproductions}
     rows: list[Row] = []
-    if profile is not None:
-        costs = ProfileCosts(profile=profile, corrections=corrections, noise=options.noise, seed=options.seed)
-        slots = _find_slots(options, facts)
-        predicted = predict_planners(tables, build_requests(facts), profile, costs, max_num_seqs=slots)
-        rows += _describe_predictions({"scenario": machine}, predicted, errors)
-    rows += _predict_larger_machines(options, tables, errors, drawn)
-    for scenario, own in itertools.groupby(rows, key=lambda row: row["scenario"]):
-        console.print(_build_table(scenario, list(own), was_measured=scenario == machine))
-    console.print(_describe_error(errors, bool(options.devices)), markup=False, highlight=False, soft_wrap=True)
-    return result | {
+    result |= {
         "corrections": corrections.describe(),
-        "reproduction": [
-            dataclasses.asdict(each)
-            | {name: getattr(each, name) for name in ("error", "error_per_token", "profile_error")}
-            for each in reproductions
-        ],
+        "reproduction": [_describe_reproduction(each) for each in reproductions],
         "verdict": _describe_error(errors, bool(options.devices)),
         "predictions": rows,
     }
+    costs = None
+    if profile is not None:
+        costs = ProfileCosts(profile=profile, corrections=corrections, noise=options.noise, seed=options.seed)
+    _keep(result, options)
+    here = () if costs is None else (_predict_here(options, tables, costs, machine, errors),)
+    for own in itertools.chain(here, _predict_larger_machines(options, tables, errors, drawn)):
+        scenario = own[0]["scenario"]
+        console.print(_build_table(scenario, own, was_measured=scenario == machine))
+        rows += own
+        _keep(result, options)
+    console.print(result["verdict"], markup=False, highlight=False, soft_wrap=True)
+    return result
+
+
+def _keep(result: dict[str, Any], options: SimulateOptions) -> None:
+    """Write what there is, should the rest not come: many scenarios take long."""
+    if options.output is not None:
+        write_json(result, options.output, indent=1)
+
+
+def _describe_reproduction(each: Reproduction) -> dict[str, Any]:
+    errors = {name: getattr(each, name) for name in ("error", "error_per_token", "profile_error")}
+    return dataclasses.asdict(each) | errors
+
+
+def _predict_here(
+    options: SimulateOptions, tables: TreeTables, costs: ProfileCosts, machine: str, errors: dict[str, float]
+) -> list[Row]:
+    """The recorded rollout itself on the costs of `machine`."""
+    requests, slots = build_requests(tables.facts), _find_slots(options, tables.facts)
+    predicted = predict_planners(tables, requests, costs.profile, costs, max_num_seqs=slots)
+    return _describe_predictions({"scenario": machine}, predicted, errors)
 
 
 def _describe_facts(facts: Facts) -> dict[str, Any]:
@@ -205,9 +224,9 @@ def _draw_all_lengths(options: SimulateOptions) -> Drawn:
 
 def _predict_larger_machines(
     options: SimulateOptions, tables: TreeTables, errors: dict[str, float], drawn: Drawn
-) -> list[Row]:
+) -> Iterator[list[Row]]:
     """Every device with every model, mean length and group size; drafts are accepted as they were recorded."""
-    facts, rows = tables.facts, []
+    facts = tables.facts
     prompt_len = int(np.median(facts.prompt_lens))
     for device, model, mean, group_size in itertools.product(
         options.devices, options.models, options.mean_lengths, options.group_sizes
@@ -228,8 +247,7 @@ def _predict_larger_machines(
             "group_size": group_size,
             "capacity": roofline.profile.capacity,
         }
-        rows += _describe_predictions(about, predicted, errors)
-    return rows
+        yield _describe_predictions(about, predicted, errors)
 
 
 def _describe_predictions(about: Row, predictions: Sequence[Prediction], errors: dict[str, float]) -> list[Row]:
