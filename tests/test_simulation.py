@@ -348,6 +348,8 @@ def test_facts_come_back_from_their_file(tmp_path: Path) -> None:
         ({"models": ("8b", "70b", "8b")}, "models must name each once, got 8b twice"),
         ({"mean_lengths": (50, 50)}, "mean_lengths must name each once, got 50 twice"),
         ({"group_sizes": (4, 4)}, "group_sizes must name each once, got 4 twice"),
+        ({"models": ("70b",)}, r"models=\('70b',\) is for machines to plan for, .* --devices"),
+        ({"num_completions": 64}, "num_completions=64 is for machines to plan for, .* --devices"),
     ],
 )
 def test_settings_are_refused_before_anything_is_measured(change: dict[str, Any], message: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from fastgrpo.options.command_line import about, check_distinct, check_positive
 from fastgrpo.options.words import DEVICES, DTYPES, MACHINES, MAX_TOKENS, MODEL_SIZES
 
 _MOST_NOISE = 2.0
+_OF_MACHINES = ("models", "mean_lengths", "longest_over_mean", "group_sizes", "num_completions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +94,9 @@ class SimulateOptions:
             raise ValueError(f"noise must be at most {_MOST_NOISE}, a factor of seven, got {self.noise}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+        for entry in fields(self):
+            if entry.name in _OF_MACHINES and not self.devices and getattr(self, entry.name) != entry.default:
+                raise ValueError(
+                    f"{entry.name}={getattr(self, entry.name)} is for machines to plan for, and none is named; name "
+                    "them with --devices"
+                )
