@@ -57,7 +57,7 @@ from fastgrpo.types import SamplingParams, SpeculationPlan, StepRecord
 from tiny import save_tiny_model
 
 RECORDED = SpeculationPlan(depth=5, width=6, num_draft_tokens=150)  # all that is drafted
-PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6]] * 3 + [[8, 8, 7]] * 3 + [list(range(30))] * 2
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6]] * 3 + [[8, 8, 7]] * 3 + [list(range(90))] * 2
 PARAMS = SamplingParams(temperature=0.6, max_tokens=24, seed=5)
 STOPPING = dataclasses.replace(PARAMS, stop_token_ids=tuple(range(0, 120, 15)))
 PLANS = (
@@ -69,7 +69,9 @@ PLANS = (
     SpeculationPlan(depth=5, width=6, num_draft_tokens=10, most_draft_tokens=40),
 )
 COSTS = ProfileCosts(profile=SMALL_CPU)
-FACTS_OF_STEP = ("num_seqs", "num_waiting", "plan", "num_tokens", "num_emitted", "num_read", "num_prefilled")
+FACTS_OF_STEP = (
+    "num_seqs", "num_waiting", "plan", "num_tokens", "num_emitted", "num_read", "num_unread", "num_prefilled",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +173,7 @@ def test_plain_decoding_takes_its_steps_and_emits_the_lengths() -> None:
     lengths, prompts = record().lengths, record().prompt_lens
     assert simulated.num_emitted == lengths.sum()
     assert len(simulated.records) == lengths.max()
-    expected_s = SMALL_CPU.compute_target_s(7 + 2 + 29)  # the prompts, each once and without its last token
+    expected_s = SMALL_CPU.compute_target_s(7 + 2 + 89)  # the prompts, each once and without its last token
     for step in range(lengths.max()):
         live = lengths > step
         cached = prompts[live] + step - 1
@@ -330,6 +332,7 @@ def test_facts_come_back_from_their_file(tmp_path: Path) -> None:
     save_facts(facts, tmp_path / "facts.npz")
     loaded = load_facts(tmp_path / "facts.npz")
     assert loaded.about == {"model": "tiny"} and loaded.plan == facts.plan
+    assert loaded.most_prompt_tokens == EagleDrafter.num_prompt_tokens
     for name in ("parents", "path", "lengths", "prompt_lens", "groups", "is_stopped", "num_ahead"):
         assert np.array_equal(getattr(loaded, name), getattr(facts, name)), name
     used = facts.parents != NO_PARENT
@@ -511,7 +514,7 @@ def test_a_replay_without_a_measurement_says_so(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert "its error is not known" in printed and "Computed cost tables add an error of their own" in printed
     assert main([*argv, "--skip-measurement", "--profile", str(profile)]) == 0
-    assert "[/of] mine.json" in capsys.readouterr().out
+    assert "[/of] mine.json" in " ".join(capsys.readouterr().out.split()), "the title may be wrapped"
     for wrong, message in (
         (argv, "do not say of which workload"),
         ([*argv, "--skip-measurement"], "name a profile, or devices"),

@@ -141,6 +141,7 @@ def record_facts(
         groups=np.array([numbers[tuple(prompt)] for prompt in prompts]),
         is_stopped=np.array(ends) & (num_ahead == 0),
         num_ahead=num_ahead,
+        most_prompt_tokens=getattr(drafter, "num_prompt_tokens", None),
         about=about or {},
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgrpo.blocks import BLOCK_SIZE
 from fastgrpo.types import SpeculationPlan
 
 NO_PARENT = 255  # of the root and of unused nodes
@@ -36,6 +37,7 @@ class Facts:
         groups: int [C], completions of one number are of one prompt.
         is_stopped: bool [C], whether a stop token ended it; otherwise its limit did.
         num_ahead: int [C], target's choices known beyond the end; walks go no further.
+        most_prompt_tokens: last tokens of a prompt that the drafter reads, up to a block more; None reads all.
         about: where the facts come from, for people and for a repetition: plain JSON.
 
     Raises:
@@ -51,6 +53,7 @@ class Facts:
     groups: NDArray[np.integer]
     is_stopped: NDArray[np.bool_]
     num_ahead: NDArray[np.integer]
+    most_prompt_tokens: int | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,6 +73,8 @@ class Facts:
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {getattr(self, name).shape}")
+        if self.most_prompt_tokens is not None and self.most_prompt_tokens < 0:
+            raise ValueError(f"most_prompt_tokens must be at least 0 or None, got {self.most_prompt_tokens}")
         if len(self.lengths) == 0 or np.min(self.lengths) < 1 or np.min(self.prompt_lens) < 1:
             raise ValueError("facts need a completion, and each completion and prompt at least one token")
 
@@ -97,6 +102,12 @@ class Facts:
     @property
     def num_positions(self) -> int:
         return len(self.parents)
+
+    def count_skipped(self, prompt_len: int) -> int:
+        """Tokens at the beginning of such a prompt that the drafter never reads, whole blocks of them."""
+        if self.most_prompt_tokens is None:
+            return 0
+        return max(prompt_len - self.most_prompt_tokens, 0) // BLOCK_SIZE * BLOCK_SIZE
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:

@@ -33,6 +33,7 @@ def save_facts(facts: Facts, path: Path) -> None:
         "format": FACTS_FORMAT,
         "version": FACTS_VERSION,
         "plan": asdict(facts.plan),
+        "most_prompt_tokens": facts.most_prompt_tokens,
         "about": dict(facts.about),
     }
     arrays = {name: getattr(facts, name).astype(kind) for name, kind in _TYPES.items()}
@@ -69,6 +70,10 @@ def load_facts(path: Path) -> Facts:
         if not isinstance(header["about"], dict):
             raise ValueError(f"about must be a mapping, got {header['about']!r:.60}")
         arrays["scores"] = arrays["scores"].astype(np.float32)
-        return Facts(plan=SpeculationPlan(**header["plan"]), about=header["about"], **arrays)
+        most = header.get("most_prompt_tokens")  # older files have none
+        if not (most is None or type(most) is int):
+            raise ValueError(f"most_prompt_tokens must be an integer or null, got {most!r:.60}")
+        plan = SpeculationPlan(**header["plan"])
+        return Facts(plan=plan, most_prompt_tokens=most, about=header["about"], **arrays)
     except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} holds no recorded facts, or damaged ones: {error}; {RECORD_AGAIN}") from error

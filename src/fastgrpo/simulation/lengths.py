@@ -84,7 +84,7 @@ def draw_requests(
         whole = int(length) + int(ahead) - depth + 1
         pieces.append(start + np.arange(min(int(length), whole) if whole > 0 else int(length)))
     draws = np.random.default_rng(seed)
-    requests = []
+    requests, num_skipped = [], facts.count_skipped(prompt_len)
     for index, wanted in enumerate(lengths.tolist()):
         drawn: list[NDArray[np.int64]] = []
         missing = wanted
@@ -92,5 +92,8 @@ def draw_requests(
             piece = pieces[int(draws.integers(len(pieces)))][:missing]
             drawn.append(piece)
             missing -= len(piece)
-        requests.append(Request(prompt_len=prompt_len, group=index // group_size, positions=np.concatenate(drawn)))
+        positions = np.concatenate(drawn)
+        requests.append(
+            Request(prompt_len=prompt_len, group=index // group_size, positions=positions, num_skipped=num_skipped)
+        )
     return requests

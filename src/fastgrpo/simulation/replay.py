@@ -27,11 +27,13 @@ class Request:
         prompt_len: tokens of its prompt, at least 1.
         group: requests of one number are of one prompt, computed once.
         positions: [tokens] of the facts, whose draft stands for the one at each of its own positions.
+        num_skipped: first tokens of its prompt that the drafter never reads.
     """
 
     prompt_len: int
     group: int
     positions: NDArray[np.int64]
+    num_skipped: int = 0
 
     def __post_init__(self) -> None:
         if self.prompt_len < 1 or len(self.positions) < 1:
@@ -69,7 +71,12 @@ class Replay:
 def build_requests(facts: Facts) -> list[Request]:
     """The recorded rollout itself."""
     return [
-        Request(prompt_len=int(prompt_len), group=int(group), positions=start + np.arange(length))
+        Request(
+            prompt_len=int(prompt_len),
+            group=int(group),
+            positions=start + np.arange(length),
+            num_skipped=facts.count_skipped(int(prompt_len)),
+        )
         for prompt_len, group, start, length in zip(
             facts.prompt_lens, facts.groups, facts.starts, facts.lengths, strict=True
         )
@@ -129,7 +136,7 @@ class _Run:
         self.positions = np.concatenate([request.positions for request in requests])
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.num_emitted = np.zeros(len(requests), dtype=np.int64)
-        self.num_drafter_read = np.zeros(len(requests), dtype=np.int64)
+        self.num_drafter_read = np.array([request.num_skipped for request in requests])
         self.groups = [request.group for request in requests]
         self.known_prompts: set[int] = set()
         self.live = np.array([], dtype=np.int64)
