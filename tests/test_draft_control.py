@@ -51,14 +51,20 @@ def test_rest_ends_when_the_policy_moves_away() -> None:
     assert control.judge(1.3, 1.3).effort == 1.0  # both heads find the new text harder
 
 
+def test_rest_comes_back_where_the_text_stays_as_hard_and_gains_are_long_past() -> None:
+    control = LearningControl()
+    play(control, [1.0] * 6)
+    assert [control.judge(1.3, 1.3).effort for _ in range(6)] == [1.0, 1.0, 1.0, 0.5, 0.25, 0.125]
+    assert play(LearningControl(), [1.0, 0.9, *[0.9] * 20])[-1] == (Outcome.KEEP, 0.125)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_never_becomes_the_reference(bad: float) -> None:
     control = LearningControl()
     assert control.judge(bad, None).outcome is Outcome.KEEP
     assert control.judge(bad, 1.0).outcome is Outcome.ROLL_BACK
-    assert control.judge(1.0, bad).outcome is Outcome.KEEP
-    assert control.judge(0.9, 1.0).outcome is Outcome.ADOPT
-    assert math.isfinite(control.effort)
+    assert control.judge(1.0, bad) == Judgement(Outcome.KEEP, 1.0)
+    assert control.judge(0.9, 1.0) == Judgement(Outcome.ADOPT, 1.0)
 
 
 def test_a_restored_control_goes_on() -> None:
@@ -67,6 +73,10 @@ def test_a_restored_control_goes_on() -> None:
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for loss in (0.93, 0.92, 1.2):
         assert first.judge(loss, 0.94) == second.judge(loss, 0.94)
+    play(first, [1.0] * 4)
+    second = LearningControl()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [second.judge(loss, loss).effort for loss in (1.05, 1.3)] == [0.125, 1.0], "it rests until the loss climbs"
 
 
 # -- in the learner --------------------------------------------------------------------------------------------
