@@ -107,6 +107,9 @@ def test_beginnings_least_recently_completed_are_forgotten():
     predictor = warm([([i] * 600, 10 + i) for i in range(30)], max_prompts=2)
     assert len(predictor.state_dict()["kinds"]) == 16
     assert predictor.predict([29] * 500) > predictor.predict([0] * 500)
+    again = warm([([i] * 8, 500 if i == 0 else 10) for i in (0, 1, 2, 3, 0, 4)], max_prompts=1)
+    assert again.predict([0] * 8) > 1.5 * again.predict([1] * 8), "each has two kinds, and eight are remembered"
+    assert again.predict([4] * 9) < again.predict([1] * 9), "those forgotten are taken for all"
 
 
 @given(st.lists(st.tuples(PROMPTS, st.integers(1, 500)), min_size=1, max_size=40), PROMPTS)

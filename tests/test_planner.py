@@ -802,9 +802,14 @@ def test_a_recording_price_follows_what_is_seen_and_begins_anew_with_a_rollout()
     price.save(0.1)
     price.begin()
     assert price.find_wait_s(9) == 0.04, "it paid"
-    price.pay(9)
+    price.lose(9, 0.01)
     price.begin()
-    assert price.find_wait_s(9) == 0.08, "it did not"
+    assert price.find_wait_s(9) == 0.04, "none was made, and none was missed"
+    price.pay(9)
+    restored = RecordingPrice.from_state(json.loads(json.dumps(price.state_dict())))
+    for each in (price, restored):
+        each.begin()
+        assert each.find_wait_s(9) == 0.08, "it did not"
     price.observe(5.0)  # a kernel was compiled
     assert price.recording_s == pytest.approx(0.1)
     price.observe(0.001)  # something else was at work
@@ -1225,6 +1230,23 @@ def test_a_budget_is_found_whatever_a_forward_may_hold():
     planner, inputs = AutoPlanner(wide), PlanInputs(num_seqs=2)
     assert planner.choose_budget(SHARED, inputs, [0.9] * 3) == 3
     assert planner.choose_budget(SHARED, inputs, [0.9] * 30) == 30, "more than was asked for before"
+
+
+def test_a_budget_is_that_of_who_is_live_whoever_was_when_the_plan_was_chosen():
+    plan, inputs, budgets = GRID[12], PlanInputs(num_seqs=8), set()
+    for decided_for in (None, 1, 8, 64):
+        planner = AutoPlanner(SMALL_CPU, acceptance=[[0.6]] * 8)
+        if decided_for:
+            planner.plan(PlanInputs(num_seqs=decided_for))
+        budgets.add(planner.choose_budget(plan, inputs, [0.9 - 0.01 * place for place in range(80)]))
+    assert len(budgets) == 1 and 0 < max(budgets) < 80, budgets
+
+
+def test_one_broken_promise_says_little_however_long_none_was_made():
+    budget = AutoPlanner(SMALL_CPU)._budget
+    budget.observe([build_record(SHARED, 2, num_tokens=2)] * 1000)
+    budget.observe([build_record(SHARED, 2, num_promised=1.0)])
+    assert 0.8 < budget.trust < 0.95
 
 
 def test_broken_promises_shrink_the_budget():
