@@ -100,6 +100,23 @@ def test_who_had_to_wait_says_the_same(drafter, plan, dtype):
     assert_nothing_is_left(engine)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.filterwarnings("ignore:the cache is full")
+@pytest.mark.parametrize("drafter", ["none", "eagle_untrained"])
+def test_nobody_is_preempted_before_those_let_in_last_have_had_a_further_block(drafter):
+    """Else prompts and completions would be computed again and again."""
+    engine = build_engine(drafter, "off", NUM_BLOCKS)
+    engine.generate(PROMPTS, PARAMS)
+    num_waiting, last_in, gaps = len(PROMPTS), 0, []
+    for step, record in enumerate(engine.records):
+        if record.num_preempted:
+            gaps.append(step - last_in)
+        if record.num_waiting < num_waiting + record.num_preempted:
+            last_in = step
+        num_waiting = record.num_waiting
+    assert gaps and min(gaps) >= BLOCK_SIZE, gaps
+
+
 @pytest.mark.parametrize("plan", ["tree", "auto"])
 def test_where_the_cache_has_little_room_trees_are_smaller(plan):
     """The same is said; with a block more trees are as large as ever."""

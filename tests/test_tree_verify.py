@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import VOCAB_SIZE
+from fastgrpo.kernels import cpu
 from fastgrpo.sampling import SamplingBatch, sample, stream_key
 from fastgrpo.tree import Draft, check_draft, compute_ancestors, compute_depths
 from fastgrpo.types import SamplingParams, Sequence
@@ -59,7 +60,10 @@ def test_ancestors_and_depths(rows, padding):
     assert draft.num_tokens == sum(map(len, rows)) == int(draft.node_mask.sum())
 
 
-def test_the_longest_chain_has_all_its_ancestors():
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_the_longest_chain_has_all_its_ancestors(has_kernels, monkeypatch):
+    if not has_kernels:
+        monkeypatch.setattr(cpu, "is_available", lambda: False)
     chain = [(i, i - 1) for i in range(70)]
     assert torch.equal(compute_ancestors(build_draft([chain]).parents)[0], torch.ones(70, 70).tril().bool())
 
