@@ -25,7 +25,7 @@ from fastgrpo.memory import describe_bytes, find_available_bytes, is_out_of_memo
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import FixedPlanner, Planner
 from fastgrpo.sampling import stream_key
-from fastgrpo.types import Completion, SamplingParams, Sequence
+from fastgrpo.types import Completion, SamplingParams, Sequence, SpeculationPlan
 from test_engine_laws import HAS_OWN_BITS, TREE, assert_nothing_is_left, build_test_drafter
 
 GROUP = [(7 * index) % 120 for index in range(70)]
@@ -169,6 +169,19 @@ def test_the_bound_counts_the_rows_of_the_drafter(drafter, num_failures):
     assert sum(record.num_preempted for record in engine.records) > 0
     assert rows.block_bytes == BLOCK_SIZE * engine.drafter.position_bytes > 0
     assert engine.cache.peak_bytes < meter.peak_bytes <= engine.admission.max_bytes
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("drafter", ["eagle_untrained", "lm"])
+def test_a_draft_of_more_nodes_than_are_verified_keeps_to_the_bound(drafter):
+    """Its nodes would take a second block of the drafter's row where those verified still stand in the first."""
+    engine = build_engine(drafter)
+    engine.planner = FixedPlanner(fixed=SpeculationPlan(depth=5, width=6, num_draft_tokens=5))
+    engine.admission.max_bytes = compute_block_bytes(engine)
+    meter = MemoryMeter(engine.cache, engine.drafter.cache if drafter == "lm" else engine.drafter._rows.cache)
+    engine.generate([[7]], SamplingParams(max_tokens=BLOCK_SIZE))
+    assert any(not record.plan.is_plain for record in engine.records)
+    assert meter.peak_bytes == engine.admission.max_bytes
 
 
 def test_the_rows_of_two_drafters_add_up():
@@ -315,6 +328,23 @@ def test_where_memory_runs_out_fewer_go_on(place, error):
     assert [c.token_ids for c in completions] == [c.token_ids[:8] for c in generate_freely(torch.float32)]
     assert sum(size > 2 for size in sizes) <= 3, "no more than fitted are tried again"
     assert_nothing_is_left(engine)
+
+
+@pytest.mark.filterwarnings("ignore:memory ran out")
+def test_no_more_run_than_the_half_that_memory_was_left_to():
+    engine, sizes = build_engine("none", "off"), []
+    decode = engine.target.decode
+
+    def fail_beyond_three(batch: ForwardBatch, cache: SlotCache) -> object:
+        sizes.append(len(batch.lengths))
+        if sizes[-1] > 3:
+            raise MemoryError("no room")
+        return decode(batch, cache)
+
+    engine.target.decode = fail_beyond_three
+    completions = engine.generate(PROMPTS, SHORT)
+    assert [c.token_ids for c in completions] == [c.token_ids[:8] for c in generate_freely(torch.float32)]
+    assert [size for size in sizes if size > 3] == [7] and max(sizes[1:]) == 3
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
