@@ -378,11 +378,15 @@ def test_damaged_facts_are_refused_by_name(tmp_path: Path) -> None:
         arrays = dict(content)
     backward = arrays["parents"].copy()
     backward[0, 1] = 7
+    gap = arrays["parents"].copy()
+    gap[0, 1] = NO_PARENT
     unknown, surer = (
         np.where(np.arange(arrays["scores"].shape[1]) == 1, score, arrays["scores"]) for score in (np.nan, 0.5)
     )
     for change, message in (
         ({"parents": backward}, "a node stands before its parent"),
+        ({"parents": gap}, "an unused node stands before a used one"),
+        ({"prompt_lens": np.zeros_like(arrays["prompt_lens"])}, "each completion and prompt at least one token"),
         ({"path": arrays["path"][:-1]}, r"path must have shape \(192, 5\), got \(191, 5\)"),
         ({"path": np.full_like(arrays["path"], 300)}, "a path leaves its tree"),
         ({"path": np.full_like(arrays["path"], 2)}, "does not go from parent to child"),
@@ -446,6 +450,12 @@ def test_lengths_have_the_mean_and_the_longest_asked_for(
     assert np.array_equal(np.sort(draw_lengths(count, seed=seed + 1, **settings)), np.sort(lengths))
 
 
+def test_half_of_how_lengths_vary_is_their_prompts() -> None:
+    lengths = draw_lengths(800, mean=1000, longest_over_mean=4.0, group_size=8, seed=0)
+    groups = np.log(lengths).reshape(100, 8)
+    assert groups.var(axis=1, ddof=1).mean() / groups.var() == pytest.approx(0.5, abs=0.1)
+
+
 def test_long_completions_are_made_of_recorded_ones() -> None:
     facts, lengths = record(STOPPING), np.array([70, 5, 1, 33])
     requests = draw_requests(facts, lengths, prompt_len=9, group_size=2, seed=3)
@@ -453,6 +463,11 @@ def test_long_completions_are_made_of_recorded_ones() -> None:
     assert [request.group for request in requests] == [0, 0, 1, 1]
     for request, same, length in zip(requests, again, lengths, strict=True):
         assert len(request.positions) == length and np.array_equal(request.positions, same.positions)
+        begun = request.positions[np.diff(request.positions, prepend=-2) != 1]
+        assert set(begun.tolist()) <= set(facts.starts.tolist()), "each from its beginning on"
+        owner = np.searchsorted(facts.starts, request.positions, side="right") - 1
+        has_whole_walks = (facts.lengths + facts.num_ahead)[owner] >= facts.plan.depth
+        assert (facts.num_known[request.positions][has_whole_walks] == facts.plan.depth).all()
     simulated = replay(TreeTables(facts), requests, FixedPlanner(fixed=PLANS[1]), COSTS, max_num_seqs=2)
     assert simulated.num_emitted == lengths.sum()
     with pytest.raises(ValueError, match="at least one token each, got 0"):
