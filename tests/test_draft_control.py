@@ -76,7 +76,7 @@ def test_a_restored_control_goes_on() -> None:
     play(first, [1.0] * 4)
     second = LearningControl()
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert [second.judge(loss, loss).effort for loss in (1.05, 1.3)] == [0.125, 1.0], "it rests until the loss climbs"
+    assert (second.effort, second.judge(1.3, 1.3).effort) == (0.125, 1.0), "it rests until the loss climbs"
 
 
 # -- in the learner --------------------------------------------------------------------------------------------
