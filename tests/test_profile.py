@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -266,6 +267,25 @@ def test_a_busy_machine_is_named_with_its_figure(monkeypatch: pytest.MonkeyPatch
     with pytest.warns(UserWarning, match=r"a forward of \d+ tokens took 100 % longer in the median of 2 runs"):
         assert find(target).floor_s == 4.0, "the fastest run is believed"
     assert not cache.exists(), "and not kept for the next time"
+
+
+def test_a_second_that_was_slow_is_in_no_profile(steady: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs of a point are slowed alike, by less than tells it from its neighbours."""
+    seen: Counter[int] = Counter()
+
+    def measure(target: TargetModel, rows: int, width: int, *, context: int) -> TimedForward:
+        num_tokens = rows * width
+        seen[num_tokens] += context == 1
+        seconds = (0.01 + 1e-3 * num_tokens) * (1.4 if seen[num_tokens] == 1 and 4 < num_tokens < 128 else 1.0)
+        timed = timing.Timing(least_s=seconds, spread=0.0, num_runs=3, total_s=3 * seconds)
+        return TimedForward(num_tokens=num_tokens, num_seqs=rows, context_len=context, timing=timed)
+
+    monkeypatch.setattr(profiler, "_measure_forward", measure)
+    target = build_target()
+    with target.rollout_mode():
+        profile = measure_costs(target, build_drafter("none", target)).profile
+    assert profile.target_s == pytest.approx([0.01 + 1e-3 * num_tokens for num_tokens in profile.num_tokens])
+    assert max(seen.values()) == 2 and profile.num_tokens[-1] >= 128
 
 
 def test_contexts_that_do_not_fit_the_memory_are_priced_with_fewer_rows(

@@ -102,6 +102,11 @@ def be_patient(seconds: float) -> Iterator[None]:
         _patient_until.reset(token)
 
 
+def is_late() -> bool:
+    """Whether patience has run out (see `be_patient`)."""
+    return monotonic() > _patient_until.get()
+
+
 def measure_timing(run: Callable[[], object], before: Callable[[], object] | None = None) -> Timing:
     """Time a call after one warm-up; runs that disagree are repeated, a bounded number of times (see `be_patient`).
 
@@ -119,11 +124,11 @@ def measure_timing(run: Callable[[], object], before: Callable[[], object] | Non
             if before is not None:
                 before()
             times.append(_time(run))
-            is_late = monotonic() > _patient_until.get()
-            if is_late or (sum(times) > _BUDGET_S and len(times) > 1):
+            was_late = is_late()
+            if was_late or (sum(times) > _BUDGET_S and len(times) > 1):
                 break
         spread = statistics.median(times) / min(times) - 1
-        if is_late or spread <= _REPEAT_SPREAD or sum(times) > _BUDGET_S or len(times) >= _RUNS * _MAX_ROUNDS:
+        if was_late or spread <= _REPEAT_SPREAD or sum(times) > _BUDGET_S or len(times) >= _RUNS * _MAX_ROUNDS:
             return Timing(least_s=min(times), spread=spread, num_runs=len(times), total_s=sum(times))
 
 
