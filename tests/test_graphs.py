@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -457,6 +458,37 @@ def test_no_other_thread_works_on_the_stream_that_is_recorded(monkeypatch):
     thread.join()
     streams = {recorder._stream for recorder in recorders}
     assert len(streams) == 1 and not streams & {learner, beside[0]._stream}
+
+
+class FakeStream:
+    def __init__(self):
+        self.awaited = []
+
+    def wait_stream(self, other):
+        self.awaited.append(other)
+
+
+@pytest.mark.parametrize("fails", ["first call", "recording"])
+def test_what_cannot_be_recorded_is_awaited_before_it_is_launched_again(fails, monkeypatch):
+    """The first call writes to the cache on a stream of its own, and may be at it when its recording fails."""
+
+    def run():
+        if fails == "first call":
+            raise RuntimeError("out of memory, amid the launches")
+        return ()
+
+    def capture(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    current, own = FakeStream(), FakeStream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
+    monkeypatch.setattr(graphs, "_STREAMS", SimpleNamespace(find=lambda: own))
+    monkeypatch.setattr(graphs, "_capture", capture)
+    with pytest.raises(RuntimeError, match=r"amid|capturing"):
+        CudaRecorder().record(run)
+    assert own.awaited == [current] and current.awaited == [own]
 
 
 def test_a_rollout_is_on_the_device_of_its_model(monkeypatch):

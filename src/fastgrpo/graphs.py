@@ -133,14 +133,16 @@ class CudaRecorder:
     def record(self, run: Callable[[], Outputs]) -> Recording:
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            first = run()  # so that kernels are compiled and workspaces taken outside the recording
-            if torch.cuda.mem_get_info()[0] < _FREE_BYTES:  # a recording cannot use memory that PyTorch has cached
-                torch.cuda.empty_cache()
-            if self._first is None:
-                self._first, _ = _capture(lambda: (torch.zeros(1, device="cuda"),), None)
-            graph, outputs = _capture(run, self._first.pool())
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                first = run()  # so that kernels are compiled and workspaces taken outside the recording
+                if torch.cuda.mem_get_info()[0] < _FREE_BYTES:  # a recording cannot use memory that PyTorch has cached
+                    torch.cuda.empty_cache()
+                if self._first is None:
+                    self._first, _ = _capture(lambda: (torch.zeros(1, device="cuda"),), None)
+                graph, outputs = _capture(run, self._first.pool())
+        finally:  # whoever makes the call after a failure writes where the first one may still be at work
+            current.wait_stream(self._stream)
         return Recording(first=first, replay=graph.replay, outputs=outputs)
 
     def count_free_bytes(self) -> int:
