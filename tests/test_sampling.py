@@ -312,3 +312,5 @@ def test_the_sampling_state_of_the_same_sequences_follows_their_positions():
         built, expected = rows.build(running, device), SamplingBatch.build(running, device)
         for name, value in vars(expected).items():
             assert torch.equal(torch.as_tensor(getattr(built, name)), torch.as_tensor(value)), name
+        elsewhere = rows.build(running, torch.device("meta"))  # n-grams draft on the host, a GPU verifies
+        assert {value.device.type for value in vars(elsewhere).values() if isinstance(value, torch.Tensor)} == {"meta"}

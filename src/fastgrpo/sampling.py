@@ -239,7 +239,7 @@ class SamplingRows:
 
     def build(self, sequences: list[Sequence], device: torch.device) -> SamplingBatch:
         """`SamplingBatch.build`, valid until the next call; a running sequence's parameters and key must not change."""
-        if self._last is None or not self._knows(sequences):
+        if device.type != "cpu" or self._last is None or not self._knows(sequences):
             batch = SamplingBatch.build(sequences, device)
             if is_host(batch.positions):
                 self._sequences, self._last = list(sequences), (batch, batch.positions.numpy())
