@@ -591,3 +591,19 @@ def test_the_longest_go_first_where_memory_and_not_slots_decide_who_waits():
     engine.generate(prompts, [SamplingParams(stream=index, max_tokens=20) for index in range(16)])
     assert len(begun) == 16 and engine.records[0].num_waiting > 0
     assert begun[0] == 15
+
+
+def test_a_prompt_beside_longer_rows_is_given_no_more_of_a_table_than_it_fills(monkeypatch):
+    """Attention on a GPU makes room for all positions that a table could hold, for each token and head."""
+    engine, widths = build_engine("none", "off"), []
+    engine.scheduler.max_num_seqs = 2
+    forward = engine.target.forward
+
+    def look(batch: ForwardBatch, cache: SlotCache) -> object:
+        widths.append((batch.blocks.shape[1], count_blocks(int((batch.lengths + batch.num_nodes).max()))))
+        return forward(batch, cache)
+
+    monkeypatch.setattr(engine.target, "forward", look)
+    params = [SamplingParams(max_tokens=count) for count in (40, 4, 4)]
+    engine.generate([3 * GROUP, [7, 8], [9, 8, 7]], params)
+    assert widths == [(4, 4), (1, 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastgrpo.attention import ForwardBatch
+from fastgrpo.blocks import count_blocks
 from fastgrpo.cache import RowPrefix, SlotCache
 from fastgrpo.model import TargetModel
 from fastgrpo.scheduler import Scheduler
@@ -122,12 +123,13 @@ class Prefiller:
         width = max(len(chunk) for chunk in chunks)
         for slot, chunk in zip(slots, chunks, strict=True):
             self.cache.reserve(slot, lengths[slot] + len(chunk))
-        rows = upload(slots, device)
+        longest = max(lengths[slot] + len(chunk) for slot, chunk in zip(slots, chunks, strict=True))
+        own_blocks = self.cache.blocks[:, : count_blocks(longest)]  # kernels make room for all that a table could hold
         batch = ForwardBatch.build(
             token_ids=upload([chunk + [0] * (width - len(chunk)) for chunk in chunks], device),
             num_nodes=upload([len(chunk) for chunk in chunks], device),
             visible=torch.ones(len(slots), width, width, dtype=torch.bool, device=device).tril(),
-            blocks=self.cache.blocks[rows],
+            blocks=own_blocks[upload(slots, device)],
             lengths=upload([lengths[slot] for slot in slots], device),
             dtype=self.target.dtype,
             num_repeats=self.target.num_repeats,
