@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fastgrpo import draft_loss, unroll
 from fastgrpo.cache import locate
 from fastgrpo.draft_loss import LOSSES, DraftLoss
 from fastgrpo.drafters import DraftContext, head_drafter
+from fastgrpo.drafters.block import BlockDrafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_layer import FusedMidLayer
 from fastgrpo.engine import FinishedRollout
@@ -135,6 +137,24 @@ def build_context(target: TargetModel, lengths: list[int]) -> DraftContext:
         cache=cache,
         device=torch.device("cpu"),
     )
+
+
+@pytest.mark.parametrize("kind", [EagleDrafter, BlockDrafter])
+def test_a_step_made_again_may_let_in_a_long_text(kind):
+    """The row of the failed attempt has been read to its end, and drafts what it drafted before."""
+    drafter = kind(TargetModel(build_model("llama", torch.float32)))
+    plan = SpeculationPlan(depth=3, width=2, num_draft_tokens=5)
+    beside, context = (build_context(drafter.target, lengths) for lengths in ([9, 60], [9]))
+    cache = context.cache
+    drafter.begin()
+    with drafter.target.rollout_mode():
+        before = drafter.propose(context, plan)
+        cache.add_rows(1)
+        cache.reserve(1, 60)
+        cache.lengths = [9, 60]
+        draft = drafter.propose(replace(beside, cache=cache), plan)
+    assert draft.token_ids[0].tolist() == before.token_ids[0].tolist()
+    assert torch.allclose(draft.scores[0], before.scores[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])

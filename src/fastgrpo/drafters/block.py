@@ -78,7 +78,9 @@ class BlockDrafter(HeadDrafter[BlockHead]):
 
     def catch_up(self, context: DraftContext) -> None:
         cache, own, num_read = context.cache, self._rows, self._rows.num_read
-        rows, behind = _spread([length - 1 - read for length, read in zip(cache.lengths, num_read, strict=True)])
+        # if a failed attempt has read all of a row, nothing is left
+        counts = [max(length - 1 - read, 0) for length, read in zip(cache.lengths, num_read, strict=True)]
+        rows, behind = _spread(counts)
         starts = np.array(own.starts)[rows]
         positions = np.array(own.place(num_read))[rows] + behind
         at_rows, at, own_at = upload(np.stack((rows, positions + starts, positions)), self.target.device)
