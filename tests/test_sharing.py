@@ -372,6 +372,17 @@ def test_a_model_that_does_not_take_the_mask_trains_without_sharing(
     trainer.train()
 
 
+def test_one_token_alone_is_computed_in_a_batch() -> None:
+    """transformers folds the heads of a single query into its length, which segments know nothing of."""
+    model = build_model("llama", torch.float32)
+    add_token_scores(model, temperature=1.0)
+    batch = build_batch([(1, 1), (1, 1), (2, 0)])
+    ids, mask = (torch.cat((batch[f"prompt_{kind}"], batch[f"completion_{kind}"]), 1) for kind in ("ids", "mask"))
+    shared, plain = (score_completions(model, ids, mask, 2, shares_prompts=shares)[0] for shares in (True, False))
+    assert (shared[:2, 0] < 0).all()
+    assert torch.equal(shared, plain)
+
+
 def test_rows_that_gain_nothing_stay_a_batch() -> None:
     for rows, is_packed in (([(5, 4)] * 4, True), ([(5, 4), (6, 3)], False), ([(5, 9), (6, 1), (7, 1)], True)):
         batch = build_batch(rows)

@@ -72,6 +72,8 @@ def pays(packed: PackedRows, num_padded: int) -> bool:
     """Whether packed rows cost less than a batch of `num_padded` tokens, padding and repeated prompts included.
 
     Attention never costs more: it leaves out what a batch masks. Each segment costs calls of its own, in every layer.
+    One token alone is left to a batch: transformers folds the heads of a single query into its length.
     """
+    num_tokens = packed.input_ids.shape[1]
     cost = _SEGMENT_COST_CPU if packed.input_ids.device.type == "cpu" else _SEGMENT_COST_ELSEWHERE
-    return packed.input_ids.shape[1] + cost * len(packed.mask.segments) < num_padded
+    return num_tokens > 1 and num_tokens + cost * len(packed.mask.segments) < num_padded
