@@ -340,6 +340,47 @@ def test_bad_settings_are_refused_by_name(tmp_path: Path, keys: dict, message: s
         build_trainer(tmp_path / "run", **keys)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("min_new_tokens", 4), ("min_p", 0.2), ("suppress_tokens", [5]), ("num_beams", 2), ("typical_p", 0.5)],
+)
+def test_what_the_model_asks_of_generate_is_obeyed_or_refused(tmp_path: Path, name: str, value: object) -> None:
+    """TRL's generation takes from the model what the trainer's settings leave open."""
+    model = build_model()
+    setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match=f"{name}=.* in the model's generation_config.* set model.generation_config"):
+        build_trainer(tmp_path / "run", model=model, speculation="off")
+    model = build_model()
+    model.generation_config.update(top_k=3, max_new_tokens=4, temperature=0.1, repetition_penalty=1.5)
+    model.generation_config.begin_suppress_tokens = []
+    own, open_ = (
+        build_trainer(tmp_path / "run", model=model, speculation="off", **keys)._build_params(1)[0]
+        for keys in ({}, {"top_k": None, "max_completion_length": None})
+    )
+    assert (own.top_k, own.max_tokens, own.temperature) == (0, 10, 1.0)
+    assert (open_.top_k, open_.max_tokens) == (3, 4)
+
+
+def test_generation_settings_changed_in_a_run_hold_from_the_next_rollout(tmp_path: Path) -> None:
+    """As in TRL, whose generation reads `trainer.generation_config` anew each time."""
+    trainer = build_trainer(tmp_path / "run", speculation="off")
+    trainer.generation_config.update(max_new_tokens=3, temperature=0.5, top_k=2, top_p=0.9)
+    changed = trainer._build_params(1)[0]
+    assert (changed.max_tokens, changed.temperature, changed.top_k, changed.top_p) == (3, 0.5, 2, 0.9)
+    trainer.generation_config.do_sample = False
+    assert trainer._build_params(1)[0].temperature == 0
+
+
+def test_what_was_drawn_at_another_temperature_is_scored_in_the_update(tmp_path: Path) -> None:
+    equal = lambda completions, **_: [1.0] * len(completions)  # noqa: E731
+    trainer = build_trainer(tmp_path / "run", speculation="off", reward=equal, max_steps=1)
+    trainer.generation_config.temperature = 0.2
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["update/unscored_share"] == 0
+    assert logged["sampling/sampling_logp_difference/mean"] is None, "nothing to compare"
+
+
 @pytest.mark.parametrize("place", ["train", "eval", "eval of several"])
 def test_images_are_refused_before_the_run(tmp_path: Path, place: str) -> None:
     plain = Dataset.from_dict({"prompt": ["a"] * 8})

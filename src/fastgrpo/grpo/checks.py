@@ -9,6 +9,16 @@ from torch import Tensor
 
 _MOST_NAMED = 5
 
+_NEUTRAL: dict[str, float | None] = {  # what `generate` obeys and the engine does not: the value that changes nothing
+    **dict.fromkeys(("min_new_tokens", "min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff"), 0),
+    **dict.fromkeys(("typical_p", "repetition_penalty", "encoder_repetition_penalty"), 1),
+    **dict.fromkeys(("guidance_scale", "num_beams"), 1),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")),
+    **dict.fromkeys(("forced_eos_token_id", "exponential_decay_length_penalty", "stop_strings", "max_time", "top_h")),
+    **dict.fromkeys(("watermarking_config", "token_healing")),
+}
+
 
 def check_columns(*datasets: Any) -> None:
     """Refuse datasets with images.
@@ -27,6 +37,24 @@ def check_columns(*datasets: Any) -> None:
                         f"the dataset has a column '{name}', and image inputs are not supported by FastGRPOTrainer; "
                         "remove the column, or use trl.GRPOTrainer"
                     )
+
+
+def check_generation(config: Any) -> None:
+    """Refuse settings by which transformers' `generate` would draw other tokens than the engine.
+
+    Args:
+        config: a `GenerationConfig` as `generate` would use it, the model's own values filled in.
+
+    Raises:
+        ValueError: names the setting and the remedy.
+    """
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(config, name, None)
+        if value not in (None, [], neutral) and value is not False:
+            raise ValueError(
+                f"{name}={value!r} in the model's generation_config, which TRL's generation obeys, is not supported by "
+                f"FastGRPOTrainer; set model.generation_config.{name} = {neutral!r}, or use trl.GRPOTrainer"
+            )
 
 
 def check_rewards(rewards: Float[Tensor, "B F"], names: list[str]) -> None:

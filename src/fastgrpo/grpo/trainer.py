@@ -15,7 +15,8 @@ from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
 from fastgrpo.engine import Engine
-from fastgrpo.grpo.checks import check_advantages, check_columns, check_rewards
+from fastgrpo.families import base_model_of
+from fastgrpo.grpo.checks import check_advantages, check_columns, check_generation, check_rewards
 from fastgrpo.grpo.clock import StepClock, attach_clock
 from fastgrpo.grpo.config import FastGRPOConfig
 from fastgrpo.grpo.draft_learning import DraftLearning
@@ -77,6 +78,7 @@ class FastGRPOTrainer(GRPOTrainer):
         self.engine.on_finish.extend([self.reward_stream.observe] if self.reward_stream.is_on else [])
         self._choose_savings()
         add_heads(self)
+        self._scoring_temperature = self.temperature  # what the update divides logits by, as in TRL for the whole run
         attach_clock(self, self._clock)
         self._rollout_places = {True: (-1, 0), False: (-1, 0)}  # by whether in training: (global step, calls within it)
 
@@ -84,6 +86,7 @@ class FastGRPOTrainer(GRPOTrainer):
         if getattr(self, "_is_vlm", False):
             raise ValueError("vision-language models are not supported by FastGRPOTrainer; use trl.GRPOTrainer")
         check_columns(self.train_dataset, self.eval_dataset)
+        self._find_generation_config()
         if self.is_fsdp_enabled or getattr(self.accelerator.state, "zero_stage", None) == 3 or _is_zero3(self):
             raise ValueError(
                 "weights sharded by FSDP or DeepSpeed ZeRO-3 are not supported by FastGRPOTrainer; "
@@ -129,8 +132,10 @@ class FastGRPOTrainer(GRPOTrainer):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ),
         ):
-            completions = self.engine.generate(prompt_ids, self._build_params(len(prompt_ids)))
-        self.savings.hear(prompt_ids, completions)
+            params = self._build_params(len(prompt_ids))
+            completions = self.engine.generate(prompt_ids, params)
+        if all(each.temperature == self._scoring_temperature for each in params):
+            self.savings.hear(prompt_ids, completions)
         rollout_s = time.perf_counter() - started
         self._clock.rollout_s += rollout_s
         self.learning.hear_rollout()
@@ -157,19 +162,28 @@ class FastGRPOTrainer(GRPOTrainer):
         seed = self.args.seed
         for part in (self.state.global_step, calls, int(is_training), self.accelerator.process_index):
             seed = stream_key(seed, part)
-        limit = self.max_completion_length or self.engine.target.max_position
+        config = self._find_generation_config()
         return [
             SamplingParams(
-                temperature=self.temperature,
-                top_k=self.top_k or 0,
-                top_p=self.top_p,
-                max_tokens=limit,
+                temperature=config.temperature if config.do_sample else 0.0,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                max_tokens=config.max_new_tokens or self.engine.target.max_position,
                 stop_token_ids=tuple(self.eos_token_ids),
                 seed=seed,
                 stream=index,
             )
             for index in range(count)
         ]
+
+    def _find_generation_config(self) -> Any:
+        """What TRL's own generation would go by now: the trainer's settings, which a callback may have changed, and the
+        model's where those are None.
+        """
+        model = base_model_of(self.accelerator.unwrap_model(self.model))
+        config, _ = model._prepare_generation_config(self.generation_config)
+        check_generation(config)
+        return config
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         started = time.perf_counter()
