@@ -199,3 +199,31 @@ def test_after_a_step_that_broke_off_rows_stay_where_trl_has_them(tmp_path: Path
             trainer.train()
         trainer.train()
     assert_same_gradients(*watches)
+
+
+class ChangeLoss(TrainerCallback):
+    """Changes what the loss is behind the first optimiser step, as schedules do."""
+
+    def __init__(self, trainer: Any, **changes: object) -> None:
+        self.trainer, self.changes = trainer, changes
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        vars(self.trainer).update(self.changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"beta": 0.3}, {"top_entropy_quantile": 0.5}, {"_entropy_bonus_enabled": True, "entropy_coef": 0.1}],
+    ids=["beta", "quantile", "bonus"],
+)
+def test_a_loss_that_a_callback_changes_is_trls(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Amid a generation, where its reference is there; rows that have a gradient now are no longer left out."""
+    runs = []
+    for kind in (FastGRPOTrainer, StockTrainer):
+        keys = {"reward": half_reward, "peft": True, "gradient_accumulation_steps": 2}
+        keys |= {"steps_per_generation": 2} if "beta" in changes else {"steps_per_generation": 4}
+        trainer = build(kind, tmp_path / kind.__name__, **ACCUMULATED | keys)
+        runs.append(Watch(trainer))
+        trainer.add_callback(ChangeLoss(trainer, **changes))
+        trainer.train()
+    assert_same_gradients(*runs)

@@ -37,9 +37,8 @@ class Savings:
     """
 
     def __init__(self, trainer: Any) -> None:
-        args, own, obstacle = trainer.args, find_own_loss(trainer), find_obstacle(trainer)
+        args, own = trainer.args, find_own_loss(trainer)
         self.has_own_loss = own is not None
-        self.skips_rows = args.skip_zero_advantages and obstacle is None
         self.shares_prompts = args.share_prompts and can_share_prompts(trainer)
         self.old_logps_from, reason = choose_old_logps(trainer)
         self._turns: list[Turn] = []
@@ -51,10 +50,16 @@ class Savings:
         self._has_work = True  # whether some process has rows to compute in the first pass over the generation
         if own is not None:
             logger.warning("the update computes every row as TRL does: %s is not ours and may read them all", own)
-        elif args.skip_zero_advantages and obstacle is not None:
-            logger.info("rows without advantage are computed like the others: %s", obstacle)
+        self.choose_rows(trainer)
         if self.old_logps_from != "none":
             logger.info("old log-probabilities come from: %s, as %s", self.old_logps_from, reason)
+
+    def choose_rows(self, trainer: Any) -> None:
+        """Whether rows without advantage are left out, by what the trainer's loss is now."""
+        obstacle = find_obstacle(trainer)
+        self.skips_rows = trainer.args.skip_zero_advantages and obstacle is None
+        if trainer.args.skip_zero_advantages and obstacle is not None and not self.has_own_loss:
+            logger.info("rows without advantage are computed like the others: %s", obstacle)
 
     # -- generation ----------------------------------------------------------------------------------
 

@@ -86,7 +86,11 @@ class Siblings:
             return batches
         self.is_on = False
         logger.info("siblings stay in the micro-batches they were shuffled to: a training broke off amid a step")
-        if batches is None or not all(map(is_regrouped, batches)):
+        return self.undo(batches)
+
+    def undo(self, batches: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """What is left of a generation in TRL's micro-batches and order again, if it was regrouped."""
+        if not batches or not all(map(is_regrouped, batches)):
             return batches
         count = self._num_joined
         return [each for start in range(0, len(batches), count) for each in _put_back(batches[start : start + count])]

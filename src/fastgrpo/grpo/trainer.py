@@ -95,7 +95,24 @@ class FastGRPOTrainer(GRPOTrainer):
 
     def _choose_savings(self) -> None:
         self.savings = Savings(self)
+        self._choose_siblings()
+
+    def _choose_siblings(self) -> None:
         self.siblings = Siblings(self, is_on=self.args.group_siblings and self.savings.shares_prompts)
+        self._loss_terms = self._find_loss_terms()
+
+    def _find_loss_terms(self) -> tuple[Any, ...]:
+        """What a callback may change in a run, and the savings hang on."""
+        has_bonus = getattr(self, "_entropy_bonus_enabled", False)
+        return self.beta != 0, has_bonus, self.top_entropy_quantile < 1, self.loss_type
+
+    def _follow_loss(self) -> None:
+        """Choose anew what the update leaves out where the loss has other terms than before."""
+        if self._loss_terms != self._find_loss_terms():
+            batches = self.siblings.undo(self._buffered_inputs)
+            self.savings.choose_rows(self)
+            self._choose_siblings()
+            self._buffered_inputs = self.siblings.begin(batches, self._step)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if find_own_loss(self) is not None and not self.savings.has_own_loss:  # put in place since
@@ -218,6 +235,8 @@ class FastGRPOTrainer(GRPOTrainer):
     # -- loss ----------------------------------------------------------------------------------------
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if self.model.training:
+            self._follow_loss()
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training or not self.siblings.is_on:
             return inputs
