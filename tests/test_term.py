@@ -35,6 +35,7 @@ def test_a_decision_that_is_made_again_stands_longer_each_time_up_to_a_bound():
         ({}, False),
         ({"num_seqs": 5}, False),
         ({"num_seqs": 4, "num_read": 501}, False),
+        ({"num_read": 500}, False),
         ({"num_read": 2000, "num_waiting": 9, "num_unread": 7}, False),
         ({"num_seqs": 7}, True),
         ({"num_seqs": 3}, True),
