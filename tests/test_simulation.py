@@ -49,9 +49,11 @@ from fastgrpo.simulation import (
     load_facts,
     predict_planners,
     replay,
+    replay_settled,
     save_facts,
 )
 from fastgrpo.simulation.facts import NO_PARENT
+from fastgrpo.simulation.predict import FIXED_GRID
 from fastgrpo.simulation.trees import OUTSIDE, restrict_trees
 from fastgrpo.types import SamplingParams, SpeculationPlan, StepRecord
 from tiny import save_tiny_model
@@ -585,6 +587,35 @@ def test_no_share_of_exact_trees_is_said_where_nothing_was_drafted() -> None:
     assert shares["off"] is None and shares["auto"] is None and shares["fixed best"] == 1
 
 
+def test_predictions_are_beside_plain_decoding_and_the_best_fixed_plan_takes_least() -> None:
+    tables, requests = TreeTables(record()), build_requests(record())
+    predicted = predict_planners(tables, requests, SMALL_CPU, COSTS, max_num_seqs=3)
+    found = {each.planner: each for each in predicted}
+    assert tuple(found) == PLANNERS and found["off"].acceptance_length == found["off"].speed_up == 1
+    fixed_s = [replay(tables, requests, FixedPlanner(fixed=plan), COSTS, max_num_seqs=3).total_s for plan in FIXED_GRID]
+    assert found["fixed best"].total_s <= 1.02 * min(fixed_s) < max(fixed_s), "lengths that are known change the order"
+    for each in predicted:
+        assert each.speed_up * each.total_s == pytest.approx(found["off"].total_s)
+    assert len({each.total_s for each in predicted}) == len(PLANNERS), "each has its own plans"
+    best = found["fixed best"]
+    assert best.plan in FIXED_GRID and 1 < best.acceptance_length <= 1 + best.plan.depth
+
+
+def test_a_settled_rollout_is_not_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths are known, so that the longest begins, and a planner has learnt from one before it."""
+    tables = TreeTables(record())
+    requests = [Request(prompt_len=3, group=group, positions=np.arange(count)) for group, count in enumerate((3, 9, 5))]
+    settled = replay_settled(tables, requests, FixedPlanner(), COSTS, max_num_seqs=1)
+    assert [step.num_waiting for step in settled.records] == [2] * 9 + [1] * 5 + [0] * 3
+    seen: list[StepRecord] = []
+    planner = AutoPlanner(SMALL_CPU)
+    monkeypatch.setattr(planner, "observe", seen.append)
+    kept = replay_settled(tables, requests, planner, COSTS, max_num_seqs=1)
+    assert seen[-len(kept.records) :] == kept.records and sum(step.num_emitted for step in seen) == 2 * (3 + 9 + 5)
+    again = replay_settled(tables, requests, FixedPlanner(), COSTS, max_num_seqs=1, earlier=[(9, 1, 5)])
+    assert [step.num_waiting for step in again.records] == [2] * 3 + [1] * 5 + [0] * 9, "what was said of them"
+
+
 def test_the_command_knows_every_roofline() -> None:
     assert tuple(DEVICES) == words.MACHINES and tuple(MODELS) == words.MODEL_SIZES
 
@@ -592,15 +623,17 @@ def test_the_command_knows_every_roofline() -> None:
 def test_measured_steps_say_how_wrong_a_profile_is() -> None:
     simulated = simulate(FixedPlanner(fixed=PLANS[1])).records
     plain = simulate(FixedPlanner()).records
-    slower = [
-        dataclasses.replace(r, draft_s=0.001 + 1.5 * r.draft_s, target_s=2 * r.target_s) for r in (*simulated, *plain)
-    ]
+    slower = []
+    for record in (*simulated, *plain):
+        parts = {"prefill_s": 3 * record.prefill_s, "draft_s": 0.001 + 1.5 * record.draft_s}
+        parts |= {"target_s": 2 * record.target_s, "verify_s": record.verify_s}
+        slower.append(dataclasses.replace(record, **parts, step_s=sum(parts.values()) + 0.002))
     fitted = fit_corrections(SMALL_CPU, [slower[: len(simulated)], slower[len(simulated) :]])
-    assert fitted.prefill == pytest.approx(1)
+    assert fitted.prefill == pytest.approx(3) and fitted.between_s == pytest.approx(0.002)
     steps = ProfileCosts(profile=SMALL_CPU, corrections=fitted)
     for records, kept in ((simulated, slower[: len(simulated)]), (plain, slower[len(simulated) :])):
         priced = [steps.price(StepWork.of(record)) for record in records]
-        for part in ("draft_s", "target_s"):
+        for part in ("draft_s", "target_s", "prefill_s", "step_s"):
             expected, found = sum(getattr(r, part) for r in kept), sum(getattr(each, part) for each in priced)
             assert found == pytest.approx(expected, rel=0.05)
 
