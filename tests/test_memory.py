@@ -489,6 +489,10 @@ def test_a_rollout_holds_its_live_tokens_and_a_block_a_sequence():
     expected = [count_blocks(len(GROUP) + 1) * 8 - 7]  # the first block of eight prompts is one
     assert engine.records[0].cache_bytes == expected[0] * engine.cache.block_bytes
     assert engine.cache.peak_bytes == max(record.cache_bytes for record in engine.records)
+    engine.generate([GROUP], SamplingParams(max_tokens=2))
+    assert engine.cache.peak_bytes == count_blocks(len(GROUP) + 1) * engine.cache.block_bytes, (
+        "each rollout has its own"
+    )
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
