@@ -7,9 +7,11 @@ import functools
 import itertools
 import pickle
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,9 @@ from conftest import (
     shared_model,
 )
 from fastgrpo import prefill as prefill_module
+from fastgrpo import timing
+from fastgrpo.attempt import Attempt
+from fastgrpo.attention import ForwardBatch
 from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.lm import LmDrafter
@@ -422,8 +427,17 @@ def test_long_prompts_are_computed_in_parts(monkeypatch, chunk, tokens):
     model, params = shared_model("qwen2"), SamplingParams(max_tokens=8)
     prompts = [list(range(50)), [1] * 17, [2] * 5, [7], list(range(50))]
     engine = build_engine(model, "eagle", CHAIN)
+    build, shapes = prefill_module.ForwardBatch.build, []
+
+    def watch(**parts: Any) -> ForwardBatch:
+        shapes.append(tuple(parts["token_ids"].shape))
+        return build(**parts)
+
+    monkeypatch.setattr(prefill_module, "ForwardBatch", SimpleNamespace(build=watch))
     assert [c.token_ids for c in engine.generate(prompts, params)] == expected_tokens(model, prompts, params)
     assert sum(record.num_prefilled for record in engine.records) == 49 + 16 + 4
+    assert all(width <= chunk and num_rows * width <= max(tokens, width) for num_rows, width in shapes), shapes
+    assert chunk < 512 or shapes == [(3, 49)], "what fits together goes together"
 
 
 # -- law 3 ---------------------------------------------------------------------------------------------------
@@ -560,6 +574,33 @@ def test_step_records_add_up():
         parts_s = record.prefill_s + record.draft_s + record.target_s + record.verify_s
         assert parts_s == pytest.approx(record.step_s, rel=0.05, abs=1e-3)
     assert [record.num_waiting for record in seen] == sorted((r.num_waiting for r in seen), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "owner", "name"),
+    [
+        ("prefill_s", prefill_module.Prefiller, "prefill"),
+        ("draft_s", NgramDrafter, "propose"),
+        ("target_s", TargetModel, "decode"),
+        ("verify_s", Attempt, "commit"),
+    ],
+)
+def test_what_takes_long_is_timed_as_its_own_part(part, owner, name, monkeypatch):
+    engine, params = build_engine(shared_model("llama"), "ngram", CHAIN), SamplingParams(max_tokens=2)
+    usual, clock, late_s = getattr(owner, name), time.perf_counter, [0.0]
+
+    def wait(*arguments: Any, **settings: Any) -> Any:
+        late_s[0] += 60
+        return usual(*arguments, **settings)
+
+    monkeypatch.setattr(owner, name, wait)
+    for module in (time, timing):
+        monkeypatch.setattr(module, "perf_counter", lambda: clock() + late_s[0])
+    engine.generate([[7]], params)
+    record = engine.records[0]
+    parts = {each: getattr(record, each) for each in ("prefill_s", "draft_s", "target_s", "verify_s")}
+    assert parts == pytest.approx(dict.fromkeys(parts, 0.0) | {part: 60.0}, abs=20)
+    assert min(parts.values()) >= 0 and record.step_s == pytest.approx(sum(parts.values()))
 
 
 def test_generating_leaves_the_global_generators_alone():
