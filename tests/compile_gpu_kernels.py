@@ -61,17 +61,18 @@ def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], i
             for tokens, outputs, inputs, warps in tiles:
                 sizes = {"TOKENS": tokens, "OUTPUTS": outputs, "INPUTS": inputs}
                 yield "gpu_linear", "_multiply", dict.fromkeys(names, dtype), sizes | _EVEN, warps
-        for head_dim, width in ((8, 16), (64, 64), (80, 128), (128, 128)):
+        for head_dim, width in ((8, 16), (64, 64), (80, 128), (128, 128), (256, 256)):
             shape = {"REPEATS": 4, "HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": 256}
             types = dict.fromkeys(("query", "keys", "values", "out"), dtype)
-            for queries, tile in ((16, 64), (32, 64), (64, 64)) if dtype == "*bf16" else ((16, 16),):
+            half = 64 if width <= 128 else 32
+            for queries, tile in ((16, half), (32, half), (64, half)) if dtype == "*bf16" else ((16, 16),):
                 sizes = {"QUERIES": queries, "TILE": tile, "BLOCK": BLOCK_SIZE}
                 yield (
                     "gpu_attention",
                     "_attend_splits",
                     types,
                     shape | sizes,
-                    8 if queries == 64 and head_dim < width else 4,
+                    8 if queries == 64 and not head_dim == width <= 128 else 4,
                 )
             yield "gpu_attention", "_join_splits", types, shape | {"CHUNK": 8}, 1
 

@@ -105,6 +105,7 @@ FAMILY_SETTINGS: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": None},
     "mistral_window": {"sliding_window": 6},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "smollm3": {"no_rope_layer_interval": 2},
 }

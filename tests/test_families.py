@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -33,18 +34,29 @@ GROUP = [3, 1, 4, 1, 5, 9, 2, 6]
 PROMPTS = [GROUP, [7], GROUP, [8, 8], list(range(60))]
 PARAMS = SamplingParams(seed=3, max_tokens=14)
 WINDOWED = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+TWO_ROPES = {"full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}, "sliding_attention": ROPE}
+SCALED_ROPE = ROPE | {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 16}  # later queries are larger
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int | None, ...]]] = {
     "mistral, 6 tokens": ("mistral", {"sliding_window": 6}, (6, 6, 6)),
     "mistral, 2 tokens": ("mistral", {"sliding_window": 2}, (2, 2, 2)),
     "mistral, itself": ("mistral", {"sliding_window": 1}, (1, 1, 1)),
     "qwen2, upper layers": ("qwen2", WINDOWED, (None, 6, 6)),
     "qwen3, upper layers": ("qwen3", WINDOWED, (None, 6, 6)),
+    "exaone4, rotation where windows are": ("exaone4", MIXED, (6, None, 6)),
+    "gemma": ("gemma", {}, (None, None, None)),
+    "gemma3, two rotations": ("gemma3_text", MIXED | {"query_pre_attn_scalar": 30}, (6, None, 6)),
+    "ministral3, 6 tokens": ("ministral3", {"sliding_window": 6, "rope_parameters": SCALED_ROPE}, (6, 6, 6)),
     "mixtral": ("mixtral", {}, (None, None, None)),
     "mixtral, 5 tokens": ("mixtral", {"sliding_window": 5}, (5, 5, 5)),
     "olmo2": ("olmo2", {}, (None, None, None)),
+    "olmo3, two rotations": ("olmo3", MIXED | {"rope_parameters": TWO_ROPES}, (6, None, 6)),
+    "olmoe": ("olmoe", {}, (None, None, None)),
     "phi3": ("phi3", {}, (None, None, None)),
     "phi3, 6 tokens": ("phi3", {"sliding_window": 6}, (6, 6, 6)),
     "qwen3_moe": ("qwen3_moe", {}, (None, None, None)),
+    "seed_oss": ("seed_oss", {}, (None, None, None)),
     "smollm3": ("smollm3", {}, (None, None, None)),
     "smollm3, layers without rotation": (
         "smollm3",
@@ -54,10 +66,13 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int | None, ...]]] = {
 }
 
 
+IN_FLOAT32 = ("gemma", "gemma3_text", "mixtral", "olmoe", "qwen3_moe")  # by their norms, or PyTorch's experts
+
+
+@functools.cache
 def build(case: str) -> Any:
     family, settings, _ = CASES[case]
-    has_experts = family in ("mixtral", "qwen3_moe")  # whose products PyTorch has not in float64
-    return shared_model(family, torch.float32 if has_experts else torch.float64, **settings)
+    return build_model(family, torch.float32 if family in IN_FLOAT32 else torch.float64, **settings)
 
 
 @pytest.mark.parametrize("plan", [None, TREE, DEEP], ids=["off", "tree", "chain"])
@@ -82,7 +97,7 @@ def test_right_drafts_are_accepted_whole(case: str) -> None:
     assert [record.acceptance_length for record in engine.records] == [4.0, 4.0, 4.0, 2.0]
 
 
-@pytest.mark.parametrize("case", ["mistral, 6 tokens", "qwen2, upper layers", "olmo2"])
+@pytest.mark.parametrize("case", ["mistral, 6 tokens", "qwen2, upper layers", "olmo2", "olmo3, two rotations"])
 def test_features_are_those_of_a_plain_forward(case: str) -> None:
     model, finished = build(case), list[FinishedRollout]()
     engine = Engine(model, drafter=EagleDrafter(TargetModel(model)), speculation=TREE)
@@ -119,7 +134,7 @@ def test_they_draft_for_others(case: str) -> None:
     assert [c.token_ids for c in engine.generate(PROMPTS, PARAMS)] == expected_tokens(model, PROMPTS, PARAMS)
 
 
-@pytest.mark.parametrize("family", ["olmo2", "phi3", "smollm3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["olmo2", "phi3", "smollm3", "qwen3_moe", "gemma3_text"])
 def test_they_decode_with_their_adapters(family: str) -> None:
     base = build_model(family, torch.float32)
     with torch.random.fork_rng():
@@ -175,3 +190,21 @@ def test_a_head_that_rotates_a_part_is_refused() -> None:
     engine = Engine(model, drafter="ngram", speculation=TREE)
     tokens = [c.token_ids for c in engine.generate(PROMPTS, PARAMS)]
     assert tokens == [reference_generate(model, tuple(p), PARAMS, i).token_ids for i, p in enumerate(PROMPTS)]
+
+
+def test_heads_rotate_as_layers_that_see_all() -> None:
+    target, positions = TargetModel(build("olmo3, two rotations")), torch.arange(9)[None]
+    rotary, like = target.decoder.rotary_emb, torch.zeros(1)
+    expected, other = (rotary(like, positions, kind)[0] for kind in ("full_attention", "sliding_attention"))
+    assert torch.equal(target.rotary_emb(like, position_ids=positions)[0], expected)
+    assert not torch.equal(expected, other)
+
+
+def test_new_heads_take_what_norms_multiply_by() -> None:
+    """Gemma's by one more than their weight."""
+    model = build_model("gemma3_text", torch.float32)
+    torch.nn.init.constant_(model.model.norm.weight, 0.5)
+    torch.nn.init.constant_(model.model.layers[-1].input_layernorm.weight, -0.25)
+    head = EagleDrafter(TargetModel(model)).head
+    assert head.norm.weight.unique().tolist() == [1.5]
+    assert head.midlayer.hidden_norm.weight.unique().tolist() == [0.75]

@@ -274,7 +274,7 @@ def pack(visible):
     return words
 
 
-@pytest.mark.parametrize(("head_dim", "repeats"), [(8, 2), (64, 3), (80, 1), (128, 4)])
+@pytest.mark.parametrize(("head_dim", "repeats"), [(8, 2), (64, 3), (80, 1), (128, 4), (256, 2)])
 def test_attention_is_that_of_a_dense_mask(head_dim, repeats):
     rows = Rows(lengths=[0, 63, 300], counts=[1, 4, 6], repeats=repeats, head_dim=head_dim)
     assert torch.allclose(rows.run().double(), rows.compute_reference(), atol=1e-5)
@@ -291,8 +291,9 @@ def test_trees_of_more_nodes_than_a_word_has_bits():
     assert torch.allclose(rows.run().double(), rows.compute_reference(), atol=1e-5)
 
 
-def test_attention_in_half_precision():
-    rows = Rows(lengths=[10, 300], counts=[5, 2], repeats=2, head_dim=64, dtype=HALF)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_attention_in_half_precision(head_dim):
+    rows = Rows(lengths=[10, 300], counts=[5, 2], repeats=2, head_dim=head_dim, dtype=HALF)
     assert torch.allclose(rows.run().double(), rows.compute_reference(), atol=2e-2)
 
 

@@ -321,6 +321,25 @@ def rope(rope_type: str, **settings: object) -> dict[str, object]:
             lambda: build_model("llama", **rope("longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4)),
             "rope_type 'longrope' is not supported",
         ),
+        (
+            lambda: build_model(
+                "olmo3",
+                torch.float32,
+                rope_parameters={
+                    "full_attention": rope("dynamic")["rope_parameters"],
+                    "sliding_attention": rope("linear")["rope_parameters"],
+                },
+            ),
+            "rope_type 'dynamic' is not supported",
+        ),
+        (
+            lambda: build_model("gemma3_text", torch.float32, final_logit_softcapping=30.0),
+            "'gemma3_text' model with final_logit_softcapping=30.0 is not supported",
+        ),
+        (
+            lambda: build_model("gemma3_text", torch.float32, use_bidirectional_attention=True),
+            "'gemma3_text' model with use_bidirectional_attention=True is not supported",
+        ),
         (build_prompt_tuned, r"PEFT adapter 'default' \(PromptTuningConfig\) prepends virtual tokens"),
         (build_adaption_prompted, r"PEFT adapter 'default' \(AdaptionPromptConfig\) has attention of its own"),
         (build_headless, "LlamaModel has no output head"),
@@ -328,7 +347,7 @@ def rope(rope_type: str, **settings: object) -> dict[str, object]:
         (build_alora, r"PEFT adapter 'default' \(LoraConfig\) begins behind its alora_invocation_tokens"),
     ],
     ids=[
-        *("gpt2", "kinds_of_layers", "dynamic_rope", "longrope"),
+        *("gpt2", "kinds_of_layers", "dynamic_rope", "longrope", "rope_of_some_layers", "softcap", "bidirectional"),
         *("prompt_tuning", "adaption_prompt", "no_head", "larger_head", "alora"),
     ],
 )

@@ -127,6 +127,7 @@ def assert_same_gradient(trainer: FastGRPOTrainer, inputs: dict[str, Any]) -> No
         ("qwen3", True, "vespo", {"num_iterations": 2}),
         ("qwen3", False, "dapo", {"beta": 0.04, "top_entropy_quantile": 0.5}),
         ("qwen3", True, "grpo", REENTRANT),
+        ("gemma", True, "bnpo", {"beta": 0.04}),
         ("olmo2", True, "dapo", {}),
         ("phi3", False, "grpo", {"gradient_checkpointing": True}),
         ("smollm3", True, "dr_grpo", {"beta": 0.04}),

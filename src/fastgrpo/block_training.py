@@ -140,7 +140,7 @@ def compute_hidden(head: BlockHead, target: TargetModel, batch: BlockBatch) -> F
         embedded = target.embed(batch.token_ids).to(dtype)
         level = torch.arange(num_levels, device=target.device)
         positions = torch.cat((batch.positions, (batch.anchors + level[:, None]).flatten()))
-        cos, sin = (x[0] for x in target.decoder.rotary_emb(context, position_ids=positions[None]))
+        cos, sin = (x[0] for x in target.rotary_emb(context, position_ids=positions[None]))
         seen = _find_seen(batch)
     masks = head.mask_embeddings[:, None].expand(-1, num_anchors, -1)
     hidden = head.join(torch.cat((embedded[:1], masks)), context[batch.last_context]).flatten(0, 1)

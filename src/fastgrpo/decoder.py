@@ -186,8 +186,8 @@ def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
         return "there are hooks on every module"
     if not cpu.covers(weight.dtype, dtype):
         return f"there are no kernels for {weight.dtype} with products in {dtype}"
-    if decoder.config.hidden_act != "silu":
-        return f"the activation is {decoder.config.hidden_act!r}"
+    if (activation := getattr(decoder.config, "hidden_act", "silu")) != "silu":
+        return f"the activation is {activation!r}"
     if type(decoder.embed_tokens) is not nn.Embedding:
         return f"its embedding is a {type(decoder.embed_tokens).__name__}"
     if decoder.embed_tokens.max_norm is not None:

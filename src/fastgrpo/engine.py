@@ -57,8 +57,8 @@ class Engine:
     """Exact speculative generation with a transformers causal LM, which is left as it was found.
 
     Args:
-        model: a causal LM or a PEFT model of one. Llama, Qwen2, Qwen3 and Mistral run through fastgrpo's kernels;
-            Mixtral, OLMo 2, Phi-3, Qwen3-MoE, SmolLM3 and models with sliding windows through transformers' modules.
+        model: a causal LM or a PEFT model of one. Llama, Qwen2, Qwen3 and Mistral run through fastgrpo's kernels; the
+            other `families.SUPPORTED_FAMILIES` and models with sliding windows through transformers' modules.
         drafter: "eagle" (the head shipped for the model, if there is one), "eagle-new" (never the shipped one),
             "block" (a head that drafts in one pass), "ngram", "auto" (eagle and ngram, whichever pays), "none", a
             folder with a saved head or with a small causal LM of the same tokenizer, or a `Drafter`.

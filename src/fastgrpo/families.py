@@ -9,10 +9,13 @@ from transformers import PreTrainedModel
 
 SUPPORTED_FAMILIES = (
     *("llama", "qwen2", "qwen3", "mistral"),
-    *("mixtral", "olmo2", "phi3", "qwen3_moe", "smollm3"),  # through transformers' modules
+    *("exaone4", "gemma", "gemma3_text", "ministral3", "mixtral", "olmo2", "olmo3"),  # through transformers' modules
+    *("olmoe", "phi3", "qwen3_moe", "seed_oss", "smollm3"),
 )
 _WITHOUT_WINDOWS = ("llama", "olmo2")  # whatever their config says
-_ATTENTION_KINDS = ("full_attention", "sliding_attention")
+FULL_ATTENTION = "full_attention"
+_ATTENTION_KINDS = (FULL_ATTENTION, "sliding_attention")
+_UNSEEN_SETTINGS = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 _POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")  # frequencies depend on the batch's longest sequence
 
 
@@ -24,9 +27,20 @@ def find_windows(model: PreTrainedModel) -> tuple[int | None, ...]:
 def _find_window(layer: Any, config: Any) -> int | None:
     """The layer's window, taken from the config where its attention module names none."""
     found = getattr(layer.self_attn, "sliding_window", getattr(config, "sliding_window", None))
-    if config.model_type in _WITHOUT_WINDOWS or not found or found >= config.max_position_embeddings:
+    sees_all = config.model_type in _WITHOUT_WINDOWS or not getattr(layer.self_attn, "is_sliding", True)
+    if sees_all or not found or found >= config.max_position_embeddings:
         return None
     return int(found)
+
+
+def list_rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """Of the model, or of each kind of its layers where these differ."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return [each for each in found.values() if each] if all(map(_is_nested, found.values())) else [found]
+
+
+def _is_nested(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
 
 
 def base_model_of(model: Any) -> Any:
@@ -38,8 +52,8 @@ def check_supported(model: PreTrainedModel) -> None:
     """Refuse models that the engine would run wrongly.
 
     Raises:
-        ValueError: the family or a kind of attention is not supported, RoPE depends on the batch, or the output head is
-            missing or has not one row for each token; names what was found.
+        ValueError: the family, a kind of attention or a setting is not supported, RoPE depends on the batch, or the
+            output head is missing or has not one row for each token; names what was found.
     """
     config = model.config
     family = config.model_type
@@ -53,12 +67,18 @@ def check_supported(model: PreTrainedModel) -> None:
             f"'{family}' model with layers of {', '.join(others)} is not supported; supported are "
             f"{', '.join(_ATTENTION_KINDS)}. Train it with trl.GRPOTrainer instead"
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _POSITION_DEPENDENT_ROPE:
-        raise ValueError(
-            f"rope_type '{rope['rope_type']}' is not supported: its frequencies depend on the longest sequence of "
-            "a batch, so a completion would depend on its neighbours. Use 'default', 'linear', 'yarn' or 'llama3'"
-        )
+    for rope in list_rope_parameters(config):
+        if rope.get("rope_type") in _POSITION_DEPENDENT_ROPE:
+            raise ValueError(
+                f"rope_type '{rope['rope_type']}' is not supported: its frequencies depend on the longest sequence of "
+                "a batch, so a completion would depend on its neighbours. Use 'default', 'linear', 'yarn' or 'llama3'"
+            )
+    for name in _UNSEEN_SETTINGS:
+        if value := getattr(config, name, None):
+            raise ValueError(
+                f"'{family}' model with {name}={value} is not supported, since neither attention nor sampling here "
+                "knows of it. Train it with trl.GRPOTrainer instead"
+            )
     head, num_tokens = model.get_output_embeddings(), len(model.get_input_embeddings().weight)
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output head, so it cannot generate; load a causal LM")

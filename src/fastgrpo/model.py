@@ -26,7 +26,7 @@ from fastgrpo.decoder import (
     is_touched,
     join_features,
 )
-from fastgrpo.families import base_model_of, check_adapters, check_supported, find_windows
+from fastgrpo.families import FULL_ATTENTION, base_model_of, check_adapters, check_supported, find_windows
 from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder
 from fastgrpo.kernels import gpu
 from fastgrpo.kernels.linear import PackedLinear, has_own_product
@@ -151,6 +151,15 @@ class TargetModel:
     @property
     def lm_head(self) -> Any:
         return self.base.get_output_embeddings()
+
+    @property
+    def rotary_emb(self) -> Any:
+        """cos and sin of positions for draft heads: where kinds of layers differ, those of layers that see all."""
+        module = self.decoder.rotary_emb
+        kinds = getattr(module, "layer_types", None)
+        if not kinds:
+            return module
+        return functools.partial(module, layer_type=FULL_ATTENTION if FULL_ATTENTION in kinds else kinds[0])
 
     @property
     def device(self) -> torch.device:

@@ -125,7 +125,7 @@ def compute_outputs(head: EagleHead, target: TargetModel, batch: DraftBatch) -> 
     num_query = head.num_heads * head.head_dim
     with torch.no_grad():
         embedded = target.embed(batch.token_ids).to(dtype)
-        cos, sin = (x[0] for x in target.decoder.rotary_emb(embedded, position_ids=batch.positions[None]))
+        cos, sin = (x[0] for x in target.rotary_emb(embedded, position_ids=batch.positions[None]))
     embedded = layer.input_layernorm(embedded)
     hidden = head.fc(batch.features)
     context, hidden = hidden.split((len(hidden) - batch.num_unrolled, batch.num_unrolled))

@@ -74,7 +74,7 @@ class BlockDrafter(HeadDrafter[BlockHead]):
 
     def prepare(self) -> None:
         super().prepare()
-        self._rotation = RotationTable(self.target.decoder.rotary_emb, count_positions(self.target.config))
+        self._rotation = RotationTable(self.target.rotary_emb, count_positions(self.target.config))
 
     def catch_up(self, context: DraftContext) -> None:
         cache, own, num_read = context.cache, self._rows, self._rows.num_read

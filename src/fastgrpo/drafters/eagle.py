@@ -60,7 +60,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         save_head(self.head, folder, self.target, compact=compact, counts=counts)
 
     def prepare(self) -> None:
-        self._rotation = RotationTable(self.target.decoder.rotary_emb, count_positions(self.target.config))
+        self._rotation = RotationTable(self.target.rotary_emb, count_positions(self.target.config))
         self._layer = FusedMidLayer(self.fast_head) if FusedMidLayer.covers(self.fast_head) else None
         pack_modules(self.fast_head, leave=() if self._layer is None else ("midlayer",))
         self._compiled = None if self._layer is None else compile_head(self.fast_head, self._layer)

@@ -11,10 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastgrpo.families import list_rope_parameters
 from fastgrpo.kernels import cpu
 from fastgrpo.model import TargetModel
 
 _CPU_VOCAB_SIZE, _VOCAB_SIZE = 4096, 16384
+_NORMS_PLUS_ONE = ("GemmaRMSNorm", "Gemma3RMSNorm")  # which multiply by one more than their weight
 
 
 def choose_vocab_size(target: TargetModel) -> int:
@@ -69,12 +71,12 @@ class DraftHead(nn.Module):
 
     def __init__(self, target: TargetModel) -> None:
         super().__init__()
-        factor = (getattr(target.config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0
-        if factor != 1.0:
-            raise ValueError(
-                f"partial_rotary_factor {factor} is not supported by draft heads, which rotate all of a head; use "
-                'drafter="ngram"'
-            )
+        for rope in list_rope_parameters(target.config):
+            if (factor := rope.get("partial_rotary_factor") or 1.0) != 1.0:
+                raise ValueError(
+                    f"partial_rotary_factor {factor} is not supported by draft heads, which rotate all of a head; use "
+                    'drafter="ngram"'
+                )
         self.hidden_size, self.target_vocab_size = target.hidden_size, target.vocab_size
         shape = (self.target_vocab_size, self.hidden_size)
         if getattr(getattr(target.lm_head, "weight", None), "shape", None) != shape:
@@ -138,7 +140,7 @@ def copy_layer(layer: Any, places: Mapping[str, Tensor], num_kv_states: int) -> 
         places: for each name, what takes the weight.
         num_kv_states: numbers of all keys of a token.
     """
-    parts = {name: module.weight for name, module in layer.named_modules() if hasattr(module, "weight")}
+    parts = {name: _read_weight(module) for name, module in layer.named_modules() if hasattr(module, "weight")}
     found = {name.rpartition(".")[2]: weight for name, weight in parts.items()}
     if (fused := found.get("qkv_proj")) is not None:  # Phi-3's
         sizes = (len(fused) - 2 * num_kv_states, num_kv_states, num_kv_states)
@@ -152,9 +154,14 @@ def copy_layer(layer: Any, places: Mapping[str, Tensor], num_kv_states: int) -> 
 
 def copy_norm(norm: Any, place: Tensor) -> None:
     """Copy a norm's weight where it is wanted; where a model has another kind of norm, the place stays as it is."""
-    weight = getattr(norm, "weight", None)
-    if weight is not None and weight.shape == place.shape:
-        place.copy_(weight)
+    if getattr(norm, "weight", None) is not None and norm.weight.shape == place.shape:
+        place.copy_(_read_weight(norm))
+
+
+def _read_weight(module: Any) -> Tensor:
+    """A module's weight; of a norm, what it multiplies by."""
+    weight: Tensor = module.weight
+    return weight + 1 if type(module).__name__ in _NORMS_PLUS_ONE else weight
 
 
 @contextlib.contextmanager

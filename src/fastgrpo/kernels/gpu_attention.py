@@ -17,6 +17,7 @@ from fastgrpo.blocks import BLOCK_SIZE
 
 SPLIT = 256  # positions that one program reads
 _TILE, _SMALL_TILE = 64, 16  # positions read at once: of half precision, of float32
+_WIDE, _WIDE_TILE = 128, 32  # of heads wider than so many numbers fewer: a GPU may share no more than 99 KiB
 _LEAST_QUERIES, _MOST_QUERIES = 16, 64  # in one tile; matrix units take 16 at least
 _LEAST_WIDTH = 16  # numbers of a head, likewise
 _CHUNK = 8  # stretches joined at once
@@ -248,8 +249,8 @@ def attend(
     shape = {"REPEATS": repeats, "HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": SPLIT}
     most = _LEAST_QUERIES if query.dtype == torch.float32 else _MOST_QUERIES  # float32 tiles take twice the registers
     num_queries = min(max(triton.next_power_of_2(most_queries), _LEAST_QUERIES), most)
-    tile = _SMALL_TILE if query.dtype == torch.float32 else _TILE
-    fits_registers = num_queries < _MOST_QUERIES or head_dim == width
+    tile = _SMALL_TILE if query.dtype == torch.float32 else _TILE if width <= _WIDE else _WIDE_TILE
+    fits_registers = num_queries < _MOST_QUERIES or head_dim == width <= _WIDE
     rows = (starts, num_nodes, lengths)
     _attend_splits[(num_rows * num_kv_heads, num_splits, triton.cdiv(most_queries, num_queries))](
         query, query.stride(0), query.stride(1), keys, values, keys.stride(0), blocks, blocks.shape[1],
