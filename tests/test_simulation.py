@@ -29,6 +29,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.options import SimulateOptions, words
 from fastgrpo.planner import AutoPlanner, BanditPlanner, FixedPlanner, PaperPlanner, Planner
 from fastgrpo.planner.costs import IDLE_S
+from fastgrpo.planner.grid import GRID
 from fastgrpo.profile_files import save_profile
 from fastgrpo.report.predictions import build_predictions
 from fastgrpo.simulation import (
@@ -50,12 +51,13 @@ from fastgrpo.simulation import (
     predict_planners,
     replay,
     replay_settled,
+    replay_told,
     save_facts,
 )
 from fastgrpo.simulation.facts import NO_PARENT
 from fastgrpo.simulation.predict import FIXED_GRID
 from fastgrpo.simulation.trees import OUTSIDE, restrict_trees
-from fastgrpo.types import SamplingParams, SpeculationPlan, StepRecord
+from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan, StepRecord
 from tiny import save_tiny_model
 
 RECORDED = SpeculationPlan(depth=5, width=6, num_draft_tokens=150)  # all that is drafted
@@ -599,6 +601,38 @@ def test_predictions_are_beside_plain_decoding_and_the_best_fixed_plan_takes_lea
     assert len({each.total_s for each in predicted}) == len(PLANNERS), "each has its own plans"
     best = found["fixed best"]
     assert best.plan in FIXED_GRID and 1 < best.acceptance_length <= 1 + best.plan.depth
+
+
+@pytest.mark.parametrize("max_num_seqs", [64, 3])
+def test_no_planner_is_faster_than_one_that_is_told(max_num_seqs: int) -> None:
+    predicted = predict_planners(
+        TreeTables(record()), build_requests(record()), SMALL_CPU, COSTS, max_num_seqs=max_num_seqs
+    )
+    seconds = {each.planner: each.total_s for each in predicted}
+    assert seconds.pop("limit") <= min(seconds.values())
+
+
+def test_who_is_told_verifies_what_is_accepted_with_the_best_of_all_shapes() -> None:
+    """The first step by brute force: rates of all shapes, of drafts that are right and read nothing."""
+    facts = record(STOPPING)
+    tables, requests = TreeTables(facts), build_requests(facts)
+    told = replay_told(tables, requests, COSTS, plans=GRID, max_num_seqs=64)
+    assert told.num_emitted == facts.lengths.sum()
+    assert all(step.num_tokens == step.num_emitted for step in told.records)
+    assert any(not step.plan.is_plain for step in told.records)
+    first = told.records[0]
+    works = []
+    for plan in (PLAIN, *GRID):
+        places = np.full((len(requests), 1), OUTSIDE) if plan.is_plain else tables.find(plan).places[facts.starts]
+        emitted = int(np.minimum((places < OUTSIDE).sum(1) + 1, facts.lengths).sum())
+        of_step = {"num_seqs": first.num_seqs, "num_read": first.num_read, "num_prefilled": 0, "num_unread": 0}
+        works.append(StepWork(plan=plan, num_tokens=emitted, num_emitted=emitted, **of_step))
+    best = max(works, key=lambda work: work.num_emitted / COSTS.price(work).step_s)
+    assert (first.plan, first.num_emitted) == (best.plan, best.num_emitted)
+    plain = replay_told(tables, requests, COSTS, plans=(), max_num_seqs=2)
+    assert plain.total_s == simulate(FixedPlanner(), STOPPING, 2).total_s
+    with pytest.raises(ValueError, match="nothing to replay"):
+        replay_told(tables, [], COSTS, plans=GRID, max_num_seqs=1)
 
 
 def test_a_settled_rollout_is_not_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

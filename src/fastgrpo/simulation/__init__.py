@@ -5,6 +5,7 @@ from fastgrpo.simulation.costs import Corrections, Costs, ProfileCosts, StepSeco
 from fastgrpo.simulation.facts import Facts
 from fastgrpo.simulation.facts_files import load_facts, save_facts
 from fastgrpo.simulation.lengths import draw_lengths, draw_requests
+from fastgrpo.simulation.limit import find_limit, replay_told
 from fastgrpo.simulation.predict import PLANNERS, Prediction, predict_planners, replay_settled
 from fastgrpo.simulation.replay import Replay, Request, build_requests, replay
 from fastgrpo.simulation.roofline import DEVICES, MODELS, Roofline, build_roofline_profile
@@ -29,10 +30,12 @@ __all__ = [
     "build_roofline_profile",
     "draw_lengths",
     "draw_requests",
+    "find_limit",
     "fit_corrections",
     "load_facts",
     "predict_planners",
     "replay",
     "replay_settled",
+    "replay_told",
     "save_facts",
 ]

@@ -89,6 +89,9 @@ class ProfileCosts:
         noise: standard deviation of the logarithm of each part's time; 0 gives the same time to the same work.
         seed: of the noise.
 
+    Attributes:
+        steps: what the parts of a step take, without noise and scale.
+
     Raises:
         ValueError: a noise that is negative or not finite.
     """
@@ -101,7 +104,7 @@ class ProfileCosts:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise ValueError(f"noise must be a finite number >= 0, got {self.noise}; 0 simulates without")
-        self._steps = self.corrections.steps or StepCosts(self.profile)
+        self.steps = self.corrections.steps or StepCosts(self.profile)
         self.begin()
 
     def begin(self) -> None:
@@ -109,7 +112,7 @@ class ProfileCosts:
         self._draws = np.random.default_rng(self.seed)
 
     def price(self, work: StepWork) -> StepSeconds:
-        plan, num_seqs, steps = work.plan, work.num_seqs, self._steps
+        plan, num_seqs, steps = work.plan, work.num_seqs, self.steps
         draft_s = float(steps.predict_draft_s(plan.depth, plan.width, num_seqs))
         if not plan.is_plain:
             draft_s += steps.predict_reading_s(work.num_unread, num_seqs)

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from fastgrpo.lengths import LengthPredictor
 from fastgrpo.planner import FixedPlanner, HardwareProfile, Planner, build_planner
-from fastgrpo.simulation.costs import Costs
+from fastgrpo.planner.grid import GRID
+from fastgrpo.simulation.costs import Costs, ProfileCosts
+from fastgrpo.simulation.limit import find_limit
 from fastgrpo.simulation.replay import Replay, Request, replay
 from fastgrpo.simulation.trees import TreeTables
 from fastgrpo.types import SpeculationPlan
 
-BASELINE, BEST_FIXED = "off", "fixed best"
-PLANNERS = (BASELINE, "paper", "paper-own", "bandit", BEST_FIXED, "auto")
+BASELINE, BEST_FIXED, LIMIT = "off", "fixed best", "limit"
+PLANNERS = (BASELINE, "paper", "paper-own", "bandit", BEST_FIXED, "auto", LIMIT)
 FIXED_GRID = tuple(
     SpeculationPlan(depth=depth, width=width, num_draft_tokens=nodes)
     for depth, width, nodes in ((1, 1, 1), (2, 2, 4), (3, 1, 3), (3, 3, 8), (4, 4, 16), (5, 8, 32))
@@ -40,9 +42,14 @@ class Prediction:
 
 
 def predict_planners(
-    tables: TreeTables, requests: Sequence[Request], profile: HardwareProfile, costs: Costs, *, max_num_seqs: int
+    tables: TreeTables,
+    requests: Sequence[Request],
+    profile: HardwareProfile,
+    costs: ProfileCosts,
+    *,
+    max_num_seqs: int,
 ) -> tuple[Prediction, ...]:
-    """Every one of `PLANNERS` on the same requests.
+    """Every one of `PLANNERS` on the same requests; the last knows the fate of each draft, see `find_limit`.
 
     Args:
         profile: what planners believe at the start; `costs` are what steps then take.
@@ -60,6 +67,10 @@ def predict_planners(
             simulated = tried[plan]
         elif name == BASELINE:
             simulated = plain
+        elif name == LIMIT:
+            known = _learn_lengths(requests, [[len(request.positions) for request in requests]])
+            plans = (*GRID, *FIXED_GRID)
+            simulated = find_limit(tables, requests, costs, plans=plans, max_num_seqs=max_num_seqs, lengths=known)
         else:
             planner = build_planner(name, fixed=FIXED_GRID[0], measure=lambda: profile)
             simulated = replay_settled(tables, requests, planner, costs, max_num_seqs=max_num_seqs)

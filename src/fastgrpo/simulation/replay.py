@@ -104,7 +104,7 @@ def replay(
     """
     if not requests:
         raise ValueError("nothing to replay: give at least one request")
-    run = _Run(tables, requests, Scheduler(max_num_seqs, lengths))
+    run = Run(tables, requests, Scheduler(max_num_seqs, lengths))
     planner.begin()
     costs.begin()
     records = []
@@ -116,7 +116,7 @@ def replay(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Drafted:
+class Drafted:
     """What the drafts of one step came to; arrays have one entry for each live sequence."""
 
     num_verified: NDArray[np.int64]
@@ -126,7 +126,7 @@ class _Drafted:
     hits: Counts = ()
 
 
-class _Run:
+class Run:
     """A rollout under way; arrays are by request, `live` lists the requests in slot order."""
 
     def __init__(self, tables: TreeTables, requests: ListOf[Request], scheduler: Scheduler) -> None:
@@ -145,17 +145,25 @@ class _Run:
             scheduler.add(_build_sequence(index, request))
 
     def step(self, planner: Planner, costs: Costs) -> StepRecord:
-        num_prefilled = self._admit()
-        live = self.live
+        num_prefilled = self.admit()
+        inputs = self.build_inputs()
+        plan = planner.plan(inputs)
+        return self.take(plan, self._draft(plan, inputs, planner), inputs, num_prefilled, costs)
+
+    def build_inputs(self) -> PlanInputs:
         cached = self._count_cached()
-        inputs = PlanInputs(
-            num_seqs=len(live),
+        return PlanInputs(
+            num_seqs=len(self.live),
             num_waiting=len(self.scheduler.waiting),
             num_read=int(cached.sum()),
-            num_unread=int((cached - self.num_drafter_read[live]).sum()),
+            num_unread=int((cached - self.num_drafter_read[self.live]).sum()),
         )
-        plan = planner.plan(inputs)
-        drafted = self._draft(plan, inputs, planner)
+
+    def take(
+        self, plan: SpeculationPlan, drafted: Drafted, inputs: PlanInputs, num_prefilled: int, costs: Costs
+    ) -> StepRecord:
+        """Emit what was accepted of a draft, and price the step."""
+        live = self.live
         num_tokens = len(live) + int(drafted.num_verified.sum())
         emitted = np.minimum(drafted.num_accepted + 1, self.lengths[live] - self.num_emitted[live])
         self.num_emitted[live] += emitted
@@ -191,20 +199,25 @@ class _Run:
             num_promised=drafted.num_promised,
         )
 
-    def _draft(self, plan: SpeculationPlan, inputs: PlanInputs, planner: Planner) -> _Drafted:
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """[B] of the facts, the position that each live sequence drafts from."""
+        return self.positions[self.starts[self.live] + self.num_emitted[self.live]]
+
+    def _draft(self, plan: SpeculationPlan, inputs: PlanInputs, planner: Planner) -> Drafted:
         """Draft and verify for every live sequence, from the recorded facts of its next position."""
         live = self.live
         if plan.is_plain:
-            return _Drafted(num_verified=np.zeros_like(live), num_accepted=np.zeros_like(live))
+            return Drafted(num_verified=np.zeros_like(live), num_accepted=np.zeros_like(live))
         trees = self.tables.find(plan)
-        rows = self.positions[self.starts[live] + self.num_emitted[live]]
+        rows = self.rows
         verified = choose_nodes(trees, rows, plan, inputs, planner)
         num_accepted = (trees.places[rows] <= verified[:, None]).sum(1)
         offered, hits = count_hits(trees, rows, num_accepted, plan.width)
         self.num_drafter_read[live] = self._count_cached()
         self.num_drafts += len(live)
         self.num_exact += int(trees.is_exact[rows].sum())
-        return _Drafted(
+        return Drafted(
             num_verified=verified,
             num_accepted=num_accepted,
             num_promised=_sum_chances(trees, rows, verified),
@@ -216,7 +229,7 @@ class _Run:
         """[B] cached tokens of each live sequence: all but the pending one."""
         return self.prompt_lens[self.live] + self.num_emitted[self.live] - 1
 
-    def _admit(self) -> int:
+    def admit(self) -> int:
         """Let waiting requests in; returns the prompt tokens computed, each prompt's once, its last token left out."""
         admitted = self.scheduler.admit()
         num_prefilled = 0
