@@ -46,14 +46,14 @@ class _MeasureFirst(TrainerCallback):
         self.results = self._measure()
 
 
-def run_demo(options: DemoOptions, command: str, console: Console | None = None) -> None:
+def run_demo(options: DemoOptions, command: str) -> None:
     """Train, measure before and after, and leave `run.json` and `run.png` in `options.output`.
 
     Raises:
         ValueError: the task, the model or a setting cannot be used.
         OSError: the folder cannot be written.
     """
-    console = console or Console()
+    console = Console()
     options.output.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
     _say(console, _describe_plan(options))

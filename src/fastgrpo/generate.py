@@ -18,14 +18,14 @@ from fastgrpo.options import GenerateOptions
 from fastgrpo.types import Completion, SamplingParams
 
 
-def run_generate(options: GenerateOptions, console: Console | None = None) -> None:
+def run_generate(options: GenerateOptions) -> None:
     """Print the completions, a closing line, and write `options.output` where it is given.
 
     Raises:
         ValueError: a prompt, the model or a setting cannot be used; nothing has been generated.
         OSError: a file is missing or cannot be written.
     """
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     params = SamplingParams(
         temperature=options.temperature,
         top_k=options.top_k,

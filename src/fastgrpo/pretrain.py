@@ -68,13 +68,13 @@ class Answer:
     token_ids: list[int]
 
 
-def run_draft_training(options: DraftTrainOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_draft_training(options: DraftTrainOptions, command: str) -> dict[str, Any]:
     """Train and save a head; returns what was measured on answers it did not learn from.
 
     Raises:
         ValueError: the model, a task, the prompts or the output folder cannot be used.
     """
-    console = console or Console()
+    console = Console()
     quiet_libraries()
     folder = options.output
     _check_folder(folder, options)

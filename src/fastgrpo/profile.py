@@ -52,7 +52,7 @@ class Check:
         return self.measured < 1
 
 
-def run_profile(options: ProfileOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_profile(options: ProfileOptions, command: str) -> dict[str, Any]:
     """Measure, predict, print and, where `options.output` says so, write a profile and a plot; returns what it writes.
 
     What was measured is put into the user's cache too, so that the engine begins with it.
@@ -61,7 +61,7 @@ def run_profile(options: ProfileOptions, command: str, console: Console | None =
         ValueError: the model, the drafter or the prompts cannot be used.
         OSError: a file is missing or cannot be written, or the machine's clock stands still.
     """
-    console = console or Console()
+    console = Console()
     quiet_libraries()
     opened = open_model(options.model, dtype=options.dtype, device=options.device)
     engine = Engine(

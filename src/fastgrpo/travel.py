@@ -32,13 +32,13 @@ from fastgrpo.unroll import measure_acceptance
 _SHOWN_PLAN = SpeculationPlan(depth=3, width=4, num_draft_tokens=8)
 
 
-def run_draft_export(options: DraftExportOptions, console: Console | None = None) -> None:
+def run_draft_export(options: DraftExportOptions) -> None:
     """Write a head in the layout that vLLM and SGLang load.
 
     Raises:
         ValueError: no head, a damaged one, or one of another target; an output folder that is in use.
     """
-    console = console or Console()
+    console = Console()
     quiet_libraries()
     _check_unused(options.output)
     target = TargetModel(load_model(resolve_model(options.model), dtype="auto", device=resolve_device("cpu")))
@@ -51,13 +51,13 @@ def run_draft_export(options: DraftExportOptions, console: Console | None = None
     )
 
 
-def run_draft_import(options: DraftImportOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_draft_import(options: DraftImportOptions, command: str) -> dict[str, Any]:
     """Check a head of another program, measure its acceptance, and write it for ours; returns what was measured.
 
     Raises:
         ValueError: a file that does not fit the target, or an acceptance that says that something differs.
     """
-    console = console or Console()
+    console = Console()
     quiet_libraries()
     assert options.source is not None
     _check_unused(options.output)

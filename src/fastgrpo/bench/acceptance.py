@@ -31,7 +31,7 @@ SHARED, WITHOUT = "shared", "without"  # noise that drafts are ranked with
 _LABELS = {SHARED: "ranked with the target's noise", WITHOUT: "ranked without noise"}
 
 
-def run_acceptance_bench(options: AcceptanceOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_acceptance_bench(options: AcceptanceOptions, command: str) -> dict[str, Any]:
     """Measure, print and, where `options.output` says so, write the results and a plot; returns them.
 
     Both rankings draft for the same completions: the law of sampling does not care what is drafted.
@@ -39,7 +39,7 @@ def run_acceptance_bench(options: AcceptanceOptions, command: str, console: Cons
     Raises:
         ValueError: the model, the head or a task cannot be used.
     """
-    console = console or Console()
+    console = Console()
     quiet_libraries()
     opened = open_model(options.model, dtype=options.dtype, device=options.device)
     model = opened.model

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 Pair = tuple[Progress, Progress]  # one request, with uniform trees and with a shared budget
 
 
-def run_budget_bench(options: BudgetOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_budget_bench(options: BudgetOptions, command: str) -> dict[str, Any]:
     """Measure, print and, where `options.output` says so, write the results and a plot; returns them.
 
     Both ways verify as many tokens and are given the same requests in turn; drafting costs are not compared.
@@ -37,7 +37,7 @@ def run_budget_bench(options: BudgetOptions, command: str, console: Console | No
     Raises:
         ValueError: the model, the drafter or the task cannot be used.
     """
-    console = console or Console()
+    console = Console()
     quiet_libraries()
     opened = open_model(options.model, dtype=options.dtype, device=options.device)
     workload = SteadyWorkload.build(

@@ -35,7 +35,7 @@ _COST_TOKENS, _COST_WARMUP = 48, 4  # tokens of a costed rollout, and its first 
 Row = dict[str, Any]
 
 
-def run_drafters_bench(options: DraftersOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_drafters_bench(options: DraftersOptions, command: str) -> dict[str, Any]:
     """Measure, print and, where `options.output` says so, write the results; returns them.
 
     Each drafter keeps its state over the rollouts, which are of the same prompts with other noise: epochs.
@@ -43,7 +43,7 @@ def run_drafters_bench(options: DraftersOptions, command: str, console: Console 
     Raises:
         ValueError: the model, a drafter or the task cannot be used.
     """
-    console = console or Console()
+    console = Console()
     quiet_libraries()
     opened = open_model(options.model, dtype=options.dtype, device=options.device)
     model = opened.model

@@ -24,14 +24,14 @@ _MEASURES = ("generation_s", "s_per_token", "update_s", "step_s")
 Memory = dict[str, dict[str, int | None]]
 
 
-def run_e2e_bench(options: E2EOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_e2e_bench(options: E2EOptions, command: str) -> dict[str, Any]:
     """Measure, print and, where `options.output` says so, write the results; returns them.
 
     Raises:
         ValueError: a setting does not fit the model.
         RuntimeError: a variant failed.
     """
-    console = console or Console()
+    console = Console()
     origin = describe_run(command, dataclasses.asdict(options))
     rows, timelines, memory = train_in_turn(options, console, origin)
     medians = {name: _compute_medians(own) for name, own in rows.items()}

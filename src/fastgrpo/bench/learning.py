@@ -47,13 +47,13 @@ _LOGGED = ("draft/learn_s", "draft/saved_s", "draft/effort", "draft/rolled_back"
 Row = dict[str, Any]
 
 
-def run_learning_bench(options: LearningOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_learning_bench(options: LearningOptions, command: str) -> dict[str, Any]:
     """Train or read the rollouts, replay them, print, and write what `options.output` asks for; returns the results.
 
     Raises:
         ValueError: the workload, a loss or the file of rollouts cannot be used.
     """
-    console = console or Console()
+    console = Console()
     quiet_libraries()
     losses = [check_loss(name) for name in options.losses]
     run: dict[str, Any] = {}

@@ -26,7 +26,7 @@ ARRIVAL, KIN, EPOCH = "order of arrival", "lengths of other prompts", "lengths o
 _COLOURS = {ARRIVAL: GREY, KIN: GREEN, EPOCH: BLUE}
 
 
-def run_order_bench(options: OrderOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_order_bench(options: OrderOptions, command: str) -> dict[str, Any]:
     """Measure, print and, where `options.output` says so, write the results and a plot; returns them.
 
     One engine rolls out the same requests with nothing known of their lengths, with what other prompts of the same
@@ -36,7 +36,7 @@ def run_order_bench(options: OrderOptions, command: str, console: Console | None
     Raises:
         ValueError: the model, the drafter or a task cannot be used.
     """
-    console = console or Console()
+    console = Console()
     quiet_libraries()
     opened = open_model(options.model, dtype=options.dtype, device=options.device)
     groups, others = _build_groups(options, opened)

@@ -31,7 +31,7 @@ _WARM_UP_SHARE = 0.2  # of a measured rollout, for what has nothing to learn
 Row = dict[str, Any]
 
 
-def run_plans_bench(options: PlansOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_plans_bench(options: PlansOptions, command: str) -> dict[str, Any]:
     """Measure, print and, where `options.output` says so, write the results and a plot; returns them.
 
     At each concurrency all plans take short turns on the same requests. Steps count in which exactly so many sequences
@@ -40,7 +40,7 @@ def run_plans_bench(options: PlansOptions, command: str, console: Console | None
     Raises:
         ValueError: the model, the drafter or the task cannot be used.
     """
-    console = console or Console()
+    console = Console()
     quiet_libraries()
     opened = open_model(options.model, dtype=options.dtype, device=options.device)
     workload = SteadyWorkload.build(

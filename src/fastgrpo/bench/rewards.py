@@ -137,7 +137,7 @@ class _TurnCallback(TrainerCallback):
         self._tell(self._judge.way, row, self._trainer.timeline)
 
 
-def run_rewards_bench(options: RewardsOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_rewards_bench(options: RewardsOptions, command: str) -> dict[str, Any]:
     """Measure, print and, where `options.output` says so, write the results and a picture; returns them.
 
     One trainer trains; in turn its reward costs nothing, asks the judge after the rollout in two ways, and asks it
@@ -146,7 +146,7 @@ def run_rewards_bench(options: RewardsOptions, command: str, console: Console | 
     Raises:
         ValueError: the model, the task or a setting cannot be used.
     """
-    console = console or Console()
+    console = Console()
     quiet_libraries()
     rows: dict[str, list[Row]] = {way: [] for way in WAYS}
     timelines: dict[str, Timeline] = {}

@@ -41,13 +41,13 @@ from fastgrpo.types import SamplingParams
 BASELINE, SHOWN = "off", "auto"
 
 
-def run_rollout_bench(options: RolloutOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_rollout_bench(options: RolloutOptions, command: str) -> dict[str, Any]:
     """Measure, print and, where `options.output` says so, write the results; returns them.
 
     Raises:
         ValueError: the model, the drafter or the task cannot be used.
     """
-    console = console or Console()
+    console = Console()
     quiet_libraries()
     opened = open_model(options.model, dtype=options.dtype, device=options.device)
     model = opened.model

@@ -50,14 +50,14 @@ Row = dict[str, Any]
 Drawn = dict[tuple[int, int], NDArray[np.int64]]  # completion lengths by their mean and the group size
 
 
-def run_simulate_bench(options: SimulateOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_simulate_bench(options: SimulateOptions, command: str) -> dict[str, Any]:
     """Record facts, or replay them; print and, where `options.output` says so, write the results; returns them.
 
     Raises:
         ValueError: the model, the drafter, the task or the facts cannot be used.
         OSError: a file is missing or cannot be written.
     """
-    console = console or Console()
+    console = Console()
     quiet_libraries()
     if options.record is not None:
         result = _record(options, command, options.record, console)

@@ -18,14 +18,14 @@ from fastgrpo.report import write_json
 _PHASES = ("forward", "backward", "optimiser")
 
 
-def run_update_bench(options: UpdateOptions, command: str, console: Console | None = None) -> dict[str, Any]:
+def run_update_bench(options: UpdateOptions, command: str) -> dict[str, Any]:
     """Measure, print and, where `options.output` says so, write the results; returns them.
 
     Raises:
         ValueError: a setting does not fit the model.
         RuntimeError: a variant failed.
     """
-    console = console or Console()
+    console = Console()
     origin = describe_run(command, dataclasses.asdict(options))
     rows, _, memory = train_in_turn(options, console, origin)
     variants = {

@@ -34,8 +34,8 @@ class LiveProgress:
     and the closing row of a run are passed over.
     """
 
-    def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console or Console()
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
         self._clock = clock
         self._live: Live | None = None
         self._recent: deque[StepRecord] = deque(maxlen=RECENT_STEPS)

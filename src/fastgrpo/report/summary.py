@@ -22,13 +22,12 @@ def format_number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def print_summary(history: RunHistory, console: Console | None = None) -> None:
+def print_summary(history: RunHistory, console: Console) -> None:
     """Print the start of a run beside its end, a step by its phases, and each baseline beside this run.
 
     Raises:
         ValueError: a baseline has no name.
     """
-    console = console or Console()
     rows = history.training_rows
     first, last = rows[:NUM_COMPARED_STEPS], rows[-NUM_COMPARED_STEPS:]
     table = Table(title=f"{len(rows)} training steps", title_justify="left")
