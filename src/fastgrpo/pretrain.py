@@ -40,7 +40,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.objective import measure_head
 from fastgrpo.options import DraftTrainOptions
 from fastgrpo.planner import compute_expected_length
-from fastgrpo.report import describe_commit, describe_machine, write_json
+from fastgrpo.report import describe_commit, describe_machine, say, write_json
 from fastgrpo.types import SamplingParams, SpeculationPlan
 
 _ROUND = 64  # prompts answered between two writes
@@ -97,7 +97,7 @@ def run_draft_training(options: DraftTrainOptions, command: str) -> dict[str, An
     training.drafter.save_head(folder / "head", compact=options.compact, counts=training.count_tokens())
     write_acceptance(folder / "head", result["acceptance"])
     write_json(result, folder / "result.json", indent=1)
-    _say(console, f"written: {folder / 'head'} (use it as drafter={folder / 'head'})")
+    say(console, f"written: {folder / 'head'} (use it as drafter={folder / 'head'})")
     return result
 
 
@@ -212,7 +212,7 @@ def _draw_answers(
         answers += new
         drawn += sum(len(answer.token_ids) for answer in new)
         rate = drawn / (time.monotonic() - started)
-        _say(console, f"answers {len(answers)} of {len(requests)}, {rate:.0f} tokens/s")
+        say(console, f"answers {len(answers)} of {len(requests)}, {rate:.0f} tokens/s")
     return answers
 
 
@@ -290,7 +290,7 @@ class _Training:
         first, total = self.learner.num_updates, self.options.updates
         started = time.monotonic()
         with self.drafter.target.rollout_mode():
-            _say(console, f"{len(self.taught)} answers to learn from; at first {_describe(self.measure())}")
+            say(console, f"{len(self.taught)} answers to learn from; at first {_describe(self.measure())}")
             batches = itertools.islice(self._batches(), first, None)
             for before, numbers in zip(range(first, total), batches, strict=False):
                 self.learner.learning_rate = self.options.learning_rate * _anneal(before / total)
@@ -299,7 +299,7 @@ class _Training:
                 if done % _SAVE_EVERY == 0 or done == total:
                     _save(state, self.engine, self.learner)
                     left_s = (time.monotonic() - started) / (done - first) * (total - done)
-                    _say(
+                    say(
                         console,
                         f"update {done} of {total}, loss {loss:.2f}, {_describe(self.measure())}, {left_s:.0f} s left",
                     )
@@ -414,7 +414,3 @@ def _describe(acceptance: Tensor) -> str:
         for plan, length in zip(_SHOWN_PLANS, lengths, strict=True)
     )
     return f"first draft accepted {rates[0][0]:.0%}; expected tokens a forward {shown}"
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -19,6 +19,7 @@ from fastgrpo.options import ProfileOptions
 from fastgrpo.planner import AcceptanceTable, Forecast, HardwareProfile, describe_gains, forecast_gains, lower_gains
 from fastgrpo.profile_files import describe_identity, keep_profile, save_profile
 from fastgrpo.profiler import Measurement, TimedForward, measure_costs
+from fastgrpo.report import say
 from fastgrpo.report.roofline import plot_roofline
 from fastgrpo.types import SamplingParams, SpeculationPlan
 
@@ -104,9 +105,9 @@ def run_profile(options: ProfileOptions, command: str) -> dict[str, Any]:
         spreads = [each.timing.spread for each in measurement.by_tokens]
         title = f"{options.model}, {identity['dtype']}, {identity['device']}, drafter {engine.drafter.name}"
         plot_roofline(profile, spreads, options.output.with_suffix(".png"), title=title)
-        console.print(f"written: {options.output} and a plot beside it", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"written: {options.output} and a plot beside it")
     if kept is not None:
-        console.print(f"kept for the engine: {kept}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"kept for the engine: {kept}")
     elif cores_taken or not measurement.is_steady:
         console.print("not kept for the engine, which measures for itself", markup=False, highlight=False)
     return result
@@ -117,12 +118,10 @@ def _print_findings(console: Console, verdict: str, check: Check | None, cores_t
     if check is not None:
         console.print(check.describe(), markup=False, highlight=False)
     if cores_taken:
-        console.print(
+        say(
+            console,
             f"Other work took {cores_taken:.1f} cores while this was measured, so everything may look more expensive "
             "than it is: measure again on a quiet machine.",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
         )
 
 

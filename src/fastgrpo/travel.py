@@ -25,7 +25,7 @@ from fastgrpo.loading import (
 from fastgrpo.model import TargetModel
 from fastgrpo.options import DraftExportOptions, DraftImportOptions
 from fastgrpo.planner import compute_expected_length
-from fastgrpo.report import write_json
+from fastgrpo.report import say, write_json
 from fastgrpo.types import SamplingParams, SpeculationPlan
 from fastgrpo.unroll import measure_acceptance
 
@@ -44,7 +44,7 @@ def run_draft_export(options: DraftExportOptions) -> None:
     target = TargetModel(load_model(resolve_model(options.model), dtype="auto", device=resolve_device("cpu")))
     folder = _find_head(options.head, target, options.model)
     save_head(load_head(folder, target), options.output, target, dtype=getattr(torch, options.dtype))
-    _say(
+    say(
         console,
         f'written: {options.output}; vLLM takes it as speculative_config={{"method": "eagle3", "model": '
         f'"{options.output}", "num_speculative_tokens": 3}}',
@@ -66,7 +66,7 @@ def run_draft_import(options: DraftImportOptions, command: str) -> dict[str, Any
     drafter = EagleDrafter(target, head=load_head(options.source, target))
     acceptance = measure_acceptance(drafter, _draw_answers(options, opened, drafter))
     first, length = float(acceptance[0, 0]), compute_expected_length(_SHOWN_PLAN, acceptance.tolist())
-    _say(
+    say(
         console,
         f"first draft accepted {first:.0%}; expected tokens a forward {length:.2f} "
         f"({_SHOWN_PLAN.num_draft_tokens} nodes, depth {_SHOWN_PLAN.depth})",
@@ -85,7 +85,7 @@ def run_draft_import(options: DraftImportOptions, command: str) -> dict[str, Any
     }
     save_head(drafter.head, options.output, target)
     write_json(result | {"settings": dataclasses.asdict(options)}, options.output / "import.json", indent=1)
-    _say(console, f"written: {options.output} (use it as drafter={options.output})")
+    say(console, f"written: {options.output} (use it as drafter={options.output})")
     return result
 
 
@@ -128,7 +128,3 @@ def _draw_answers(options: DraftImportOptions, opened: Opened, drafter: EagleDra
     )
     engine.generate(encode_prompts(opened.tokenizer, chats), params)
     return rollouts
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from fastgrpo.engine import Engine
 from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
 from fastgrpo.metrics import compute_ratio
 from fastgrpo.options import AcceptanceOptions
-from fastgrpo.report import BLUE, GREY, write_json
+from fastgrpo.report import BLUE, GREY, say, write_json
 from fastgrpo.types import SamplingParams, SpeculationPlan, StepRecord
 
 PLANS = tuple(
@@ -74,7 +74,7 @@ def run_acceptance_bench(options: AcceptanceOptions, command: str) -> dict[str, 
     if options.output is not None:
         write_json(result, options.output, indent=1)
         plot_acceptance(rows, options.output.with_suffix(".png"))
-        console.print(f"written: {options.output} and a plot beside it", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"written: {options.output} and a plot beside it")
     return result
 
 

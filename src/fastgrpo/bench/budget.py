@@ -18,7 +18,7 @@ from fastgrpo.engine import Engine
 from fastgrpo.loading import open_model, quiet_libraries
 from fastgrpo.metrics import compute_ratio
 from fastgrpo.options import BudgetOptions, parse_plan
-from fastgrpo.report import GREY, PALETTE, RED, write_json
+from fastgrpo.report import GREY, PALETTE, RED, say, write_json
 
 UNIFORM, SHARED = "uniform", "shared"
 MOST_DIFFERENCE = 0.02  # of verified tokens a sequence, between the two
@@ -61,7 +61,7 @@ def run_budget_bench(options: BudgetOptions, command: str) -> dict[str, Any]:
                 skipped.append({"num_seqs": num_seqs, "plan": shape})
                 continue
             shapes.append(_measure(pair, workload, num_seqs, shape, options))
-            console.print(_describe(shapes[-1]), highlight=False, markup=False, soft_wrap=True)
+            say(console, _describe(shapes[-1]))
         rows = choose_best(shapes)
         found = {"rows": rows, "shapes": shapes, "skipped": skipped}
         result = describe_run(command, dataclasses.asdict(options)) | found
@@ -72,7 +72,7 @@ def run_budget_bench(options: BudgetOptions, command: str) -> dict[str, Any]:
         console.print(f"left out with {left_out['num_seqs']} live: {left_out['plan']}, too many tokens a forward")
     if options.output is not None:
         plot_budget(rows, options.output.with_suffix(".png"))
-        console.print(f"written: {options.output} and a plot beside it", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"written: {options.output} and a plot beside it")
     return result
 
 

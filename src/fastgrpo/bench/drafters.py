@@ -23,7 +23,7 @@ from fastgrpo.data import build_task_dataset
 from fastgrpo.engine import Engine
 from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
 from fastgrpo.options import DraftersOptions
-from fastgrpo.report import write_json
+from fastgrpo.report import say, write_json
 from fastgrpo.types import SamplingParams, SpeculationPlan, StepRecord
 
 OFF = "off"
@@ -74,7 +74,7 @@ def run_drafters_bench(options: DraftersOptions, command: str) -> dict[str, Any]
     console.print(_build_table(rows))
     console.print(_build_cost_table(rows))
     if options.output is not None:
-        console.print(f"written: {options.output}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"written: {options.output}")
     return result
 
 

@@ -15,7 +15,7 @@ from fastgrpo.bench.training import STOCK
 from fastgrpo.bench.worker import Row, Worker
 from fastgrpo.metrics import compute_ratio
 from fastgrpo.options import E2EOptions, parse_variant
-from fastgrpo.report import plot_steps, write_json
+from fastgrpo.report import plot_steps, say, write_json
 from fastgrpo.types import BACKWARD, FORWARD, Timeline
 
 _MEDIANS = ("generation_s", "learn_s", "update_s", "step_s", "tokens_per_s", "s_per_token", "mean_length", "max_length")
@@ -53,7 +53,7 @@ def run_e2e_bench(options: E2EOptions, command: str) -> dict[str, Any]:
         if importlib.util.find_spec("matplotlib") is not None:
             plot_steps(shown, options.output.with_suffix(".png"), title=_name_workload(options))
             written += " and a picture beside it"
-        console.print(f"written: {written}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"written: {written}")
     return result
 
 

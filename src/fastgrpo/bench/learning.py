@@ -33,7 +33,7 @@ from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
 from fastgrpo.model import TargetModel
 from fastgrpo.options import LearningOptions
 from fastgrpo.planner import compute_expected_length
-from fastgrpo.report import GREY, PALETTE, write_json
+from fastgrpo.report import GREY, PALETTE, say, write_json
 from fastgrpo.rollouts import Steps, load_rollouts, save_rollouts
 from fastgrpo.types import SamplingParams, SpeculationPlan
 from fastgrpo.unroll import measure_acceptance
@@ -59,7 +59,7 @@ def run_learning_bench(options: LearningOptions, command: str) -> dict[str, Any]
     run: dict[str, Any] = {}
     if options.rollouts is not None and options.rollouts.exists():
         steps = load_rollouts(options.rollouts)
-        _say(console, f"{len(steps)} steps of rollouts read from {options.rollouts}")
+        say(console, f"{len(steps)} steps of rollouts read from {options.rollouts}")
     else:
         steps, run = _train(options, console)
         if options.rollouts is not None:
@@ -70,13 +70,13 @@ def run_learning_bench(options: LearningOptions, command: str) -> dict[str, Any]
         for start in options.starts:
             curves += [_replay(start, loss, steps, target, options) for loss in (FROZEN, *losses)]
             for row in curves[-len(losses) - 1 :]:
-                _say(console, _describe(row))
+                say(console, _describe(row))
     result = describe_run(command, dataclasses.asdict(options)) | {"run": run, "curves": curves}
     console.print(_build_table(curves))
     if options.output is not None:
         write_json(result, options.output, indent=1)
         plot_learning(curves, options.output.with_suffix(".png"))
-        _say(console, f"written: {options.output} and a plot beside it")
+        say(console, f"written: {options.output} and a plot beside it")
     return result
 
 
@@ -101,7 +101,7 @@ class _Recorder(TrainerCallback):
 
 def _train(options: LearningOptions, console: Console) -> tuple[Steps, dict[str, Any]]:
     """The rollouts of a real run, what it logged, and the acceptance of its head at its end."""
-    _say(console, f"training {options.steps} steps of {options.task} ...")
+    say(console, f"training {options.steps} steps of {options.task} ...")
     recorder = _Recorder()
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(options, variant="auto", steps=options.steps, output_dir=Path(folder))
@@ -134,7 +134,7 @@ def _measure_trained(trainer: Any, options: LearningOptions, console: Console) -
     for plan in PLANS:
         measured = measure_plan(engine.target.model, engine.drafter, plan, prompts, params, options.max_num_seqs)
         rows.append(dataclasses.asdict(plan) | measured)
-        _say(console, f"after training, {plan.num_draft_tokens} nodes: {measured['acceptance_length']:.2f} tokens")
+        say(console, f"after training, {plan.num_draft_tokens} nodes: {measured['acceptance_length']:.2f} tokens")
     return rows
 
 
@@ -225,7 +225,3 @@ def plot_learning(curves: Sequence[Row], path: Path) -> None:
 def _smooth(values: Sequence[float]) -> list[float]:
     """Mean of each value and its two neighbours on either side."""
     return [fmean(values[max(0, i - 2) : i + 3]) for i in range(len(values))]
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from fastgrpo.lengths import LengthPredictor
 from fastgrpo.loading import Opened, encode_prompts, open_model, quiet_libraries
 from fastgrpo.metrics import compute_ratio
 from fastgrpo.options import OrderOptions, parse_speculation
-from fastgrpo.report import BLUE, GREEN, GREY, write_json
+from fastgrpo.report import BLUE, GREEN, GREY, say, write_json
 from fastgrpo.types import SamplingParams
 
 ARRIVAL, KIN, EPOCH = "order of arrival", "lengths of other prompts", "lengths of an earlier epoch"
@@ -72,7 +72,7 @@ def run_order_bench(options: OrderOptions, command: str) -> dict[str, Any]:
     console.print(_build_table(result, options.max_num_seqs))
     if options.output is not None:
         _plot(results, options.output.with_suffix(".png"), options)
-        console.print(f"written: {options.output} and a plot beside it", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"written: {options.output} and a plot beside it")
     return result
 
 

@@ -19,7 +19,7 @@ from fastgrpo.engine import Engine
 from fastgrpo.loading import open_model, quiet_libraries
 from fastgrpo.metrics import compute_ratio, summarise_rollout
 from fastgrpo.options import PlansOptions, name_plan, parse_plan
-from fastgrpo.report import BLUE, GREEN, GREY, RED, write_json
+from fastgrpo.report import BLUE, GREEN, GREY, RED, say, write_json
 from fastgrpo.types import StepRecord
 
 AUTO, PLAIN = "auto", "off"
@@ -51,17 +51,17 @@ def run_plans_bench(options: PlansOptions, command: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for num_seqs in options.concurrency:
         rows.append(_measure(engines, workload, num_seqs, options))
-        console.print(_describe(rows[-1]), highlight=False, markup=False, soft_wrap=True)
+        say(console, _describe(rows[-1]))
         result = describe_run(command, dataclasses.asdict(options)) | {"rows": rows, "verdicts": judge(rows)}
         if options.output is not None:  # what there is, should the rest not come
             write_json(result, options.output, indent=1)
     console.print(_build_table(rows))
     console.print(_build_grid_table(rows))
     console.print(_build_planning_table(rows))
-    console.print("\n".join(result["verdicts"]), highlight=False, markup=False, soft_wrap=True)
+    say(console, "\n".join(result["verdicts"]))
     if options.output is not None:
         plot_plans(rows, options.output.with_suffix(".png"))
-        console.print(f"written: {options.output} and a plot beside it", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"written: {options.output} and a plot beside it")
     return result
 
 

@@ -26,7 +26,7 @@ from fastgrpo.bench.training import build_trainer
 from fastgrpo.loading import quiet_libraries
 from fastgrpo.metrics import compute_phase_times, compute_ratio
 from fastgrpo.options import RewardsOptions
-from fastgrpo.report import plot_steps, write_json
+from fastgrpo.report import plot_steps, say, write_json
 from fastgrpo.rewards import completion_text, per_completion
 from fastgrpo.types import LEARNING, REWARDS, ROLLOUT, Timeline
 
@@ -182,7 +182,7 @@ def run_rewards_bench(options: RewardsOptions, command: str) -> dict[str, Any]:
         if importlib.util.find_spec("matplotlib") is not None:
             title = f"A training step with a reward of {options.answer_s:g} s per completion over HTTP"
             plot_steps(timelines, options.output.with_suffix(".png"), title=title)
-        console.print(f"written: {options.output}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"written: {options.output}")
     return result
 
 

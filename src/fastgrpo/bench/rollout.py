@@ -35,7 +35,7 @@ from fastgrpo.metrics import compute_ratio
 from fastgrpo.model import TargetModel
 from fastgrpo.options import RolloutOptions, parse_speculation
 from fastgrpo.planner import SPECULATION, AutoPlanner
-from fastgrpo.report import plot_rollout, write_json
+from fastgrpo.report import plot_rollout, say, write_json
 from fastgrpo.types import SamplingParams
 
 BASELINE, SHOWN = "off", "auto"
@@ -73,11 +73,11 @@ def run_rollout_bench(options: RolloutOptions, command: str) -> dict[str, Any]:
     results = interleave(engines, prompts, build_params, options.repeats, turn_tokens=turn_tokens, on_repeat=keep)
     _print(result, console)
     if options.output is not None:
-        console.print(f"written: {options.output}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"written: {options.output}")
         if SHOWN in results:
             picture = options.output.with_name(f"{options.output.stem}-{SHOWN}.png")
             _plot(results, engines[SHOWN], picture, options)
-            console.print(f"written: {picture}", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"written: {picture}")
     return result
 
 
@@ -254,10 +254,10 @@ def _print(result: dict[str, Any], console: Console) -> None:
         table.add_row(name, *speed, *compared)
     console.print(table)
     peaks = (f"{name} {describe_bytes(own['cache_peak_bytes'])}" for name, own in result["variants"].items())
-    console.print(f"cache in use at most: {', '.join(peaks)}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"cache in use at most: {', '.join(peaks)}")
     console.print(_build_concurrency_table(result["variants"]))
     if line := _describe_comparison(result["comparison"]):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
 
 
 def _describe_comparison(compared: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
 from fastgrpo.model import TargetModel
 from fastgrpo.options import SimulateOptions
 from fastgrpo.profile_files import read_profile
-from fastgrpo.report import write_json
+from fastgrpo.report import say, write_json
 from fastgrpo.report.predictions import plot_predictions
 from fastgrpo.simulation import (
     Corrections,
@@ -68,7 +68,7 @@ def run_simulate_bench(options: SimulateOptions, command: str) -> dict[str, Any]
     if options.output is not None:
         if result.get("predictions"):
             plot_predictions(result["predictions"], options.output.with_suffix(".png"))
-        console.print(f"written: {options.output}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"written: {options.output}")
     return result
 
 
@@ -86,11 +86,11 @@ def _record(options: SimulateOptions, command: str, path: Path, console: Console
         about=about,
     )
     save_facts(facts, path)
-    console.print(
+    say(
+        console,
         f"{facts.num_completions} completions, {facts.num_positions} positions; written: {path} "
         f"({path.stat().st_size / 1e6:.1f} MB)",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    )
     return about | {"facts": _describe_facts(facts)}
 
 
@@ -168,7 +168,7 @@ def _replay(options: SimulateOptions, command: str, facts: Facts, console: Conso
         console.print(_build_table(scenario, own, was_measured=scenario == machine))
         rows += own
         _keep(result, options)
-    console.print(result["verdict"], markup=False, highlight=False, soft_wrap=True)
+    say(console, result["verdict"])
     return result
 
 

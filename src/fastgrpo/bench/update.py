@@ -13,7 +13,7 @@ from fastgrpo.bench.measure import compute_median, describe_run
 from fastgrpo.bench.training import STOCK
 from fastgrpo.metrics import compute_ratio
 from fastgrpo.options import UpdateOptions
-from fastgrpo.report import write_json
+from fastgrpo.report import say, write_json
 
 _PHASES = ("forward", "backward", "optimiser")
 
@@ -45,7 +45,7 @@ def run_update_bench(options: UpdateOptions, command: str) -> dict[str, Any]:
     console.print(_build_table(result))
     if options.output is not None:
         write_json(result, options.output, indent=1)
-        console.print(f"written: {options.output}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"written: {options.output}")
     return result
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastgrpo.grpo.trainer import FastGRPOTrainer
-from fastgrpo.report import LiveProgress, RunHistory, plot_run, print_summary, save_run
+from fastgrpo.report import LiveProgress, RunHistory, plot_run, print_summary, save_run, say
 from fastgrpo.types import StepRecord, Timeline
 
 Kept = TypeVar("Kept")
@@ -102,4 +102,4 @@ def write_report(history: RunHistory, directory: Path, console: Console) -> None
     else:
         written.append(directory / "run.png")
         plot_run(history, written[-1])
-    console.print("written: " + ", ".join(str(path) for path in written), markup=False, highlight=False, soft_wrap=True)
+    say(console, "written: " + ", ".join(str(path) for path in written))

@@ -21,7 +21,7 @@ from fastgrpo.grpo.arguments import Arguments, format_help, name_nearest, parse_
 from fastgrpo.grpo.reporting import ReportCallback, attach_report, write_report
 from fastgrpo.grpo.trainer import FastGRPOTrainer
 from fastgrpo.loading import quiet_progress, resolve_model
-from fastgrpo.report import LiveProgress, RunHistory, describe_commit, describe_machine
+from fastgrpo.report import LiveProgress, RunHistory, describe_commit, describe_machine, say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,7 +51,7 @@ def run_training(argv: list[str]) -> None:
     try:
         trainer.train(resume_from_checkpoint=_resume(arguments))
     except KeyboardInterrupt:
-        console.print(f"\nstopped. {_stop(trainer, callback, argv)}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"\nstopped. {_stop(trainer, callback, argv)}")
         raise SystemExit(INTERRUPTED) from None
     trainer.save_model(arguments.training.output_dir)
     if is_main:
@@ -62,7 +62,7 @@ def run_training(argv: list[str]) -> None:
             meta=_describe_run(arguments, argv),
         )
         write_report(history, Path(arguments.training.output_dir), console)
-        console.print(f"model: {arguments.training.output_dir}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"model: {arguments.training.output_dir}")
     if arguments.training.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.script.dataset_name)
     if hasattr(trainer, "end"):  # transformers 5.18 and later close the trackers here

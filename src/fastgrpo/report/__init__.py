@@ -5,6 +5,7 @@ from fastgrpo.machine import describe_commit, describe_machine
 from fastgrpo.report.colours import BLUE, GREEN, GREY, PALETTE, RED
 from fastgrpo.report.figure import plot_run
 from fastgrpo.report.history import Baseline, LogRow, Measurement, RunHistory, load_run, save_run
+from fastgrpo.report.plain import say
 from fastgrpo.report.progress import LiveProgress
 from fastgrpo.report.rollout_picture import plot_rollout
 from fastgrpo.report.step_picture import plot_steps
@@ -29,5 +30,6 @@ __all__ = [
     "plot_steps",
     "print_summary",
     "save_run",
+    "say",
     "write_json",
 ]

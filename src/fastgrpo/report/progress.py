@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fastgrpo.metrics import compute_ratio, summarise_rollout
 from fastgrpo.report.history import LogRow, is_training_row, read_number
+from fastgrpo.report.plain import say
 from fastgrpo.report.summary import format_number
 from fastgrpo.types import StepRecord
 
@@ -70,7 +71,7 @@ class LiveProgress:
         if self._live is not None:
             self._refresh()
         else:
-            self._console.print(self._plain_line(), markup=False, highlight=False, soft_wrap=True)
+            say(self._console, self._plain_line())
 
     def stop(self) -> None:
         """Leave the last state on the screen. Safe to call twice, or before `start`."""
