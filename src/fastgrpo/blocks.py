@@ -25,7 +25,7 @@ class BlockPool:
     Attributes:
         size: blocks that there is storage for.
         limit: blocks that may be taken at once, whatever the storage.
-        most_taken: the highest number taken at once since `begin`.
+        most_taken: the highest number taken at once since `SlotCache.begin`.
     """
 
     def __init__(self) -> None:

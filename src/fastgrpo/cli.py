@@ -61,9 +61,7 @@ _COMMANDS = (
     ),
 )
 _DRAFT_COMMANDS = (
-    Command(
-        "train", "train an EAGLE-3 head on the target's own answers", DraftTrainOptions, "pretrain:run_draft_training"
-    ),
+    Command("train", "train a head on the target's own answers", DraftTrainOptions, "pretrain:run_draft_training"),
     Command("export", "write a head for vLLM or SGLang", DraftExportOptions, "travel:run_draft_export"),
     Command("import", "check a head of another program and take it", DraftImportOptions, "travel:run_draft_import"),
 )

@@ -35,6 +35,7 @@ class LearningControl:
         least_gain: relative fall of the loss by one call of learning that is worth its time.
         least_effort: effort at rest.
         climb: relative rise of the loss over its trend that ends the rest.
+        smoothing: weight of the newest value in the running means of gain and loss, in (0, 1].
     """
 
     def __init__(

@@ -57,9 +57,13 @@ class Drafter(Protocol):
     `plan.width * plan.depth` nodes, in blocks of `fastgrpo.blocks.BLOCK_SIZE`.
 
     Optional methods: `judge(draft, verdict)` is told what the target chose of the last draft, and `end()` that no
-    sequence runs any more, so that their memory can be given back. Optional attributes, for the profiler:
-    `can_be_timed`, True if `propose` may be called with made-up sequences, which `begin` then forgets; and `members`,
-    the first of which is timed in the drafter's place.
+    sequence runs any more, so that their memory can be given back. Optional attributes:
+
+    - `can_be_timed`: True if `propose` may be called with made-up sequences, which `begin` then forgets.
+    - `members`: drafters that it consults. The first is timed in its place, one with a head is trained.
+    - `target`: what it runs the target model through; if a member has one, that may be the engine's too.
+    - `was_replayed`: False if the next draft like the last one will be faster, as after one that was recorded.
+    - `way_shares`: shares of this rollout's drafts by how they came about, for the log.
     """
 
     name: str
@@ -94,7 +98,10 @@ class Drafter(Protocol):
 
 @runtime_checkable
 class TrainableDrafter(Drafter, Protocol):
-    """A drafter with a head that learns from finished rollouts; see `fastgrpo.objective`."""
+    """A drafter with a head that learns from finished rollouts; see `fastgrpo.objective`.
+
+    Optional attribute: `acceptance`, which a planner begins with (see `HeadDrafter`).
+    """
 
     was_trained: bool  # the head was loaded, not started from the target's weights
 

@@ -87,7 +87,7 @@ class AcceptanceTable:
         own = next((depth for depth, count in enumerate(trials) if count < 2 * GUESS_WEIGHT), MAX_DEPTH)
         return max(own, len(self.known))
 
-    def compute_rates(self) -> list[list[float]]:
+    def compute_rates(self) -> Rates:
         """Acceptance rates by depth and rank.
 
         The prior is the table above, or what is known; else that of a depth is the level above, of a rank a fall by

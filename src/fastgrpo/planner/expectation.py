@@ -90,7 +90,7 @@ class Expectation:
         self._surprise = _Surprise()
         self._age = 0
         self._num_unpredicted = 0  # drafts that predictions do not know of
-        self._rates: dict[int, list[list[float]]] = {}  # by octave, until they are computed anew
+        self._rates: dict[int, Rates] = {}  # by octave, until they are computed anew
         self._trees: dict[tuple[int, SpeculationPlan], float] = {}
         self._bounds: dict[int, NDArray[np.float64]] = {}
 
@@ -196,7 +196,7 @@ class Expectation:
             self._local[octave] = AcceptanceTable(prior_weight=_LOCAL_WEIGHT, window=_WINDOW, above=below)
         return self._local[octave]
 
-    def _find_rates(self, num_seqs: int) -> list[list[float]]:
+    def _find_rates(self, num_seqs: int) -> Rates:
         octave = num_seqs.bit_length()
         if octave not in self._rates:
             self._rates[octave] = self._find_local(octave).compute_rates()
