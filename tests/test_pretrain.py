@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import build_model, shared_model
-from fastgrpo import pretrain
+from fastgrpo import answers, pretrain
+from fastgrpo.answers import compute_features
 from fastgrpo.cli import main
 from fastgrpo.drafters import build_drafter, eagle_files, head_parts
 from fastgrpo.drafters.eagle import EagleDrafter
@@ -20,7 +21,6 @@ from fastgrpo.learner import Learner
 from fastgrpo.loading import load_tokenizer
 from fastgrpo.model import TargetModel
 from fastgrpo.options import DraftTrainOptions
-from fastgrpo.pretrain import compute_features
 from fastgrpo.tokenizers import hash_vocabulary
 from fastgrpo.types import SamplingParams, SpeculationPlan
 from test_heads import collect_rollouts
@@ -69,7 +69,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretrain, "_SAVE_EVERY", 5)
-    monkeypatch.setattr(pretrain, "_ROUND", 3)
+    monkeypatch.setattr(answers, "_ROUND", 3)
     pretrain.run_draft_training(build_options(model_dir, tmp_path / "whole"), "")
     options = build_options(model_dir, tmp_path / "stopped")
     draw, update = Engine.generate, Learner.update
