@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +12,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
 
-from fastgrpo.attention import ATTENTION_NAME, ForwardBatch, has_gpu_kernel
-from fastgrpo.block_store import BlockStore
+from fastgrpo.attention import ATTENTION_NAME, ForwardBatch
 from fastgrpo.cache import SlotCache
 from fastgrpo.decoder import (
     NO_KERNELS,
@@ -30,6 +27,7 @@ from fastgrpo.families import FULL_ATTENTION, base_model_of, check_adapters, che
 from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder
 from fastgrpo.kernels import gpu
 from fastgrpo.kernels.linear import PackedLinear, has_own_product
+from fastgrpo.modules import check_takes_rows, run_modules
 from fastgrpo.rollout_modes import MODES, OWNERS
 from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.weights import merged_weights
@@ -41,30 +39,6 @@ class ForwardOutput:
 
     last_hidden: Float[Tensor, "T H"]  # normed, the head's input
     features: Float[Tensor, "T W"] | None  # [low, mid, high, last_hidden] side by side
-
-
-class _CacheView(Cache):
-    """The slot cache as a decoder layer of transformers sees it: takes new keys and values, gives whole rows back."""
-
-    def __init__(self, cache: SlotCache, batch: ForwardBatch, windows: tuple[int | None, ...]) -> None:
-        super().__init__(layers=[])
-        self._cache, self._batch, self._windows = cache, batch, windows
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return tuple(  # type: ignore[return-value]
-            self._write(store, states, layer_idx)
-            for store, states in ((self._cache.keys, key_states), (self._cache.values, value_states))
-        )
-
-    def _write(self, store: BlockStore, states: Float[Tensor, "1 kv T d"], layer: int) -> Float[Tensor, "B kv S d"]:
-        batch, cache = self._batch, self._cache
-        store.write(layer, batch.write_index, states[0].transpose(0, 1).flatten(1).to(store.data.dtype))
-        if self._windows[layer] is None and has_gpu_kernel(store.data, batch):  # the kernel finds each row's positions
-            return store.flat(layer).unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(0, 1)[None]
-        rows = store.read(layer, batch.read_index)
-        return rows.unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(1, 2)
 
 
 class TargetModel:
@@ -334,7 +308,7 @@ class TargetModel:
         self._runs_whole = is_model_touched(self.base)
         obstacle = self._find_window_obstacle() or find_obstacle(self.decoder, self.dtype)
         if self._runs_whole:
-            _check_takes_rows(self.base)
+            check_takes_rows(self.base)
             obstacle = f"{type(self.base).__name__} has hooks or a forward of its own"
         if obstacle is None:
             head = self.lm_head
@@ -353,41 +327,17 @@ class TargetModel:
         if self._fused is not None:
             hidden, features, logits = self._fused.run(batch, cache, kept, wants_logits=wants_logits)
         else:
-            hidden, inputs, logits = self._run_modules(batch, cache, kept or (), wants_logits=wants_logits)
+            hidden, inputs, logits = run_modules(
+                self.base,
+                batch,
+                cache,
+                self.windows,
+                kept or (),
+                is_whole=self._runs_whole,
+                wants_logits=wants_logits,
+            )
             features = None if kept is None else join_features(inputs, kept, hidden, cache)
         return ForwardOutput(last_hidden=hidden, features=features), logits
-
-    def _run_modules(
-        self, batch: ForwardBatch, cache: SlotCache, kept: tuple[int, ...], *, wants_logits: bool
-    ) -> tuple[Float[Tensor, "T H"], dict[int, Float[Tensor, "T H"]], Float[Tensor, "T V"] | None]:
-        """(last hidden states, inputs of the layers in `kept`, logits) through transformers' own modules.
-
-        Logits come only from a model that is run whole.
-        """
-        captured: dict[int, Tensor] = {}
-        states: list[Tensor] = []
-        hooks = [
-            self.decoder.layers[layer].register_forward_pre_hook(functools.partial(_keep_input, captured, layer))
-            for layer in set(kept)
-        ]
-        hooks.append(self.decoder.register_forward_hook(functools.partial(_keep_states, states)))
-        model = self.decoder
-        if self._runs_whole:
-            model = functools.partial(self.base, logits_to_keep=0 if wants_logits else 1)
-        try:
-            output = model(
-                input_ids=batch.token_ids[None],
-                position_ids=batch.positions[None],
-                attention_mask=batch.visible.new_zeros(1, 1, 1, 1, dtype=batch.dtype),  # else one would be built
-                past_key_values=_CacheView(cache, batch, self.windows),
-                use_cache=True,
-                tree_batch=batch,
-                windows=self.windows,
-            )
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return states[0], captured, output.logits[0] if self._runs_whole and wants_logits else None
 
     def compute_logits(self, hidden: Float[Tensor, "T H"]) -> Float[Tensor, "T V"]:
         if self._output is not None:
@@ -407,29 +357,6 @@ def _cast(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
 
 def _flatten(output: ForwardOutput, logits: Tensor) -> tuple[Tensor, ...]:
     return (output.last_hidden, logits) if output.features is None else (output.last_hidden, logits, output.features)
-
-
-def _keep_input(captured: dict[int, Tensor], layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """A hook before a layer. Not a closure: the tests' shape checks would compile its signature at each forward."""
-    captured[layer] = args[0][0]
-
-
-def _keep_states(states: list[Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """A hook behind the decoder."""
-    states.append(output.last_hidden_state[0])
-
-
-def _check_takes_rows(model: PreTrainedModel) -> None:
-    """Refuse a forward of the owner's that does not pass on what attention is told.
-
-    Raises:
-        ValueError: it takes no keyword arguments but its own; says what to change.
-    """
-    if all(each.kind is not each.VAR_KEYWORD for each in inspect.signature(model.forward).parameters.values()):
-        raise ValueError(
-            f"the forward that {type(model).__name__} was given takes no **kwargs, in which attention is told where "
-            "its rows stand: let it take them, and pass them on to the model's own"
-        )
 
 
 @functools.cache
