@@ -7,6 +7,7 @@ import torch
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.blocks import count_blocks
 from fastgrpo.cache import RowPrefix, SlotCache
+from fastgrpo.chunks import cut_into_forwards
 from fastgrpo.model import TargetModel
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.transfer import upload
@@ -99,24 +100,14 @@ class Prefiller:
         return None
 
     def _fill(self, left: dict[int, list[int]]) -> None:
-        """Compute tokens behind rows, in forwards of bounded size; those with most left go together.
+        """Compute tokens behind rows, in forwards of bounded size.
 
         Args:
             left: the tokens to compute, by slot.
         """
-        while left := {slot: ids for slot, ids in left.items() if ids}:
-            chosen: list[int] = []
-            width = 0
-            for slot in sorted(left, key=lambda s: -len(left[s])):
-                width = width or min(len(left[slot]), _PREFILL_CHUNK)
-                if chosen and (len(chosen) + 1) * width > _PREFILL_TOKENS:
-                    break
-                chosen.append(slot)
-            chunks = [left[slot][:_PREFILL_CHUNK] for slot in chosen]
-            self._fill_chunks(chosen, chunks)
-            for slot, chunk in zip(chosen, chunks, strict=True):
-                left[slot] = left[slot][len(chunk) :]
-                self._num_filled += len(chunk)
+        for chunks in cut_into_forwards(left, most_tokens=_PREFILL_TOKENS, most_of_a_row=_PREFILL_CHUNK):
+            self._fill_chunks(list(chunks), list(chunks.values()))
+            self._num_filled += sum(map(len, chunks.values()))
 
     def _fill_chunks(self, slots: list[int], chunks: list[list[int]]) -> None:
         device, lengths = self.target.device, self.cache.lengths

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fastgrpo.attention import ForwardBatch
+from fastgrpo.chunks import cut_into_forwards
 from fastgrpo.drafters.beams import grow_trees, rank_candidates
 from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import DraftContext
@@ -159,18 +160,10 @@ class LmDrafter:
         """Run tokens of some slots, in forwards of bounded size; returns the last hidden state of every slot."""
         lm = self.lm
         last_hidden = torch.zeros(len(self.cache.lengths), lm.hidden_size, dtype=lm.dtype, device=lm.device)
-        while left := {slot: ids for slot, ids in left.items() if ids}:
-            chosen: list[int] = []
-            width = 0
-            for slot in sorted(left, key=lambda s: -len(left[s])):
-                width = width or min(len(left[slot]), _READ_CHUNK)
-                if chosen and (len(chosen) + 1) * width > _READ_TOKENS:
-                    break
-                chosen.append(slot)
-            chosen.sort()
-            hidden = self._read_chunks(chosen, [left[slot][:_READ_CHUNK] for slot in chosen])
-            last_hidden[upload(chosen, lm.device)] = hidden
-            left |= {slot: left[slot][_READ_CHUNK:] for slot in chosen}
+        for chunks in cut_into_forwards(left, most_tokens=_READ_TOKENS, most_of_a_row=_READ_CHUNK):
+            slots = sorted(chunks)
+            hidden = self._read_chunks(slots, [chunks[slot] for slot in slots])
+            last_hidden[upload(slots, lm.device)] = hidden
         return last_hidden
 
     def _read_chunks(self, slots: list[int], chunks: list[list[int]]) -> Float[Tensor, "B H"]:
