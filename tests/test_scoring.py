@@ -11,7 +11,7 @@ import torch
 from trl import GRPOTrainer
 
 from fastgrpo import FastGRPOTrainer
-from fastgrpo.grpo.scoring import find_obstacle, find_rows_to_train
+from fastgrpo.grpo.scoring import find_rows_to_train, find_skipping_obstacle
 from test_trainer import FusedRollouts, assert_same_weights, build_trainer, weights_of
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -110,7 +110,7 @@ def test_the_gradient_is_trls_with(tmp_path: Path, keys: dict, peft: bool) -> No
                 if "lora_B" in name:
                     p.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     assert_same_loss(trainer, build_inputs(trainer, [0.0, 1.5, 0.0, -0.7, 0.3, 0.2]))
-    assert (find_obstacle(trainer) is None) == (not keys.keys() & {"beta", "top_entropy_quantile"})
+    assert (find_skipping_obstacle(trainer) is None) == (not keys.keys() & {"beta", "top_entropy_quantile"})
 
 
 @pytest.mark.parametrize("advantages", [[0.0] * 4, [1.0, -1.0, 0.5, -0.5], [0.0, 0.0, 0.0, 2.0]])
@@ -133,7 +133,7 @@ def test_rows_without_a_token_that_counts_teach_nothing() -> None:
 def test_dropout_keeps_every_row(tmp_path: Path) -> None:
     trainer = build_trainer(tmp_path, speculation="off")
     trainer.model.config.attention_dropout = 0.1
-    assert "dropout" in str(find_obstacle(trainer))
+    assert "dropout" in str(find_skipping_obstacle(trainer))
 
 
 def test_neftunes_noise_is_that_of_whole_micro_batches(tmp_path: Path) -> None:

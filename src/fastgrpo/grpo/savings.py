@@ -18,9 +18,9 @@ from fastgrpo.grpo.rollout_facts import ENTROPIES, LOGPS, STEP, RolloutFacts, Tu
 from fastgrpo.grpo.scoring import (
     can_share_prompts,
     find_counted,
-    find_obstacle,
     find_own_loss,
     find_rows_to_train,
+    find_skipping_obstacle,
     score_rows,
 )
 from fastgrpo.types import Completion
@@ -56,7 +56,7 @@ class Savings:
 
     def choose_rows(self, trainer: Any) -> None:
         """Whether rows without advantage are left out, by what the trainer's loss is now."""
-        obstacle = find_obstacle(trainer)
+        obstacle = find_skipping_obstacle(trainer)
         self.skips_rows = trainer.args.skip_zero_advantages and obstacle is None
         if trainer.args.skip_zero_advantages and obstacle is not None and not self.has_own_loss:
             logger.info("rows without advantage are computed like the others: %s", obstacle)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _MOST_DIFFERENT = 0.05  # of the largest number: roundings of half precision, through all layers
 
 
-def find_obstacle(trainer: Any) -> str | None:
+def find_skipping_obstacle(trainer: Any) -> str | None:
     """Why rows without advantage must be computed all the same; None if they need not."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     own = find_own_loss(trainer)

@@ -36,7 +36,7 @@ class RewardStream:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        obstacle = find_obstacle(trainer) if trainer.args.stream_rewards else None
+        obstacle = find_streaming_obstacle(trainer) if trainer.args.stream_rewards else None
         if obstacle is not None:
             logger.warning("stream_rewards stays off: %s", obstacle)
         self.is_on = trainer.args.stream_rewards and obstacle is None
@@ -159,7 +159,7 @@ class RewardStream:
         return replay_later if is_async_callable(self._trainer.reward_funcs[place]) else replay
 
 
-def find_obstacle(trainer: Any) -> str | None:
+def find_streaming_obstacle(trainer: Any) -> str | None:
     """Why rewards cannot be streamed; None if they can."""
     obstacles = {
         "with tools a completion goes on after its calls": bool(trainer.tools),
