@@ -164,15 +164,13 @@ def _find_seen(batch: BlockBatch) -> Bool[Tensor, "Q S"]:
 
 
 @torch.no_grad()
-def measure_block_acceptance(
-    drafter: BlockDrafter, rollouts: list[FinishedRollout], *, seed: int = 0
-) -> Float[Tensor, "depth rank"]:
+def measure_block_acceptance(drafter: BlockDrafter, rollouts: list[FinishedRollout]) -> Float[Tensor, "depth rank"]:
     """The chance that the target chooses the child of sibling rank r of a walked node at depth d.
 
     Tokens are drawn anew behind the anchors of the rollouts, as `unroll.measure_acceptance` does.
     """
     head, target = drafter.fast_head, drafter.target
-    generator = torch.Generator(target.device).manual_seed(seed)
+    generator = torch.Generator(target.device).manual_seed(0)
     offered: list[Tensor] = []
     hits: list[Tensor] = []
     for part in pack(rollouts, [count_tokens(rollout) for rollout in rollouts], _MEASURED_TOKENS):
