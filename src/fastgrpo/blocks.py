@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 BLOCK_SIZE = 64
-"""Positions of a block; `kernels/decoder.c` knows it too."""
+"""Positions of a block; `kernels/common.h` knows it too."""
 
 
 def count_blocks(num_positions: int) -> int:
