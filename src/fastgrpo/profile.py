@@ -17,7 +17,7 @@ from fastgrpo.idleness import OthersWork
 from fastgrpo.loading import Opened, encode_prompts, open_model, quiet_libraries
 from fastgrpo.options import ProfileOptions
 from fastgrpo.planner import AcceptanceTable, Forecast, HardwareProfile, describe_gains, forecast_gains, lower_gains
-from fastgrpo.profile_files import describe_identity, keep_profile, save_profile
+from fastgrpo.profile_files import Identity, describe_identity, keep_profile, save_profile
 from fastgrpo.profiler import Measurement, TimedForward, measure_costs
 from fastgrpo.report import say
 from fastgrpo.report.roofline import plot_roofline
@@ -99,18 +99,26 @@ def run_profile(options: ProfileOptions, command: str) -> dict[str, Any]:
     console.print(_build_cost_table(profile))
     console.print(_build_table(forecasts, engine.drafter.name))
     _print_findings(console, verdict, check, cores_taken)
+    _keep(measurement, identity, result, options, console)
+    return result
+
+
+def _keep(
+    measurement: Measurement, identity: Identity, result: dict[str, Any], options: ProfileOptions, console: Console
+) -> None:
+    """Put the profile into the user's cache, and where `options.output` says so; says where it is."""
+    cores_taken = result["cores_taken_by_others"]
     kept = None if cores_taken else keep_profile(measurement, identity)
     if options.output is not None:
-        save_profile(profile, identity, options.output, result)
+        save_profile(measurement.profile, identity, options.output, result)
         spreads = [each.timing.spread for each in measurement.by_tokens]
-        title = f"{options.model}, {identity['dtype']}, {identity['device']}, drafter {engine.drafter.name}"
-        plot_roofline(profile, spreads, options.output.with_suffix(".png"), title=title)
+        title = f"{options.model}, {identity['dtype']}, {identity['device']}, drafter {result['drafter']}"
+        plot_roofline(measurement.profile, spreads, options.output.with_suffix(".png"), title=title)
         say(console, f"written: {options.output} and a plot beside it")
     if kept is not None:
         say(console, f"kept for the engine: {kept}")
     elif cores_taken or not measurement.is_steady:
         console.print("not kept for the engine, which measures for itself", markup=False, highlight=False)
-    return result
 
 
 def _print_findings(console: Console, verdict: str, check: Check | None, cores_taken: float) -> None:
