@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from peft import AdaptionPromptConfig, LNTuningConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
@@ -32,7 +33,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.rollout_modes import RolloutModes
 from fastgrpo.rotation import RotationTable
 from fastgrpo.types import SamplingParams, SpeculationPlan
-from fastgrpo.weights import merged_weights
+from fastgrpo.weights import merged_weights, round_evenly
 
 TREE = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
 PROMPTS = [[3, 1, 4, 1, 5], [7], [3, 1, 4, 1, 5], list(range(20))]
@@ -99,6 +100,52 @@ def test_tokens_with_merged_lora_are_those_without_merging(settings):
     assert not any(getattr(module, "merged", False) for module in model.modules())
     model.eval()
     assert tokens == reference_tokens(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype"),
+    [(torch.bfloat16, None), (torch.float16, None), (torch.float32, torch.bfloat16)],
+    ids=["bfloat16", "float16", "cast"],
+)
+def test_a_young_adapter_is_not_rounded_away(dtype, compute_dtype):
+    """A few steps change a weight by a hundredth of what half precision tells apart; all of them together are heard."""
+    model = build_lora(dtype=dtype).to(dtype)
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        base = layer.get_base_layer().weight
+        base.data = base.data.to(compute_dtype or dtype).to(dtype)  # a checkpoint in half precision
+        layer.lora_B["default"].weight.data *= 2e-3
+    before = copy_weights(model)
+    pairs = [(layer.get_base_layer(), layer.get_base_layer().weight.data.double()) for layer in layers]
+    wanted = [layer.get_delta_weight("default").double() for layer in layers]
+    with merged_weights(model, compute_dtype):
+        merged = [linear.weight.data - weight for linear, weight in pairs]
+        assert {linear.weight.dtype for linear, _ in pairs} == {compute_dtype or dtype}
+    assert_same_weights(model, before)
+    size = max(
+        float(change.abs().mean() / weight.abs().mean()) for change, (_, weight) in zip(wanted, pairs, strict=True)
+    )
+    heard = sum(float((made * change).sum()) for made, change in zip(merged, wanted, strict=True))
+    assert 1e-6 < size < 2**-9 and heard == pytest.approx(
+        sum(float(change.square().sum()) for change in wanted), rel=0.2
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_evenly_keeps_sums_and_what_needs_no_rounding(dtype, monkeypatch):
+    monkeypatch.setattr("fastgrpo.weights._CHUNK", 1000)
+    steps = 2.0 ** (-8 if dtype == torch.bfloat16 else -11)
+    for share in (0.01, 0.3, 0.5, 0.9):
+        rounded = round_evenly(torch.full((96, 80), -1 - 2 * steps * share), dtype).double()
+        assert {float(value) for value in rounded.unique()} == {-1.0, -1 - 2 * steps}
+        for sums in (rounded.mean(0), rounded.mean(1)):
+            assert ((-1 - sums) / (2 * steps) - share).abs().max() < 0.03
+    held = torch.randn(7, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(round_evenly(held.float(), dtype), held)
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0]).view(torch.int32)
+    odd[0] = 0x7FFFFFFF  # the NaN of a GPU
+    assert round_evenly(odd.view(torch.float32), dtype).float().nan_to_num(7.0).tolist()[0] == 7.0
+    assert torch.equal(round_evenly(odd[1:].view(torch.float32), dtype).float().view(torch.int32), odd[1:])
 
 
 def test_tuned_norms_stay_those_that_are_trained():
