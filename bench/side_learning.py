@@ -21,7 +21,7 @@ from fastgrpo.data import build_task_dataset
 from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
 from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
-from fastgrpo.machine import describe_commit, describe_machine
+from fastgrpo.machine import describe_commit, describe_machine, describe_origin
 from fastgrpo.side_learning import SideLearning
 from fastgrpo.types import SamplingParams
 
@@ -125,6 +125,7 @@ def main() -> None:
         "options": {key: value for key, value in vars(options).items() if key != "output"},
         "commit": describe_commit(Path(__file__).parent),
         "machine": describe_machine(),
+        **describe_origin(options.model),
         "summary": summarise(rows),
         "rows": rows,
     }

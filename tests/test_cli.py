@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -226,7 +227,10 @@ def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_train_goes_from_a_config_to_a_report(
     capsys: pytest.CaptureFixture[str], folder: Path, model_dir: Path
 ) -> None:
-    config = write_config(folder, model_dir, max_steps=7, reward_weights=[1], env={"TINY_SETTING": "set"})
+    shutil.copytree(model_dir, grown := folder / "grown")
+    facts = json.loads((grown / "config.json").read_text()) | {"grown_from": "a small model"}
+    (grown / "config.json").write_text(json.dumps(facts))
+    config = write_config(folder, grown, max_steps=7, reward_weights=[1], env={"TINY_SETTING": "set"})
     overrides = "--max_steps 2 --use_peft --lora_target_modules all-linear"
     assert main(["train", "--config", config, *overrides.split()]) == 0
     text = capsys.readouterr().out
@@ -235,7 +239,7 @@ def test_train_goes_from_a_config_to_a_report(
     run = load_run(folder / "out")
     assert [row["step"] for row in run.training_rows] == [1, 2]
     assert sorted(run.rollouts) == [1, 2]
-    assert run.meta["command"].endswith(overrides)
+    assert run.meta["command"].endswith(overrides) and run.meta["grown_from"] == "a small model"
     assert (folder / "out" / "run.png").is_file()
     assert (folder / "out" / "adapter_model.safetensors").is_file()
 

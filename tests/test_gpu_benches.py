@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -78,6 +79,21 @@ def test_where(monkeypatch, tmp_path, model_dir):
 def test_syncs(monkeypatch, tmp_path, model_dir):
     plans = run("syncs", monkeypatch, tmp_path / "out.json", "--model", model_dir, "--drafter", "eagle-new")["plans"]
     assert all(plan["steps"] and set(plan["waits_by_step"]) == {"0"} for plan in plans.values())
+
+
+def test_side_learning(monkeypatch, tmp_path, model_dir):
+    config, path = json.loads((model_dir / "config.json").read_text()), tmp_path / "out.json"
+    grown = tmp_path / "grown"
+    shutil.copytree(model_dir, grown)
+    (grown / "config.json").write_text(json.dumps(config | {"grown_from": "a small model"}))
+    sizes = "--drafter eagle-new --num-prompts 1 --num-generations 2 --max-tokens 8 --repeats 1"
+    command = ["side_learning.py", "--model", str(grown), *sizes.split(), "--output", str(path)]
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
+    monkeypatch.setattr(sys, "argv", command)
+    importlib.import_module("side_learning").main()
+    written = json.loads(path.read_text())
+    assert written["grown_from"] == "a small model" and written["machine"]["torch"] and written["commit"]
+    assert "side_learning.py" in written["command"] and len(written["rows"]) == 2
 
 
 @pytest.mark.parametrize("whole", [[], ["--whole"]])

@@ -1,7 +1,8 @@
-"""Where a run ran: every number that is published names its machine and its commit."""
+"""Where a run ran, and of what: every number that is published names its machine and its commit."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -59,6 +60,13 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
     }
+
+
+def describe_origin(model: str | Path | None) -> dict[str, str]:
+    """What must be said of a small model in the body of a large one (bench/grow.py), by its folder; else nothing."""
+    config = Path(str(model)) / "config.json"
+    grown = json.loads(config.read_text(encoding="utf-8")).get("grown_from") if model and config.is_file() else None
+    return {"grown_from": grown} if grown else {}
 
 
 def describe_commit(path: str | Path) -> str:

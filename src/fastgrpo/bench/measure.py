@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import statistics
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.engine import Engine
+from fastgrpo.machine import describe_origin
 from fastgrpo.metrics import compute_ratio
 from fastgrpo.report import describe_commit, describe_machine
 from fastgrpo.types import SamplingParams, StepRecord
@@ -241,12 +241,5 @@ def describe_run(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         "commit": describe_commit(Path(__file__).parent),
         "machine": describe_machine(),
         "settings": dict(settings),
-        **_describe_origin(settings.get("model")),
+        **describe_origin(settings.get("model")),
     }
-
-
-def _describe_origin(model: Any) -> dict[str, str]:
-    """What must be said of a small model in the body of a large one (bench/grow.py)."""
-    config = Path(str(model)) / "config.json"
-    grown = json.loads(config.read_text()).get("grown_from") if model and config.is_file() else None
-    return {"grown_from": grown} if grown else {}

@@ -21,6 +21,7 @@ from fastgrpo.grpo.arguments import Arguments, format_help, name_nearest, parse_
 from fastgrpo.grpo.reporting import ReportCallback, attach_report, write_report
 from fastgrpo.grpo.trainer import FastGRPOTrainer
 from fastgrpo.loading import quiet_progress, resolve_model
+from fastgrpo.machine import describe_origin
 from fastgrpo.report import LiveProgress, RunHistory, describe_commit, describe_machine, say
 
 if TYPE_CHECKING:
@@ -243,4 +244,5 @@ def _describe_run(arguments: Arguments, argv: list[str]) -> dict[str, Any]:
         "machine": describe_machine(),
         "commit": describe_commit(Path(__file__).parent),
         "command": shlex.join(["fastgrpo", "train", *argv]),
+        **describe_origin(arguments.model.model_name_or_path),
     }
