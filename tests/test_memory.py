@@ -295,7 +295,15 @@ def test_without_a_bound_it_is_what_is_free(monkeypatch):
     monkeypatch.setattr(admission, "find_available_bytes", lambda device: free)
     with pytest.warns(UserWarning, match=r"the cache is full with \d sequences running: the youngest wait") as caught:
         completions = engine.generate(PROMPTS, PARAMS)
-    assert len(caught) == 1 and f"of {describe_bytes(NUM_BLOCKS * engine.cache.block_bytes)}" in str(caught[0].message)
+    said = str(caught[0].message)
+    assert len(caught) == 1 and f"of {describe_bytes(NUM_BLOCKS * engine.cache.block_bytes)}" in said
+    longest = max(len(prompt) + each.max_tokens - 1 for prompt, each in zip(PROMPTS, PARAMS, strict=True))
+    fitting = NUM_BLOCKS // count_blocks(longest)
+    assert f"{fitting} sequences of {longest} tokens would fit: max_num_seqs={fitting}, or a larger" in said
+    again = build_engine("none", "off", NUM_BLOCKS)
+    again.scheduler.max_num_seqs = fitting
+    again.generate(PROMPTS, PARAMS)
+    assert not sum(record.num_preempted for record in again.records)
     assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
     assert engine.cache.peak_bytes <= NUM_BLOCKS * engine.cache.block_bytes
 
@@ -325,6 +333,7 @@ def test_where_memory_runs_out_fewer_go_on(place, error):
     with pytest.warns(UserWarning, match=message) as caught:
         completions = engine.generate(PROMPTS, SHORT)
     assert len(caught) == 1
+    assert "3 sequences of 77 tokens may fit: max_num_seqs=3" in str(caught[0].message)
     assert [c.token_ids for c in completions] == [c.token_ids[:8] for c in generate_freely(torch.float32)]
     assert sum(size > 2 for size in sizes) <= 3, "no more than fitted are tried again"
     assert_nothing_is_left(engine)
@@ -388,7 +397,10 @@ def test_one_sequence_goes_on_without_a_draft_before_it_gives_up():
     assert all(record.plan.is_plain for record in engine.records)
     engine.drafter.propose = propose
     engine.target.forward = lambda batch, cache: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
-    with pytest.raises(MemoryError, match=r"with one sequence of 70 tokens running and .* of cache in use \(no room\)"):
+    with pytest.raises(
+        MemoryError,
+        match=r"with one sequence of 70 tokens running and .* of cache in use \(no room\): \d+ of them fitted; ",
+    ):
         engine.generate([GROUP], SHORT[0])
     del engine.target.forward
     assert_nothing_is_left(engine)

@@ -67,6 +67,7 @@ class Admission:
         self.max_bytes, self.target = max_bytes, target
         self._bound = max_bytes  # bytes, in this rollout
         self._most_running = scheduler.max_num_seqs  # fewer once memory ran out
+        self._most_positions = 0  # of the longest sequence, if it comes to its limit
         self._num_preempted = 0  # since `take_admitted`
         self._has_warned = False
 
@@ -80,6 +81,7 @@ class Admission:
         self._bound = self.max_bytes
         if self._bound is None and (available := find_available_bytes(self.target.device)) is not None:
             self._bound = int(_SHARE * available)
+        self._most_positions = max((len(s.prompt_ids) + s.max_tokens - 1 for s in sequences), default=0)
         for sequence in sequences:
             num_positions = len(sequence.prompt_ids) + sequence.max_tokens - 1
             if self._bound is not None and self._compute_row_bytes(num_positions) > self._bound - self._scratch_bytes:
@@ -158,10 +160,14 @@ class Admission:
             raise MemoryError(
                 f"memory ran out with one sequence of {num_positions} tokens running and "
                 f"{describe_bytes(self.cache.used_bytes)} of cache in use ({error}): "
-                "lower max_tokens, use a smaller model or draft, or a machine with more memory"
+                f"{max(self.cache.lengths, default=0)} of them fitted; lower max_tokens, use a smaller model or draft, "
+                "or a machine with more memory"
             ) from error
-        self._warn(f"memory ran out with {len(running)} sequences running ({error}): half of them wait")
         self._most_running = len(running) // 2
+        self._warn(
+            f"memory ran out with {len(running)} sequences running ({error}): half of them wait",
+            f"{self._most_running} sequences of {self._most_positions} tokens may fit",
+        )
         while len(running) > self._most_running:
             self._preempt_youngest()
 
@@ -176,7 +182,10 @@ class Admission:
             if len(self.scheduler.running) == 1:
                 num_positions = self.scheduler.running[0].num_cached + 1
                 raise ValueError(f"a sequence has {num_positions} tokens: {self._describe_needs(num_positions)}")
-            self._warn(f"the cache is full with {len(self.scheduler.running)} sequences running: the youngest wait")
+            self._warn(
+                f"the cache is full with {len(self.scheduler.running)} sequences running: the youngest wait",
+                f"{self._count_fitting()} sequences of {self._most_positions} tokens would fit",
+            )
             self._preempt_youngest()
             had_room = False
         return had_room
@@ -261,14 +270,19 @@ class Admission:
             f"or raise max_cache_bytes to {needed + self._scratch_bytes}"
         )
 
-    def _warn(self, what: str) -> None:
-        """Warn once for each engine."""
+    def _count_fitting(self) -> int:
+        """How many of the longest sequences of this rollout the bound holds at once, none sharing its prompt."""
+        assert self._bound is not None, "without a bound nothing is full"
+        return (self._bound - self._scratch_bytes) // self._compute_row_bytes(self._most_positions)
+
+    def _warn(self, what: str, fitting: str) -> None:
+        """Warn once for each engine; `fitting` begins with how many sequences would have fitted."""
         if not self._has_warned:
             self._has_warned = True
             limit = "without a limit" if self._bound is None else f"with a limit of {describe_bytes(self._bound)}"
             warnings.warn(
                 f"{what}, and go on with the same tokens when there is room ({describe_bytes(self.cache.used_bytes)} "
-                f"of cache in use, {limit}); a smaller max_num_seqs, or a larger max_cache_bytes, would save computing "
-                "them twice",
+                f"of cache in use, {limit}). {fitting}: "
+                f"max_num_seqs={fitting.split()[0]}, or a larger max_cache_bytes, would save computing them twice",
                 stacklevel=2,
             )
