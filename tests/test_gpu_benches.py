@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +20,8 @@ from fastgrpo.cli import build_parser
 from fastgrpo.options import read_options
 from tiny import save_tiny_model
 
-FOLDER = Path(__file__).parent.parent / "bench" / "gpu"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "bench" / "gpu"
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,25 @@ def test_every_command_of_the_queue_can_be_read():
     for command in commands:
         namespace = build_parser().parse_args(shlex.split(command)[1:])
         read_options(namespace.command.record, namespace)
+
+
+def test_every_script_of_the_queue_is_there_and_has_the_options_it_is_given():
+    text, shared = (FOLDER / "README.md").read_text(), (FOLDER / "limits.py").read_text()
+    commands = re.findall(r"\bpython (bench/\S+\.py)([^`&]*)", text)
+    assert {path for path, _ in commands} >= {str(path.relative_to(ROOT)) for path in FOLDER.glob("*.py")}
+    for path, arguments in commands:
+        source = (ROOT / path).read_text()
+        known = source + shared if "from limits import" in source else source
+        for option in re.findall(r"--[a-z-]+", arguments):
+            assert f'"{option}"' in known, f"{path} has no {option}"
+
+
+def test_every_item_of_the_queue_names_its_command_and_its_result():
+    rows = [line.split(" | ") for line in (FOLDER / "README.md").read_text().splitlines() if re.match(r"\| \d", line)]
+    assert len(rows) > 25
+    for number, _, command, result in (row[:4] for row in rows):
+        assert re.search(r"`.*(python|fastgrpo) .*`|its result", command), f"{number}: {command}"
+        assert result.strip(" |"), number
 
 
 def test_limits(monkeypatch, tmp_path):
@@ -74,6 +98,25 @@ def test_where(monkeypatch, tmp_path, model_dir):
         assert parts["acceptance_length"] == 1 if name.startswith("plain") else parts["acceptance_length"] >= 1
     tables = [path.read_text() for path in (tmp_path / "tables").iterdir()]
     assert len(tables) == 6 and all("aten::" in table and "engine.py" in table for table in tables)
+
+
+def test_start(monkeypatch, tmp_path, model_dir):
+    """What the timed process does, in this one; that two are begun, and with the same caches."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    start, told = importlib.import_module("start"), []
+    sizes = {"model": str(model_dir), "drafter": "none", "device": "cpu", "rows": 2, "started": time.time()}
+    own = start.begin(argparse.Namespace(**sizes))
+    assert 0 < own["loaded_s"] < own["first_step_s"] <= own["steady_step_s"]
+
+    def answer(command, *, env, **_):
+        options = dict(zip(command[2::2], command[3::2], strict=True))
+        assert options["--model"] == str(model_dir) and float(options["--started"]) <= time.time()
+        told.append([env[name] for name in ("FASTGRPO_CACHE", "TRITON_CACHE_DIR")])
+        return subprocess.CompletedProcess(command, 0, stdout=f"loading\n{json.dumps(own)}\n")
+
+    monkeypatch.setattr(start, "subprocess", SimpleNamespace(run=answer, PIPE=subprocess.PIPE))
+    starts = run("start", monkeypatch, tmp_path / "out.json", "--model", model_dir)["starts"]
+    assert starts == {"first": own, "again": own} and told[0] == told[1]
 
 
 def test_syncs(monkeypatch, tmp_path, model_dir):
