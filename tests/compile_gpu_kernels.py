@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastgrpo.blocks import BLOCK_SIZE
+from fastgrpo.kernels.gpu_attention import choose_tile, find_width
 
 HOPPER = GPUTarget("cuda", 90, 32)
 INTS = (
@@ -61,19 +63,13 @@ def list_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, Any], i
             for tokens, outputs, inputs, warps in tiles:
                 sizes = {"TOKENS": tokens, "OUTPUTS": outputs, "INPUTS": inputs}
                 yield "gpu_linear", "_multiply", dict.fromkeys(names, dtype), sizes | _EVEN, warps
-        for head_dim, width in ((8, 16), (64, 64), (80, 128), (128, 128), (256, 256)):
-            shape = {"REPEATS": 4, "HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": 256}
+        for head_dim in (8, 64, 80, 128, 192, 256):
+            shape = {"REPEATS": 4, "HEAD_DIM": head_dim, "WIDTH": find_width(head_dim), "SPLIT": 256}
             types = dict.fromkeys(("query", "keys", "values", "out"), dtype)
-            half = 64 if width <= 128 else 32
-            for queries, tile in ((16, half), (32, half), (64, half)) if dtype == "*bf16" else ((16, 16),):
+            real = torch.bfloat16 if dtype == "*bf16" else torch.float32
+            for queries, tile, warps in sorted({choose_tile(most, head_dim, real) for most in (1, 32, 64, 1024)}):
                 sizes = {"QUERIES": queries, "TILE": tile, "BLOCK": BLOCK_SIZE}
-                yield (
-                    "gpu_attention",
-                    "_attend_splits",
-                    types,
-                    shape | sizes,
-                    8 if queries == 64 and not head_dim == width <= 128 else 4,
-                )
+                yield "gpu_attention", "_attend_splits", types, shape | sizes, warps
             yield "gpu_attention", "_join_splits", types, shape | {"CHUNK": 8}, 1
 
 

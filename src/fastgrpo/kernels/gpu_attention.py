@@ -17,7 +17,7 @@ from fastgrpo.blocks import BLOCK_SIZE
 
 SPLIT = 256  # positions that one program reads
 _TILE, _SMALL_TILE = 64, 16  # positions read at once: of half precision, of float32
-_WIDE, _WIDE_TILE = 128, 32  # of heads wider than so many numbers fewer: a GPU may share no more than 99 KiB
+_WIDE, _WIDE_TILE = 128, 32  # of heads wider than so many numbers fewer: small GPUs have 99 KiB for a program
 _LEAST_QUERIES, _MOST_QUERIES = 16, 64  # in one tile; matrix units take 16 at least
 _LEAST_WIDTH = 16  # numbers of a head, likewise
 _CHUNK = 8  # stretches joined at once
@@ -209,6 +209,22 @@ def _join_splits(
     tl.store(target, (total / mass).to(out.dtype.element_ty), mask=is_number)
 
 
+def choose_tile(most_queries: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(queries, positions read at once, warps) of a program, where a row has at most so many queries of a key head."""
+    width = find_width(head_dim)
+    is_half = dtype != torch.float32
+    most = _MOST_QUERIES if is_half else _LEAST_QUERIES  # float32 tiles take twice the registers
+    num_queries = min(max(triton.next_power_of_2(most_queries), _LEAST_QUERIES), most)
+    tile = _SMALL_TILE if not is_half else _TILE if width <= _WIDE else _WIDE_TILE
+    fits_registers = num_queries < _MOST_QUERIES or head_dim == width <= _WIDE
+    return num_queries, tile, 4 if fits_registers else 8
+
+
+def find_width(head_dim: int) -> int:
+    """Numbers of a tile's row, which is padded."""
+    return max(int(triton.next_power_of_2(head_dim)), _LEAST_WIDTH)
+
+
 def attend(
     query: Float[Tensor, "M h d"],
     keys: Float[Tensor, "P kvd"],
@@ -245,18 +261,14 @@ def attend(
     ).flatten()
     sums, tops, masses = parts.split([parts.numel() // (head_dim + 2) * size for size in (head_dim, 1, 1)])
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
-    width = max(triton.next_power_of_2(head_dim), _LEAST_WIDTH)
-    shape = {"REPEATS": repeats, "HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": SPLIT}
-    most = _LEAST_QUERIES if query.dtype == torch.float32 else _MOST_QUERIES  # float32 tiles take twice the registers
-    num_queries = min(max(triton.next_power_of_2(most_queries), _LEAST_QUERIES), most)
-    tile = _SMALL_TILE if query.dtype == torch.float32 else _TILE if width <= _WIDE else _WIDE_TILE
-    fits_registers = num_queries < _MOST_QUERIES or head_dim == width <= _WIDE
+    shape = {"REPEATS": repeats, "HEAD_DIM": head_dim, "WIDTH": find_width(head_dim), "SPLIT": SPLIT}
+    num_queries, tile, num_warps = choose_tile(most_queries, head_dim, query.dtype)
     rows = (starts, num_nodes, lengths)
     _attend_splits[(num_rows * num_kv_heads, num_splits, triton.cdiv(most_queries, num_queries))](
         query, query.stride(0), query.stride(1), keys, values, keys.stride(0), blocks, blocks.shape[1],
         *rows, words, num_words, most_nodes, num_before, sums, tops, masses, num_kv_heads, num_splits, scale,
         QUERIES=num_queries, TILE=tile, BLOCK=BLOCK_SIZE, **shape,
-        num_warps=4 if fits_registers else 8, num_stages=2,
+        num_warps=num_warps, num_stages=2,
     )  # fmt: skip
     _join_splits[(num_rows, most_nodes * num_heads)](
         out, *rows, most_nodes, num_before, sums, tops, masses, num_kv_heads, num_splits,
