@@ -7,6 +7,7 @@ import ctypes
 import math
 import os
 import pwd
+import resource
 import shutil
 import subprocess
 import sys
@@ -395,6 +396,33 @@ def test_a_long_prompt_has_the_bits_of_each_of_its_tokens_alone(dtype, length):
     for node in (0, 1, 31, 63, 64, 65, 127, 128, 200, 255, 299):
         alone = attend(query[node, None], [1], [length + node], blocks[:1], one)
         assert torch.equal(both[node], alone[0]), node
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process has")
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_a_long_row_of_many_nodes_takes_little_memory_and_keeps_its_bits(dtype):
+    """All segments' sums of both key heads would take 42 MB, those of one are few enough to be kept."""
+    torch.manual_seed(0)
+    counts, lengths, repeats, width = torch.tensor([64, 3]), torch.tensor([4030, 100]), 16, 128
+    blocks = torch.arange(128).view(2, 64) * BLOCK_SIZE
+    keys, values = (torch.randn(128 * BLOCK_SIZE, 2 * width).to(dtype) for _ in range(2))
+    query = torch.randn(67, 2 * repeats * width).to(dtype)
+    rows = {"starts": counts.cumsum(0) - counts, "num_nodes": counts, "lengths": lengths, "blocks": blocks}
+    rows["visible"] = torch.ones(2, 64, 64, dtype=torch.bool).tril()
+
+    def attend(heads):
+        own = (x.unflatten(1, (2, -1))[:, heads].flatten(1).contiguous() for x in (query, keys, values))
+        return cpu.attend(*own, **rows, head_dim=width, scale=0.1)
+
+    apart = torch.cat([attend([head]) for head in range(2)], 1)
+    num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (num_pages * resource.getpagesize() + (28 << 20), limits[1]))
+    try:
+        together = attend([0, 1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert torch.equal(together, apart)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])

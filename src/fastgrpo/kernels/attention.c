@@ -18,6 +18,7 @@
 #define TOGETHER 4    /* queries that meet a chunk at once, so that each number of it is loaded once for all of them */
 #define MOST_ROWS 16  /* of a task */
 #define MOST_NODES 64 /* of a row in a task: their queries and sums stay near; a row of more (a prompt) is long */
+#define MOST_STATES (32 << 20) /* bytes of segments' states for each thread */
 #define FEW_TASKS 2   /* for each thread: fewer are parted once more, by heads */
 #define READING 4     /* queries that take as long as it takes to read a chunk for them */
 
@@ -251,6 +252,7 @@ typedef struct {
     i64 most_nodes, seen, kv_heads, repeats, width, padded;
     i64 *first_query, *first_state;     /* of each row */
     i64 *num_prefix, *order, *num_seen; /* of each row, see order_nodes */
+    i64 *is_long;                       /* of each row, see find_long */
 } batch;
 
 /* A segment of rows `row` to `end`, which share its beginning where they are several; of each these nodes, heads. */
@@ -262,13 +264,24 @@ static inline i64 count_positions(const batch *b, i64 row) {
     return b->nodes[row] ? b->lengths[row] + b->seen - b->most_nodes + b->nodes[row] : 0;
 }
 
-/* Long rows have tasks enough without their segments, whose states would be too many: one task has all of them. */
-static inline int is_long(const batch *b, i64 row) { return b->nodes[row] > MOST_NODES; }
+static inline i64 count_parts(const batch *b, i64 row) { return (count_positions(b, row) + SEGMENT - 1) / SEGMENT; }
+
+/* Long rows have tasks enough without their segments, whose states would be too many: one task has all of them. Long are
+ * those of many nodes and, where the others' states would be more than `most` bytes, those with more than their share. */
+static int find_long(const batch *b, i64 most) {
+    i64 heads = b->kv_heads * b->repeats * ROOM(b->padded) * (i64)sizeof(float), num_bytes = 0, num_long = 0;
+    for (i64 row = 0; row < b->rows; row++)
+        if (b->nodes[row] <= MOST_NODES) num_bytes += count_parts(b, row) * b->nodes[row] * heads;
+    i64 share = num_bytes > most ? most / b->rows : num_bytes;
+    for (i64 row = 0; row < b->rows; row++) {
+        b->is_long[row] = b->nodes[row] > MOST_NODES || count_parts(b, row) * b->nodes[row] * heads > share;
+        num_long += b->is_long[row];
+    }
+    return num_long > 0;
+}
 
 /* Segments whose states are kept. */
-static inline i64 count_segments(const batch *b, i64 row) {
-    return is_long(b, row) ? 1 : (count_positions(b, row) + SEGMENT - 1) / SEGMENT;
-}
+static inline i64 count_segments(const batch *b, i64 row) { return b->is_long[row] ? 1 : count_parts(b, row); }
 
 /* A row's queries stand head by head and node by node, and so do their states for each segment that is kept. */
 static inline i64 find_query(const batch *b, i64 row, i64 head) {
@@ -286,8 +299,8 @@ static inline i64 place_of(const batch *b, i64 row, i64 position) {
 /* Whether all nodes of two rows see one and the same chunk. */
 static inline int shares_chunk(const batch *b, i64 row, i64 other, i64 first) {
     i64 end = first + CHUNK;
-    return end <= b->lengths[row] && end <= b->lengths[other] && b->nodes[row] && b->nodes[other] && !is_long(b, row) &&
-           !is_long(b, other) && place_of(b, row, first) == place_of(b, other, first);
+    return end <= b->lengths[row] && end <= b->lengths[other] && b->nodes[row] && b->nodes[other] && !b->is_long[row] &&
+           !b->is_long[other] && place_of(b, row, first) == place_of(b, other, first);
 }
 
 /* All segments of all rows, with `heads` of their heads in a task. Rows that share their beginning stand together, and
@@ -327,7 +340,7 @@ static inline i64 find_last(const batch *b, const task *own, i64 row) {
 /* Where the states of a task's segment stand, counted from a head's first query on: those of a long row's further
  * segments, of the task's own nodes, are in `scratch`. */
 static inline float *find_states(const batch *b, const task *own, i64 row, i64 head, float *states, float *scratch) {
-    if (is_long(b, row) && own->first > 0)
+    if (b->is_long[row] && own->first > 0)
         return scratch + (head * MOST_NODES - own->node) * b->repeats * ROOM(b->padded);
     return states + find_state(b, row, own->first, head) * ROOM(b->padded);
 }
@@ -336,7 +349,7 @@ static inline float *find_states(const batch *b, const task *own, i64 row, i64 h
 static i64 count_work(const batch *b, const task *own) {
     i64 left = count_positions(b, own->row) - own->first, queries = READING;
     for (i64 row = own->row; row < own->end; row++) queries += (find_last(b, own, row) - own->node) * b->repeats;
-    left = left < SEGMENT || is_long(b, own->row) ? left : SEGMENT;
+    left = left < SEGMENT || b->is_long[own->row] ? left : SEGMENT;
     return (left + CHUNK - 1) / CHUNK * queries * (own->last_head - own->head);
 }
 
@@ -461,7 +474,7 @@ static void order_nodes(const batch *b, i64 row) {
     static void run_task_##X(const batch *b, const task *own, const task *soon, const X *keys, const X *values,       \
                              const float *queries, float *states, float *scratch, float *columns) {                   \
         attend_to_segment_##X(b, own, soon, keys, values, queries, states, scratch, columns);                         \
-        if (!is_long(b, own->row)) return;                                                                            \
+        if (!b->is_long[own->row]) return;                                                                            \
         task next = *own;                                                                                             \
         while ((next.first += SEGMENT) < count_positions(b, own->row)) {                                              \
             attend_to_segment_##X(b, &next, soon, keys, values, queries, states, scratch, columns);                   \
@@ -508,11 +521,13 @@ static void order_nodes(const batch *b, i64 row) {
                              i64 most_blocks, const uint8_t *visible, i64 most_nodes, i64 seen, i64 heads,            \
                              i64 kv_heads, i64 width, float scale) {                                                  \
         i64 padded = (width + PAIR - 1) / PAIR * PAIR, num_tasks = 0, work = 0;                                       \
-        i64 *table = malloc((rows + 1) * (2 * most_nodes + 3) * sizeof(i64));                                         \
+        i64 *table = malloc((rows + 1) * (2 * most_nodes + 4) * sizeof(i64));                                         \
         if (!table) return NO_MEMORY;                                                                                 \
         batch b = {rows, starts, nodes, lengths, blocks, most_blocks, visible, most_nodes, seen, kv_heads,            \
                    heads / kv_heads, width, padded, table, table + rows + 1, table + 2 * (rows + 1),                  \
-                   table + 3 * (rows + 1), table + (3 + most_nodes) * (rows + 1)};                                    \
+                   table + 3 * (rows + 1), table + (3 + most_nodes) * (rows + 1),                                     \
+                   table + (3 + 2 * most_nodes) * (rows + 1)};                                                        \
+        int has_long = find_long(&b, (i64)MOST_STATES * omp_get_max_threads());                                       \
         b.first_query[0] = b.first_state[0] = 0;                                                                      \
         for (i64 row = 0; row < rows; row++) {                                                                        \
             i64 segments = count_segments(&b, row), blocks_of_nodes = (nodes[row] + MOST_NODES - 1) / MOST_NODES;     \
@@ -534,7 +549,7 @@ static void order_nodes(const batch *b, i64 row) {
         int is_short = 0; /* of memory */                                                                             \
         _Pragma("omp parallel if (rows * kv_heads > 1)")                                                              \
         {                                                                                                             \
-            i64 num_columns = 2 * CHUNK * padded, num_scratch = most_nodes > MOST_NODES ? MOST_NODES * heads : 0;     \
+            i64 num_columns = 2 * CHUNK * padded, num_scratch = has_long ? MOST_NODES * heads : 0;                    \
             float *columns = aligned_alloc(64, (num_columns + num_scratch * ROOM(padded)) * sizeof(float));           \
             if (columns) memset(columns, 0, num_columns * sizeof(float));                                             \
             else {                                                                                                    \
