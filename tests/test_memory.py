@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 
-from conftest import SyntheticClockPlanner, lose_memory_behind_drafts, shared_model
+from conftest import SyntheticClockPlanner, build_model, lose_memory_behind_drafts, shared_model
 from fastgrpo import admission, memory
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
@@ -405,6 +407,29 @@ def test_one_sequence_goes_on_without_a_draft_before_it_gives_up():
     del engine.target.forward
     assert_nothing_is_left(engine)
     assert engine.generate([GROUP], SHORT[0])[0].token_ids == generate_freely(torch.float32)[0].token_ids[:8]
+
+
+@pytest.mark.parametrize("due", ["merge", "_fuse", "begin"])
+def test_memory_that_ends_before_the_first_step_says_what_was_copied(due, monkeypatch):
+    """While adapters are merged, weights are laid out, or a drafter's are; model and engine are as they were."""
+    torch.manual_seed(0)
+    adapted = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(build_model("llama", torch.float32), adapted)
+    engine = Engine(model, drafter="eagle", speculation=TREE)
+    expected = [completion.token_ids for completion in engine.generate([[7], [3, 1]], SHORT[0])]
+    before = [(weight, weight.data_ptr(), weight.clone()) for weight in model.parameters()]
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    owner = {"merge": LoraLinear, "_fuse": engine.target, "begin": engine.drafter}[due]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, due, lambda *args: (_ for _ in ()).throw(MemoryError()))
+        message = (
+            rf"before the first step \(MemoryError\): .* {re.escape(describe_bytes(num_bytes))} at most .* are free"
+        )
+        with pytest.raises(MemoryError, match=message):
+            engine.generate([[7], [3, 1]], SHORT[0])
+    assert_nothing_is_left(engine)
+    assert all(weight.data_ptr() == place and torch.equal(weight, value) for weight, place, value in before)
+    assert [completion.token_ids for completion in engine.generate([[7], [3, 1]], SHORT[0])] == expected
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():

@@ -13,7 +13,7 @@ from typing import TypeVar
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
 from fastgrpo.cache import SlotCache
 from fastgrpo.drafters import Drafter
-from fastgrpo.memory import describe_bytes, find_available_bytes, is_out_of_memory
+from fastgrpo.memory import describe_bytes, describe_error, find_available_bytes, is_out_of_memory
 from fastgrpo.model import TargetModel
 from fastgrpo.prefill import Prefiller
 from fastgrpo.scheduler import Scheduler
@@ -159,13 +159,13 @@ class Admission:
             num_positions = max((s.num_cached + 1 for s in running), default=0)
             raise MemoryError(
                 f"memory ran out with one sequence of {num_positions} tokens running and "
-                f"{describe_bytes(self.cache.used_bytes)} of cache in use ({error}): "
+                f"{describe_bytes(self.cache.used_bytes)} of cache in use ({describe_error(error)}): "
                 f"{max(self.cache.lengths, default=0)} of them fitted; lower max_tokens, use a smaller model or draft, "
                 "or a machine with more memory"
             ) from error
         self._most_running = len(running) // 2
         self._warn(
-            f"memory ran out with {len(running)} sequences running ({error}): half of them wait",
+            f"memory ran out with {len(running)} sequences running ({describe_error(error)}): half of them wait",
             f"{self._most_running} sequences of {self._most_positions} tokens may fit",
         )
         while len(running) > self._most_running:

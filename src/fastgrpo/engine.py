@@ -19,7 +19,7 @@ from fastgrpo.attempt import Attempt
 from fastgrpo.drafters import Drafter, build_drafter, find_own_target
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.none import NoDrafter
-from fastgrpo.memory import is_out_of_memory
+from fastgrpo.memory import describe_bytes, describe_error, find_available_bytes, is_out_of_memory
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import HardwareProfile, PlanInputs, Planner
 from fastgrpo.planning import Planning
@@ -158,7 +158,7 @@ class Engine:
             ValueError: a prompt is empty, too long or has ids out of range, or does not fit the bound on memory with
                 the tokens it may get; nothing has been generated.
             RuntimeError: the engine or the model cannot start a rollout now; see `roll_out`.
-            MemoryError: memory ran out with a single sequence left running; names what to make smaller.
+            MemoryError: memory ran out at the start, or with one sequence left running; names what to make smaller.
             FloatingPointError: the model's logits are not finite; names request and position.
         """
         sequences = self.take_requests(prompt_token_ids, params)
@@ -199,14 +199,8 @@ class Engine:
         if not sequences:
             return
         try:
-            with self.target.prepared():
-                with self.target.computing():
-                    self.planning.begin()
-                    self.drafter.begin()
-                    self._verify.begin()
-                    self.admission.begin(sequences)
-                for sequence in sequences:
-                    self.scheduler.add(sequence)
+            with contextlib.ExitStack() as rollout:
+                self._begin(sequences, rollout)
                 while self.scheduler.has_work:
                     with self.target.computing():
                         record = self.step()
@@ -250,6 +244,39 @@ class Engine:
                 "this engine is in the middle of a rollout: exhaust or close that one first, or build another engine "
                 "of the same model, which may take turns with it"
             )
+
+    def _begin(self, sequences: list[Sequence], rollout: contextlib.ExitStack) -> None:
+        """Prepare the model for as long as `rollout` is open, and everything else for these sequences.
+
+        Raises:
+            MemoryError: there is no memory for it; names what to make smaller.
+        """
+        try:
+            rollout.enter_context(self.target.prepared())
+            with self.target.computing():
+                self.planning.begin()
+                self.drafter.begin()
+                self._verify.begin()
+                self.admission.begin(sequences)
+        except (MemoryError, OSError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(
+                f"memory ran out before the first step ({describe_error(error)}): {self._describe_start()}"
+            ) from error
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+
+    def _describe_start(self) -> str:
+        """What a rollout needs before its first step, and what to make smaller."""
+        available = find_available_bytes(self.target.device)
+        free = "" if available is None else f"; {describe_bytes(available)} are free"
+        profile = "" if self.planner else ", name a profile (costs are measured at first use)"
+        most = describe_bytes(self.target.weight_bytes)
+        return (
+            f"a rollout copies the weights that it merges, casts or lays out, {most} "
+            f"at most for each of these{free}. Use a smaller model or draft{profile}, or a machine with more memory"
+        )
 
     # -- parts of `step` -----------------------------------------------------------------------------
 

@@ -45,6 +45,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
+def describe_error(error: BaseException) -> str:
+    """An error's message; its type where it has none, such as Python's own `MemoryError`."""
+    return str(error) or type(error).__name__
+
+
 def describe_bytes(num_bytes: float) -> str:
     """Bytes for a person to read: 3.2 GiB, 410 MiB, 12 KiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):

@@ -52,6 +52,7 @@ class TargetModel:
 
     Attributes:
         windows: for each layer, how many tokens a token sees, itself included; None: all before it.
+        weight_bytes: of all weights when the model was given.
 
     Raises:
         ValueError: the family, attention kind, RoPE kind or PEFT method is not supported; names it.
@@ -85,6 +86,7 @@ class TargetModel:
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.max_position = int(config.max_position_embeddings)
         self.windows = find_windows(self.base)
+        self.weight_bytes = sum(each.numel() * each.element_size() for each in model.parameters())
         self._built_for = self._list_facts()
 
     def _count_layers(self) -> int:
