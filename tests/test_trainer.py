@@ -201,6 +201,30 @@ def test_resume_continues_where_it_stopped(tmp_path: Path, eval_strategy: str) -
     assert not list(checkpoint.rglob("*.pkl")) and (checkpoint / "fastgrpo" / "head" / "model.safetensors").exists()
 
 
+def test_each_train_has_noise_of_its_own_and_resuming_repeats_that_of_its_run(tmp_path: Path) -> None:
+    """Also in a process that has drawn for the same step before, and of a checkpoint of the second `train`."""
+    keys = {"speculation": "off", "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.0}
+    drawn: list[list[int]] = []
+
+    def note(completion_ids: list[list[int]], **_: object) -> list[float]:
+        drawn.append(completion_ids)
+        return count_reward(completion_ids)
+
+    def train(trainer: FastGRPOTrainer, checkpoint: Path | None = None) -> list[list[int]]:
+        drawn.clear()
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        return list(drawn)
+
+    trainer = build_trainer(tmp_path / "run", reward=note, **keys)
+    first = train(trainer)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    assert train(trainer, checkpoint) == first[1:]
+    second = train(trainer)
+    assert [one != other for one, other in zip(first, second, strict=True)] == [True, True]
+    assert train(build_trainer(tmp_path / "other", reward=note, **keys), checkpoint) == second[1:]
+    assert train(trainer) not in (first, second)
+
+
 @pytest.mark.parametrize("drafter", ["auto", "block"])
 def test_other_drafters_leave_training_bit_identical_and_go_on(tmp_path: Path, drafter: str) -> None:
     plain = build_trainer(tmp_path / "off", speculation="off")

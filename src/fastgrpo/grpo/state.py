@@ -25,12 +25,18 @@ _COUNTERS = ("num_updates", "rate_scale", "warm_from", "control")
 _REFERENCE = "reference."
 _REPLAY = "replay.safetensors"
 _DRAFTER = "drafter.json"
+_RUN = "run.json"
 _PLANNER_VERSION = 2  # of what planners remember
 
 
-def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
-    """Write head or counts, draft optimiser, replayed rollouts, planner and lengths as safetensors and JSON."""
+def save_state(folder: Path, engine: Engine, learner: Learner | None, *, run: int = 0) -> None:
+    """Write head or counts, draft optimiser, replayed rollouts, planner and lengths as safetensors and JSON.
+
+    Args:
+        run: which `train` of its trainer the checkpoint is of; their noise differs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _RUN).write_text(json.dumps({"run": run}) + "\n")
     (folder / _DRAFTER).write_text(json.dumps({"name": engine.drafter.name}) + "\n")
     (folder / "lengths.json").write_text(json.dumps(engine.scheduler.lengths.state_dict()) + "\n")
     if engine.planner is not None:
@@ -61,8 +67,8 @@ def save_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
     (folder / "learner.json").write_text(json.dumps(record) + "\n")
 
 
-def load_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
-    """Read what `save_state` wrote.
+def load_state(folder: Path, engine: Engine, learner: Learner | None) -> int:
+    """Read what `save_state` wrote; returns its `run`.
 
     What a planner has learnt of another machine, model or drafter, or with an earlier version, is named in a warning
     and learnt anew; so is what belongs to another kind of drafter.
@@ -82,6 +88,7 @@ def load_state(folder: Path, engine: Engine, learner: Learner | None) -> None:
             engine.scheduler.lengths = LengthPredictor.from_state(json.loads((folder / "lengths.json").read_text()))
         if is_same_drafter and learner is not None and (folder / "learner.json").exists():
             learner.load_state_dict(_read_learner(folder))
+        return int(json.loads((folder / _RUN).read_text())["run"]) if (folder / _RUN).exists() else 0
     except (OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"the draft state in {folder} is damaged ({error}); remove the folder to start it afresh"

@@ -33,6 +33,7 @@ from fastgrpo.sampling import stream_key
 from fastgrpo.types import SamplingParams, Timeline
 
 _STATE_FOLDER = "fastgrpo"  # inside a checkpoint
+_NOWHERE = (-1, 0)  # (global step, calls within it) of no rollout yet
 
 
 class FastGRPOTrainer(GRPOTrainer):
@@ -80,7 +81,8 @@ class FastGRPOTrainer(GRPOTrainer):
         add_heads(self)
         self._scoring_temperature = self.temperature  # what the update divides logits by, as in TRL for the whole run
         attach_clock(self, self._clock)
-        self._rollout_places = {True: (-1, 0), False: (-1, 0)}  # by whether in training: (global step, calls within it)
+        self._rollout_places = {True: _NOWHERE, False: _NOWHERE}  # by whether in training
+        self._run = self._last_run = 0  # the number of this `train`, of those that began at the first step; the highest
 
     def _check_supported(self) -> None:
         if getattr(self, "_is_vlm", False):
@@ -121,6 +123,9 @@ class FastGRPOTrainer(GRPOTrainer):
             with self.accelerator.autocast():
                 self.savings.age(self._buffered_inputs, self.model)
         self._buffered_inputs = self.siblings.begin(self._buffered_inputs, self._step)
+        if self._rollout_places[True] != _NOWHERE:  # as TRL goes on with the random state of the process
+            self._run = self._last_run = self._last_run + 1
+        self._rollout_places[True] = _NOWHERE
         return super().train(*args, **kwargs)
 
     @property
@@ -169,15 +174,15 @@ class FastGRPOTrainer(GRPOTrainer):
         return output
 
     def _build_params(self, count: int) -> list[SamplingParams]:
-        """Parameters with noise of its own for every completion of every process, call and step; a resumed run draws
-        the same noise, except that it does not repeat evaluations made before the checkpoint.
+        """Parameters with noise of its own for every completion of every process, call, step and `train`; a resumed run
+        draws the same noise, except that it does not repeat evaluations made before the checkpoint.
         """
         is_training: bool = self.model.training
         step, calls = self._rollout_places[is_training]
         calls = calls + 1 if step == self.state.global_step else 0
         self._rollout_places[is_training] = (self.state.global_step, calls)
-        seed = self.args.seed
-        for part in (self.state.global_step, calls, int(is_training), self.accelerator.process_index):
+        seed, place = self.args.seed, (self.state.global_step, calls, int(is_training), self.accelerator.process_index)
+        for part in (*place, self._run) if self._run else place:
             seed = stream_key(seed, part)
         config = self._find_generation_config()
         return [
@@ -354,7 +359,7 @@ class FastGRPOTrainer(GRPOTrainer):
         is_new = not folder.exists()
         try:
             if self.args.should_save:
-                save_state(folder / _STATE_FOLDER, self.engine, self.learner)
+                save_state(folder / _STATE_FOLDER, self.engine, self.learner, run=self._run)
             super()._save_checkpoint(model, trial)
         except (OSError, KeyboardInterrupt) as error:
             if is_new and self.args.should_save:
@@ -365,7 +370,8 @@ class FastGRPOTrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / _STATE_FOLDER).is_dir():
-            load_state(Path(checkpoint) / _STATE_FOLDER, self.engine, self.learner)
+            self._run = load_state(Path(checkpoint) / _STATE_FOLDER, self.engine, self.learner)
+            self._last_run = max(self._last_run, self._run)
 
 
 def _is_zero3(trainer: GRPOTrainer) -> bool:
