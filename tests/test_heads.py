@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from conftest import HIDDEN_SIZE, VOCAB_SIZE, build_model, shared_model
 from fastgrpo import draft_loss
 from fastgrpo.blocks import BLOCK_SIZE
+from fastgrpo.draft_control import Judgement, Outcome
 from fastgrpo.drafters import DraftContext, build_drafter
 from fastgrpo.drafters.block import BlockDrafter
 from fastgrpo.drafters.block_head import DEFAULT_BLOCK_SIZE
@@ -594,6 +595,22 @@ def test_rollouts_that_wait_to_be_learnt_from_are_bounded_too(kind, monkeypatch)
     monkeypatch.setattr("fastgrpo.learner._MOST_NEW_BYTES", sum(each[-2:]))
     learner = build_learner(kind.build(model), rollouts, max_replay_bytes=1)
     assert [id(r) for r in learner.begin().rollouts] == [id(r) for r in rollouts[-2:]]
+
+
+@pytest.mark.parametrize("place", ["judge", "update"])
+def test_a_lesson_without_memory_ends_and_the_next_one_is_whole(kind, place, monkeypatch):
+    model = shared_model("llama", torch.float32)
+    learner = build_learner(kind.build(model), rollouts := collect_rollouts(model, 4))
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"learns no more .* ran out \(MemoryError\)"):
+        patch.setattr(learner.objective, "collate", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        if place == "update":
+            patch.setattr(learner, "judge", lambda _: (math.nan, Judgement(Outcome.KEEP, 1.0)))
+        report = learner.learn(budget_s=1.0)
+    assert (report.num_updates, report.num_tokens, report.num_skipped) == (0, 0, 1)
+    for rollout in rollouts:
+        learner.add(rollout)
+    report = learner.learn(budget_s=10.0, max_updates=2)
+    assert report.num_updates == 2 and report.num_skipped == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

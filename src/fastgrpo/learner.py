@@ -13,6 +13,7 @@ import copy
 import math
 import statistics
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from fastgrpo.drafters.drafter import TrainableDrafter
 from fastgrpo.engine import FinishedRollout
 from fastgrpo.head_training import pack
 from fastgrpo.kernels.half import float32_products
+from fastgrpo.memory import describe_error, is_out_of_memory
 from fastgrpo.objective import build_objective
 
 _BATCH_PAIRS = 256  # pairs of one optimiser step
@@ -43,7 +45,7 @@ class LearnReport:
     loss: float  # mean loss over tokens at the first unroll step; NaN without an update
     num_tokens: int  # completion tokens learnt from, repetitions counted
     num_updates: int
-    num_skipped: int  # batches with a non-finite loss or gradient, and rollouts with non-finite features
+    num_skipped: int  # batches with a non-finite loss or gradient or without memory, rollouts with non-finite features
     learn_s: float
     free_s: float  # the part of `learn_s` that did not lengthen the run
     held_out_loss: float  # of the head before it learnt, on the new rollouts, over all unroll steps; NaN without any
@@ -210,7 +212,8 @@ class Learner:
     ) -> LearnReport:
         """Judge the head on the new rollouts; learn from them, then from replayed ones while time is left.
 
-        At least one update is tried, whatever the budget, so that learning never stops silently.
+        At least one update is tried, whatever the budget, so that learning never stops silently. Where memory runs out,
+        a warning says so and the lesson ends: what the run is for goes on.
 
         Args:
             budget_s: seconds that updates may take; where learning does not help, only a part of them is used.
@@ -228,7 +231,7 @@ class Learner:
             if lesson.updates_s and not is_still_free and expected_s > budget_s * lesson.effort:
                 break
             before_s = lesson.learn_s
-            if not lesson.advance():
+            if not _advance(lesson):
                 break
             is_still_free = is_still_free and is_free()
             if is_still_free:
@@ -368,6 +371,22 @@ class Learner:
         self._replay = deque(state["replay"])
         reference = state["reference"]
         self._reference = None if reference is None else [x.to(self.drafter.target.device) for x in reference]
+
+
+def _advance(lesson: Lesson) -> bool:
+    """Do the lesson's next piece; False where none was left, or where there is no memory for it."""
+    try:
+        return lesson.advance()
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        lesson.num_skipped += 1
+        warnings.warn(
+            f"the draft head learns no more from this rollout, memory ran out ({describe_error(error)}): shorter "
+            "completions or a smaller draft would leave room, draft_time_share=0 stops its learning",
+            stacklevel=3,
+        )
+        return False
 
 
 def _drop_oldest(queues: Sequence[deque[FinishedRollout]], most_bytes: int) -> None:
