@@ -628,6 +628,29 @@ def test_what_an_owner_puts_around_the_whole_model_has_its_say(change):
             hook.remove()
 
 
+def _shift_prompts(module: nn.Module, args: object, kwargs: dict[str, Any]) -> tuple[object, dict[str, Any]]:
+    return args, kwargs | {"input_ids": (kwargs["input_ids"] + 1) % 120}
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])  # without it PEFT calls the causal LM itself
+@pytest.mark.parametrize("place", ["model", "input", "tuner"])
+@pytest.mark.filterwarnings("ignore:decoding goes through transformers' modules")
+def test_what_an_owner_puts_around_an_adapted_model_has_its_say(place, task_type):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type=task_type)
+    model, params = get_peft_model(build_model("llama", torch.float32), lora).eval(), SamplingParams(max_tokens=8)
+    before = reference_tokens(model, params)
+    engine = Engine(model, drafter="none")
+    if place == "input":
+        model.register_forward_pre_hook(_shift_prompts, with_kwargs=True)
+    else:
+        wrapper = model if place == "model" else model.base_model
+        wrapper.register_forward_hook(lambda module, args, output: _double(output))
+    expected = reference_tokens(model, params)
+    assert (expected != before) == (place != "tuner" or task_type is not None)
+    assert [each.token_ids for each in engine.generate(PROMPTS, params)] == expected
+
+
 def test_a_forward_of_the_owners_that_passes_nothing_on_is_refused_by_name():
     model = build_model("llama", torch.float32)
     model.forward = lambda input_ids: type(model).forward(model, input_ids)

@@ -29,7 +29,14 @@ _ONLY_TRAINING = (  # hooks that leave the values of a rollout as they are
     *("make_inputs_require_grads", "make_inputs_require_grad", "neftune_post_forward_hook"),
 )
 _LIBRARIES = ("torch.nn.", "transformers.")  # whose forwards are what `FusedDecoder` computes
-_WRAPPERS = ("accelerate.", "fastgrpo.", "liger_kernel.", "torch._dynamo.", "trl.")  # around a whole model's forward
+_WRAPPERS = (
+    "accelerate.",
+    "fastgrpo.",
+    "liger_kernel.",
+    "peft.",
+    "torch._dynamo.",
+    "trl.",
+)  # around a whole model's forward
 _LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer")
 _NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 _ACTIVATIONS = ("SiLUActivation", "SiLU")
@@ -228,7 +235,7 @@ def is_touched(module: nn.Module) -> bool:
 
 
 def is_model_touched(model: Any) -> bool:
-    """Whether a causal LM says something else than its output head does of its decoder's states.
+    """Whether a causal LM, or PEFT's model of one, says something else than its head does of its decoder's states.
 
     What libraries wrap around a forward for training changes no logits.
     """

@@ -250,6 +250,10 @@ class TargetModel:
             for module in training:
                 module.training = True
 
+    def _list_models(self) -> tuple[Any, ...]:
+        """The causal LM, and what PEFT has put around it."""
+        return (self.base,) if self.model is self.base else (self.model, self.model.base_model, self.base)
+
     def _list_configs(self) -> list[Any]:
         """The model's, and those of parts that came from other models; attention is looked up in its own."""
         parts = (self.base, self.decoder, *(layer.self_attn for layer in self.decoder.layers))
@@ -307,11 +311,12 @@ class TargetModel:
         return None if seen is None else f"some layers see no more than the last {seen} tokens"
 
     def _fuse(self) -> FusedDecoder | None:
-        self._runs_whole = is_model_touched(self.base)
+        touched = next((each for each in self._list_models() if is_model_touched(each)), None)
+        self._runs_whole = touched is not None
         obstacle = self._find_window_obstacle() or find_obstacle(self.decoder, self.dtype)
-        if self._runs_whole:
-            check_takes_rows(self.base)
-            obstacle = f"{type(self.base).__name__} has hooks or a forward of its own"
+        if touched is not None:
+            check_takes_rows(touched)
+            obstacle = f"{type(touched).__name__} has hooks or a forward of its own"
         if obstacle is None:
             head = self.lm_head
             if type(head) is nn.Linear and not is_touched(head):
@@ -329,14 +334,9 @@ class TargetModel:
         if self._fused is not None:
             hidden, features, logits = self._fused.run(batch, cache, kept, wants_logits=wants_logits)
         else:
+            whole = self.model if self._runs_whole else None
             hidden, inputs, logits = run_modules(
-                self.base,
-                batch,
-                cache,
-                self.windows,
-                kept or (),
-                is_whole=self._runs_whole,
-                wants_logits=wants_logits,
+                self.decoder, batch, cache, self.windows, kept or (), whole=whole, wants_logits=wants_logits
             )
             features = None if kept is None else join_features(inputs, kept, hidden, cache)
         return ForwardOutput(last_hidden=hidden, features=features), logits

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from fastgrpo.attention import ForwardBatch, has_gpu_kernel
 from fastgrpo.block_store import BlockStore
@@ -16,29 +16,28 @@ from fastgrpo.cache import SlotCache
 
 
 def run_modules(
-    base: Any,
+    decoder: Any,
     batch: ForwardBatch,
     cache: SlotCache,
     windows: tuple[int | None, ...],
     kept: tuple[int, ...],
     *,
-    is_whole: bool,
+    whole: Any = None,
     wants_logits: bool,
 ) -> tuple[Float[Tensor, "T H"], dict[int, Float[Tensor, "T H"]], Float[Tensor, "T V"] | None]:
     """Run packed tokens, writing their keys and values; `tree_attention` must be the model's attention.
 
     Args:
-        base: the causal LM.
+        decoder: of the causal LM.
         windows: for each layer, how many tokens a token sees, itself included; None: all before it.
         kept: layers whose inputs are wanted.
-        is_whole: run the model with its head, not its decoder alone.
+        whole: the model as its owner calls it, which is run in place of the decoder alone; None runs that.
         wants_logits: of a model that is run whole.
 
     Returns:
         Last hidden states, normed; inputs of the layers in `kept`; logits where they are wanted and the model is run
         whole, else None.
     """
-    decoder = base.model
     captured: dict[int, Tensor] = {}
     states: list[Tensor] = []
     hooks = [
@@ -46,7 +45,7 @@ def run_modules(
         for layer in set(kept)
     ]
     hooks.append(decoder.register_forward_hook(functools.partial(_keep_states, states)))
-    model = functools.partial(base, logits_to_keep=0 if wants_logits else 1) if is_whole else decoder
+    model = decoder if whole is None else functools.partial(whole, logits_to_keep=0 if wants_logits else 1)
     try:
         output = model(
             input_ids=batch.token_ids[None],
@@ -60,7 +59,7 @@ def run_modules(
     finally:
         for hook in hooks:
             hook.remove()
-    return states[0], captured, output.logits[0] if is_whole and wants_logits else None
+    return states[0], captured, output.logits[0] if whole is not None and wants_logits else None
 
 
 class _CacheView(Cache):
@@ -97,7 +96,7 @@ def _keep_states(states: list[Tensor], module: nn.Module, args: tuple[Any, ...],
     states.append(output.last_hidden_state[0])
 
 
-def check_takes_rows(model: PreTrainedModel) -> None:
+def check_takes_rows(model: nn.Module) -> None:
     """Refuse a forward of the owner's that does not pass on what attention is told.
 
     Raises:
