@@ -613,6 +613,29 @@ def test_a_lesson_without_memory_ends_and_the_next_one_is_whole(kind, place, mon
     assert report.num_updates == 2 and report.num_skipped == 0
 
 
+@pytest.mark.parametrize("num_good", [1, 2])  # one moment of a parameter is there and the other is not; or the first's
+def test_an_update_that_breaks_off_changes_nothing_and_may_be_made_again(kind, num_good, monkeypatch):
+    model = shared_model("llama", torch.float32)
+    rollouts = collect_rollouts(model, 4)
+    learners = [build_learner(kind.build(model), rollouts) for _ in range(2)]
+    allowed, zeros = iter(range(num_good)), torch.zeros_like
+
+    def fail_late(*args, **kwargs):
+        if next(allowed, None) is None:
+            raise KeyboardInterrupt
+        return zeros(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            learners[0].objective, "weigh", lambda losses: patch.setattr(torch, "zeros_like", fail_late) or losses[0]
+        )
+        learners[0].update(rollouts)
+    for learner in learners:
+        learner.update(rollouts)
+    own, other = (learner.drafter.head.state_dict() for learner in learners)
+    assert all(torch.equal(own[name], other[name]) for name in own)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_features_that_are_not_finite_are_skipped_and_counted(kind, bad):
     model = shared_model("llama", torch.float32)

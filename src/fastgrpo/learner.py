@@ -340,12 +340,24 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         if not (math.isfinite(float(total.detach())) and math.isfinite(float(norm))):
             return math.nan, 0
-        self.num_updates += 1
         for group in self._optimizer.param_groups:
-            warmth = min(1.0, (self.num_updates - self._warm_from) / _WARMUP_UPDATES)
+            warmth = min(1.0, (self.num_updates + 1 - self._warm_from) / _WARMUP_UPDATES)
             group["lr"] = self.learning_rate * self.rate_scale * warmth
-        self._optimizer.step()
+        self._step()
+        self.num_updates += 1
         return float(losses[0].detach()), self.objective.count_taught(batch)
+
+    def _step(self) -> None:
+        """A step of the optimiser; one that breaks off changes nothing."""
+        try:
+            self._optimizer.step()
+        except (
+            BaseException
+        ):  # the first step makes room for moments: AdamW takes a parameter with half of them for done
+            state = self._optimizer.state
+            for parameter in [parameter for parameter, own in state.items() if "exp_avg_sq" not in own]:
+                del state[parameter]
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser, generator, counters, reference weights and rollouts; the head itself is saved by its drafter."""
