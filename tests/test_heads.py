@@ -613,6 +613,16 @@ def test_a_lesson_without_memory_ends_and_the_next_one_is_whole(kind, place, mon
     assert report.num_updates == 2 and report.num_skipped == 0
 
 
+def test_a_rollout_goes_on_where_a_learner_has_no_memory_to_look_at_it(kind, monkeypatch):
+    model = shared_model("llama", torch.float32)
+    learner = build_learner(kind.build(model), rollouts := collect_rollouts(model, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "isfinite", lambda _: (_ for _ in ()).throw(MemoryError()))
+        learner.add(rollouts[0])
+    assert len(learner.begin().rollouts) == 2
+    assert learner.learn(budget_s=1.0).num_skipped == 1
+
+
 @pytest.mark.parametrize("num_good", [1, 2])  # one moment of a parameter is there and the other is not; or the first's
 def test_an_update_that_breaks_off_changes_nothing_and_may_be_made_again(kind, num_good, monkeypatch):
     model = shared_model("llama", torch.float32)

@@ -164,7 +164,7 @@ class Learner:
         self._is_prepared = False  # a first lesson, slower than others, has been given: times may be measured
         self.rate_scale = 1.0  # halved by each roll-back
         self._warm_from = 0  # `num_updates` when the optimiser was last started: the warm-up counts from there
-        self._num_dropped = 0  # rollouts with non-finite features, since the last report
+        self._num_dropped = 0  # rollouts with non-finite features or unseen ones, since the last report
         self._reference: list[Tensor] | None = None  # weights of the best head so far
         self._new: deque[FinishedRollout] = deque()
         self._replay: deque[FinishedRollout] = deque()
@@ -188,13 +188,14 @@ class Learner:
         return not self.drafter.was_trained and self.num_updates < _YOUNG_UPDATES
 
     def add(self, rollout: FinishedRollout) -> None:
-        """Take a finished rollout; a listener for `Engine.on_finish`. Rollouts with non-finite features are dropped.
+        """Take a finished rollout; a listener for `Engine.on_finish`. Rollouts with non-finite features are dropped,
+        and those that there is no memory to look at.
 
         Where the rollouts that wait to be learnt from exceed their memory limit, the oldest are dropped.
         """
         if rollout.features is None or len(rollout.features) < 2:
             return
-        if bool(torch.isfinite(rollout.features).all()):
+        if _is_finite(rollout.features):
             self._new.append(rollout)
             _drop_oldest((self._new,), max(_MOST_NEW_BYTES, self.max_replay_bytes))
             self._has_counted = True
@@ -383,6 +384,16 @@ class Learner:
         self._replay = deque(state["replay"])
         reference = state["reference"]
         self._reference = None if reference is None else [x.to(self.drafter.target.device) for x in reference]
+
+
+def _is_finite(features: Tensor) -> bool:
+    """Whether all of them are; False where there is no memory to look: the rollout they are of goes on."""
+    try:
+        return bool(torch.isfinite(features).all())
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
 
 
 def _advance(lesson: Lesson) -> bool:
