@@ -28,6 +28,7 @@ from fastgrpo.drafters.drafter import TrainableDrafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.head import add_token_scores
+from fastgrpo.kernels import cpu
 from fastgrpo.learner import Learner
 from fastgrpo.model import TargetModel
 from fastgrpo.rollout_modes import RolloutModes
@@ -146,6 +147,21 @@ def test_rounding_evenly_keeps_sums_and_what_needs_no_rounding(dtype, monkeypatc
     odd[0] = 0x7FFFFFFF  # the NaN of a GPU
     assert round_evenly(odd.view(torch.float32), dtype).float().nan_to_num(7.0).tolist()[0] == 7.0
     assert torch.equal(round_evenly(odd[1:].view(torch.float32), dtype).float().view(torch.int32), odd[1:])
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (70, 300), (3, 5, 7)])
+def test_the_kernel_rounds_as_pytorch_does(shape, monkeypatch):
+    draw = torch.Generator().manual_seed(1)
+    values = torch.randn(shape, generator=draw) * torch.randn(shape, generator=draw).mul(40).exp2()
+    if len(shape) == 2:
+        values = values.T
+        values[:5, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, torch.finfo(torch.float32).max])
+    ours = round_evenly(values, torch.bfloat16)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
+    theirs = round_evenly(values, torch.bfloat16)
+    assert ours.shape == theirs.shape == values.shape
+    assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+    assert torch.equal(ours.signbit() & ~ours.isnan(), theirs.signbit() & ~theirs.isnan())
 
 
 def test_tuned_norms_stay_those_that_are_trained():

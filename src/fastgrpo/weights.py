@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fastgrpo.kernels import cpu
+from fastgrpo.transfer import is_host
+
 _UNMERGED = ("LNTuningLayer", "TrainableTokensLayer")  # changes places with its base; is asked by its wrapper
 _LOST_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of a float32, by the type it is rounded to
 _STRIDES = (49471, 37345)  # of thresholds in 2^-16, by row and column: the R2 lattice, which fills a square evenly
@@ -65,7 +68,9 @@ def round_evenly(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if values.dtype != torch.float32 or dtype not in _LOST_BITS:
         return values.to(dtype)
-    rows = values.flatten(1) if values.dim() > 1 else values[:, None]
+    rows = values.flatten(1) if values.dim() > 1 else values.reshape(-1, 1)
+    if dtype == torch.bfloat16 and is_host(values) and cpu.is_available():
+        return cpu.round_evenly(rows, *_STRIDES).view(values.shape)
     rounded = torch.empty_like(rows, dtype=dtype)
     step = max(_CHUNK // max(rows.shape[1], 1), 1)
     for first in range(0, len(rows), step):

@@ -26,7 +26,8 @@ _FLAGS = (
 )  # fmt: skip
 _OWN_FLAGS = {"noise.c": "-ffp-contract=off", "decoder.c": "-ffp-contract=fast", "attention.c": "-ffp-contract=fast",
               "products.c": "-ffp-contract=fast", "layer.c": "-ffp-contract=fast",
-              "trees.c": "-ffp-contract=off", "drafts.c": "-ffp-contract=off"}  # fmt: skip
+              "trees.c": "-ffp-contract=off", "drafts.c": "-ffp-contract=off",
+              "rounding.c": "-ffp-contract=off"}  # fmt: skip
 _LONGEST_S = 120.0
 _DIGEST_BYTES = hashlib.sha256().digest_size
 

@@ -181,6 +181,13 @@ def multiply_silu(both: Float[Tensor, "M J"], num_tokens: int) -> Float[Tensor, 
     return out
 
 
+def round_evenly(values: Float[Tensor, "R C"], by_row: int, by_column: int) -> Float[Tensor, "R C"]:
+    """See `fastgrpo.weights.round_evenly`: float32 in bfloat16, by thresholds that rise by so much, in 2^-16."""
+    out = torch.empty(values.shape, dtype=torch.bfloat16)
+    call("round_evenly", values.contiguous(), out, *values.shape, by_row, by_column)
+    return out
+
+
 def pack_weights(weights: list[Float[Tensor, "_ I"]]) -> Float[Tensor, "P J W"]:
     """Weights of linear layers side by side, in the layout of `multiply`."""
     assert all(weight.is_contiguous() for weight in weights), "weights must be contiguous"
