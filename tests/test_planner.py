@@ -1004,6 +1004,40 @@ def test_a_machine_is_recovered_from_noisy_steps(stale):
     assert sum(abs(error) < 0.03 for error in errors) > 0.95 * len(errors)
 
 
+@pytest.mark.parametrize("num_alike", [1, 8, 24])
+def test_all_parts_of_a_machine_are_recovered_from_steps_learnt_from_together(num_alike):
+    """As the test before; drafts and the rest too, and steps of one kind at once, as a planner learns from them."""
+    truth = replace(XEON, read_s=2.5e-6, sample_s=1e-4, walk_s=5e-5, fixed_s=5e-4)
+    machine, rng, errors = StepCosts(truth), random.Random(0), []
+    followed = StepCosts(replace(distort(truth, (1.5,) * 7), draft_s=tuple(0.6 * s for s in truth.draft_s)))
+    plans = [SpeculationPlan(depth=d, width=w, num_draft_tokens=n) for d, w, n in ((3, 1, 3), (2, 2, 4), (3, 3, 8))]
+
+    def measure(seconds: float) -> float:
+        return seconds * (rng.uniform(2, 6) if rng.random() < 0.05 else 1.0) * math.exp(rng.gauss(0, 0.03))
+
+    for _ in range(max(1200 // num_alike, 150)):
+        num_seqs, plan = rng.choice((1, 2, 4, 6)), rng.choice([PLAIN, *plans])
+        records = []
+        for num_read in (num_seqs * rng.randrange(100, 400) for _ in range(num_alike)):
+            num_emitted = num_seqs + rng.randrange(num_seqs * plan.depth + 1)
+            record = build_record(plan, num_seqs, num_read=num_read, num_emitted=num_emitted)
+            expected, known = (
+                (
+                    float(costs.predict_target_s(record.num_tokens, num_read)),
+                    float(costs.predict_draft_s(plan.depth, plan.width, num_seqs)),
+                    float(costs.predict_rest_s(plan.depth, num_emitted)),
+                )
+                for costs in (machine, followed)
+            )
+            errors.append([found / true - 1 for found, true in zip(known, expected, strict=True)])
+            names = dict(zip(("target_s", "draft_s", "verify_s"), map(measure, expected), strict=True))
+            records.append(replace(record, **names))
+        followed.observe(*records)
+    late = np.array(errors[len(errors) // 2 :])
+    assert (abs(late.mean(0)) < 0.01).all()
+    assert ((abs(late) < 0.03).mean(0) > 0.95).all()
+
+
 class SlowSeconds:
     """What a machine with other work on it does to a step: seconds in which all is slower, noise, single hold-ups."""
 

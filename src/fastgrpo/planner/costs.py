@@ -18,7 +18,7 @@ from fastgrpo.types import SpeculationPlan, StepRecord
 READ_PER_DRAFT = 2  # tokens of each sequence that the profiler's drafts read
 _ALIKE = 0.9  # correlation of the errors of two points of the grid an octave apart: a slow machine is slow everywhere
 _MUCH_READING, _DEAREST_READING = 0.5, 2.0  # over drafting, where reading is priced; over what the profile says
-_HELD_UP = 1.5  # times the median: a forward that took longer was held up, the more so where few are looked at
+_HELD_UP = 1.5  # times the median: what took longer was held up
 IDLE_S = 1e-4  # what a step may take where a draft would be made, though none is
 
 
@@ -94,17 +94,22 @@ class StepCosts:
     # -- learning --------------------------------------------------------------------------------------------
 
     def observe(self, *records: StepRecord) -> None:
-        """Learn from steps of one plan with as many live sequences, at once: from what they took in the mean."""
+        """Learn from steps of one plan with as many live sequences, at once: from what they took in the mean.
+
+        Steps in which a part was held up are left out of it: prices are what a step takes as a rule.
+        """
         plan, num_seqs, num_steps = records[0].plan, records[0].num_seqs, len(records)
         self._observe_forwards(records)
+        verified = _leave_out_held_up(records, "verify_s", "num_emitted")
         self._rest.observe(
-            np.array([1.0, plan.depth, _mean(records, "num_emitted")]),
-            _mean(records, "verify_s") / self.tempo,
+            np.array([1.0, plan.depth, _mean(verified, "num_emitted")]),
+            _mean(verified, "verify_s") / self.tempo,
             num_steps,
         )
         if plan.is_plain or all(record.offered for record in records):  # else it says what neither takes
-            draft_s = _mean(records, "draft_s") - _mean(records, "plan_s")  # decisions are no part of what is decided
-            self._observe_drafts(plan, num_seqs, _mean(records, "num_unread"), draft_s, num_steps)
+            drafted = _leave_out_held_up(records, "draft_s", "num_seqs")
+            draft_s = _mean(drafted, "draft_s") - _mean(drafted, "plan_s")  # decisions are no part of what is decided
+            self._observe_drafts(plan, num_seqs, _mean(drafted, "num_unread"), draft_s, num_steps)
 
     def _observe_forwards(self, records: Sequence[StepRecord]) -> None:
         """The smaller and the larger ones apart: their difference is what says how the time rises."""
@@ -112,9 +117,10 @@ class StepCosts:
         middle = len(by_size) // 2 if by_size[0].num_tokens < by_size[-1].num_tokens else 0
         for some in (by_size[:middle], by_size[middle:]):
             if some:
-                bought = self._weigh_points(_mean(some, "num_tokens"))
-                bought[-1] = _mean(some, "num_read")
-                self._target.observe(bought, _mean_target_s(some), len(some))
+                typical = _leave_out_held_up(some, "target_s", "num_tokens")
+                bought = self._weigh_points(_mean(typical, "num_tokens"))
+                bought[-1] = _mean(typical, "num_read")
+                self._target.observe(bought, _mean(typical, "target_s"), len(some))
         prices = self._target.prices
         weights = 1 / self._target.doubts[:-1]
         prices[:-1] = np.exp(_level(np.log(prices[:-1]), weights))
@@ -192,11 +198,15 @@ def _mean(records: Sequence[StepRecord], name: str) -> float:
     return sum(getattr(record, name) for record in records) / len(records)  # fsum raises at what a broken clock says
 
 
-def _mean_target_s(records: Sequence[StepRecord]) -> float:
-    """Of forwards in the order of their sizes, none taken for longer than its tokens and the others explain."""
-    median_s, usual = statistics.median(record.target_s for record in records), records[len(records) // 2].num_tokens
-    most_s = (_HELD_UP * median_s * max(record.num_tokens / usual, 1.0) for record in records)
-    return sum(map(min, (record.target_s for record in records), most_s)) / len(records)
+def _leave_out_held_up(records: Sequence[StepRecord], part_s: str, size: str) -> list[StepRecord]:
+    """Without the steps in which a part took longer than its size and the other steps explain."""
+    median_s, usual = (statistics.median_low(getattr(record, name) for record in records) for name in (part_s, size))
+    typical = [
+        record
+        for record in records
+        if getattr(record, part_s) <= _HELD_UP * median_s * max(getattr(record, size) / usual, 1.0)
+    ]
+    return typical or list(records)  # where a clock goes backwards
 
 
 def _interpolate(at: Vector | float, grid: Vector, values: Vector) -> Vector:
