@@ -340,6 +340,21 @@ def test_others_work_counts_where_it_takes_cores_from_our_threads(
     assert others.count_cores_taken() == pytest.approx(taken * num_threads, abs=0.05 * num_threads)
 
 
+@pytest.mark.parametrize("kind", ["user", "system", "nice", "steal"])
+def test_others_work_is_seen_whatever_it_is_counted_as(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a low priority, or of another virtual machine on the same host; other systems know neither."""
+    num_threads, known = torch.get_num_threads(), {"user", "system", kind}
+    counted = namedtuple("counted", sorted(known))
+    monkeypatch.setattr(idleness, "_count_own_cores", lambda: num_threads)
+    monkeypatch.setattr(idleness.psutil, "cpu_times", lambda: counted(**dict.fromkeys(known, 0.0)))
+    others = OthersWork()
+    others._since -= 100
+    monkeypatch.setattr(
+        idleness.psutil, "cpu_times", lambda: counted(**dict.fromkeys(known, 0.0) | {kind: 100.0 * num_threads})
+    )
+    assert others.count_cores_taken() == pytest.approx(num_threads, rel=0.05)
+
+
 def test_real_counts_of_this_machine() -> None:
     """A thread that computes takes a core away, on whatever machine."""
     before, started = idleness._read_idle_s(), time.perf_counter()

@@ -89,8 +89,9 @@ def _read_idle_s() -> float:
 
 
 def _read_busy_s() -> float:
+    """With what runs at a low priority, as this process may itself, and what the host of a virtual machine keeps."""
     times = psutil.cpu_times()
-    return float(times.user + times.system)
+    return float(times.user + times.system + getattr(times, "nice", 0.0) + getattr(times, "steal", 0.0))
 
 
 def _count_own_cores() -> float:
