@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import SMALL_CPU, build_model, shared_model
 from fastgrpo import draft_timing, profiler, timing
+from fastgrpo import profile as profile_command
 from fastgrpo.cache_folder import find_cache_folder, has_profile_cache
 from fastgrpo.cli import main
 from fastgrpo.drafters import Drafter, build_drafter
@@ -27,7 +28,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.planner import AcceptanceTable, AutoPlanner, HardwareProfile, describe_gains, forecast_gains
 from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
 from fastgrpo.planner.forecast import find_break_even
-from fastgrpo.profile import Check, _describe_verdict
+from fastgrpo.profile import Check, _correct, _describe_verdict
 from fastgrpo.profile_files import (
     describe_identity,
     find_profile,
@@ -613,14 +614,15 @@ def test_gains_that_were_tried_and_lost_are_lowered_before_it_is_said_that_draft
     forecasts = forecast_gains(SMALL_CPU, build_table(0.5), context_len=100)
     live = [each.num_seqs for each in forecasts if not each.plan.is_plain]
     lost = Check(num_seqs=live[-1], expected=forecasts[len(live) - 1].speed_up, measured=0.99)
-    text = _describe_verdict("eagle", forecasts, build_table(0.5), True, lost)
+    text = _describe_verdict("eagle", _correct(forecasts, lost), build_table(0.5), True)
     assert "pays here" in text and f"from {live[-1]} live sequences on it stops paying" in text
-    text = _describe_verdict("eagle", forecasts, build_table(0.5), True, replace(lost, measured=0.4))
+    text = _describe_verdict("eagle", _correct(forecasts, replace(lost, measured=0.4)), build_table(0.5), True)
     assert text.startswith("Speculation with eagle will not pay here")
     assert "That is a loss" in lost.describe()
     won = replace(lost, measured=1.01)
     assert "a loss" not in won.describe()
-    assert _describe_verdict("eagle", forecasts, build_table(0.5), True, won) == describe_gains("eagle", forecasts)
+    text = _describe_verdict("eagle", _correct(forecasts, won), build_table(0.5), True)
+    assert text == describe_gains("eagle", forecasts)
 
 
 # -- the command -------------------------------------------------------------------------------------------------
@@ -654,6 +656,28 @@ def test_profile_writes_what_the_engine_takes(
     other = "ngram" if drafter == "none" else "none"
     with pytest.raises(ValueError, match=f"drafter is '{drafter}' there and '{other}' here"):
         Engine.from_pretrained(model_dir, dtype=torch.float32, device="cpu", drafter=other, profile=output)
+
+
+def test_what_was_tried_and_lost_beside_other_work_is_in_no_table_and_in_no_cache(
+    model_dir: Path,
+    tmp_path: Path,
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    steady: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(OthersWork, "count_cores_taken", lambda _: 1.4)
+    lost = Check(num_seqs=1, expected=2.0, measured=0.2)
+    monkeypatch.setattr(profile_command, "_check_first_gain", lambda *_: lost)
+    output = tmp_path / "tiny.json"
+    argv = ["profile", "--model", str(model_dir), "--drafter", "ngram", "--device", "cpu", "--dtype", "float32"]
+    assert main([*argv, "--max-tokens", "4", "--num-prompts", "1", "--output", str(output)]) == 0
+    text, result = " ".join(capsys.readouterr().out.split()), json.loads(output.read_text())
+    assert "will not pay here" in text and "0.20x was measured where 2.00x was expected" in text
+    assert "node" not in text.split("before any training")[1], "of no plan"
+    assert {forecast["speed_up"] for forecast in result["forecasts"]} == {1.0}
+    assert "Other work took 1.4 cores" in text and "not kept for the engine" in text
+    assert result["cores_taken_by_others"] == 1.4 and not list(cache.glob("profile-*.json"))
 
 
 @pytest.mark.parametrize("profile", [SMALL_CPU, HardwareProfile(num_tokens=(1, 8), target_s=(4.0, 4.0))])

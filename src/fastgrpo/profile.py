@@ -42,7 +42,11 @@ class Check:
 
     def describe(self) -> str:
         error = self.expected / self.measured - 1
-        loss = " That is a loss: what is said above takes every gain for as much smaller." if self.is_loss else ""
+        loss = (
+            " That is a loss: the table and what is said above take every gain for as much smaller."
+            if self.is_loss
+            else ""
+        )
         return (
             f"Tried with {self.num_seqs} live: {self.measured:.2f}x was measured where {self.expected:.2f}x was "
             f"expected, so the forecast is {100 * abs(error):.0f} % too {'high' if error > 0 else 'low'}.{loss}"
@@ -85,9 +89,9 @@ def run_profile(options: ProfileOptions, command: str) -> dict[str, Any]:
         params = _choose_params(profile, len(prompts), options, opened.stop_token_ids)
         context_len = _count_acceptance(engine, prompts, params, table)
         check = _check_first_gain(engine, prompts, params, profile, table, context_len)
-    forecasts = forecast_gains(profile, table, context_len=context_len)
+    forecasts = _correct(forecast_gains(profile, table, context_len=context_len), check)
     is_measured = table.offered[0][0] > 0
-    verdict = _describe_verdict(engine.drafter.name, forecasts, table, is_measured, check)
+    verdict = _describe_verdict(engine.drafter.name, forecasts, table, is_measured)
     result = (
         describe_run(command, dataclasses.asdict(options))
         | {"model": options.model, "drafter": engine.drafter.name, "verdict": verdict}
@@ -210,12 +214,15 @@ def _check_forecast(engine: Engine, prompts: list[list[int]], params: SamplingPa
     return Check(num_seqs=len(prompts), expected=expected.speed_up, measured=match_rates(planned, plain).gain)
 
 
-def _describe_verdict(
-    drafter: str, forecasts: Sequence[Forecast], table: AcceptanceTable, is_measured: bool, check: Check | None
-) -> str:
-    """Whether it pays; where what was expected to was tried and lost, by as much less."""
-    if check is not None and check.is_loss:
-        forecasts = lower_gains(forecasts, check.measured / check.expected)
+def _correct(forecasts: Sequence[Forecast], check: Check | None) -> Sequence[Forecast]:
+    """Where what was expected to pay was tried and lost, all gains are by as much smaller."""
+    if check is None or not check.is_loss:
+        return forecasts
+    return lower_gains(forecasts, check.measured / check.expected)
+
+
+def _describe_verdict(drafter: str, forecasts: Sequence[Forecast], table: AcceptanceTable, is_measured: bool) -> str:
+    """Whether it pays."""
     if is_measured:
         return describe_gains(drafter, forecasts)
     assumed = f"Nothing was measured of its drafts: {100 * table.prior:.0f} % of the first ones are assumed accepted"
