@@ -606,6 +606,22 @@ def test_a_switch_must_promise_more_than_the_margin():
     assert sum(a != b for a, b in itertools.pairwise(lasting)) <= 12
 
 
+@pytest.mark.parametrize(("gain", "drafts"), [(1.01, False), (1.025, False), (1.035, True), (1.2, True)])
+def test_from_plain_decoding_to_drafts_the_margin_must_be_promised_and_back_nothing(gain, drafts):
+    """One plan of the grid can win, by so much; once it is taken it is kept while it wins at all."""
+    planner = AutoPlanner(FLAT, trial_share=0.0)
+    plan, inputs = GRID[0], PlanInputs(num_seqs=4)
+    rates = dict.fromkeys(GRID, 0.0) | {PLAIN: 100.0, plan: 100.0 * gain}
+    planner._predictor.predict_rates = lambda *_: dict(rates)
+    assert planner.plan(inputs) == (plan if drafts else PLAIN)
+    planner._current = plan
+    planner._term.forget()
+    assert planner.plan(inputs) == plan, "what is done already goes on"
+    rates[plan] = 99.9
+    planner._term.forget()
+    assert planner.plan(inputs).is_plain
+
+
 def test_trees_that_look_too_dear_are_tried_and_found_cheap():
     """The steps of the plan in use say nothing of what larger forwards take: a wrong price of them must heal."""
     prices = {"num_tokens": (1, 2, 4, 8, 64), "draft_s": (0.001,) * 5}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -199,6 +200,19 @@ def test_the_grid_goes_on_while_the_time_is_flat(monkeypatch: pytest.MonkeyPatch
         measured = measure_costs(target, build_drafter("none", target))
     assert measured.profile.capacity == measured.profile.num_tokens[-1] == 4096
     assert measured.is_steady
+
+
+@pytest.mark.parametrize(("growth", "last"), [(1.6, 4096), (1.8, 256)])
+def test_the_grid_ends_past_the_knee(growth: float, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where twice the tokens take nearly twice as long, few plans pay: large forwards are not worth the wait."""
+
+    def measure(target: TargetModel, rows: int, width: int, *, context: int) -> TimedForward:
+        count = rows * width
+        timing_of = timing.Timing(least_s=1e-6 * growth ** math.log2(count), spread=0.0, num_runs=3, total_s=0.0)
+        return TimedForward(num_tokens=count, num_seqs=rows, context_len=context, timing=timing_of)
+
+    monkeypatch.setattr(profiler, "_measure_forward", measure)
+    assert [each.num_tokens for each in profiler._measure_grid(build_target())][-1] == last
 
 
 @pytest.mark.parametrize("is_cuda", [False, True])
@@ -669,6 +683,9 @@ def test_what_was_tried_and_lost_beside_other_work_is_in_no_table_and_in_no_cach
     monkeypatch.setattr(OthersWork, "count_cores_taken", lambda _: 1.4)
     lost = Check(num_seqs=1, expected=2.0, measured=0.2)
     monkeypatch.setattr(profile_command, "_check_first_gain", lambda *_: lost)
+    believed = forecast_gains(SMALL_CPU, build_table(0.5), context_len=100)
+    assert not believed[0].plan.is_plain
+    monkeypatch.setattr(profile_command, "forecast_gains", lambda *_, **__: believed)
     output = tmp_path / "tiny.json"
     argv = ["profile", "--model", str(model_dir), "--drafter", "ngram", "--device", "cpu", "--dtype", "float32"]
     assert main([*argv, "--max-tokens", "4", "--num-prompts", "1", "--output", str(output)]) == 0
