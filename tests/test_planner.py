@@ -607,8 +607,8 @@ def test_a_switch_must_promise_more_than_the_margin():
 
 
 @pytest.mark.parametrize(("gain", "drafts"), [(1.01, False), (1.025, False), (1.035, True), (1.2, True)])
-def test_from_plain_decoding_to_drafts_the_margin_must_be_promised_and_back_nothing(gain, drafts):
-    """One plan of the grid can win, by so much; once it is taken it is kept while it wins at all."""
+def test_to_drafts_and_to_another_tree_the_margin_must_be_promised_and_back_nothing(gain, drafts):
+    """Once a plan is taken it is kept while it wins at all and no other wins by so much."""
     planner = AutoPlanner(FLAT, trial_share=0.0)
     plan, inputs = GRID[0], PlanInputs(num_seqs=4)
     rates = dict.fromkeys(GRID, 0.0) | {PLAIN: 100.0, plan: 100.0 * gain}
@@ -617,6 +617,10 @@ def test_from_plain_decoding_to_drafts_the_margin_must_be_promised_and_back_noth
     planner._current = plan
     planner._term.forget()
     assert planner.plan(inputs) == plan, "what is done already goes on"
+    rates[GRID[1]] = gain * rates[plan]
+    planner._term.forget()
+    assert planner.plan(inputs) == (GRID[1] if drafts else plan)
+    planner._current, rates[GRID[1]] = plan, 0.0
     rates[plan] = 99.9
     planner._term.forget()
     assert planner.plan(inputs).is_plain
@@ -1278,12 +1282,16 @@ def compute_worth(planner: AutoPlanner, inputs: PlanInputs, chances: list[float]
 
 
 @given(
-    chances=st.lists(st.floats(0, 1), max_size=80).map(lambda found: sorted(found, reverse=True)),
+    chances=st.lists(st.floats(0, 1), max_size=80).map(lambda found: sorted(found, reverse=True))
+    | st.floats(0.8, 0.99).map(lambda chance: [chance**place for place in range(1, 60)]),
     num_seqs=st.integers(1, 100),
     sample_s=st.sampled_from([0.0, 1e-4]),
+    chance=st.sampled_from([0.1, 0.95]),
 )
-def test_the_budget_is_the_best_of_all_numbers(chances, num_seqs, sample_s):
+def test_the_budget_is_the_best_of_all_numbers(chances, num_seqs, sample_s, chance):
+    """Where the plan is better than plain decoding, and where it is not."""
     planner = AutoPlanner(replace(SMALL_CPU, sample_s=sample_s))
+    know(planner, chance)
     inputs = PlanInputs(num_seqs=num_seqs)
     budget = planner.choose_budget(SHARED, inputs, chances)
     most = max(min(len(chances), planner.max_num_tokens - num_seqs), 0)
