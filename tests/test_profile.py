@@ -26,10 +26,11 @@ from fastgrpo.drafters import Drafter, build_drafter
 from fastgrpo.engine import Engine
 from fastgrpo.idleness import OthersWork
 from fastgrpo.model import TargetModel
-from fastgrpo.planner import AcceptanceTable, AutoPlanner, HardwareProfile, describe_gains, forecast_gains
+from fastgrpo.options import ProfileOptions
+from fastgrpo.planner import AcceptanceTable, AutoPlanner, Forecast, HardwareProfile, describe_gains, forecast_gains
 from fastgrpo.planner.acceptance import MAX_DEPTH, MAX_WIDTH
 from fastgrpo.planner.forecast import find_break_even
-from fastgrpo.profile import Check, _correct, _describe_verdict
+from fastgrpo.profile import Check, _check_first_gain, _choose_params, _correct, _describe_verdict
 from fastgrpo.profile_files import (
     describe_identity,
     find_profile,
@@ -637,6 +638,30 @@ def test_gains_that_were_tried_and_lost_are_lowered_before_it_is_said_that_draft
     assert "a loss" not in won.describe()
     text = _describe_verdict("eagle", _correct(forecasts, won), build_table(0.5), True)
     assert text == describe_gains("eagle", forecasts)
+
+
+def test_a_forecast_is_checked_with_as_many_live_as_it_drafts_for_and_with_none_where_it_never_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checked: list[tuple[int, int]] = []
+
+    def check(engine: object, prompts: list[list[int]], params: object, expected: Forecast) -> None:
+        checked.append((len(prompts), expected.num_seqs))
+        assert not expected.plan.is_plain and expected.speed_up > 1
+
+    monkeypatch.setattr(profile_command, "_check_forecast", check)
+    steep = replace(SMALL_CPU, target_s=(0.060, 0.064, 0.256, 0.5, 1.0, 2.0))
+    for chance in (0.7, 0.0):
+        _check_first_gain(None, [[1]] * 8, None, steep, build_table(chance), 100)  # type: ignore[arg-type]
+    assert checked == [(6, 6)]
+
+
+@pytest.mark.parametrize(("slower", "tokens"), [(1, 48), (10, 19), (1000, 8)])
+def test_the_rollouts_of_a_profile_are_as_long_as_the_machine_affords(slower: float, tokens: int) -> None:
+    """Of a large model on a slow machine they are short, so that all of it takes minutes."""
+    slow = replace(SMALL_CPU, target_s=tuple(slower * seconds for seconds in SMALL_CPU.target_s))
+    options = ProfileOptions(model="demo", max_tokens=48)
+    assert _choose_params(slow, 2, options, ()).max_tokens == tokens
 
 
 # -- the command -------------------------------------------------------------------------------------------------
