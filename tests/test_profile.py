@@ -597,6 +597,18 @@ def test_a_forecast_never_promises_less_than_plain_decoding(chance: float, conte
         assert 1 <= forecast.acceptance_length <= 1 + forecast.plan.depth
 
 
+@pytest.mark.parametrize("context_len", [0, 2000])
+def test_a_forecast_is_what_its_plan_emits_in_the_time_that_the_profile_says(context_len: int) -> None:
+    """Reading what is cached is shared by a tree, so that long contexts make drafts pay."""
+    profile = replace(SMALL_CPU, read_s=1e-5)
+    for forecast in forecast_gains(profile, build_table(0.6), context_len=context_len):
+        live, plan = forecast.num_seqs, forecast.plan
+        nodes, read = live * (1 + plan.num_draft_tokens), live * context_len
+        drafting_s = profile.compute_target_s(nodes, read) + profile.compute_draft_s(plan, live)
+        expected = forecast.acceptance_length * profile.compute_target_s(live, read) / drafting_s
+        assert forecast.speed_up == pytest.approx(expected, rel=0.01)
+
+
 def test_a_useless_drafter_is_said_to_be_one() -> None:
     forecasts = forecast_gains(SMALL_CPU, build_table(0.0), context_len=100)
     assert all(forecast.plan.is_plain and forecast.speed_up == 1 for forecast in forecasts)
