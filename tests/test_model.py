@@ -132,6 +132,18 @@ def test_a_young_adapter_is_not_rounded_away(dtype, compute_dtype):
     )
 
 
+def test_a_base_in_float32_is_rounded_as_autocast_does():
+    """Only what an adapter adds is rounded evenly: one that adds nothing leaves what training multiplies by."""
+    model = build_lora(dtype=torch.float32)
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        layer.lora_B["default"].weight.data.zero_()
+    expected = [(layer.get_base_layer(), layer.get_base_layer().weight.data.to(torch.bfloat16)) for layer in layers]
+    with merged_weights(model, torch.bfloat16):
+        assert all(torch.equal(linear.weight, weight) for linear, weight in expected)
+    assert {linear.weight.dtype for linear, _ in expected} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_evenly_keeps_sums_and_what_needs_no_rounding(dtype, monkeypatch):
     monkeypatch.setattr("fastgrpo.weights._CHUNK", 1000)

@@ -38,9 +38,10 @@ def merged_weights(model: nn.Module, compute_dtype: torch.dtype | None = None) -
         for _, _, layer in places:
             parameters = list(layer.get_base_layer().parameters(recurse=False))
             wanted = [types.get(id(parameter)) or parameter.dtype for parameter in parameters]
-            for parameter in parameters:
+            for parameter, dtype in zip(parameters, wanted, strict=True):
                 saved.append((parameter, parameter.data))
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+                base = parameter.data.to(dtype)  # as autocast takes it in training
+                parameter.data = base.to(torch.promote_types(dtype, torch.float32), copy=True)
             layer.merge()
             for parameter, dtype in zip(parameters, wanted, strict=True):
                 parameter.data = round_evenly(parameter.data, dtype)
