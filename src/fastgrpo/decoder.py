@@ -29,14 +29,9 @@ _ONLY_TRAINING = (  # hooks that leave the values of a rollout as they are
     *("make_inputs_require_grads", "make_inputs_require_grad", "neftune_post_forward_hook"),
 )
 _LIBRARIES = ("torch.nn.", "transformers.")  # whose forwards are what `FusedDecoder` computes
-_WRAPPERS = (
-    "accelerate.",
-    "fastgrpo.",
-    "liger_kernel.",
-    "peft.",
-    "torch._dynamo.",
-    "trl.",
-)  # around a whole model's forward
+_WRAPPERS = (  # around a whole model's forward
+    *("accelerate.", "fastgrpo.", "liger_kernel.", "peft.", "torch._dynamo.", "trl."),
+)
 _LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer")
 _NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 _ACTIVATIONS = ("SiLUActivation", "SiLU")

@@ -349,12 +349,13 @@ class Learner:
         return float(losses[0].detach()), self.objective.count_taught(batch)
 
     def _step(self) -> None:
-        """A step of the optimiser; one that breaks off changes nothing."""
+        """A step of the optimiser; one that breaks off while it makes room for moments may be made again.
+
+        AdamW takes a parameter that has half of them for one that has both.
+        """
         try:
             self._optimizer.step()
-        except (
-            BaseException
-        ):  # the first step makes room for moments: AdamW takes a parameter with half of them for done
+        except BaseException:
             state = self._optimizer.state
             for parameter in [parameter for parameter, own in state.items() if "exp_avg_sq" not in own]:
                 del state[parameter]
