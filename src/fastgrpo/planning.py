@@ -89,20 +89,16 @@ class Planning:
         if plan.most_draft_tokens is None or pool.scores is None:
             return pool
         scores, num_nodes = download(pool.scores, pool.num_nodes)
-        num_drafted, width = int(num_nodes.sum()) - len(num_nodes), scores.shape[1] - 1
-        places, ranked = None, scores[0, 1:]  # one tree's nodes are in order
-        if len(scores) > 1:
-            flat = scores[:, 1:].ravel()
-            places = (-flat).argsort(kind="stable")
-            ranked = flat[places]
+        drafted = scores[:, 1:].ravel()
+        places = (-drafted).argsort(kind="stable")
+        chances = np.exp(drafted[places[: int(num_nodes.sum()) - len(num_nodes)]])
         planner = self._ensure()
         with self._watch:
-            budget = planner.choose_budget(plan, inputs, np.exp(ranked[:num_drafted]))
-        if budget == scores[:, 1:].size:
+            budget = planner.choose_budget(plan, inputs, chances)
+        if budget == drafted.size:
             return pool
-        if places is None:
-            return pool.keep([1 + budget])
-        return pool.keep((1 + np.bincount(places[:budget] // max(width, 1), minlength=len(num_nodes))).tolist())
+        rows = places[:budget] // max(scores.shape[1] - 1, 1)
+        return pool.keep((1 + np.bincount(rows, minlength=len(num_nodes))).tolist())
 
     def observe(self, record: StepRecord) -> None:
         planner = self._ensure()

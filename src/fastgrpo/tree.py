@@ -42,10 +42,7 @@ class Draft:
         width = max(counts)
         num_nodes = upload(counts, self.num_nodes.device, self.num_nodes.dtype)
         scores: Tensor | None
-        if len(counts) == 1:
-            parents = self.parents[:, :width]
-            scores = None if self.scores is None else self.scores[:, :width]
-        elif self.scores is not None and is_host(self.scores) and cpu.is_available():
+        if self.scores is not None and is_host(self.scores) and cpu.is_available():
             parents, scores = trees.keep_nodes(self.parents, self.scores, num_nodes, width)
         else:
             used = torch.arange(width, device=num_nodes.device) < num_nodes[:, None]
