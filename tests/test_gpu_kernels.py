@@ -302,6 +302,62 @@ def test_wide_heads_of_many_nodes_take_several_tiles():
     assert torch.allclose(rows.run().double(), rows.compute_reference(), atol=2e-2)
 
 
+@pytest.mark.parametrize(("most_bytes", "num_before"), [(1, 0), (50_000, 70), (150_000, 70)])
+def test_what_takes_much_memory_is_computed_part_by_part(most_bytes, num_before, monkeypatch):
+    """Parts of rows, and of the nodes of a row, some of which see nodes of earlier parts; bit for bit."""
+    rows = Rows(lengths=[3, 300, 200], counts=[36, 2, 20], repeats=1, head_dim=16, num_before=num_before, kv=1)
+    whole = rows.run()
+    monkeypatch.setattr(gpu_attention, "_MOST_SUM_BYTES", most_bytes)
+    assert torch.equal(whole, rows.run())
+    assert torch.allclose(whole.double(), rows.compute_reference(), atol=1e-5)
+
+
+def test_parts_fit_and_are_all_there_is():
+    for num_rows, most_nodes, num_heads, context in [(8, 512, 32, 32768), (64, 16, 32, 32768), (1, 512, 128, 512)]:
+        node_bytes, least = 4 * num_heads * 130 * (context // 256), 16
+        parts = list(gpu_attention.cut_into_parts(num_rows, most_nodes, node_bytes, num_heads, least))
+        covered = torch.zeros(num_rows, most_nodes)
+        for rows, nodes in parts:
+            assert len(covered[rows]) * (nodes.stop - nodes.start) * node_bytes <= 2**29
+            assert (nodes.stop - nodes.start) * num_heads < 2**16, "CUDA's limit for a grid"
+            assert nodes.start % least == 0
+            covered[rows, nodes] += 1
+        assert (covered == 1).all()
+    assert len(list(gpu_attention.cut_into_parts(64, 16, 4 * 32 * 130 * 8, 32, 16))) == 1, "a usual step is one part"
+
+
+def test_a_long_prompt_needs_no_dense_mask(gpu_path, monkeypatch):
+    """A chunk of more nodes than decoding steps have, beside a shorter one."""
+    width, lengths, counts = 257, [40, 0], [257, 3]
+    target = TargetModel(build_model("llama", F32, num_attention_heads=1, num_key_value_heads=1, head_dim=16))
+    cache = target.build_cache(with_features=False)
+    cache.add_rows(2)
+    for row, length in enumerate(lengths):
+        cache.reserve(row, length + counts[row])
+    draw = torch.Generator().manual_seed(1)
+    for store in cache.stores:
+        store.data.copy_(torch.randn(store.data.shape, generator=draw))
+    query = torch.randn(sum(counts), 16, generator=draw)
+    batch = attention.ForwardBatch.build(
+        token_ids=torch.zeros(2, width, dtype=torch.int64),
+        num_nodes=torch.tensor(counts),
+        visible=torch.ones(2, width, width, dtype=torch.bool).tril(),
+        blocks=cache.blocks,
+        lengths=torch.tensor(lengths),
+        dtype=F32,
+        num_repeats=1,
+        counts=counts,
+    )
+
+    def attend():
+        return attention.attend_to_rows(query, cache.keys, cache.values, 0, batch, head_dim=16, scale=0.25)
+
+    ours = attend()
+    assert not {"mask", "read_index"} & set(vars(batch)), "a dense mask was laid out"
+    monkeypatch.setattr(gpu, "runs_on", lambda _: False)
+    assert torch.allclose(ours, attend(), atol=1e-5) and "mask" in vars(batch)
+
+
 def test_where_blocks_lie_does_not_matter():
     rows = Rows(lengths=[130, 300], counts=[2, 5], repeats=2, head_dim=64)
     order = torch.randperm(len(rows.keys) // 64)

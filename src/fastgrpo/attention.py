@@ -20,7 +20,8 @@ from fastgrpo.kernels.linear import wants_round_rows
 from fastgrpo.transfer import is_host, upload
 
 ATTENTION_NAME = "fastgrpo_tree"
-_MOST_NODES, MOST_GPU_NODES = 64, 256  # nodes of a row that the kernels take: on a CPU with oneDNN's products, on a GPU
+_MOST_NODES = 64  # nodes of a row that the attention kernel for CPUs takes, where oneDNN computes the products
+MOST_GPU_NODES = 256  # nodes of a row that a kernel lays out on a GPU, and that are recorded: prompts have more
 READ_BLOCK = 16
 """Rows are read up to a multiple of this. A partly filled last block is summed in another order, so
 without it a row's half-precision result would depend on the length of its neighbours (PyTorch's CPU
@@ -75,7 +76,7 @@ class ForwardBatch:
             counts = (width,) * len(num_nodes)
         pad_index = _find_used(num_nodes, width, counts)
         words = None
-        if pad_index is None and width <= MOST_GPU_NODES and gpu.runs_on(token_ids):  # long prompts need no words
+        if pad_index is None and width <= MOST_GPU_NODES and gpu.runs_on(token_ids):
             from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
 
             *places, words = gpu_trees.lay_out(visible, lengths, blocks)
@@ -248,7 +249,7 @@ def tree_attention(
             "ended or is closed, or call a copy of it"
         )
     num_heads, num_kv_heads, window = query.shape[1], key.shape[1], windows[module.layer_idx]
-    if window is None and has_gpu_kernel(key, tree_batch):
+    if window is None and has_gpu_kernel(key):
         heads, keys, values = (states[0].transpose(0, 1) for states in (query.to(key.dtype), key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _attend_to_blocks(heads, keys.flatten(1), values.flatten(1), tree_batch, scale)[None], None
@@ -274,7 +275,7 @@ def attend_to_rows(
     Queries may be padded: results behind the batch's T tokens are undefined. Kernels, where they run, read of each row
     its own positions alone.
     """
-    if has_gpu_kernel(query, batch):
+    if has_gpu_kernel(query):
         heads = query.unflatten(-1, (-1, head_dim))
         return _attend_to_blocks(heads, keys.flat(layer), values.flat(layer), batch, scale).flatten(1)
     if has_kernels(query, batch):
@@ -349,9 +350,9 @@ def _attend_to_blocks(
     )
 
 
-def has_gpu_kernel(values: Tensor, batch: ForwardBatch) -> bool:
-    """Whether the attention kernel for GPUs takes the batch."""
-    return batch.most_nodes <= MOST_GPU_NODES and values.dtype in gpu.DTYPES and gpu.runs_on(values)
+def has_gpu_kernel(values: Tensor) -> bool:
+    """Whether the attention kernel for GPUs takes keys and values like these."""
+    return values.dtype in gpu.DTYPES and gpu.runs_on(values)
 
 
 def has_kernels(query: Tensor, batch: ForwardBatch) -> bool:

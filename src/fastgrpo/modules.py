@@ -80,7 +80,7 @@ class _CacheView(Cache):
     def _write(self, store: BlockStore, states: Float[Tensor, "1 kv T d"], layer: int) -> Float[Tensor, "B kv S d"]:
         batch, cache = self._batch, self._cache
         store.write(layer, batch.write_index, states[0].transpose(0, 1).flatten(1).to(store.data.dtype))
-        if self._windows[layer] is None and has_gpu_kernel(store.data, batch):  # the kernel finds each row's positions
+        if self._windows[layer] is None and has_gpu_kernel(store.data):  # the kernel finds each row's positions
             return store.flat(layer).unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(0, 1)[None]
         rows = store.read(layer, batch.read_index)
         return rows.unflatten(-1, (cache.num_kv_heads, cache.head_dim)).transpose(1, 2)

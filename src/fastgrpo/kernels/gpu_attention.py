@@ -7,6 +7,9 @@ a second kernel joins the stretches. These begin at fixed positions: a row's res
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +24,8 @@ _WIDE, _WIDE_TILE = 128, 32  # of heads wider than so many numbers fewer: small 
 _LEAST_QUERIES, _MOST_QUERIES = 16, 64  # in one tile; matrix units take 16 at least
 _LEAST_WIDTH = 16  # numbers of a head, likewise
 _CHUNK = 8  # stretches joined at once
+_MOST_SUM_BYTES = 2**29  # of what is to be joined: rows and nodes that would take more are computed part by part
+_MOST_JOINED = 2**16 - 1  # heads of nodes in one launch: CUDA's limit for a grid's second side
 _CHANGING = ["most_nodes", "num_before", "num_splits"]  # no reason to compile anew
 _ROWS = ["starts", "num_nodes", "lengths"]  # nor whether these are aligned: in tables of one row or three some are not
 _PARTS = ["tops", "masses"]  # likewise, behind the sums of an odd number of queries: a model may have 9 heads
@@ -250,28 +255,80 @@ def attend(
         num_before: positions of each row behind `lengths` that its nodes do not write themselves.
     """
     assert query.stride(2) == 1 and keys.stride(1) == values.stride(1) == 1, "numbers of a head must be adjacent"
-    num_tokens, num_heads, head_dim = query.shape
+    (num_tokens, num_heads, head_dim), (num_rows, most_nodes, _) = query.shape, words.shape
+    out = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
+    repeats = num_heads * head_dim // keys.shape[1]
+    tile = choose_tile(most_nodes * repeats, head_dim, query.dtype)
+    node_bytes = 4 * num_heads * _count_splits(blocks) * (head_dim + 2)
+    parts = list(cut_into_parts(num_rows, most_nodes, node_bytes, num_heads, max(tile[0] // repeats, 1)))
+    run = functools.partial(_attend_part, out, query, keys, values, scale=scale, tile=tile)
+    if len(parts) == 1:
+        run(blocks, starts, num_nodes, lengths, words, num_before)
+        return out
+    for rows, nodes in parts:  # nodes of earlier parts are in the cache, as if they had been drafted before
+        counts = (num_nodes[rows] - nodes.start).clamp(0, nodes.stop - nodes.start)
+        own_words = words[rows, nodes].contiguous()
+        run(blocks[rows], starts[rows] + nodes.start, counts, lengths[rows], own_words, num_before + nodes.start)
+    return out
+
+
+def cut_into_parts(
+    num_rows: int, most_nodes: int, node_bytes: int, num_heads: int, least: int
+) -> Iterator[tuple[slice, slice]]:
+    """Rows, and nodes of each, whose sums take up to `_MOST_SUM_BYTES` before they are joined, or are of one tile.
+
+    Args:
+        node_bytes: of one node's sums.
+        least: nodes of a tile; of fewer the keys would be read more often.
+    """
+    fitting = min(_MOST_SUM_BYTES // node_bytes, _MOST_JOINED // num_heads)
+    nodes_at_once = min(max(fitting // least, 1) * least, most_nodes)
+    rows_at_once = max(_MOST_SUM_BYTES // (node_bytes * nodes_at_once), 1)
+    for row in range(0, num_rows, rows_at_once):
+        for node in range(0, most_nodes, nodes_at_once):
+            yield slice(row, row + rows_at_once), slice(node, min(node + nodes_at_once, most_nodes))
+
+
+def _count_splits(blocks: Int[Tensor, "B K"]) -> int:
+    """Stretches of the longest row that such a table has room for."""
+    return -(-blocks.shape[1] * BLOCK_SIZE // SPLIT)
+
+
+def _attend_part(
+    out: Float[Tensor, "M h d"],
+    query: Float[Tensor, "M h d"],
+    keys: Float[Tensor, "P kvd"],
+    values: Float[Tensor, "P kvd"],
+    blocks: Int[Tensor, "B K"],
+    starts: Int[Tensor, " B"],
+    num_nodes: Int[Tensor, " B"],
+    lengths: Int[Tensor, " B"],
+    words: Int[Tensor, "B N W"],
+    num_before: int,
+    *,
+    scale: float,
+    tile: tuple[int, int, int],
+) -> None:
+    """`attend` for some rows and nodes, into `out`, by programs as `choose_tile` has them."""
+    _, num_heads, head_dim = query.shape
     num_rows, most_nodes, num_words = words.shape
     num_kv_heads = keys.shape[1] // head_dim
     repeats = num_heads // num_kv_heads
-    most_queries = most_nodes * repeats
-    num_splits = -(-blocks.shape[1] * BLOCK_SIZE // SPLIT)
+    most_queries, num_splits = most_nodes * repeats, _count_splits(blocks)
     parts = torch.empty(
         num_rows * num_kv_heads * most_queries * num_splits, head_dim + 2, dtype=torch.float32, device=query.device
     ).flatten()
     sums, tops, masses = parts.split([parts.numel() // (head_dim + 2) * size for size in (head_dim, 1, 1)])
-    out = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
     shape = {"REPEATS": repeats, "HEAD_DIM": head_dim, "WIDTH": find_width(head_dim), "SPLIT": SPLIT}
-    num_queries, tile, num_warps = choose_tile(most_queries, head_dim, query.dtype)
+    num_queries, num_positions, num_warps = tile
     rows = (starts, num_nodes, lengths)
     _attend_splits[(num_rows * num_kv_heads, num_splits, triton.cdiv(most_queries, num_queries))](
         query, query.stride(0), query.stride(1), keys, values, keys.stride(0), blocks, blocks.shape[1],
         *rows, words, num_words, most_nodes, num_before, sums, tops, masses, num_kv_heads, num_splits, scale,
-        QUERIES=num_queries, TILE=tile, BLOCK=BLOCK_SIZE, **shape,
+        QUERIES=num_queries, TILE=num_positions, BLOCK=BLOCK_SIZE, **shape,
         num_warps=num_warps, num_stages=2,
     )  # fmt: skip
     _join_splits[(num_rows, most_nodes * num_heads)](
         out, *rows, most_nodes, num_before, sums, tops, masses, num_kv_heads, num_splits,
         CHUNK=_CHUNK, num_warps=1, **shape,
     )  # fmt: skip
-    return out
