@@ -203,6 +203,21 @@ def test_a_prompt_is_read_once_for_its_siblings():
     assert counts[:2] == [len(GROUP) - 1, 5 + 3]  # the group's prompt, then a pending token each and the other prompt
 
 
+def test_a_row_beside_longer_ones_is_given_no_more_of_a_table_than_it_fills(monkeypatch):
+    """Attention on a GPU makes room for all positions that a table could hold, for each token and head."""
+    drafter, tables = build_lm_drafter(shared_model("llama"), build_lm()), []
+    forward = drafter.lm.forward
+    monkeypatch.setattr(drafter.lm, "forward", lambda batch, _: tables.append(batch.blocks) or forward(batch, _))
+    drafter.cache.add_rows(3)
+    with drafter._drafting():
+        apart = [drafter._read_tokens({slot: tokens})[slot] for slot, tokens in enumerate([[5] * 300, GROUP, [7, 8]])]
+        for slot in (1, 2):
+            drafter.cache.truncate(slot, 0)
+        beside = drafter._read_tokens({1: GROUP, 2: [7, 8]})
+    assert [table.shape[1] for table in tables] == [5, 1, 1, 1]
+    assert torch.allclose(beside[1:], torch.stack(apart[1:]), atol=1e-5)
+
+
 def test_slots_are_released_and_moved():
     model = shared_model("llama")
     drafter = build_lm_drafter(model, build_lm())

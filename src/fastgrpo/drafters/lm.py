@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fastgrpo.attention import ForwardBatch
+from fastgrpo.blocks import count_blocks
 from fastgrpo.chunks import cut_into_forwards
 from fastgrpo.drafters.beams import grow_trees, rank_candidates
 from fastgrpo.drafters.calibration import Calibration
@@ -172,11 +173,13 @@ class LmDrafter:
             self.cache.reserve(slot, self.cache.lengths[slot] + len(chunk))
         num_nodes = upload([len(chunk) for chunk in chunks], device)
         visible = torch.ones(len(slots), width, width, dtype=torch.bool, device=device).tril()
+        longest = max(self.cache.lengths[slot] + len(chunk) for slot, chunk in zip(slots, chunks, strict=True))
         batch = self.lay_out(
             token_ids=upload([chunk + [0] * (width - len(chunk)) for chunk in chunks], device),
             num_nodes=num_nodes,
             visible=visible,
             slots=upload(slots, device),
+            most_blocks=count_blocks(longest),
             counts=[len(chunk) for chunk in chunks],
         )
         hidden = self.lm.forward(batch, self.cache).last_hidden
@@ -193,18 +196,21 @@ class LmDrafter:
         num_nodes: Int[Tensor, " B"],
         visible: Bool[Tensor, "B N E"],
         slots: slice | Int[Tensor, " B"],
+        most_blocks: int | None = None,
         counts: list[int] | None = None,
     ) -> ForwardBatch:
         """Nodes behind what the rows at `slots` have read; ids that the LM lacks stand as its last one.
 
         Args:
+            most_blocks: of these rows with their nodes; None: as many as any row has. Kernels make room for all of a
+                table.
             counts: as for `ForwardBatch.build`.
         """
         return ForwardBatch.build(
             token_ids=token_ids.clamp(max=self.lm.vocab_size - 1),
             num_nodes=num_nodes,
             visible=visible,
-            blocks=self.cache.blocks[slots],
+            blocks=self.cache.blocks[:, :most_blocks][slots],
             lengths=upload(self.cache.lengths, self.lm.device)[slots],
             dtype=self.lm.dtype,
             num_repeats=self.lm.num_repeats,
