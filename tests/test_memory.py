@@ -438,7 +438,8 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         engine.target.launch = lambda batch, cache, error=error: (_ for _ in ()).throw(error)
         with pytest.raises(type(error), match=re.escape(str(error))):
             engine.generate([[7]], SHORT[0])
-    for words in ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "std::bad_alloc"):
+    on_device = ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory")
+    for words in ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", *on_device):
         assert is_out_of_memory(RuntimeError(words)) and not is_out_of_memory(ValueError(words))
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-_NO_MEMORY = (  # words in errors of PyTorch's CPU allocator; CUDA; cuBLAS and cuDNN; C++; oneDNN
-    *("DefaultCPUAllocator", "CUDA error: out of memory", "ALLOC_FAILED", "bad_alloc", "create a memory object"),
+_NO_MEMORY = (  # words in errors of PyTorch's CPU allocator; CUDA; Triton; cuBLAS and cuDNN; C++; oneDNN
+    *("DefaultCPUAllocator", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory"),
+    *("ALLOC_FAILED", "bad_alloc", "create a memory object"),
 )
 _MEMINFO, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
