@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 import subprocess
@@ -12,16 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import build_model
+from conftest import EagerRecorder, build_model, expected_tokens
 from fastgrpo import attention
 from fastgrpo.drafters.beams import rank_candidates
 from fastgrpo.engine import Engine
 from fastgrpo.kernels import cpu, gpu
-from fastgrpo.model import TargetModel
+from fastgrpo.model import TargetModel, _warn_of
 from fastgrpo.sampling import SamplingBatch, gumbel_noise, gumbel_noise_of, sample, stream_key
 from fastgrpo.types import SamplingParams, SpeculationPlan
 
 pytest.importorskip("triton")
+from triton.compiler.errors import CompilationError
+
 from fastgrpo.kernels import gpu_attention, gpu_decoder, gpu_linear, gpu_ranking, gpu_sampling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -468,6 +471,88 @@ def test_a_rollout_says_the_same_with_the_kernels(layers, gpu_path, monkeypatch)
         assert engine.target.windows == ((None, 6) if layers == "windows" else (None, None))
         runs.append([completion.token_ids for completion in engine.generate(prompts, params)])
     assert runs[0] == runs[1]
+
+
+class FailingKernel:
+    """A kernel that cannot be compiled."""
+
+    def __init__(self, kernel, fails_after):
+        self.kernel, self.num_left = kernel, fails_after
+
+    def __getitem__(self, grid):
+        self.num_left -= 1
+        if self.num_left < 0:
+            raise CompilationError(None, ast.Pass(), "no such operation on this device")
+        return self.kernel[grid]
+
+
+@pytest.fixture
+def giving_up(monkeypatch):
+    """Kernels run as on a GPU until they are given up."""
+    monkeypatch.setattr(gpu, "_GIVEN_UP", [])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "runs_on", lambda _: gpu.find_obstacle() is None)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
+    gpu.find_obstacle.cache_clear()
+    _warn_of.cache_clear()
+    yield
+    gpu.find_obstacle.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("module", "kernel", "fails_after", "is_recorded"),
+    [
+        (gpu_attention, "_attend_splits", 0, True),
+        (gpu_attention, "_attend_splits", 3, False),
+        (gpu_decoder, "_add_norm", 7, True),
+        (gpu_ranking, "_rank_blocks", 1, True),
+        (gpu_sampling, "_sample_blocks", 2, False),
+    ],
+)
+def test_a_rollout_goes_on_without_a_kernel_that_does_not_compile(
+    module, kernel, fails_after, is_recorded, giving_up, monkeypatch
+):
+    recorder = EagerRecorder() if is_recorded else None
+    monkeypatch.setattr(TargetModel, "_build_recorder", lambda _: recorder if gpu.find_obstacle() is None else None)
+    prompts, plan = [[5, 6, 7, 8], list(range(9, 15))], SpeculationPlan(depth=2, width=1, num_draft_tokens=2)
+    model = build_model("llama", F32, head_dim=16, num_hidden_layers=1).to(DEVICE)
+    params = SamplingParams(max_tokens=4, temperature=0.8)
+
+    def generate():
+        engine = Engine(model, drafter="eagle-new", speculation=plan)
+        return [one.token_ids for one in engine.generate(prompts, params)]
+
+    monkeypatch.setattr(module, kernel, FailingKernel(getattr(module, kernel), fails_after))
+    with pytest.warns(UserWarning, match="no such operation on this device") as warned:
+        told = generate()
+    assert len(warned) == 1, [str(each.message) for each in warned]
+    assert generate() == told == expected_tokens(model, prompts, params)
+
+
+def test_a_kernel_that_fails_while_costs_are_measured_ends_no_rollout(giving_up, monkeypatch):
+    engine = Engine(build_model("llama", F32, head_dim=16, num_hidden_layers=1).to(DEVICE), speculation="off")
+    begin = engine.planning.begin
+    measure = FailingKernel(None, 0)
+    monkeypatch.setattr(engine.planning, "begin", lambda: (gpu.find_obstacle() is None and measure[1, 1]) or begin())
+    with pytest.warns(UserWarning, match="no such operation on this device"):
+        assert len(engine.generate([[5, 6]], SamplingParams(max_tokens=2))[0].token_ids) == 2
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), ValueError("not of a kernel")])
+def test_kernels_are_not_given_up_for_other_errors(error, giving_up):
+    with pytest.raises((MemoryError, ValueError)):
+        engine = Engine(build_model("llama", F32, head_dim=16, num_hidden_layers=1).to(DEVICE), speculation="off")
+        engine.target.launch = lambda *_: (_ for _ in ()).throw(error)
+        engine.generate([[5, 6]], SamplingParams(max_tokens=2))
+    assert gpu.find_obstacle() is None
+
+
+def test_a_failure_is_told_in_one_line():
+    inner = CompilationError("source\nof it", ast.Pass(), "what is wrong\nmore")
+    outer = CompilationError("source\nof it", ast.Pass())
+    outer.__cause__ = inner
+    described = [gpu.describe_failure(error) for error in (inner, outer, RuntimeError("one\ntwo"), AssertionError())]
+    assert described == ["what is wrong", "what is wrong", "one", "AssertionError()"]
 
 
 # -- all of them ---------------------------------------------------------------------------------------------

@@ -211,9 +211,23 @@ class UncompiledRecorder(EagerRecorder):
         raise pytest.importorskip("triton.runtime.errors").OutOfResources(required=300, limit=227, name="shared memory")
 
 
+class FaultyRecorder(EagerRecorder):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def record(self, run):
+        run()
+        raise self.error
+
+
 @pytest.mark.parametrize(
     ("recorder", "reason"),
     [
+        (FaultyRecorder(AttributeError("no capture_begin in this version")), "no capture_begin"),
+        (FaultyRecorder(OSError(28, "No space left on device")), "No space left"),
+        (FaultyRecorder(AssertionError()), "AssertionError"),
+        (FaultyRecorder(torch.OutOfMemoryError("CUDA out of memory")), "CUDA out of memory"),
         (UncompiledRecorder(), "out of resource: shared memory"),
         (BrokenRecorder(), "not permitted when stream is capturing"),
         (EagerRecorder(free_bytes=2**29), "0.5 GiB"),
@@ -227,6 +241,18 @@ def test_where_nothing_can_be_recorded_it_is_said_once(target, recorder, reason)
         outputs = [runner(batch)[0] for _ in range(6)]
     assert len(warned) == 1 and runner.num_graphs == 0 and reason in runner.obstacle
     assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_an_error_of_the_call_itself_is_not_put_down_to_recording(target, recwarn):
+    cache, errors = build_cache(target, 2), [IndexError("once"), IndexError("of the call itself")]
+
+    def fail(batch):
+        raise errors.pop(0)
+
+    runner = GraphRunner(fail, cache, EagerRecorder())
+    with pytest.raises(IndexError, match="of the call itself"):
+        runner(build_batch(target, cache, [[-1]] * 2, [5, 6]))
+    assert runner.obstacle is None and not recwarn.list
 
 
 KINDS = {
@@ -489,6 +515,31 @@ def test_what_cannot_be_recorded_is_awaited_before_it_is_launched_again(fails, m
     with pytest.raises(RuntimeError, match=r"amid|capturing"):
         CudaRecorder().record(run)
     assert own.awaited == [current] and current.awaited == [own]
+
+
+class FakeGraph:
+    def capture_begin(self, **_):
+        pass
+
+    def capture_end(self):
+        raise RuntimeError("the capture was invalidated")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("of PyTorch"), ValueError("of a kernel"), KeyboardInterrupt()])
+def test_random_numbers_are_drawn_as_before_after_a_recording_that_failed(error, monkeypatch):
+    """PyTorch leaves a generator as within a recording where a recording's end fails, too."""
+    states = []
+    generator = SimpleNamespace(clone_state=lambda: "as before", graphsafe_set_state=states.append)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "default_generators", [generator])
+
+    def fail():
+        raise error
+
+    with pytest.raises(type(error)):
+        graphs._capture(fail, None)
+    assert states == ["as before"]
 
 
 def test_a_rollout_is_on_the_device_of_its_model(monkeypatch):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from fastgrpo.attempt import Attempt
 from fastgrpo.drafters import Drafter, build_drafter, find_own_target
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.none import NoDrafter
+from fastgrpo.kernels import gpu
 from fastgrpo.memory import describe_bytes, describe_error, find_available_bytes, is_out_of_memory
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import HardwareProfile, PlanInputs, Planner
@@ -32,6 +33,8 @@ from fastgrpo.timing import DeviceClock
 from fastgrpo.tree import Draft
 from fastgrpo.types import PLAIN, Completion, SamplingParams, Sequence, SpeculationPlan, StepRecord
 from fastgrpo.verify import Verdict
+
+Result = TypeVar("Result")
 
 _MOMENTS = 64  # kept by the clock: a step reads four, and each failed attempt before it leaves up to three
 DEFAULT_FIXED_PLAN = SpeculationPlan(depth=3, width=3, num_draft_tokens=8)
@@ -223,7 +226,7 @@ class Engine:
     def step(self) -> StepRecord:
         """Advance every running sequence by at least one token; call inside `target.rollout_mode`."""
         started, started_at = self._clock.mark(), time.perf_counter()
-        attempt = self.admission.retry_until_it_fits(self._attempt)
+        attempt = self._retry_without_kernels(lambda: self.admission.retry_until_it_fits(self._attempt))
         num_emitted = attempt.commit(self.scheduler.running, self.cache, self.drafter)
         self._retire()
         admitted, plan_s = self.admission.take_admitted(), self.planning.take_s()
@@ -254,7 +257,7 @@ class Engine:
         try:
             rollout.enter_context(self.target.prepared())
             with self.target.computing():
-                self.planning.begin()
+                self._retry_without_kernels(self.planning.begin)
                 self.drafter.begin()
                 self._verify.begin()
                 self.admission.begin(sequences)
@@ -277,6 +280,25 @@ class Engine:
             f"a rollout copies the weights that it merges, casts or lays out, {most} "
             f"at most for each of these{free}. Use a smaller model or draft{profile}, or a machine with more memory"
         )
+
+    def _retry_without_kernels(self, attempt: Callable[[], Result]) -> Result:
+        """Call `attempt`, and again by PyTorch's operators if a GPU kernel cannot be compiled or launched.
+
+        Args:
+            attempt: must commit nothing where it fails.
+        """
+        try:
+            return attempt()
+        except Exception as error:
+            if is_out_of_memory(error) or not gpu.comes_from_kernels(error):
+                raise
+            gpu.give_up(error)
+        self.target.leave_kernels()
+        self._verify.end()
+        self.drafter.begin()  # as if the rollout began with the running sequences
+        for sequence in self.scheduler.running:
+            self.drafter.observe(sequence, 0)
+        return attempt()
 
     # -- parts of `step` -----------------------------------------------------------------------------
 

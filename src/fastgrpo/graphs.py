@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fastgrpo.attention import MOST_GPU_NODES, ForwardBatch
 from fastgrpo.cache import SlotCache
-from fastgrpo.memory import find_available_bytes
+from fastgrpo.kernels import gpu
+from fastgrpo.memory import find_available_bytes, is_out_of_memory
 
 Outputs = tuple[Tensor, ...]
 Inputs = TypeVar("Inputs")
@@ -90,7 +91,8 @@ class Recorder(Protocol):
         """Make the call once and record it.
 
         Raises:
-            RuntimeError: it cannot be recorded; or one of Triton's own errors, where a kernel cannot be compiled.
+            RuntimeError: it cannot be recorded.
+            Exception: whatever the call raises, or Triton where a kernel cannot be compiled.
         """
         ...
 
@@ -166,7 +168,7 @@ def _capture(run: Callable[[], Outputs], pool: Any) -> tuple[Any, Outputs]:
                 graph.capture_end()
             raise
         graph.capture_end()
-    except RuntimeError:
+    except BaseException:
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())  # else the generator stays as in a recording
         raise
@@ -220,6 +222,8 @@ class Replays(Generic[Inputs]):
     ) -> Outputs | None:
         """The outputs of the call on padded inputs; None where nothing can be recorded and the caller must make it.
 
+        Where recording fails, the call is made without it; what fails then, too, is raised.
+
         Args:
             key: calls with the same key differ in the numbers in their inputs alone.
             build: makes the buffers for a key's inputs.
@@ -266,10 +270,9 @@ class Replays(Generic[Inputs]):
         try:
             made = self._recorder.record(lambda: self._run(inputs))
         except Exception as error:
-            if not isinstance(error, RuntimeError) and not _comes_from_triton(error):  # out of memory is a RuntimeError
-                raise
-            self._stop(str(error).strip().splitlines()[0] if str(error).strip() else repr(error))
-            return None
+            outputs = None if is_out_of_memory(error) else self._run(inputs)  # fails where recording is not the reason
+            self._stop(gpu.describe_failure(error))
+            return outputs
         self._graphs[key] = _Graph(inputs=inputs, replay=made.replay, outputs=made.outputs)
         return made.first
 
@@ -278,11 +281,6 @@ class Replays(Generic[Inputs]):
         self.obstacle = reason
         self._graphs.clear()
         warnings.warn(f"decoding goes on without CUDA graphs, which takes longer: {reason}", stacklevel=4)
-
-
-def _comes_from_triton(error: Exception) -> bool:
-    """Whether a kernel cannot be compiled, or wants more than the device has: no RuntimeErrors."""
-    return any(kind.__module__.split(".")[0] == "triton" for kind in type(error).__mro__)
 
 
 class GraphRunner:

@@ -282,6 +282,11 @@ class TargetModel:
         """Drop what `decode` has recorded, and with it the cache that was used last."""
         self._runner = None
 
+    def leave_kernels(self) -> None:
+        """Go on through transformers' modules in this rollout, now that the GPU kernels have been given up."""
+        self._fused = self._recorder = self._runner = None
+        _warn_of(gpu.find_obstacle() or NO_KERNELS)
+
     @property
     def records(self) -> bool:
         """Whether forwards are recorded and replayed; their padding is written to the cache's scratch block."""

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import threading
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +20,7 @@ from fastgrpo.kernels.build import KERNELS_ENV
 
 _LEAST_CAPABILITY = (8, 0)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_GIVEN_UP: list[str] = []  # why the kernels are not used any more
 MOST_CANDIDATES = 16  # below a node of a draft, that are ranked in one pass; each is a round of its own
 
 
@@ -40,7 +42,28 @@ def find_obstacle() -> str | None:
         return "Triton, in which the GPU kernels are written, is not installed or switched off"
     if torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
         return f"{torch.cuda.get_device_name()} is too old for the GPU kernels, it has no bfloat16"
-    return None
+    return _GIVEN_UP[0] if _GIVEN_UP else None
+
+
+def give_up(error: Exception) -> None:
+    """From now on PyTorch's operators take the kernels' place in this process: what failed once would fail again."""
+    _GIVEN_UP.append(f"a GPU kernel failed: {describe_failure(error)}")
+    find_obstacle.cache_clear()
+
+
+def comes_from_kernels(error: Exception) -> bool:
+    """Whether Triton raised an error, or what it calls: it compiles and loads a kernel at its first launch."""
+    modules = [kind.__module__ for kind in type(error).__mro__]
+    modules += [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.split(".")[0] == "triton" for name in modules)
+
+
+def describe_failure(error: BaseException) -> str:
+    """An error in one line: Triton puts the source of a kernel before what is wrong with it, and wraps errors."""
+    while getattr(error, "error_message", "") is None and error.__cause__ is not None:
+        error = error.__cause__
+    text = (getattr(error, "error_message", None) or str(error)).strip()
+    return text.splitlines()[0] if text else repr(error)
 
 
 class _Absence:
