@@ -89,6 +89,12 @@ def test_steps(monkeypatch, tmp_path, model_dir):
     assert set(written["plain_step_s"]) == {"1", "2"}
 
 
+def test_prefill(monkeypatch, tmp_path, model_dir):
+    points = run("prefill", monkeypatch, tmp_path / "out.json", "--model", model_dir)["points"]
+    assert [(point["rows"], point["nodes"], point["context"]) for point in points] == [(2, 16, 0), (1, 16, 32)]
+    assert all(point["floor_s"] > 0 and point[way]["seconds"] > 0 for point in points for way in ("kernel", "mask"))
+
+
 def test_where(monkeypatch, tmp_path, model_dir):
     arguments = ("--model", model_dir, "--context", 32, "--tables", tmp_path / "tables")
     plans = run("where", monkeypatch, tmp_path / "out.json", *arguments)["plans"]

@@ -452,7 +452,7 @@ def test_activation_is_the_cpus(dtype):
 
 @pytest.mark.parametrize("layers", ["ours", "transformers", "windows"])
 def test_a_rollout_says_the_same_with_the_kernels(layers, gpu_path, monkeypatch):
-    """Prompts through PyTorch's attention, decoding through ours, sampling too; in float32. A layer that has a window
+    """Prompts and decoding through our attention, sampling too; in float32. A layer that has a window
     takes PyTorch's, beside others that do not.
     """
     family = {"family": "qwen2", "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
