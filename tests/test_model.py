@@ -808,6 +808,72 @@ def test_a_rollout_that_is_under_way_goes_on_when_another_of_its_engine_is_asked
     assert [completion.token_ids for completion in engine.generate(PROMPTS, params)] == expected
 
 
+@pytest.mark.parametrize("drafter", ["none", "ngram", "eagle"])
+def test_another_rollout_may_begin_once_all_sequences_have_ended(drafter):
+    """Ending the first late once dropped what ran in the next one of its engine, without a word."""
+    model, params = shared_model("llama"), SamplingParams(max_tokens=6)
+    engine = Engine(model, drafter=drafter, speculation=TREE)
+    first, second = (engine.take_requests(PROMPTS, params) for _ in range(2))
+    rollouts = [engine.roll_out(first), engine.roll_out(second)]
+    while any(sequence.finish_reason is None for sequence in first):
+        next(rollouts[0])
+    next(rollouts[1])
+    assert list(rollouts[0]) == []
+    assert 1 + len(list(rollouts[1])) == len(engine.records)
+    for sequences in (first, second):
+        assert [sequence.token_ids for sequence in sequences] == expected_tokens(model, PROMPTS, params)
+
+
+@pytest.mark.parametrize("part", ["planning", "drafter", "listener"])
+def test_an_engine_asked_while_its_rollout_begins_or_ends_refuses_and_goes_on(part):
+    """Another thread may ask while costs are measured, a listener after the last step."""
+    model, params, refused = shared_model("llama"), SamplingParams(max_tokens=6), []
+    engine = Engine(model, drafter="ngram", speculation=TREE)
+
+    def ask(*args):
+        with pytest.raises(RuntimeError, match="in the middle of a rollout"):
+            engine.generate([[5]], params)
+        refused.append(True)
+
+    if part == "listener":
+        engine.on_step.append(ask)
+    else:
+        owner = getattr(engine, part)
+        begin = owner.begin
+        owner.begin = lambda: (ask(), begin())
+    tokens = [completion.token_ids for completion in engine.generate(PROMPTS, params)]
+    assert tokens == expected_tokens(model, PROMPTS, params)
+    assert len(refused) == (len(engine.records) if part == "listener" else 1)
+
+
+def test_what_arrives_after_the_last_step_goes_on_in_the_same_rollout():
+    model, params = shared_model("llama"), SamplingParams(max_tokens=6)
+    engine = Engine(model, drafter="ngram", speculation=TREE)
+    sequences = engine.take_requests(PROMPTS, params)
+    arriving = sequences[1:]
+    for _ in engine.roll_out(sequences[:1]):
+        if arriving and not engine.scheduler.has_work:
+            engine.scheduler.add(arriving.pop())
+    assert [sequence.token_ids for sequence in sequences] == expected_tokens(model, PROMPTS, params)
+
+
+def test_sequences_go_on_in_another_rollout_until_they_have_ended():
+    model, params = shared_model("llama"), SamplingParams(max_tokens=6)
+    engine = Engine(model, drafter="ngram", speculation=TREE)
+    sequences = engine.take_requests(PROMPTS, params)
+    rollout = engine.roll_out(sequences)
+    next(rollout)
+    rollout.close()
+    list(engine.roll_out(sequences))
+    assert [sequence.token_ids for sequence in sequences] == expected_tokens(model, PROMPTS, params)
+    with pytest.raises(ValueError, match=r"request 0 has ended already \('length'\): leave it out"):
+        list(engine.roll_out(sequences))
+    new = engine.take_requests(PROMPTS, params)
+    with pytest.raises(ValueError, match="request 1 stands twice in a rollout"):
+        list(engine.roll_out([*new, new[1]]))
+    assert [completion.token_ids for completion in engine.generate(PROMPTS, params)] == [s.token_ids for s in sequences]
+
+
 def test_a_drafter_may_belong_to_another_adapter_of_the_same_model():
     model = shared_model("llama")
     engine = Engine(model, drafter=EagleDrafter(TargetModel(model)), speculation=TREE)

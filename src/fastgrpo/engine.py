@@ -25,7 +25,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.planner import HardwareProfile, PlanInputs, Planner
 from fastgrpo.planning import Planning
 from fastgrpo.prefill import Prefiller
-from fastgrpo.requests import build_completion, build_sequences
+from fastgrpo.requests import build_completion, build_sequences, check_sequences
 from fastgrpo.sampling import SamplingRows
 from fastgrpo.scheduler import Scheduler
 from fastgrpo.target_step import TargetStep
@@ -127,6 +127,8 @@ class Engine:
         self._clock = DeviceClock(self.target.device, _MOMENTS)
         self._verify = TargetStep(self.target, self.cache, self._clock)
         self._rows = SamplingRows()
+        self._rollout: object | None = None  # the one under way, which is reset once
+        self._is_busy = False  # a rollout begins, makes a step, or ends
 
     @classmethod
     def from_pretrained(
@@ -190,29 +192,40 @@ class Engine:
         """`generate` step by step: fills the sequences in place and yields each step's facts; errors as there.
 
         The model stays prepared for decoding until the generator is exhausted or closed; it may be closed early, from
-        any thread. Engines of one model may take turns: the model is as it was found once the last of them ends.
-        Between steps, PyTorch's own state (gradients, autocast, device) is the caller's.
+        any thread, and what has not ended may be given to another rollout, which goes on with it. Once all sequences
+        have ended, another rollout of this engine may begin before that. Engines of one model may take turns: the model
+        is as it was found once the last of them ends. Between steps, PyTorch's own state (gradients, autocast, device)
+        is the caller's.
 
         Raises:
+            ValueError: a sequence has ended already, or stands there twice.
             RuntimeError: this engine already has a rollout under way, or the model has one in another thread (both go
                 on); or the model's type, device, vocabulary or layers have changed since the engine was built.
         """
         self._check_idle()
+        check_sequences(sequences)
         self.records = []
         if not sequences:
             return
+        if self._rollout is not None:
+            self._reset()  # its sequences have ended, and nobody has closed it
+        own, self._is_busy = object(), True
+        self._rollout = own
         try:
             with contextlib.ExitStack() as rollout:
                 self._begin(sequences, rollout)
-                while self.scheduler.has_work:
+                while self._rollout is own and self.scheduler.has_work:
+                    self._is_busy = True
                     with self.target.computing():
                         record = self.step()
                         self.records.append(record)
                         for listener in self.on_step:
                             listener(record)
+                    self._is_busy = False
                     yield record
         finally:
-            self._reset()
+            if self._rollout is own:
+                self._reset()
 
     @property
     def planner(self) -> Planner | None:
@@ -242,7 +255,7 @@ class Engine:
         self.cache.check([sequence.num_cached for sequence in self.scheduler.running])
 
     def _check_idle(self) -> None:
-        if self.scheduler.has_work:
+        if self._is_busy or self.scheduler.has_work:
             raise RuntimeError(
                 "this engine is in the middle of a rollout: exhaust or close that one first, or build another engine "
                 "of the same model, which may take turns with it"
@@ -380,10 +393,15 @@ class Engine:
                 raise
             return None
 
+    def _become_idle(self) -> None:
+        self._rollout, self._is_busy = None, False
+
     def _reset(self) -> None:
         """Leave nothing behind, whether the rollout ended or broke off; the other parts, too, where one breaks off."""
+        self._is_busy = True
         end: Callable[[], None] | None = getattr(self.drafter, "end", None)
         with contextlib.ExitStack() as parts:  # the last one first
+            parts.callback(self._become_idle)
             for forget in (self.prefiller.clear, self.cache.clear, end, self._rows.forget, self._verify.end):
                 if forget is not None:
                     parts.callback(forget)

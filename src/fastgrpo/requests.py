@@ -48,6 +48,24 @@ def build_sequences(
     return sequences
 
 
+def check_sequences(sequences: list[Sequence]) -> None:
+    """Refuse what one rollout cannot fill in place.
+
+    Raises:
+        ValueError: a sequence has ended already, or stands there twice; names the request and the remedy.
+    """
+    seen: set[int] = set()
+    for sequence in sequences:
+        if sequence.finish_reason is not None:
+            raise ValueError(
+                f"request {sequence.request_id} has ended already ('{sequence.finish_reason}'): leave it out, or build "
+                "it anew by take_requests"
+            )
+        if id(sequence) in seen:
+            raise ValueError(f"request {sequence.request_id} stands twice in a rollout: take_requests builds another")
+        seen.add(id(sequence))
+
+
 def check_prompt(prompt: Iterable[int], index: int, vocab_size: int, max_position: int) -> list[int]:
     """The prompt as a list of ints.
 
