@@ -291,6 +291,16 @@ def test_what_is_not_covered_runs_as_it_is_and_is_named_once(change, reason):
         engine.generate(PROMPTS, SamplingParams(max_tokens=3))
 
 
+def test_a_model_that_rotates_a_part_of_heads_is_left_to_its_modules():
+    """Its attention cannot run; kernels would read cos and sin beyond their end, and say something."""
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    model = build_model("llama", torch.float32, rope_parameters=rope)
+    target = TargetModel(model)
+    assert find_obstacle(target.decoder, target.dtype) == "4 of 8 numbers of a head are rotated"
+    with pytest.warns(UserWarning, match="4 of 8 numbers"), pytest.raises(RuntimeError, match="size of tensor"):
+        Engine(model, drafter="ngram", speculation=TREE).generate(PROMPTS, SamplingParams(max_tokens=3))
+
+
 def test_a_missing_compiler_is_said_by_the_kernels_alone(without_kernels):
     without_kernels()
     target = TargetModel(shared_model("llama", torch.float32))

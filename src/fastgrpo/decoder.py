@@ -194,9 +194,12 @@ def find_obstacle(decoder: Any, dtype: torch.dtype) -> str | None:
         return f"its embedding is a {type(decoder.embed_tokens).__name__}"
     if decoder.embed_tokens.max_norm is not None:
         return f"its embedding has a max_norm of {decoder.embed_tokens.max_norm}"
+    rotated = 2 * len(getattr(decoder.rotary_emb, "inv_freq", ()))  # 0: not known
     for layer in decoder.layers:
         if type(layer).__name__ not in _LAYERS:
             return f"its layers are of type {type(layer).__name__}"
+        if rotated not in (0, layer.self_attn.head_dim):  # kernels would read past the end of cos and sin
+            return f"{rotated} of {layer.self_attn.head_dim} numbers of a head are rotated"
         for part in (layer.self_attn, layer.mlp):
             if is_touched(part):
                 return f"{type(part).__name__} modules have hooks or a forward of their own"
