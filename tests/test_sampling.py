@@ -119,6 +119,17 @@ def test_a_group_does_not_collapse_into_one_completion():
     assert len(set(draw(logits, build_rows(64)).tolist())) > 50
 
 
+@pytest.mark.parametrize("num_tokens", [7, 120, 5000])
+@pytest.mark.parametrize("truncation", [{"top_p": 0.1}, {"top_p": 0.3, "top_k": 2}])
+def test_greedy_says_the_first_of_equals_whatever_is_truncated(num_tokens, truncation):
+    """Half precision has many equals, of which a sort puts any first; beside sampled rows and alone."""
+    logits = torch.zeros(2, num_tokens).index_fill(1, torch.arange(2, num_tokens), 3.0)
+    greedy, other = SamplingParams(temperature=0.0, **truncation), SamplingParams(top_p=0.5)
+    assert not build_batch([greedy]).is_truncated
+    for params in ([greedy, greedy], [greedy, other]):
+        assert sample(logits, build_batch(params), torch.arange(num_tokens, dtype=torch.int32))[0][0] == 2
+
+
 def test_temperature_zero_takes_the_largest_logit():
     logits = torch.randn(40, 30)
     params = [SamplingParams(temperature=0.0, stream=i, top_k=i % 5, top_p=1.0 - (i % 2) / 2) for i in range(40)]

@@ -141,7 +141,7 @@ class SamplingKind:
     """What the parameters of some sequences ask for: it decides which kernels are launched."""
 
     is_warped: bool  # some temperature is not 1
-    is_truncated: bool  # some top_k or top_p is active
+    is_truncated: bool  # some top_k or top_p is active beside noise
     is_noisy: bool  # some temperature is not 0
     is_greedy: bool  # some temperature is 0
 
@@ -150,7 +150,7 @@ class SamplingKind:
         params = [sequence.params for sequence in sequences]
         return SamplingKind(
             is_warped=any(p.temperature != 1 for p in params),
-            is_truncated=any(p.top_k > 0 or p.top_p < 1 for p in params),
+            is_truncated=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params),
             is_noisy=any(p.temperature > 0 for p in params),
             is_greedy=any(p.temperature == 0 for p in params),
         )
@@ -272,7 +272,10 @@ def scale_logits(logits: Float[Tensor, "R *n V"], batch: SamplingBatch) -> Float
 
 
 def truncate_logits(scaled: Float[Tensor, "R V"], batch: SamplingBatch) -> Float[Tensor, "R V"]:
-    """Top-k, then top-p, as in vLLM and transformers: tokens outside get -inf."""
+    """Top-k, then top-p, as in vLLM and transformers: tokens outside get -inf.
+
+    Greedy rows keep all of the likeliest tokens, of which the first is said, whatever their top-p.
+    """
     if not batch.is_truncated:
         return scaled
     ordered, order = scaled.sort(dim=-1, descending=True)
@@ -282,7 +285,8 @@ def truncate_logits(scaled: Float[Tensor, "R V"], batch: SamplingBatch) -> Float
     ordered = ordered.masked_fill(ordered < kth, float("-inf"))
     probs = ordered.softmax(-1)
     before = probs.cumsum(-1) - probs
-    outside = (before >= batch.top_p.to(before.dtype)[:, None]) & (batch.top_p < 1)[:, None]
+    is_active = (batch.top_p < 1) & (batch.temperature > 0)
+    outside = (before >= batch.top_p.to(before.dtype)[:, None]) & is_active[:, None]
     outside[:, 0] = False
     ordered = ordered.masked_fill(outside, float("-inf"))
     return torch.empty_like(scaled).scatter_(-1, order, ordered)
