@@ -10,6 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from conftest import (
     MAX_POSITION,
@@ -50,6 +51,8 @@ def assert_usable(engine: Engine) -> None:
         ([[1, 2, VOCAB_SIZE]], "prompt 0 has token id 120 at position 2, outside 0..119"),
         ([GOOD, GOOD, [-1]], "prompt 2 has token id -1 at position 0, outside 0..119"),
         (GOOD, "must be a list of prompts, got one prompt; wrap it in a list"),
+        (None, "prompt_token_ids must be a list of prompts, got None"),
+        (torch.tensor(3), "prompt_token_ids must be a list of prompts, got tensor(3)"),
     ],
 )
 def test_bad_prompts_are_named(prompts, message):
@@ -101,6 +104,10 @@ def test_requests_that_are_none_are_refused(prompts, params, message):
         ({"max_tokens": None}, "max_tokens must be an integer, got None"),
         ({"seed": "1"}, "seed must be an integer, got '1'"),
         ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids, got 5"),
+        ({"stop_token_ids": torch.tensor(5)}, "stop_token_ids must be a list of token ids, got tensor(5)"),
+        ({"temperature": torch.ones(2)}, "temperature must be a number, got tensor([1., 1.])"),
+        ({"top_p": np.ones(2)}, "top_p must be a number, got array([1., 1.])"),
+        ({"top_k": 2**63}, "top_k must be less than 2^63, got 9223372036854775808; use 0 to keep every token"),
         ({"stop_token_ids": ("a",)}, "each of stop_token_ids must be an integer, got 'a'"),
     ],
 )
@@ -144,12 +151,43 @@ def test_stop_tokens_may_be_a_list():
         ({"drafter": "none", "max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
         ({"drafter": "none", "max_num_seqs": 1.5}, "max_num_seqs must be an integer, got 1.5"),
         ({"drafter": "none", "compute_dtype": torch.float32}, "compute_dtype must be bfloat16, float16 or the model's"),
+        ({"drafter": None}, "drafter must be a name, a folder or a Drafter, got None; 'none' drafts nothing"),
+        ({"drafter": "ngram", "fixed_plan": 8}, "fixed_plan must be a SpeculationPlan, got 8"),
+        ({"drafter": "ngram", "profile": 3}, "profile must be a HardwareProfile or a file that holds one, got 3"),
+        ({"drafter": "none", "max_cache_bytes": "1GB"}, "max_cache_bytes must be an integer, got '1GB'; None takes"),
+        ({"drafter": "none", "max_cache_bytes": 1.5}, "max_cache_bytes must be an integer, got 1.5; None takes"),
         ({"drafter": "none", "max_cache_bytes": 0}, "max_cache_bytes must be positive, got 0; None takes what is free"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Engine(shared_model("llama"), **settings)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("model", [None, "path-or-id", nn.Linear(2, 2)])
+def test_what_is_no_model_is_named(model):
+    with pytest.raises(ValueError, match=f"must be a transformers causal LM.* got {type(model).__name__}; Engine.from"):
+        Engine(model)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_the_name_of_a_type_is_not_the_type():
+    with pytest.raises(ValueError, match=r"the model's own torch\.float64, got 'bfloat16'"):
+        Engine(shared_model("llama"), drafter="none", compute_dtype="bfloat16")
+
+
+def test_bounds_may_be_numpys_or_whole_floats():
+    engine = Engine(shared_model("llama"), drafter="ngram", max_num_seqs=np.int64(2), max_cache_bytes=1e9)
+    assert engine.admission.max_bytes == 10**9 and isinstance(engine.admission.max_bytes, int)
+    assert_usable(engine)
+
+
+@pytest.mark.parametrize("name", ["depth", "width", "num_draft_tokens", "most_draft_tokens"])
+@pytest.mark.parametrize("value", [1.5, "3"])
+def test_plans_of_other_than_integers_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be an integer, got {value!r}"):
+        SpeculationPlan(**{"depth": 2, "width": 2, "num_draft_tokens": 3, name: value})
 
 
 def test_an_engine_from_a_folder(tmp_path):

@@ -34,6 +34,18 @@ class Admitted:
     num_preempted: int  # sequences
 
 
+def _take_bytes(max_bytes: float | None) -> int | None:
+    """The bound as an int, where it is one or a whole float, such as 8e9."""
+    if max_bytes is None:
+        return None
+    is_whole = max_bytes.is_integer() if isinstance(max_bytes, float) else hasattr(max_bytes, "__index__")
+    if not is_whole:
+        raise ValueError(f"max_cache_bytes must be an integer, got {max_bytes!r}; None takes what is free")
+    if max_bytes < 1:
+        raise ValueError(f"max_cache_bytes must be positive, got {max_bytes}; None takes what is free")
+    return int(max_bytes)
+
+
 class Admission:
     """Keeps the cache and the drafter's own rows together within one bound, checked in blocks before each step.
 
@@ -48,7 +60,7 @@ class Admission:
         target: the model that the cache is for; where its forwards are recorded, it needs a scratch block.
 
     Raises:
-        ValueError: `max_bytes` is not positive.
+        ValueError: `max_bytes` is no integer, or not positive.
     """
 
     def __init__(
@@ -58,14 +70,12 @@ class Admission:
         prefiller: Prefiller,
         drafter: Drafter,
         *,
-        max_bytes: int | None,
+        max_bytes: float | None,
         target: TargetModel,
     ) -> None:
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError(f"max_cache_bytes must be positive, got {max_bytes}; None takes what is free")
         self.scheduler, self.cache, self.prefiller, self.drafter = scheduler, cache, prefiller, drafter
-        self.max_bytes, self.target = max_bytes, target
-        self._bound = max_bytes  # bytes, in this rollout
+        self.max_bytes, self.target = _take_bytes(max_bytes), target
+        self._bound = self.max_bytes  # bytes, in this rollout
         self._most_running = scheduler.max_num_seqs  # fewer once memory ran out
         self._most_positions = 0  # of the longest sequence, if it comes to its limit
         self._num_preempted = 0  # since `take_admitted`

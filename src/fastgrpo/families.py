@@ -55,6 +55,11 @@ def check_supported(model: PreTrainedModel) -> None:
         ValueError: the family, a kind of attention or a setting is not supported, RoPE depends on the batch, or the
             output head is missing or has not one row for each token; names what was found.
     """
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        raise ValueError(
+            f"the model must be a transformers causal LM, or a PEFT model of one, got {type(model).__name__}; "
+            "Engine.from_pretrained loads one, and what wraps one has to be taken off"
+        )
     config = model.config
     family = config.model_type
     if family not in SUPPORTED_FAMILIES:

@@ -67,14 +67,14 @@ class TargetModel:
         self._output: PackedLinear | None = None
         self._runs_whole = False  # what the owner put around decoder and head has its say
         self.base = base_model_of(model)
-        self.config: Any = self.base.config
         check_supported(self.base)
+        self.config: Any = self.base.config
         check_adapters(model)
         weight = self.embed_tokens.weight
         self.compute_dtype = None if compute_dtype == weight.dtype else compute_dtype
         if self.compute_dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(
-                f"compute_dtype must be bfloat16, float16 or the model's own {weight.dtype}, got {compute_dtype}; "
+                f"compute_dtype must be bfloat16, float16 or the model's own {weight.dtype}, got {compute_dtype!r}; "
                 "to compute in another one, convert the model"
             )
         config = self.config

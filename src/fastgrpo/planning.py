@@ -39,7 +39,7 @@ class Planning:
         profile_s: seconds that looking up or measuring the costs took.
 
     Raises:
-        ValueError: an unknown key, or a profile that cannot be used.
+        ValueError: an unknown key, or a plan or profile that cannot be used.
         FileNotFoundError: there is no such profile.
     """
 
@@ -52,6 +52,8 @@ class Planning:
         target: TargetModel,
         drafter: Drafter,
     ) -> None:
+        if not isinstance(fixed, SpeculationPlan):
+            raise ValueError(f"fixed_plan must be a SpeculationPlan, got {fixed!r}")
         self.speculation, self.fixed = speculation, fixed
         self.target, self.drafter = target, drafter
         self.profile = None if profile is None else take_profile(profile, target, drafter)

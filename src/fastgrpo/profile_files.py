@@ -149,6 +149,8 @@ def take_profile(profile: HardwareProfile | str | Path, target: TargetModel, dra
     """
     if isinstance(profile, HardwareProfile):
         return profile
+    if not isinstance(profile, str | Path):
+        raise ValueError(f"profile must be a HardwareProfile or a file that holds one, got {profile!r}")
     path = Path(profile)
     taken, theirs = read_profile(path)
     ours = describe_identity(target, drafter)

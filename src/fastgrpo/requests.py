@@ -27,6 +27,10 @@ def build_sequences(
     """
     if not all(isinstance(each, SamplingParams) for each in (params if isinstance(params, list) else [params])):
         raise ValueError(f"sampling parameters must be SamplingParams, one for all or a list, got {params!r:.80}")
+    try:
+        prompts = list(prompts)
+    except TypeError:
+        raise ValueError(f"prompt_token_ids must be a list of prompts, got {prompts!r:.60}") from None
     if isinstance(params, SamplingParams):
         params = [replace(params, stream=params.stream + i) for i in range(len(prompts))]
     if any(isinstance(prompt, int) for prompt in prompts):

@@ -26,7 +26,7 @@ class Scheduler:
     """
 
     def __init__(self, max_num_seqs: int, lengths: LengthPredictor | None = None) -> None:
-        if not isinstance(max_num_seqs, int):
+        if not hasattr(max_num_seqs, "__index__"):
             raise ValueError(f"max_num_seqs must be an integer, got {max_num_seqs!r}")
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be at least 1, got {max_num_seqs}")

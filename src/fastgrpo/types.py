@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -38,7 +37,7 @@ class SamplingParams:
 
     Args:
         temperature: divides the logits, from 1e-30 to 1e30; 0 is greedy decoding.
-        top_k: keep the k most likely tokens; 0 keeps all.
+        top_k: keep the k most likely tokens, up to 2^63 - 1; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches this share, in (0, 1].
         max_tokens: limit on the completion's tokens, at least 1.
         stop_token_ids: a completion ends with the first of these that is emitted.
@@ -72,13 +71,17 @@ class SamplingParams:
             )
         if self.top_k < 0:
             raise ValueError(f"top_k must be >= 0, got {self.top_k}; use 0 to keep every token")
+        if self.top_k >= 2**63:
+            raise ValueError(f"top_k must be less than 2^63, got {self.top_k}; use 0 to keep every token")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; use 1 to keep every token")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not isinstance(self.stop_token_ids, Iterable):
-            raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
-        stops = tuple(_take_integer("each of stop_token_ids", each) for each in self.stop_token_ids)
+        try:
+            stops = tuple(self.stop_token_ids)
+        except TypeError:
+            raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}") from None
+        stops = tuple(_take_integer("each of stop_token_ids", each) for each in stops)
         object.__setattr__(self, "stop_token_ids", stops)
 
 
@@ -92,9 +95,12 @@ def _take_integer(name: str, value: Any) -> int:
 
 def _take_number(name: str, value: Any) -> float:
     """The value as a float; NumPy's and PyTorch's numbers are taken too."""
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    if not isinstance(value, str):
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers
+            pass
+    raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +187,7 @@ class SpeculationPlan:
             tree may take up to this many nodes; None gives every tree its own num_draft_tokens.
 
     Raises:
-        ValueError: a value is negative, or the values contradict each other; the message names them.
+        ValueError: a value is no integer or negative, or the values contradict each other; the message names them.
     """
 
     depth: int = 0
@@ -190,7 +196,10 @@ class SpeculationPlan:
     most_draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.depth, self.width, self.num_draft_tokens) < 0:
+        sizes = [_take_integer(name, getattr(self, name)) for name in ("depth", "width", "num_draft_tokens")]
+        if self.most_draft_tokens is not None:
+            _take_integer("most_draft_tokens", self.most_draft_tokens)
+        if min(sizes) < 0:
             raise ValueError(f"a plan needs depth, width and num_draft_tokens >= 0, got {self}")
         if (self.num_draft_tokens == 0) != (self.depth == 0 or self.width == 0):
             raise ValueError(f"a plan is either all zero (plain decoding) or has no zero at all, got {self}")

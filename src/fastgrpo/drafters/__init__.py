@@ -27,6 +27,8 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
         ValueError: neither a known name nor a folder that holds a head or an LM that fits the target.
     """
     if not isinstance(drafter, str | Path):
+        if not hasattr(drafter, "propose"):
+            raise ValueError(f"drafter must be a name, a folder or a Drafter, got {drafter!r}; 'none' drafts nothing")
         return drafter
     if drafter == "none":
         from fastgrpo.drafters.none import NoDrafter
