@@ -874,6 +874,15 @@ def test_sequences_go_on_in_another_rollout_until_they_have_ended():
     assert [completion.token_ids for completion in engine.generate(PROMPTS, params)] == [s.token_ids for s in sequences]
 
 
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_a_step_outside_of_a_rollout_says_where_it_belongs(family):
+    """Its attention would be transformers' own, which knows of no rows."""
+    engine = Engine(shared_model(family), drafter="none")
+    engine.scheduler.add(engine.take_requests([[7]], PARAMS)[0])
+    with pytest.raises(AssertionError, match="call inside rollout_mode"):
+        engine.step()
+
+
 def test_a_drafter_may_belong_to_another_adapter_of_the_same_model():
     model = shared_model("llama")
     engine = Engine(model, drafter=EagleDrafter(TargetModel(model)), speculation=TREE)

@@ -339,6 +339,7 @@ class TargetModel:
         if self._fused is not None:
             hidden, features, logits = self._fused.run(batch, cache, kept, wants_logits=wants_logits)
         else:
+            assert self.config._attn_implementation == ATTENTION_NAME, "call inside rollout_mode"
             whole = self.model if self._runs_whole else None
             hidden, inputs, logits = run_modules(
                 self.decoder, batch, cache, self.windows, kept or (), whole=whole, wants_logits=wants_logits
