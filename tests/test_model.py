@@ -289,6 +289,17 @@ def test_gradient_checkpointing_and_gradients_are_left_alone():
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
 
 
+@pytest.mark.parametrize(
+    "build", [lambda: build_model("llama", torch.float32), lambda: build_lora("llama", torch.float32, bias="all")]
+)
+def test_who_adds_up_gradients_is_left_alone(build: Callable[[], nn.Module]) -> None:
+    """DDP hears of gradients there, and of none where PyTorch has made another one."""
+    model = build().requires_grad_(True)
+    before = {name: p.view_as(p).grad_fn.next_functions[0][0] for name, p in model.named_parameters()}
+    Engine(model, speculation=TREE, compute_dtype=torch.bfloat16).generate(PROMPTS, PARAMS)
+    assert all(p.view_as(p).grad_fn.next_functions[0][0] is before[name] for name, p in model.named_parameters())
+
+
 # -- types ---------------------------------------------------------------------------------------------------
 
 

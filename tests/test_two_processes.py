@@ -52,6 +52,7 @@ def run_process(rank: int, folder: Path, port: int) -> None:
         stock = train(StockTrainer, folder / "stock", **stock_keys)
         assert ours[0].accelerator.num_processes == 2 and ours[0].siblings.is_on
         assert_same_training(ours, stock)
+        assert_same_in_all(ours[0])
         count, stock_count = (sum(watch.rows) for _, watch in (ours, stock))
         if keys["reward"] is constant_in_one_process and rank == 1:
             assert count == 6 < stock_count, (
@@ -61,11 +62,19 @@ def run_process(rank: int, folder: Path, port: int) -> None:
             assert (count == 0) == ("num_iterations" not in keys), "nothing to compute, in no process"
         elif keys["reward"] is half_reward and "beta" not in keys:
             assert count < stock_count
+    half, _ = train(FastGRPOTrainer, folder / "half", reward=uneven_reward, bf16=True, gradient_checkpointing=False)
+    assert_same_in_all(half)
     learn_while_the_other_decodes(rank, folder / "idle")
     model = nn.parallel.DistributedDataParallel(build_scoring_model(), find_unused_parameters=True)
     compute_gradient(model, slice(rank, None, 2), len(ROWS) // 2)
     torch.save({name: p.grad for name, p in model.module.named_parameters()}, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def assert_same_in_all(trainer: FastGRPOTrainer) -> None:
+    """Every process has the same weights."""
+    own = nn.utils.parameters_to_vector(trainer.model.parameters())
+    assert trainer.accelerator.gather(own[None]).eq(own).all()
 
 
 def learn_while_the_other_decodes(rank: int, folder: Path) -> None:

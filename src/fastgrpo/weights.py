@@ -24,40 +24,46 @@ _CHUNK = 2**22  # numbers rounded at once, of which there are some copies
 def merged_weights(model: nn.Module, compute_dtype: torch.dtype | None = None) -> Iterator[None]:
     """Fold adapters into copies of the base weights, and cast linear weights, for as long as it lasts.
 
-    The parameters' own storage is set aside, not written, so that what is trained is bit-identical
-    afterwards. A merged layer is taken out of its wrapper, whose forward costs more than a small
+    Copies stand in for the parameters, which are not written, so that what is trained is bit-identical
+    afterwards. Nor is their type changed: PyTorch would add up their gradients elsewhere from then on, where the
+    hooks of DDP do not hear of them. A merged layer is taken out of its wrapper, whose forward costs more than a small
     product. Costs one copy of the weights it touches.
 
     Half-precision sums of base and adapter are computed in float32 and rounded by `round_evenly`: to the nearest, most
     of a young adapter would be lost.
     """
-    saved: list[tuple[nn.Parameter, Tensor]] = []
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     places = _mergeable_tuners(model)
-    types = {} if compute_dtype is None else {id(each): compute_dtype for each in _castable_weights(model)}
+    types = {} if compute_dtype is None else {id(p): compute_dtype for _, _, p in _castable_weights(model)}
     try:
         for _, _, layer in places:
-            parameters = list(layer.get_base_layer().parameters(recurse=False))
-            wanted = [types.get(id(parameter)) or parameter.dtype for parameter in parameters]
-            for parameter, dtype in zip(parameters, wanted, strict=True):
-                saved.append((parameter, parameter.data))
+            base_layer, copies = layer.get_base_layer(), []
+            for name, parameter in list(base_layer.named_parameters(recurse=False)):
+                dtype = types.get(id(parameter)) or parameter.dtype
                 base = parameter.data.to(dtype)  # as autocast takes it in training
-                parameter.data = base.to(torch.promote_types(dtype, torch.float32), copy=True)
+                copy = nn.Parameter(base.to(torch.promote_types(dtype, torch.float32), copy=True), requires_grad=False)
+                replaced.append((base_layer, name, parameter))
+                setattr(base_layer, name, copy)
+                copies.append((copy, dtype))
             layer.merge()
-            for parameter, dtype in zip(parameters, wanted, strict=True):
-                parameter.data = round_evenly(parameter.data, dtype)
+            for copy, dtype in copies:
+                copy.data = round_evenly(copy.data, dtype)
         for parent, name, layer in places:
             setattr(parent, name, layer.get_base_layer())
         if compute_dtype is not None:
-            for parameter in _castable_weights(model):
-                saved.append((parameter, parameter.data))
-                parameter.data = parameter.data.to(compute_dtype)
+            casts: dict[int, nn.Parameter] = {}
+            for module, name, parameter in _castable_weights(model):
+                if id(parameter) not in casts:
+                    casts[id(parameter)] = nn.Parameter(parameter.data.to(compute_dtype), requires_grad=False)
+                replaced.append((module, name, parameter))
+                setattr(module, name, casts[id(parameter)])
         yield
     finally:
         for parent, name, layer in places:
             setattr(parent, name, layer)
             layer.merged_adapters.clear()
-        for parameter, data in reversed(saved):
-            parameter.data = data
+        for module, name, parameter in reversed(replaced):
+            setattr(module, name, parameter)
 
 
 def round_evenly(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,8 +128,9 @@ def _merges_into_base(layer: Any) -> bool:
     return base.weight.is_floating_point() and not has_new_bias
 
 
-def _castable_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Weights that only ever enter a matrix product; a tied embedding does not."""
+def _castable_weights(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """(module, name, weight) of those that only ever enter a matrix product; a tied embedding does not."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    return [p for m in linear for p in m.parameters(recurse=False) if id(p) not in embeddings]
+    own = [(m, name, p) for m in linear for name, p in m.named_parameters(recurse=False)]
+    return [each for each in own if id(each[2]) not in embeddings]
