@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import time
@@ -25,12 +26,21 @@ def constant_in_one_process(prompts: list, **_: object) -> list[float]:
     return [1.0 if os.environ["RANK"] == "1" else float(index % 3) for index in range(len(prompts))]
 
 
+_turns = itertools.cycle((True, False))
+
+
+def constant_in_turns(completion_ids: list[list[int]], **_: object) -> list[float]:
+    """Every other generation has nothing to learn."""
+    return uneven_reward(completion_ids) if next(_turns) else [1.0] * len(completion_ids)
+
+
 @per_completion
 def uneven_reward(completion_ids: list[list[int]], **_: object) -> list[float]:
     return [sum(ids) % 5.0 for ids in completion_ids]
 
 
 ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+LONG = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 6}
 CASES: list[dict[str, Any]] = [
     {"reward": half_reward, **ACCUMULATED},
     {"reward": constant_in_one_process, **ACCUMULATED},
@@ -39,6 +49,7 @@ CASES: list[dict[str, Any]] = [
     {"reward": uneven_reward, "stream_rewards": True, **ACCUMULATED},
     {"reward": half_reward, "loss_type": "grpo", "beta": 0.04, "peft": True, "num_iterations": 2, **ACCUMULATED},
     {"reward": uneven_reward, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},  # groups are cut
+    {"reward": constant_in_turns, "max_steps": 2, "steps_per_generation": 2, **LONG},  # ends, begins without work
 ]
 
 

@@ -48,6 +48,7 @@ class Savings:
         self._reward_names = trainer.reward_func_names
         self._sum = trainer.accelerator.reduce if trainer.accelerator.num_processes > 1 else None
         self._has_work = True  # whether some process has rows to compute in the first pass over the generation
+        self._met_in = -1  # the last optimiser step in which processes had to meet
         if own is not None:
             logger.warning("the update computes every row as TRL does: %s is not ours and may read them all", own)
         self.choose_rows(trainer)
@@ -133,9 +134,18 @@ class Savings:
             step=step,
             skips_rows=self.skips_rows,
             awaits_old_logps=awaits_old_logps,
-            keeps_step=self._sum is not None and (self._has_work or step != int(inputs.get(STEP, -1))),
+            keeps_step=self._sum is not None and self._meets(inputs, step),
         )
         return self._batch
+
+    def _meets(self, inputs: dict[str, Any], step: int) -> bool:
+        """Whether processes meet in this pass over a micro-batch; all of them say the same.
+
+        Once they have met in an optimiser step they do so to its end: its last pass adds up what all have gathered.
+        """
+        if self._has_work or step != int(inputs.get(STEP, -1)):
+            self._met_in = step
+        return self._met_in == step
 
     def fill_old_logps(self, batches: Sequence[dict[str, Any]], model: nn.Module) -> None:
         """Compute the old log-probs of micro-batches whose first pass is still to come, before the weights change.
