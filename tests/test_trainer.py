@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers.trainer
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -299,6 +301,40 @@ def test_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, monkeypa
     assert "earlier checkpoints are untouched" in caught.value.__notes__[0]
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
     build_trainer(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ConnectionError])
+def test_what_comes_behind_a_checkpoint_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type) -> None:
+    """Ctrl-C while older checkpoints are removed, or a hub that does not answer: the new one is all there is."""
+    trainer = build_trainer(tmp_path / "run", save_strategy="steps", save_steps=1, save_total_limit=1)
+
+    def remove(**_: object) -> None:
+        if trainer.state.global_step == 2:
+            shutil.rmtree(tmp_path / "run" / "checkpoint-1")
+            raise error
+
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", remove)
+    with pytest.raises(error) as caught:
+        trainer.train()
+    assert "checkpoint-2 is whole" in caught.value.__notes__[0]
+    build_trainer(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
+def test_a_process_that_does_not_write_the_checkpoint_removes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build_trainer(tmp_path / "run", save_strategy="steps", save_steps=1)
+    monkeypatch.setattr(FastGRPOConfig, "should_save", False)
+
+    def fill_disk(folder: str) -> None:
+        Path(folder).mkdir(parents=True)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "_save_rng_state", fill_disk)
+    with pytest.raises(OSError, match="No space left") as caught:
+        trainer.train()
+    assert "may be incomplete" in caught.value.__notes__[0]
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
 
 
 def test_interrupt_in_a_rollout_leaves_the_model_whole(tmp_path: Path) -> None:

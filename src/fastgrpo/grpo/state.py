@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.trainer import TRAINER_STATE_NAME
 
 from fastgrpo.drafters.drafter import StatefulDrafter, TrainableDrafter
 from fastgrpo.engine import Engine
@@ -65,6 +66,14 @@ def save_state(folder: Path, engine: Engine, learner: Learner | None, *, run: in
     record = {key: state[key] for key in _COUNTERS} | {"param_groups": state["optimizer"]["param_groups"]}
     save_rollouts([state["replay"]], folder / _REPLAY)
     (folder / "learner.json").write_text(json.dumps(record) + "\n")
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the trainer's own state comes last."""
+    try:
+        return isinstance(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def load_state(folder: Path, engine: Engine, learner: Learner | None) -> int:

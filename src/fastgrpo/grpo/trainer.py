@@ -24,7 +24,7 @@ from fastgrpo.grpo.micro_batch import MicroBatch
 from fastgrpo.grpo.savings import Savings
 from fastgrpo.grpo.scoring import add_heads, fill_missing_gradients, find_own_loss, score_completions
 from fastgrpo.grpo.siblings import Siblings, is_regrouped, unlogged
-from fastgrpo.grpo.state import load_state, save_state
+from fastgrpo.grpo.state import is_whole, load_state, save_state
 from fastgrpo.grpo.streaming import RewardStream
 from fastgrpo.kernels.half import float32_products
 from fastgrpo.metrics import rollout_metrics, summarise_rollout
@@ -356,15 +356,19 @@ class FastGRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """fastgrpo's state first, then TRL's: older checkpoints are only removed once the new one is whole."""
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        is_new = not folder.exists()
+        was_whole = is_whole(folder)
         try:
             if self.args.should_save:
                 save_state(folder / _STATE_FOLDER, self.engine, self.learner, run=self._run)
             super()._save_checkpoint(model, trial)
         except (OSError, KeyboardInterrupt) as error:
-            if is_new and self.args.should_save:
+            if not self.args.should_save or was_whole:
+                error.add_note(f"{folder} may be incomplete: this came while it was written")
+            elif is_whole(folder):
+                error.add_note(f"{folder} is whole: this came behind it")
+            else:
                 shutil.rmtree(folder, ignore_errors=True)
-            error.add_note(f"{folder} could not be written and was removed; earlier checkpoints are untouched")
+                error.add_note(f"{folder} could not be written and was removed; earlier checkpoints are untouched")
             raise
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
