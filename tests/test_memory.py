@@ -613,6 +613,8 @@ def test_what_is_free_is_read_from_the_system(tmp_path, monkeypatch):
     assert find_available_bytes(cpu) == 4500000
     (tmp_path / "memory.max").write_text("max\n")
     assert find_available_bytes(cpu) == 20000 * 1024
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # another process takes its cache from the same memory
+    assert find_available_bytes(cpu) == 10000 * 1024
 
 
 def test_bytes_in_words():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import torch
@@ -15,7 +16,10 @@ _MEMINFO, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def find_available_bytes(device: torch.device) -> int | None:
-    """Memory that this process could still take on a device; None where the system does not say."""
+    """Memory that this process could still take on a device; None where the system does not say.
+
+    Of the machine's own, processes that were launched together have equal shares.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -23,8 +27,14 @@ def find_available_bytes(device: torch.device) -> int | None:
         return None
     lines = (line.split() for line in _MEMINFO.read_text(encoding="ascii").splitlines())
     available = next((1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:"), None)
-    of_group = _find_group_bytes()
-    return min((each for each in (available, of_group) if each is not None), default=None)
+    bounds = [each for each in (available, _find_group_bytes()) if each is not None]
+    return min(bounds) // _count_processes() if bounds else None
+
+
+def _count_processes() -> int:
+    """Processes of this launch on this machine, as torchrun and accelerate tell each of them."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(int(told), 1) if told.isdecimal() else 1
 
 
 def _find_group_bytes() -> int | None:

@@ -74,7 +74,7 @@ class FastGRPOConfig(GRPOConfig):
         metadata={
             "help": "Limit, in bytes, for keys, values and features of a rollout and the drafter's own rows. Where it "
             "is reached, the youngest sequences wait and are computed anew, with the same tokens. Default: most of the "
-            "memory that is free when the rollout starts."
+            "memory that is free when the rollout starts; of processes on one CPU, each takes its share."
         },
     )
     skip_zero_advantages: bool = field(
