@@ -149,6 +149,19 @@ def test_what_a_draft_promises_is_the_sum_of_its_chances(rows, padding, seed):
     torch.testing.assert_close(draft.num_promised, without_kernels(lambda: draft.num_promised))
 
 
+@given(rows=st.lists(trees(), min_size=1, max_size=9), padding=st.integers(0, 2), seed=st.integers(0, 1000))
+def test_nodes_of_all_rows_in_order_of_their_chances(rows, padding, seed):
+    """Few different scores, so that many are equal: then the earlier row's come first."""
+    draft, generator = build_draft(rows, padding), torch.Generator().manual_seed(seed)
+    drawn = torch.randint(-5, 0, draft.token_ids.shape, generator=generator).float()
+    scores = drawn.sort(dim=1, descending=True).values.masked_fill(~draft.node_mask, -math.inf)
+    draft = replace(draft, scores=scores)
+    (chances, owners), expected = draft.rank_nodes(), without_kernels(draft.rank_nodes)
+    assert owners == expected[1] and sorted(chances, reverse=True) == chances
+    assert chances == pytest.approx(expected[0], rel=1e-6)
+    assert [owners.count(row) for row in range(len(rows))] == (draft.num_nodes - 1).tolist()
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", range(8))
 def test_the_best_nodes_that_a_draft_keeps(shape, seed):

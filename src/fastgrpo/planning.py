@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
 from fastgrpo.drafters import Drafter, find_trainable
 from fastgrpo.model import TargetModel
 from fastgrpo.planner import (
@@ -22,7 +20,6 @@ from fastgrpo.planner import (
 )
 from fastgrpo.profile_files import find_profile, take_profile
 from fastgrpo.timing import Stopwatch
-from fastgrpo.transfer import download
 from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan, StepRecord
 
@@ -90,17 +87,16 @@ class Planning:
         """The draft to verify: all of the pool, or under a shared budget the likeliest nodes over all sequences."""
         if plan.most_draft_tokens is None or pool.scores is None:
             return pool
-        scores, num_nodes = download(pool.scores, pool.num_nodes)
-        drafted = scores[:, 1:].ravel()
-        places = (-drafted).argsort(kind="stable")
-        chances = np.exp(drafted[places[: int(num_nodes.sum()) - len(num_nodes)]])
+        chances, rows = pool.rank_nodes()
         planner = self._ensure()
         with self._watch:
             budget = planner.choose_budget(plan, inputs, chances)
-        if budget == drafted.size:
+        if budget == len(chances):
             return pool
-        rows = places[:budget] // max(scores.shape[1] - 1, 1)
-        return pool.keep((1 + np.bincount(rows, minlength=len(num_nodes))).tolist())
+        counts = [1] * len(pool.num_nodes)
+        for row in rows[:budget]:
+            counts[row] += 1
+        return pool.keep(counts)
 
     def observe(self, record: StepRecord) -> None:
         planner = self._ensure()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastgrpo.kernels import cpu, gpu, trees
-from fastgrpo.transfer import is_host, upload
+from fastgrpo.transfer import download, is_host, upload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,16 @@ class Draft:
             scores=scores,
             counts=tuple(counts),
         )
+
+    def rank_nodes(self) -> tuple[list[float], list[int]]:
+        """The chance that each drafted node is accepted, in falling order over all rows, and the row of each."""
+        assert self.scores is not None, "nothing is known of its nodes"
+        if is_host(self.scores) and cpu.is_available():
+            return trees.rank_nodes(self.scores, self.num_nodes)
+        scores, num_nodes = download(self.scores, self.num_nodes)
+        drafted = scores[:, 1:].ravel()
+        places = (-drafted).argsort(kind="stable")[: int(num_nodes.sum()) - len(num_nodes)]
+        return np.exp(drafted[places]).tolist(), (places // max(scores.shape[1] - 1, 1)).tolist()
 
     @property
     def num_promised(self) -> Float[Tensor, " B"] | None:

@@ -120,6 +120,41 @@ void fastgrpo_find_ranks(const i64 *path, const i64 *chosen, i64 rows, i64 level
     }
 }
 
+/* Whether the next node of one tree comes before another's: the likelier one, of equal ones the earlier tree's. */
+static inline int is_before(const float *scores, i64 nodes, const i64 *next, i64 a, i64 b) {
+    float own = scores[a * nodes + next[a]], other = scores[b * nodes + next[b]];
+    return own > other || (own == other && a < b);
+}
+
+/* A heap of trees, the one with the likeliest next node at its top, where `at` may stand too high. */
+static void sift(i64 *heap, i64 size, i64 at, const float *scores, i64 nodes, const i64 *next) {
+    for (i64 below; (below = 2 * at + 1) < size; at = below) {
+        if (below + 1 < size && is_before(scores, nodes, next, heap[below + 1], heap[below])) below++;
+        if (!is_before(scores, nodes, next, heap[below], heap[at])) return;
+        i64 tree = heap[at];
+        heap[at] = heap[below], heap[below] = tree;
+    }
+}
+
+/* The chances of all nodes but the roots, in falling order, and the tree of each. Those of a tree fall as they stand.
+ * Returns how many there are.
+ */
+int fastgrpo_rank_nodes(const float *scores, i64 rows, i64 nodes, const i64 *counts, double *chances, i64 *trees) {
+    i64 heap[rows + 1], next[rows + 1], size = 0, total = 0;
+    for (i64 row = 0; row < rows; row++) {
+        next[row] = 1;
+        if (counts[row] > 1) heap[size++] = row;
+    }
+    for (i64 at = size / 2; at-- > 0;) sift(heap, size, at, scores, nodes, next);
+    for (; size; total++) {
+        i64 tree = trees[total] = heap[0];
+        chances[total] = exp(scores[tree * nodes + next[tree]]);
+        if (++next[tree] == counts[tree]) heap[0] = heap[--size];
+        sift(heap, size, 0, scores, nodes, next);
+    }
+    return (int)total;
+}
+
 /* The first `counts` nodes of each tree, `most` at most; those beyond are marked as unused. */
 void fastgrpo_keep_nodes(const i64 *parents, const float *scores, i64 rows, i64 nodes, const i64 *counts, i64 most,
                          i64 *out_parents, float *out_scores) {

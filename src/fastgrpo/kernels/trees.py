@@ -151,6 +151,13 @@ def find_ranks(
     return num_children, ranks
 
 
+def rank_nodes(scores: Float[Tensor, "B N"], num_nodes: Int[Tensor, " B"]) -> tuple[list[float], list[int]]:
+    """See `fastgrpo.tree.Draft.rank_nodes`."""
+    chances, rows = (ctypes.c_double * scores.numel())(), (ctypes.c_int64 * scores.numel())()
+    count = call("rank_nodes", scores.contiguous(), *scores.shape, num_nodes, chances, rows)
+    return chances[:count], rows[:count]
+
+
 def keep_nodes(
     parents: Int[Tensor, "B N"], scores: Float[Tensor, "B N"], counts: Int[Tensor, " B"], most: int
 ) -> tuple[Int[Tensor, "B M"], Float[Tensor, "B M"]]:

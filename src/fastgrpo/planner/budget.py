@@ -76,7 +76,7 @@ class SharedBudget:
 
     def choose(self, plan: SpeculationPlan, inputs: PlanInputs, chances: Chances, most: int) -> int:
         """How many of the likeliest are verified, up to `most`."""
-        worth = itertools.accumulate(np.asarray(chances)[:most].tolist(), initial=0.0)
+        worth = itertools.accumulate(chances[:most], initial=0.0)
         prices = self._find_prices(plan, inputs, most)
         gains = list(map(operator.sub, worth, prices))  # a step's few: NumPy begins slower
         return gains.index(max(gains))

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fastgrpo.types import SpeculationPlan, StepRecord
 
-Chances = Sequence[float] | NDArray[np.floating[Any]]
+Chances = Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True)
