@@ -203,14 +203,14 @@ def test_repeats_before_a_failure_are_kept(model_dir: Path, tmp_path: Path, monk
     argv = ["bench", "rollout", "--model", str(model_dir), "--dtype", "float32", "--device", "cpu", "--max-tokens", "8"]
     argv += ["--num-prompts", "2", "--num-generations", "2", "--warmup-steps", "0", "--speculation", "off"]
     path = tmp_path / "kept.json"
-    orders, draw = iter(range(2)), measure.draw_orders
+    orders, draw = iter(range(3)), measure.draw_orders  # of the warm-up, and of two repeats
 
-    def draw_twice(names: Any) -> Any:
+    def draw_thrice(names: Any) -> Any:
         if next(orders, None) is None:
             raise RuntimeError("out of memory")
         return draw(names)
 
-    monkeypatch.setattr(measure, "draw_orders", draw_twice)
+    monkeypatch.setattr(measure, "draw_orders", draw_thrice)
     with pytest.raises(RuntimeError, match="out of memory"):
         main([*argv, "--repeats", "4", "--output", str(path)])
     assert len(json.loads(path.read_text())["variants"]["off"]["each"]) == 2

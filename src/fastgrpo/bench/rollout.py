@@ -58,8 +58,9 @@ def run_rollout_bench(options: RolloutOptions, command: str) -> dict[str, Any]:
     def build_params(repeat: int) -> SamplingParams:
         return dataclasses.replace(params, seed=options.seed + repeat)
 
-    for engine in engines.values():  # calibration, first touches, and auto's own acceptance: not measured
-        measure_rollout(engine, prompts, build_params(options.repeats))
+    turn_tokens = choose_turn_tokens(next(iter(engines.values())))
+    # calibration, auto's own acceptance, and first touches of as much memory as all take together: not measured
+    interleave(engines, prompts, lambda _: build_params(options.repeats), 1, turn_tokens=turn_tokens)
     result = describe_run(command, dataclasses.asdict(options)) | {"warmup": learned}
 
     def keep(results: dict[str, list[RolloutResult]]) -> None:
@@ -69,7 +70,6 @@ def run_rollout_bench(options: RolloutOptions, command: str) -> dict[str, Any]:
         if options.output is not None:
             write_json(result, options.output, indent=1)
 
-    turn_tokens = choose_turn_tokens(next(iter(engines.values())))
     results = interleave(engines, prompts, build_params, options.repeats, turn_tokens=turn_tokens, on_repeat=keep)
     _print(result, console)
     if options.output is not None:
