@@ -123,6 +123,24 @@ def test_prompts_come_from_a_file_too(model_dir: Path, tmp_path: Path) -> None:
     assert pretrain.run_draft_training(options, "")["num_answers"] == 4, "the third prompt is too long"
 
 
+@pytest.mark.parametrize("now", [("two", "three", "four"), ("one", "two")], ids=["others", "fewer"])
+def test_a_run_goes_on_with_its_own_prompts_alone(model_dir: Path, tmp_path: Path, now: tuple[str, ...]) -> None:
+    def write(*prompts: str) -> None:
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": each}) + "\n" for each in prompts))
+
+    write("one", "two", "three")
+    options = build_options(model_dir, tmp_path / "run", data=tmp_path / "prompts.jsonl", updates=1)
+    pretrain.run_draft_training(options, "")
+    path = tmp_path / "run" / "answers.jsonl"
+    before = path.read_text()
+    write(*now)
+    with pytest.raises(ValueError, match=r"line \d of .*answers\.jsonl answers another prompt .* another --output"):
+        pretrain.run_draft_training(options, "")
+    assert path.read_text() == before
+    write("one", "two", "three")
+    pretrain.run_draft_training(options, "")
+
+
 def test_broken_prompts_are_left_out_if_told_to_also_in_a_folder_that_was_begun(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,9 +112,10 @@ def draw_answers(
         features: takes those of answers that are drawn now, while there is room.
 
     Raises:
-        ValueError: the file is damaged; names it.
+        ValueError: the file is damaged, or holds answers to other prompts; names it.
     """
     answers = _read_answers(path)
+    _check_prompts(answers, requests, path)
     engine = Engine(opened.model, drafter=drafter, speculation="off", max_num_seqs=options.max_num_seqs)
 
     def keep(rollout: FinishedRollout) -> None:
@@ -161,6 +162,17 @@ def _read_answers(path: Path) -> list[Answer]:
         return [Answer(**json.loads(line)) for line in whole]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to draw the answers again") from error
+
+
+def _check_prompts(answers: list[Answer], requests: list[tuple[str, list[int]]], path: Path) -> None:
+    """Answers on file are the first of those asked for: else some prompts would be taught twice, others never."""
+    asked = [ids for _, ids in requests]
+    for number, answer in enumerate(answers):
+        if asked[number : number + 1] != [answer.prompt_ids]:
+            raise ValueError(
+                f"line {number + 1} of {path} answers another prompt than is asked now: the prompts have changed, or "
+                "the model's tokenizer or chat template; choose another --output, or put them back to go on"
+            )
 
 
 @torch.no_grad()
