@@ -777,3 +777,9 @@ def test_prompts_that_cannot_be_completed_are_refused_before_anything_is_measure
     assert "the model's context ends at 512" in capsys.readouterr().err
     assert main([*argv, "--temperature", "1e99"]) == 2
     assert "temperature must be 0 or between" in capsys.readouterr().err
+    prompts.write_text(prompts.read_text() + "{\n")
+    assert main([*argv, "--prompts", str(prompts)]) == 2
+    assert "leave them out with --skip-broken" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="1 of 2 lines of"):
+        assert main([*argv, "--prompts", str(prompts), "--skip-broken"]) == 2
+    assert "the model's context ends at 512" in capsys.readouterr().err

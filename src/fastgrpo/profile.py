@@ -139,7 +139,7 @@ def _print_findings(console: Console, verdict: str, check: Check | None, cores_t
 
 def _load_prompts(options: ProfileOptions, opened: Opened) -> list[list[int]]:
     if options.prompts is not None:
-        chats = list(load_prompts(options.prompts)["prompt"])[: options.num_prompts]
+        chats = list(load_prompts(options.prompts, skip_broken=options.skip_broken)["prompt"])[: options.num_prompts]
     else:
         chats = list(build_task_dataset(options.task, size=options.num_prompts, seed=options.seed)["prompt"])
     return encode_prompts(opened.tokenizer, chats)

@@ -171,6 +171,9 @@ class ProfileOptions:
         default=None,
         metadata=about("JSONL file of objects with 'prompt' that drafts are measured on (default: those of the task)"),
     )
+    skip_broken: bool = field(
+        default=False, metadata=about("skip broken lines of a file of prompts, and print how many")
+    )
     task: str = field(
         default="chain_sum", metadata=about("reasoning-gym task that makes the prompts where no file is given")
     )
