@@ -94,7 +94,9 @@ def test_export_then_import_is_the_identity(tmp_path: Path, target_folder: Path)
     assert main(["draft", "import", *common, "--source", exported, "--output", imported, *measured]) == 0
     assert_same_tensors(tmp_path / "head", Path(exported))
     assert_same_tensors(tmp_path / "head", Path(imported))
-    assert 0 <= json.loads((Path(imported) / "import.json").read_text())["acceptance"][0][0] <= 1
+    result = json.loads((Path(imported) / "import.json").read_text())
+    assert 0 <= result["acceptance"][0][0] <= 1
+    assert {"command", "commit", "machine", "settings"} <= result.keys()
 
 
 @pytest.mark.parametrize("place", ["head", "drafter/eagle"])  # alone, and in a drafter of two

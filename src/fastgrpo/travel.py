@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fastgrpo.bench.measure import describe_run
 from fastgrpo.data import build_task_dataset, load_prompts
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_files import find_shipped_head, load_head, save_head
@@ -77,14 +78,13 @@ def run_draft_import(options: DraftImportOptions, command: str) -> dict[str, Any
             f"{options.least_acceptance:.0%}: it was probably trained for another model or reads other layers; lower "
             "least_acceptance to take it all the same and let it learn"
         )
-    result = {
-        "command": command,
+    result = describe_run(command, dataclasses.asdict(options)) | {
         "source": str(options.source),
         "acceptance": acceptance.tolist(),
         "expected_length": length,
     }
     save_head(drafter.head, options.output, target)
-    write_json(result | {"settings": dataclasses.asdict(options)}, options.output / "import.json", indent=1)
+    write_json(result, options.output / "import.json", indent=1)
     say(console, f"written: {options.output} (use it as drafter={options.output})")
     return result
 
