@@ -12,6 +12,7 @@ import torch
 import transformers.trainer
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
@@ -286,17 +287,28 @@ def test_damaged_state_is_named(tmp_path: Path) -> None:
         build_trainer(tmp_path / "other").train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1166784 vs 1166676"),
+    ],
+    ids=["ours", "safetensors", "torch"],
+)
+def test_full_disk_leaves_the_previous_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     trainer = build_trainer(tmp_path / "run", save_strategy="steps", save_steps=1, save_total_limit=1)
     save = trainer._save_optimizer_and_scheduler
 
     def fill_disk(output_dir: str) -> None:
         if trainer.state.global_step == 2:
-            raise OSError(28, "No space left on device")
+            raise error
         save(output_dir)
 
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", fill_disk)
-    with pytest.raises(OSError, match="No space left") as caught:
+    with pytest.raises(OSError, match=r"No space left|checkpoint-2 could not be written .* MiB are free") as caught:
         trainer.train()
     assert "earlier checkpoints are untouched" in caught.value.__notes__[0]
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastgrpo.answers import Answer, AnswerFeatures, build_requests, compute_features, draw_answers
 from fastgrpo.bench.measure import describe_run
+from fastgrpo.disk import named_write_errors
 from fastgrpo.drafters.acceptance_file import write_acceptance
 from fastgrpo.drafters.block import BlockDrafter
 from fastgrpo.drafters.eagle import EagleDrafter
@@ -73,12 +74,14 @@ def run_draft_training(options: DraftTrainOptions, command: str) -> dict[str, An
     features = AnswerFeatures(options.feature_cache_gib)
     answers = draw_answers(options, opened, requests, drafter, folder / "answers.jsonl", features, console)
     training = _Training(options, drafter, counts, answers, features)
-    result = training.run(folder, console)
+    with named_write_errors(folder):
+        result = training.run(folder, console)
     result |= describe_run(command, dataclasses.asdict(options)) | {
         "num_answers": len(answers),
         "num_tokens": sum(len(answer.token_ids) for answer in answers),
     }
-    training.drafter.save_head(folder / "head", compact=options.compact, counts=training.count_tokens())
+    with named_write_errors(folder):
+        training.drafter.save_head(folder / "head", compact=options.compact, counts=training.count_tokens())
     write_acceptance(folder / "head", result["acceptance"])
     write_json(result, folder / "result.json", indent=1)
     say(console, f"written: {folder / 'head'} (use it as drafter={folder / 'head'})")

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fastgrpo.bench.measure import describe_run
 from fastgrpo.data import build_task_dataset, load_prompts
+from fastgrpo.disk import named_write_errors
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_files import find_shipped_head, load_head, save_head
 from fastgrpo.engine import Engine, FinishedRollout
@@ -44,7 +45,8 @@ def run_draft_export(options: DraftExportOptions) -> None:
     _check_unused(options.output)
     target = TargetModel(load_model(resolve_model(options.model), dtype="auto", device=resolve_device("cpu")))
     folder = _find_head(options.head, target, options.model)
-    save_head(load_head(folder, target), options.output, target, dtype=getattr(torch, options.dtype))
+    with named_write_errors(options.output):
+        save_head(load_head(folder, target), options.output, target, dtype=getattr(torch, options.dtype))
     say(
         console,
         f'written: {options.output}; vLLM takes it as speculative_config={{"method": "eagle3", "model": '
@@ -83,7 +85,8 @@ def run_draft_import(options: DraftImportOptions, command: str) -> dict[str, Any
         "acceptance": acceptance.tolist(),
         "expected_length": length,
     }
-    save_head(drafter.head, options.output, target)
+    with named_write_errors(options.output):
+        save_head(drafter.head, options.output, target)
     write_json(result, options.output / "import.json", indent=1)
     say(console, f"written: {options.output} (use it as drafter={options.output})")
     return result

@@ -17,6 +17,7 @@ from trl import get_dataset, get_peft_config, get_quantization_config
 
 from fastgrpo import rewards
 from fastgrpo.data import build_task_dataset, load_prompts
+from fastgrpo.disk import named_write_errors
 from fastgrpo.grpo.arguments import Arguments, format_help, name_nearest, parse_arguments
 from fastgrpo.grpo.reporting import ReportCallback, attach_report, write_report
 from fastgrpo.grpo.trainer import FastGRPOTrainer
@@ -54,7 +55,8 @@ def run_training(argv: list[str]) -> None:
     except KeyboardInterrupt:
         say(console, f"\nstopped. {_stop(trainer, callback, argv)}")
         raise SystemExit(INTERRUPTED) from None
-    trainer.save_model(arguments.training.output_dir)
+    with named_write_errors(Path(arguments.training.output_dir)):
+        trainer.save_model(arguments.training.output_dir)
     if is_main:
         history = RunHistory(
             log_rows=trainer.state.log_history,

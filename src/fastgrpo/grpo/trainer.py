@@ -14,6 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
+from fastgrpo.disk import named_write_errors
 from fastgrpo.engine import Engine
 from fastgrpo.families import base_model_of
 from fastgrpo.grpo.checks import check_advantages, check_columns, check_generation, check_rewards
@@ -358,10 +359,11 @@ class FastGRPOTrainer(GRPOTrainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         was_whole = is_whole(folder)
         try:
-            if self.args.should_save:
-                save_state(folder / _STATE_FOLDER, self.engine, self.learner, run=self._run)
-            super()._save_checkpoint(model, trial)
-        except (OSError, KeyboardInterrupt) as error:
+            with named_write_errors(folder):
+                if self.args.should_save:
+                    save_state(folder / _STATE_FOLDER, self.engine, self.learner, run=self._run)
+                super()._save_checkpoint(model, trial)
+        except BaseException as error:  # whatever it was, a part of a checkpoint must not be taken for the last one
             if not self.args.should_save or was_whole:
                 error.add_note(f"{folder} may be incomplete: this came while it was written")
             elif is_whole(folder):
