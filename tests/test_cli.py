@@ -292,6 +292,7 @@ def test_generate_prints_completions_and_their_speed(
         (["--prompt", "x" * 600], "the model's context ends at 512"),
         (["--prompts", "prompts.jsonl", "--raw"], "needs a chat template: --raw leaves it out"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--prompt", "x", "--model", "./no/where"], "there is no model folder './no/where'; give a folder, a hub id"),
         (["--prompt", "x", "--drafter", "nowhere"], "drafter must be eagle, eagle-new, ngram, none, auto, block"),
     ],
 )

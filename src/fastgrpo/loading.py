@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +33,12 @@ def resolve_model(name: str) -> str:
     """The folder or hub id behind a model's name.
 
     Raises:
-        ValueError: the demo model is asked for and no source has it.
+        ValueError: the demo model is asked for and no source has it, or a path leads to no folder.
     """
     if name != DEMO_MODEL:
+        is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1  # a hub id has one slash at most
+        if is_path and not Path(name).is_dir():
+            raise ValueError(f"there is no model folder '{name}'; give a folder, a hub id, or '{DEMO_MODEL}'")
         return name
     try:
         return str(load_demo_model_dir())
