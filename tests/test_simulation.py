@@ -370,7 +370,9 @@ def test_damaged_facts_are_refused_by_name(tmp_path: Path) -> None:
         load_facts(path)
     save_facts(record(), path)
     whole = path.read_bytes()
-    for damaged in (b"", b"text", whole[: len(whole) // 2], whole[:-200] + bytes(200)):
+    entry = whole.index(b"PK\x01\x02")  # of the archive's directory; its flags and its way of packing follow
+    encrypted, unknown = (whole[: entry + at] + b"\x7f" + whole[entry + at + 1 :] for at in (8, 10))
+    for damaged in (b"", b"text", whole[: len(whole) // 2], whole[:-200] + bytes(200), encrypted, unknown):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"facts\.npz holds no recorded facts.*record again"):
             load_facts(path)

@@ -160,6 +160,16 @@ def test_an_imported_head_changes_no_token(tmp_path: Path, target_folder: Path) 
     assert [c.token_ids for c in drafted] == [c.token_ids for c in expected]
 
 
+@pytest.mark.parametrize("place", ["fastgrpo/head", "fastgrpo/drafter/eagle", "head"])
+def test_a_checkpoint_or_a_training_run_drafts_with_its_head(tmp_path: Path, target_folder: Path, place: str) -> None:
+    trained = build_trained_head(tmp_path / place, target_folder)
+    if place != "head":  # of full fine-tuning: a whole model lies beside it
+        (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    drafter = Engine(build_model("llama", torch.float64), drafter=tmp_path, speculation=PLAN).drafter
+    assert isinstance(drafter, EagleDrafter)
+    assert torch.equal(drafter.head.fc.weight, trained.head.fc.weight)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -30,6 +30,7 @@ from fastgrpo.drafters.acceptance_file import write_acceptance
 from fastgrpo.drafters.block import BlockDrafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.head_drafter import HeadDrafter
+from fastgrpo.drafters.head_files import find_head_folder
 from fastgrpo.drafters.head_parts import choose_vocab_size
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.grpo.state import load_state, save_state
@@ -141,7 +142,7 @@ class _Training:
         num_held_out = min(_HELD_OUT, len(kept) // 10)
         self.held_out, self.taught = kept[:num_held_out], kept[num_held_out:]  # by their numbers
         if not self.taught:
-            raise ValueError(f"no answer has {_MIN_ANSWER} tokens to learn from; raise max_tokens")
+            raise ValueError(f"no answer has {_MIN_ANSWER} tokens to learn from; raise max_tokens, with another output")
         self._shown: list[FinishedRollout] = []  # those held out, once their features are there
 
     def run(self, folder: Path, console: Console) -> dict[str, Any]:
@@ -155,7 +156,12 @@ class _Training:
         first, total = self.learner.num_updates, self.options.updates
         started = time.monotonic()
         with self.drafter.target.rollout_mode():
-            say(console, f"{len(self.taught)} answers to learn from; at first {_describe(self.measure())}")
+            kept_back = f"{len(self.held_out)} more" if self.held_out else "one of them, there being few,"
+            say(
+                console,
+                f"{len(self.taught)} answers to learn from, {kept_back} to measure on; "
+                f"before learning {_describe(self.measure())}",
+            )
             batches = itertools.islice(self._batches(), first, None)
             for before, numbers in zip(range(first, total), batches, strict=False):
                 self.learner.learning_rate = self.options.learning_rate * _anneal(before / total)
@@ -213,7 +219,7 @@ def _build_drafter(options: DraftTrainOptions, target: TargetModel) -> tuple[Hea
     kind = _KINDS[options.kind]
     size = options.draft_vocab_size or choose_vocab_size(target)
     counts = torch.zeros(target.vocab_size, dtype=torch.int64)
-    head = None if options.head is None else kind.load_head(options.head, target)
+    head = None if options.head is None else kind.load_head(find_head_folder(options.head), target)
     if head is not None:
         if head.vocab_counts is not None:
             counts[head.draft_vocab.long()] = head.vocab_counts

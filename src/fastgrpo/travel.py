@@ -14,6 +14,7 @@ from fastgrpo.data import build_task_dataset, load_prompts
 from fastgrpo.disk import named_write_errors
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_files import find_shipped_head, load_head, save_head
+from fastgrpo.drafters.head_files import find_head_folder
 from fastgrpo.engine import Engine, FinishedRollout
 from fastgrpo.loading import (
     Opened,
@@ -99,14 +100,7 @@ def _find_head(folder: Path | None, target: TargetModel, model: str) -> Path:
         if shipped is None:
             raise ValueError(f"no head ships for {model}; name a folder with --head")
         return shipped
-    state = folder / "fastgrpo"
-    inside = [folder, state / "head", state / "drafter" / "eagle", folder / "head"]  # the third: of a drafter of two
-    return next((each for each in inside if (each / "config.json").exists() and _is_head(each)), folder)
-
-
-def _is_head(folder: Path) -> bool:
-    """A checkpoint has a config.json of its own, the model's."""
-    return "eagle3" in (folder / "config.json").read_text().lower()
+    return find_head_folder(folder)
 
 
 def _check_unused(folder: Path) -> None:

@@ -21,7 +21,8 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
 
     "eagle" begins with the head that ships for the target where there is one, "eagle-new" never does, "block" begins
     from the target's own weights; "auto" is eagle and ngram, whichever pays, or both. A folder says itself whether
-    it holds a head, of which kind, or a small causal LM of the target's tokenizer.
+    it holds a head (a trainer's checkpoint and a run of `draft train` do), of which kind, or a small causal LM of the
+    target's tokenizer.
 
     Raises:
         ValueError: neither a known name nor a folder that holds a head or an LM that fits the target.
@@ -45,13 +46,13 @@ def build_drafter(drafter: str | Path | Drafter, target: TargetModel) -> Drafter
     from fastgrpo.drafters.block import BlockDrafter
     from fastgrpo.drafters.block_files import BLOCK_ARCHITECTURE
     from fastgrpo.drafters.eagle import EagleDrafter
-    from fastgrpo.drafters.head_files import read_architecture
+    from fastgrpo.drafters.head_files import find_head_folder, read_architecture
 
     if drafter == "block":
         return BlockDrafter(target)
     if drafter in ("eagle", "eagle-new"):
         return _build_eagle(target) if drafter == "eagle" else EagleDrafter(target)
-    folder = Path(drafter)
+    folder = find_head_folder(Path(drafter))
     if folder.is_dir():
         from fastgrpo.drafters.lm import LmDrafter
         from fastgrpo.drafters.lm_files import is_causal_lm

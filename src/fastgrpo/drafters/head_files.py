@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgrpo.drafters.head_parts import DraftHead
+from fastgrpo.drafters.lm_files import is_causal_lm
 from fastgrpo.model import TargetModel
 
 FINGERPRINT = "target_final_norm"
@@ -31,6 +32,19 @@ def read_files(folder: Path) -> tuple[Any, dict[str, Tensor]]:
         return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"no readable draft head in {folder}: {error}") from error
+
+
+def find_head_folder(folder: Path) -> Path:
+    """Where a head lies: in the folder itself, in a trainer's checkpoint, or in a run of `draft train`.
+
+    A checkpoint of full fine-tuning is a whole language model, and so is a folder of one that drafts. Where there is no
+    head it is the folder itself.
+    """
+    state = folder / "fastgrpo"
+    of_checkpoint = [state / "head", state / "drafter" / "eagle"]  # the second: of a drafter of two
+    is_model = is_causal_lm(folder)
+    inside = of_checkpoint if is_model else [folder, *of_checkpoint, folder / "head"]
+    return next((each for each in inside if (each / "config.json").exists()), folder)
 
 
 def read_architecture(folder: Path) -> str | None:

@@ -75,5 +75,5 @@ def load_facts(path: Path) -> Facts:
             raise ValueError(f"most_prompt_tokens must be an integer or null, got {most!r:.60}")
         plan = SpeculationPlan(**header["plan"])
         return Facts(plan=plan, most_prompt_tokens=most, about=header["about"], **arrays)
-    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (KeyError, ValueError, TypeError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} holds no recorded facts, or damaged ones: {error}; {RECORD_AGAIN}") from error
