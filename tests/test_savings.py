@@ -501,6 +501,50 @@ def test_savings_step_aside_for_a_loss_that_is_put_in_place_afterwards(
     assert caplog.text.count("_compute_loss is not ours") == 1
 
 
+def take_divergence_off(output: dict[str, Any]) -> dict[str, Any]:
+    divergences = ((output["old_per_token_logps"] - output["ref_per_token_logps"]) * output["completion_mask"]).sum(1)
+    return output | {"advantages": output["advantages"] - 0.5 * divergences}
+
+
+def train_on_another_prompt(output: dict[str, Any]) -> dict[str, Any]:
+    return output | {"prompt_ids": output["prompt_ids"].roll(1, 0)}
+
+
+def leave_the_first_out(output: dict[str, Any]) -> dict[str, Any]:
+    rows = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "old_per_token_logps")
+    return output | {name: output[name][1:] for name in rows if name in output}
+
+
+def make_anew(output: dict[str, Any]) -> dict[str, Any]:
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
+    return {name: output[name] for name in (*names, "old_per_token_logps")}
+
+
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        (take_divergence_off, {"num_iterations": 2, "beta": 0.04, "peft": True}),
+        (train_on_another_prompt, {"num_iterations": 2, "old_logps": "rollout"}),
+        (leave_the_first_out, {}),
+        (make_anew, {"num_iterations": 2}),
+    ],
+)
+def test_savings_step_aside_for_a_batch_of_ones_own(tmp_path: Path, change: Callable, keys: dict[str, Any]) -> None:
+    """A subclass changes what TRL is about to learn from, and sees what TRL shows it."""
+
+    class OwnBatchTrainer(FastGRPOTrainer):
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            return change(super()._generate_and_score_completions(inputs))
+
+    class StockOwnBatchTrainer(StockTrainer):
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            return change(GRPOTrainer._generate_and_score_completions(self, inputs))
+
+    ours = train(OwnBatchTrainer, tmp_path / "ours", max_steps=2, **keys)
+    stock_keys = keys | {"skip_zero_advantages": False, "old_logps": "forward"}
+    assert_same_training(ours, train(StockOwnBatchTrainer, tmp_path / "stock", max_steps=2, **stock_keys))
+
+
 class AllOwnLossTrainer(FastGRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         return next(p for p in model.parameters() if p.requires_grad).sum() * inputs["advantages"].sum()

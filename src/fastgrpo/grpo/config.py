@@ -135,7 +135,8 @@ class FastGRPOConfig(GRPOConfig):
             "help": "Log-probabilities of the weights that generated, where the loss needs them (`num_iterations` "
             "above 1, or `steps_per_generation` not aligned with `gradient_accumulation_steps`): `auto` (the first "
             "pass over a micro-batch gives them; the gradient is TRL's), `rollout` (the rollout's: no pass at all, but "
-            "rounded differently from the update's, visibly so in bfloat16), or `forward` (TRL's own forward)."
+            "rounded differently from the update's, visibly so in bfloat16), or `forward` (TRL's own forward, taken in "
+            "any case where a subclass has methods of its own for the loss or its batch)."
         },
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from fastgrpo.grpo.scoring import find_own_loss, has_dropout
+from fastgrpo.grpo.scoring import find_own_batch, find_own_loss, has_dropout
 
 OldLogps = Literal["none", "update", "rollout", "forward"]
 OLD_LOGPS = ("auto", "rollout", "forward")
@@ -31,7 +31,7 @@ def choose_old_logps(trainer: Any) -> tuple[OldLogps, str]:
         return "none", "the weights are the rollout's in every pass"
     if args.old_logps == "forward":
         return "forward", "old_logps is 'forward'"
-    if (own := find_own_loss(trainer)) is not None:
+    if (own := find_own_loss(trainer) or find_own_batch(trainer)) is not None:
         return "forward", f"{own} is not ours"
     if args.old_logps == "rollout":
         return "rollout", "old_logps is 'rollout'"

@@ -18,6 +18,7 @@ from fastgrpo.grpo.rollout_facts import ENTROPIES, LOGPS, STEP, RolloutFacts, Tu
 from fastgrpo.grpo.scoring import (
     can_share_prompts,
     find_counted,
+    find_own_batch,
     find_own_loss,
     find_rows_to_train,
     find_skipping_obstacle,
@@ -37,8 +38,9 @@ class Savings:
     """
 
     def __init__(self, trainer: Any) -> None:
-        args, own = trainer.args, find_own_loss(trainer)
-        self.has_own_loss = own is not None
+        args = trainer.args
+        self._own_methods = own, own_batch = _find_own_methods(trainer)
+        self.has_own_loss, self._has_own_batch = own is not None, own_batch is not None
         self.shares_prompts = args.share_prompts and can_share_prompts(trainer)
         self.old_logps_from, reason = choose_old_logps(trainer)
         self._turns: list[Turn] = []
@@ -51,9 +53,15 @@ class Savings:
         self._met_in = -1  # the last optimiser step in which processes had to meet
         if own is not None:
             logger.warning("the update computes every row as TRL does: %s is not ours and may read them all", own)
+        if own_batch is not None:
+            logger.info("the update asks the rollout for nothing: %s is not ours and may change the batch", own_batch)
         self.choose_rows(trainer)
         if self.old_logps_from != "none":
             logger.info("old log-probabilities come from: %s, as %s", self.old_logps_from, reason)
+
+    def is_of(self, trainer: Any) -> bool:
+        """Whether the trainer has the methods that it had when this was chosen."""
+        return self._own_methods == _find_own_methods(trainer)
 
     def choose_rows(self, trainer: Any) -> None:
         """Whether rows without advantage are left out, by what the trainer's loss is now."""
@@ -76,6 +84,8 @@ class Savings:
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], tool_mask: list[list[int]] | None
     ) -> None:
         """Match what the engine generated with the rows that TRL will train on, prompt and completion apart."""
+        if self._has_own_batch:
+            return
         self._facts = RolloutFacts.build(self._turns, prompt_ids, completion_ids, tool_mask)
         self._facts_for_old = self._facts if self.old_logps_from in ("update", "rollout") else None
 
@@ -198,3 +208,7 @@ class Savings:
                 (value for value in largest.tolist() if not math.isnan(value)), default=math.nan
             )
         return metrics
+
+
+def _find_own_methods(trainer: Any) -> tuple[str | None, str | None]:
+    return find_own_loss(trainer), find_own_batch(trainer)

@@ -116,11 +116,21 @@ _LOSS_METHODS = (
     *("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies"),
     *("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights"),
 )
+_BATCH_METHODS = ("_generate", "_generate_and_score_completions", "_prepare_inputs")
 
 
 def find_own_loss(trainer: Any) -> str | None:
     """A method of the loss that is not fastgrpo's or TRL's: a subclass's, or one put in its place; None without any."""
-    for name in _LOSS_METHODS:
+    return _find_own(trainer, _LOSS_METHODS)
+
+
+def find_own_batch(trainer: Any) -> str | None:
+    """A method behind the rollout that is not fastgrpo's or TRL's, so it may read or change any value of the batch."""
+    return _find_own(trainer, _BATCH_METHODS)
+
+
+def _find_own(trainer: Any, names: tuple[str, ...]) -> str | None:
+    for name in names:
         method = getattr(trainer, name)
         owner = str(getattr(method, "__module__", "")).partition(".")[0]
         if owner not in ("fastgrpo", "trl"):

@@ -23,7 +23,7 @@ from fastgrpo.grpo.config import FastGRPOConfig
 from fastgrpo.grpo.draft_learning import DraftLearning
 from fastgrpo.grpo.micro_batch import MicroBatch
 from fastgrpo.grpo.savings import Savings
-from fastgrpo.grpo.scoring import add_heads, fill_missing_gradients, find_own_loss, score_completions
+from fastgrpo.grpo.scoring import add_heads, fill_missing_gradients, score_completions
 from fastgrpo.grpo.siblings import Siblings, is_regrouped, unlogged
 from fastgrpo.grpo.state import is_whole, load_state, save_state
 from fastgrpo.grpo.streaming import RewardStream
@@ -118,7 +118,7 @@ class FastGRPOTrainer(GRPOTrainer):
             self._buffered_inputs = self.siblings.begin(batches, self._step)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if find_own_loss(self) is not None and not self.savings.has_own_loss:  # put in place since
+        if not self.savings.is_of(self):  # methods were put in place since
             self._choose_savings()
         if self._buffered_inputs:
             with self.accelerator.autocast():
