@@ -468,6 +468,23 @@ def test_savings_step_aside_for_a_loss_of_ones_own(tmp_path: Path, caplog: pytes
     assert sum(ours[1].rows) == sum(stock[1].rows)
 
 
+class OtherLossTrainer(GRPOTrainer):
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        return super()._compute_loss(model, inputs) * 2.0
+
+
+OtherLossTrainer._compute_loss.__module__ = "trl.experimental.other"  # as GMPOTrainer's
+
+
+@pytest.mark.parametrize("parents", [(OtherLossTrainer, FastGRPOTrainer), (FastGRPOTrainer, OtherLossTrainer)])
+def test_savings_step_aside_for_the_loss_of_another_of_trls_trainers(tmp_path: Path, parents: tuple) -> None:
+    keys = {"num_iterations": 2, "max_steps": 2}
+    ours = train(type("Ours", parents, {}), tmp_path / "ours", **keys)
+    stock = train(type("Stock", (OtherLossTrainer, StockTrainer), {}), tmp_path / "stock", old_logps="forward", **keys)
+    assert ours[0].savings.has_own_loss
+    assert_same_training(ours, stock)
+
+
 class OwnMaskTrainer(FastGRPOTrainer):
     """A part of the loss alone, which reads what ours does not compute."""
 

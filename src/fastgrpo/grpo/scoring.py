@@ -9,12 +9,14 @@ Exact: the loss, its gradient and the logged metrics are TRL's, up to the roundi
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from trl import GRPOTrainer
 
 from fastgrpo.families import SUPPORTED_FAMILIES, base_model_of, find_windows
 from fastgrpo.grpo.head import add_token_scores
@@ -120,20 +122,23 @@ _BATCH_METHODS = ("_generate", "_generate_and_score_completions", "_prepare_inpu
 
 
 def find_own_loss(trainer: Any) -> str | None:
-    """A method of the loss that is not fastgrpo's or TRL's: a subclass's, or one put in its place; None without any."""
+    """A method of the loss that is not fastgrpo's or GRPOTrainer's: a subclass's (TRL has some too), another parent's, or
+    one put in its place; None without any.
+    """
     return _find_own(trainer, _LOSS_METHODS)
 
 
 def find_own_batch(trainer: Any) -> str | None:
-    """A method behind the rollout that is not fastgrpo's or TRL's, so it may read or change any value of the batch."""
+    """A method behind the rollout that is not fastgrpo's or GRPOTrainer's, so it may read or change the whole batch."""
     return _find_own(trainer, _BATCH_METHODS)
 
 
 def _find_own(trainer: Any, names: tuple[str, ...]) -> str | None:
+    kinds = list(itertools.takewhile(lambda kind: kind is not GRPOTrainer, type(trainer).__mro__))
     for name in names:
-        method = getattr(trainer, name)
-        owner = str(getattr(method, "__module__", "")).partition(".")[0]
-        if owner not in ("fastgrpo", "trl"):
+        methods = [getattr(trainer, name), *(vars(kind)[name] for kind in kinds if name in vars(kind))]
+        modules = {str(getattr(method, "__module__", "")) for method in methods}
+        if any(module != GRPOTrainer.__module__ and module.partition(".")[0] != "fastgrpo" for module in modules):
             return f"{type(trainer).__name__}.{name}"
     return None
 
