@@ -532,6 +532,12 @@ def leave_the_first_out(output: dict[str, Any]) -> dict[str, Any]:
     return output | {name: output[name][1:] for name in rows if name in output}
 
 
+def mask_within(output: dict[str, Any]) -> dict[str, Any]:
+    mask = output["completion_mask"].clone()
+    mask[::2, 0] = mask[1::2, 2] = 0
+    return output | {"completion_mask": mask}
+
+
 def make_anew(output: dict[str, Any]) -> dict[str, Any]:
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
     return {name: output[name] for name in (*names, "old_per_token_logps")}
@@ -543,6 +549,7 @@ def make_anew(output: dict[str, Any]) -> dict[str, Any]:
         (take_divergence_off, {"num_iterations": 2, "beta": 0.04, "peft": True}),
         (train_on_another_prompt, {"num_iterations": 2, "old_logps": "rollout"}),
         (leave_the_first_out, {}),
+        (mask_within, {}),
         (make_anew, {"num_iterations": 2}),
     ],
 )

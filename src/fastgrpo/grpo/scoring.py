@@ -122,8 +122,8 @@ _BATCH_METHODS = ("_generate", "_generate_and_score_completions", "_prepare_inpu
 
 
 def find_own_loss(trainer: Any) -> str | None:
-    """A method of the loss that is not fastgrpo's or GRPOTrainer's: a subclass's (TRL has some too), another parent's, or
-    one put in its place; None without any.
+    """A method of the loss that is not fastgrpo's or GRPOTrainer's: a subclass's (TRL has such too), another parent's,
+    or one put in its place; None without any.
     """
     return _find_own(trainer, _LOSS_METHODS)
 
@@ -183,7 +183,8 @@ def score_completions(
     is_used = attention_mask.bool()
     is_scored = is_used[:, -num_kept:]
     labels = input_ids[:, -num_kept:][is_scored]
-    packed = pack_rows(input_ids, is_used, num_kept) if shares_prompts and len(labels) else None
+    can_pack = shares_prompts and len(labels) and not _has_gaps(is_used, num_kept)
+    packed = pack_rows(input_ids, is_used, num_kept) if can_pack else None
     first, end = _find_span(is_used)
     if packed is not None and pays(packed, len(input_ids) * (end - first)):
         inputs = {
@@ -203,6 +204,15 @@ def score_completions(
     scores = model(**inputs, labels=labels)
     logprobs, entropies = (x.new_zeros(is_scored.shape).masked_scatter(is_scored, x) for x in scores)
     return logprobs, entropies
+
+
+def _has_gaps(is_used: Bool[Tensor, "B L"], num_kept: int) -> bool:
+    """Whether tokens within a prompt or completion are masked: they still stand in a place, and predict the next."""
+    prompt, completion = is_used[:, :-num_kept], is_used[:, -num_kept:]
+    is_whole = completion.any(1)  # a completion that is masked as a whole is left out
+    begins = completion & ~torch.cat((is_whole[:, None], completion[:, :-1]), 1)
+    ends = prompt[:, :-1] & ~prompt[:, 1:]
+    return bool(begins.any() | ends.any())
 
 
 def _find_span(is_used: Bool[Tensor, "B L"]) -> tuple[int, int]:
