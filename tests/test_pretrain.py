@@ -65,6 +65,37 @@ def test_the_command_leaves_a_head_that_drafts_better(model_dir: Path, tmp_path:
     assert lengths[0] > lengths[1] + 0.1
 
 
+def test_a_head_learns_from_the_answers_of_another_run(model_dir: Path, tmp_path: Path) -> None:
+    pretrain.run_draft_training(build_options(model_dir, tmp_path / "first"), "")
+    drawn = tmp_path / "first" / "answers.jsonl"
+    before = drawn.read_bytes()
+    result = pretrain.run_draft_training(build_options(model_dir, tmp_path / "second", answers=drawn), "")
+    assert result["num_answers"] == 12
+    first, second = read_head(tmp_path / "first"), read_head(tmp_path / "second")
+    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)  # features are computed anew
+    more = build_options(model_dir, tmp_path / "second", answers=drawn)
+    drawn.write_bytes(before[: before.index(b"\n") + 1])
+    with pytest.raises(ValueError, match=r"has changed since it was copied"):
+        pretrain.run_draft_training(more, "")
+    shown = json.dumps({"source": "own", "prompt_ids": [1], "token_ids": [2, 10**6]})
+    for content, message in (
+        ("", "holds no answers"),
+        (shown, r"line 1 of .* token id 1000000"),
+        ("{", "is damaged"),
+        (shown.replace("[1]", "1"), "must be lists"),
+        (shown.replace("[1]", "[]"), "0 tokens of prompt"),
+    ):
+        drawn.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            pretrain.run_draft_training(build_options(model_dir, tmp_path / "third", answers=drawn), "")
+        assert drawn.read_text() == content
+        assert not (tmp_path / "third").exists()
+    with pytest.raises(FileNotFoundError, match=r"no answers at .*missing"):
+        pretrain.run_draft_training(build_options(model_dir, tmp_path / "third", answers=tmp_path / "missing"), "")
+    with pytest.raises(ValueError, match="both given"):
+        build_options(model_dir, tmp_path / "third", answers=drawn, data=drawn)
+
+
 def test_a_run_that_was_stopped_goes_on_where_it_was(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -150,6 +151,51 @@ def draw_answers(
     return answers
 
 
+def load_answers(path: Path, target: TargetModel) -> list[Answer]:
+    """The answers of another run, which is only read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, holds no answer, or one that the target cannot have given; names the line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no answers at {path}; draft train writes answers.jsonl into its output folder")
+    answers = _parse([line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()], path)
+    if not answers:
+        raise ValueError(f"{path} holds no answers")
+    for number, answer in enumerate(answers, 1):
+        text = [*answer.prompt_ids, *answer.token_ids]
+        if not answer.prompt_ids or len(text) > target.max_position:
+            raise ValueError(
+                f"line {number} of {path} has {len(answer.prompt_ids)} tokens of prompt and {len(answer.token_ids)} of "
+                f"answer; a prompt has one at least, and both together are at most {target.max_position} for this model"
+            )
+        unknown = next((each for each in text if type(each) is not int or not 0 <= each < target.vocab_size), None)
+        if unknown is not None:
+            raise ValueError(
+                f"line {number} of {path} has the token id {unknown!r}, outside 0..{target.vocab_size - 1}: it was "
+                "drawn from another model"
+            )
+    return answers
+
+
+def keep_answers(path: Path, own: Path) -> None:
+    """Copy another run's answers, so that this one goes on with them.
+
+    Raises:
+        ValueError: they have changed since.
+    """
+    if own.exists():
+        if own.read_bytes() != path.read_bytes():
+            raise ValueError(
+                f"{path} has changed since it was copied to {own}; choose another --output, or put it back"
+            )
+        return
+    unfinished = own.with_suffix(".new")
+    shutil.copyfile(path, unfinished)
+    unfinished.replace(own)
+
+
 def _read_answers(path: Path) -> list[Answer]:
     """What stands on file; a line that was cut off by a stop is drawn again."""
     if not path.exists():
@@ -159,9 +205,19 @@ def _read_answers(path: Path) -> list[Answer]:
     if lines[-1]:
         path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
     try:
-        return [Answer(**json.loads(line)) for line in whole]
+        return _parse(whole, path)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it to draw the answers again") from error
+
+
+def _parse(lines: list[str], path: Path) -> list[Answer]:
+    try:
+        answers = [Answer(**json.loads(line)) for line in lines]
+        if not all(isinstance(ids, list) for answer in answers for ids in (answer.prompt_ids, answer.token_ids)):
+            raise TypeError("prompt_ids and token_ids must be lists")
+        return answers
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to draw the answers again") from error
+        raise ValueError(f"{path} is damaged ({error})") from error
 
 
 def _check_prompts(answers: list[Answer], requests: list[tuple[str, list[int]]], path: Path) -> None:

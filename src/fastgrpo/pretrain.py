@@ -23,7 +23,15 @@ from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
-from fastgrpo.answers import Answer, AnswerFeatures, build_requests, compute_features, draw_answers
+from fastgrpo.answers import (
+    Answer,
+    AnswerFeatures,
+    build_requests,
+    compute_features,
+    draw_answers,
+    keep_answers,
+    load_answers,
+)
 from fastgrpo.bench.measure import describe_run
 from fastgrpo.disk import named_write_errors
 from fastgrpo.drafters.acceptance_file import write_acceptance
@@ -62,7 +70,8 @@ def run_draft_training(options: DraftTrainOptions, command: str) -> dict[str, An
     """Train and save a head; returns what was measured on answers it did not learn from.
 
     Raises:
-        ValueError: the model, a task, the prompts or the output folder cannot be used.
+        ValueError: the model, a task, the prompts, the answers or the output folder cannot be used.
+        FileNotFoundError: there are no answers where they were said to be.
     """
     console = Console()
     quiet_libraries()
@@ -70,10 +79,15 @@ def run_draft_training(options: DraftTrainOptions, command: str) -> dict[str, An
     _check_folder(folder, options)
     opened = open_model(options.model, dtype=options.dtype, device=options.device)
     drafter, counts = _build_drafter(options, TargetModel(opened.model, tokenizer=opened.tokenizer))
-    requests = build_requests(options, opened.tokenizer)
-    _claim(folder, options)
-    features = AnswerFeatures(options.feature_cache_gib)
-    answers = draw_answers(options, opened, requests, drafter, folder / "answers.jsonl", features, console)
+    features, path = AnswerFeatures(options.feature_cache_gib), folder / "answers.jsonl"
+    if options.answers is None:
+        requests = build_requests(options, opened.tokenizer)
+        _claim(folder, options)
+        answers = draw_answers(options, opened, requests, drafter, path, features, console)
+    else:
+        answers = load_answers(options.answers, drafter.target)
+        _claim(folder, options)
+        keep_answers(options.answers, path)
     training = _Training(options, drafter, counts, answers, features)
     with named_write_errors(folder):
         result = training.run(folder, console)

@@ -34,6 +34,13 @@ class DraftTrainOptions:
     skip_broken: bool = field(
         default=False, metadata=about("skip broken lines of a file of prompts, and print how many")
     )
+    answers: Path | None = field(
+        default=None,
+        metadata=about(
+            "answers.jsonl of another run, in place of drawing answers; of a model that says the same: to train heads "
+            "of other kinds or sizes, or one in a grown body"
+        ),
+    )
     task: tuple[str, ...] = field(
         default=("chain_sum",),
         metadata=about(
@@ -79,6 +86,8 @@ class DraftTrainOptions:
         check_positive(self, "batch_tokens", "temperature", "learning_rate", "feature_cache_gib", "max_num_seqs")
         if self.draft_vocab_size is not None:
             check_positive(self, "draft_vocab_size")
+        if self.answers is not None and self.data is not None:
+            raise ValueError(f"answers ({self.answers}) and data ({self.data}) are both given: name one of them")
         self.compute_shares()
 
     def compute_shares(self) -> dict[str, float]:
