@@ -8,6 +8,7 @@ import math
 import os
 import pwd
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -535,7 +536,7 @@ def test_own_products_are_rounded_sums(dtype, outputs, inputs, bias):
 def test_own_products_of_processors_that_can_do_less(change, monkeypatch, tmp_path):
     source, library = Path(build.__file__).parent / "products.c", tmp_path / "less.so"
     flags = [change.get(flag, flag) for flag in build._FLAGS]
-    build._run(os.environ.get("CC", "gcc"), *flags, "-shared", str(source), "-o", str(library))
+    build._run(*shlex.split(os.environ.get("CC", "gcc")), *flags, "-shared", str(source), "-o", str(library))
     x, weight = torch.randn(13, 41).to(BF16), torch.randn(33, 41).to(BF16)
     ours = cpu.multiply(x, cpu.pack_weights([weight]), None, 33)
     monkeypatch.setattr(cpu, "load_library", lambda: ctypes.CDLL(str(library)))
@@ -545,11 +546,24 @@ def test_own_products_of_processors_that_can_do_less(change, monkeypatch, tmp_pa
         test_own_products_are_rounded_sums(dtype, (24, 8, 1), 41, True)
 
 
+@pytest.mark.skipif("avx2" not in list_cpu_flags(), reason="another processor")
+@pytest.mark.parametrize("change", [{"-march=native": "-march=x86-64-v3"}, {"-Wno-psabi": "-mno-avx512bf16"}])
+def test_attention_of_processors_that_can_do_less(change, monkeypatch, tmp_path):
+    source, library = Path(build.__file__).parent / "attention.c", tmp_path / "less.so"
+    flags = [change.get(flag, flag) for flag in build._FLAGS]
+    build._run(*shlex.split(os.environ.get("CC", "gcc")), *flags, "-shared", str(source), "-o", str(library))
+    monkeypatch.setattr(cpu, "load_library", lambda: ctypes.CDLL(str(library)))
+    for dtype in (BF16, F32):
+        test_attention_is_that_of_the_dense_mask(dtype, 9, 3, 64)
+        test_attention_is_that_of_the_dense_mask(dtype, 4, 4, 20)
+        test_a_node_of_a_tree_has_the_bits_of_its_path_in_a_row(dtype, 60)
+
+
 def load_emulated_matrices(folder: Path) -> ctypes.CDLL:
     """Our products with the matrix instructions in C."""
     source, library = Path(build.__file__).parent / "products.c", folder / "matrices.so"
     flags = (*build._FLAGS, "-ffp-contract=fast", "-mavx512bf16", "-DEMULATED_MATRICES")
-    build._run(os.environ.get("CC", "gcc"), *flags, "-shared", str(source), "-o", str(library))
+    build._run(*shlex.split(os.environ.get("CC", "gcc")), *flags, "-shared", str(source), "-o", str(library))
     return ctypes.CDLL(str(library))
 
 

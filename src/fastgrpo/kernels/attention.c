@@ -5,10 +5,17 @@
  * share its beginning; what a row saw of its segments is added up in their order. So a row's result depends on nothing
  * but the row, and what a node of a tree sees counts as if it stood in a row: it has the bits of the same text decoded
  * token by token, whoever its neighbours are and however many threads there are.
+ *
+ * Where the processor multiplies pairs in half precision (vdpbf16ps), numbers of half precision are multiplied as they
+ * are, and weights are rounded to it; elsewhere they are widened first. A word is 32 bits: one number or such a pair.
  */
 
 #include <omp.h>
 #include <stdlib.h>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "common.h"
 
@@ -22,7 +29,9 @@
 #define FEW_TASKS 2   /* for each thread: fewer are parted once more, by heads */
 #define READING 4     /* queries that take as long as it takes to read a chunk for them */
 
-typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t word __attribute__((may_alias));
+typedef bf16 half __attribute__((may_alias)); /* of a word */
 
 /* In a register, for compilers that would load it again for each use. */
 #if defined(__AVX512F__)
@@ -59,21 +68,16 @@ static inline void transpose(vec *x) {
     for (int i = 0; i < LANES; i++) x[i] = a[i];
 }
 
-static inline words round_words(vec x) {
-    words bits = (words)x, rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u, is_nan = (words)(x != x);
-    return (is_nan & 0x7FC00000u) | (~is_nan & rounded);
-}
+/* Numbers in a word: neighbours in a head of a query and a key, at neighbouring positions of values. */
+#define UNIT_float 1
+#define WHOLE_float LANES /* of a head in a register */
 
-/* PAIR numbers as two registers, and back: even and odd ones of half precision, else the first ones and the others. */
-static inline void split_bf16(const bf16 *from, vec *first, vec *second) {
-    words both = *(const words *)from;
-    *first = (vec)(both << 16), *second = (vec)(both & 0xFFFF0000u);
-}
+static inline vec meet_float(vec sum, vec x, vec y) { return sum + x * y; }
+static inline void put_column_float(float *keys, int i, vec column) { *(vec *)(keys + i * CHUNK) = column; }
+static inline void put_query_float(float *query, i64 j, float x) { query[j] = x; }
+static inline void put_key_float(float *columns, i64 p, i64 j, float x) { columns[j * CHUNK + p] = x; }
 
-static inline void join_bf16(bf16 *to, vec first, vec second) {
-    *(words *)to = round_words(first) >> 16 | round_words(second);
-}
-
+/* PAIR numbers of one position as two registers, in any order, and back. */
 static inline void split_float(const float *from, vec *first, vec *second) {
     *first = *(const vec *)from, *second = *(const vec *)(from + LANES);
 }
@@ -82,18 +86,65 @@ static inline void join_float(float *to, vec first, vec second) {
     *(vec *)to = first, *(vec *)(to + LANES) = second;
 }
 
-/* Numbers of a head in one register, and its columns once LANES heads stand below one another. */
-#define WHOLE_bf16 PAIR
-#define WHOLE_float LANES
+/* Weights as they meet values; returns their sums by lane. */
+static inline vec settle_float(float *weights) { return *(vec *)weights + *(vec *)(weights + LANES); }
 
-static inline void put_column_bf16(float *keys, int i, vec column) {
-    split_bf16((const bf16 *)&column, (vec *)(keys + 2 * i * CHUNK), (vec *)(keys + (2 * i + 1) * CHUNK));
+#define WHOLE_bf16 PAIR
+
+static inline void split_bf16(const void *from, vec *first, vec *second) { /* even and odd ones */
+    words both = *(const words *)from;
+    *first = (vec)(both << 16), *second = (vec)(both & 0xFFFF0000u);
 }
 
-static inline void put_column_float(float *keys, int i, vec column) { *(vec *)(keys + i * CHUNK) = column; }
+#if defined(__AVX512BF16__)
+#define UNIT_bf16 2
 
-/* Keys of a chunk become columns [padded, CHUNK], values rows [CHUNK, padded] of pairs; in the cache positions stand
- * `stride` numbers apart. Behind the last of `size` keys others of their block are read and never counted. */
+static inline vec meet_bf16(vec sum, vec x, vec y) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+}
+
+static inline void put_column_bf16(float *keys, int i, vec column) { *(vec *)(keys + i * CHUNK) = column; }
+static inline void put_query_bf16(float *query, i64 j, bf16 x) { ((half *)query)[j] = x; }
+static inline void put_key_bf16(float *columns, i64 p, i64 j, bf16 x) {
+    ((half *)(columns + j / 2 * CHUNK + p))[j % 2] = x;
+}
+
+static inline void join_bf16(void *to, vec first, vec second) {
+    *(words *)to = (words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+
+static inline vec settle_bf16(float *weights) {
+    vec even, odd;
+    join_bf16(weights, *(vec *)weights, *(vec *)(weights + LANES));
+    split_bf16(weights, &even, &odd);
+    return even + odd;
+}
+
+#else
+#define UNIT_bf16 1
+
+static inline words round_words(vec x) {
+    words bits = (words)x, rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u, is_nan = (words)(x != x);
+    return (is_nan & 0x7FC00000u) | (~is_nan & rounded);
+}
+
+static inline void put_column_bf16(float *keys, int i, vec column) {
+    split_bf16(&column, (vec *)(keys + 2 * i * CHUNK), (vec *)(keys + (2 * i + 1) * CHUNK));
+}
+
+static inline void put_query_bf16(float *query, i64 j, bf16 x) { query[j] = load_bf16(&x); }
+static inline void put_key_bf16(float *columns, i64 p, i64 j, bf16 x) { columns[j * CHUNK + p] = load_bf16(&x); }
+
+static inline void join_bf16(void *to, vec first, vec second) {
+    *(words *)to = round_words(first) >> 16 | round_words(second);
+}
+
+#define meet_bf16 meet_float
+#define settle_bf16 settle_float
+#endif
+
+/* Keys of a chunk become columns of words [padded / UNIT, CHUNK]; in the cache positions stand `stride` numbers apart.
+ * Behind the last of `size` keys others of their block are read and never counted. */
 #define DEFINE_READ(X)                                                                                                \
     static void read_keys_##X(const X *keys, float *columns, i64 size, i64 stride, i64 width) {                       \
         for (i64 p = 0; p < size; p += LANES, keys += LANES * stride)                                                 \
@@ -109,16 +160,8 @@ static inline void put_column_float(float *keys, int i, vec column) { *(vec *)(k
                 vec heads[LANES];                                                                                     \
                 for (int i = 0; i < LANES; i++) heads[i] = *(const vec *)(from + i * apart);                          \
                 transpose(heads);                                                                                     \
-                for (int i = 0; i < LANES; i++) put_column_##X(columns + p + j * CHUNK, i, heads[i]);                 \
-            }                                                                                                         \
-    }                                                                                                                 \
-    static void read_values_##X(const X *values, float *rows, i64 size, i64 stride, i64 width, i64 padded) {          \
-        for (i64 p = 0; p < size; p++, values += stride, rows += padded)                                              \
-            for (i64 j = 0; j < width; j += PAIR) {                                                                   \
-                X few[PAIR] = {0};                                                                                    \
-                const X *from = values + j;                                                                           \
-                if (width - j < PAIR) memcpy(few, from, (width - j) * sizeof(X)), from = few;                         \
-                split_##X(from, (vec *)(rows + j), (vec *)(rows + j + LANES));                                        \
+                float *to = columns + p + j / UNIT_##X * CHUNK;                                                       \
+                for (int i = 0; i < LANES; i++) put_column_##X(to, i, heads[i]);                                      \
             }                                                                                                         \
     }                                                                                                                 \
     static void write_values_##X(X *to, const float *sum, float mass, i64 width) {                                    \
@@ -131,6 +174,60 @@ static inline void put_column_float(float *keys, int i, vec column) { *(vec *)(k
 
 DEFINE_READ(bf16)
 DEFINE_READ(float)
+
+/* Values become rows of words [CHUNK / UNIT, padded]: one position's, or a whole chunk's. What weighs nothing must be
+ * numbers, for another row may have left none: `read_values` leaves zeros behind the last of `size` positions. */
+#define DEFINE_VALUES(X)                                                                                              \
+    static void put_value_##X(const X *value, float *rows, i64 p, i64 width, i64 padded) {                            \
+        for (i64 j = 0; j < width; j += PAIR) {                                                                       \
+            X few[PAIR] = {0};                                                                                        \
+            const X *from = value + j;                                                                                \
+            if (width - j < PAIR) memcpy(few, from, (width - j) * sizeof(X)), from = few;                             \
+            split_##X(from, (vec *)(rows + p * padded + j), (vec *)(rows + p * padded + j + LANES));                  \
+        }                                                                                                             \
+    }                                                                                                                 \
+    static void clear_values_##X(float *rows, i64 from, i64 to, i64 padded) {                                         \
+        memset(rows + from * padded, 0, (to - from) * padded * sizeof(float));                                        \
+    }                                                                                                                 \
+    static void read_values_##X(const X *values, float *rows, i64 size, i64 stride, i64 width, i64 padded) {          \
+        for (i64 p = 0; p < size; p++) put_value_##X(values + p * stride, rows, p, width, padded);                    \
+        clear_values_##X(rows, size, CHUNK, padded);                                                                  \
+    }
+
+DEFINE_VALUES(float)
+
+#if UNIT_bf16 == 1
+DEFINE_VALUES(bf16)
+#else
+
+static void put_value_bf16(const bf16 *value, float *rows, i64 p, i64 width, i64 padded) {
+    half *to = (half *)(rows + p / 2 * padded) + p % 2;
+    for (i64 j = 0; j < width; j++) to[2 * j] = value[j];
+}
+
+static void clear_values_bf16(float *rows, i64 from, i64 to, i64 padded) {
+    for (i64 p = from; p < to; p++)
+        for (i64 j = 0; j < padded; j++) ((half *)(rows + p / 2 * padded + j))[p % 2] = 0;
+}
+
+static void read_values_bf16(const bf16 *values, float *rows, i64 size, i64 stride, i64 width, i64 padded) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(LANES));
+    i64 pairs = (size + 1) / 2;
+    for (i64 pair = 0; pair < pairs; pair++, values += 2 * stride)
+        for (i64 j = 0; j < padded; j += PAIR) {
+            i64 count = width - j < PAIR ? width - j : PAIR;
+            __mmask32 even = 0xFFFFFFFFu >> (PAIR - count), odd = 2 * pair + 1 < size ? even : 0;
+            __m512i x = _mm512_maskz_loadu_epi16(even, values + j);
+            __m512i y = _mm512_maskz_loadu_epi16(odd, values + stride + j);
+            _mm512_storeu_si512(rows + pair * padded + j, _mm512_permutex2var_epi16(x, low, y));
+            _mm512_storeu_si512(rows + pair * padded + j + LANES, _mm512_permutex2var_epi16(x, high, y));
+        }
+    memset(rows + pairs * padded, 0, (CHUNK / 2 - pairs) * padded * sizeof(float));
+}
+
+#endif
 
 /* ---- queries and a chunk ------------------------------------------------------------------------------------ */
 
@@ -154,57 +251,58 @@ static inline void ask(const char **next, i64 pace) {
     *next += pace;
 }
 
-/* Products of Q queries with a chunk's keys, and a chunk's values added, each times its weight. Even and odd ones are
+static inline vec repeat(const float *from) { return (vec)(*(const word *)from + (words){0}); }
+
+/* Products of Q queries with a chunk's keys, and a chunk's values added, each times its weight. Even and odd words are
  * summed apart, which saves waiting for each sum; a query's sums are the same whatever Q is. */
-#define DEFINE_SUMS(Q)                                                                                                \
-    static void score_##Q(const float *query, const float *keys, float *scores, i64 padded, ahead *next) {            \
+#define DEFINE_SUMS(X, Q)                                                                                             \
+    static void score_##X##_##Q(const float *query, const float *keys, float *scores, i64 padded, float scale,        \
+                                ahead *next) {                                                                        \
         vec sums[2][Q][2] = {{{{0}}}};                                                                                \
-        for (i64 j = 0; j < padded; j += 2, keys += 2 * CHUNK) {                                                      \
-            ask(&next->keys, next->pace);                                                                             \
+        for (i64 j = 0; j < padded / UNIT_##X; j += 2, keys += 2 * CHUNK) {                                           \
+            for (int i = 0; i < UNIT_##X; i++) ask(&next->keys, next->pace);                                          \
             for (int odd = 0; odd < 2; odd++) {                                                                       \
                 vec low = *(const vec *)(keys + odd * CHUNK), high = *(const vec *)(keys + odd * CHUNK + LANES);      \
                 KEEP(low);                                                                                            \
                 KEEP(high);                                                                                           \
                 for (int i = 0; i < Q; i++) {                                                                         \
-                    vec x = query[i * padded + j + odd] - (vec){0};                                                   \
-                    sums[odd][i][0] += x * low, sums[odd][i][1] += x * high;                                          \
+                    vec x = repeat(query + i * padded + j + odd);                                                     \
+                    sums[odd][i][0] = meet_##X(sums[odd][i][0], x, low);                                              \
+                    sums[odd][i][1] = meet_##X(sums[odd][i][1], x, high);                                             \
                 }                                                                                                     \
             }                                                                                                         \
         }                                                                                                             \
         for (int i = 0; i < Q; i++)                                                                                   \
-            for (int half = 0; half < 2; half++)                                                                      \
-                *(vec *)(scores + i * CHUNK + half * LANES) = sums[0][i][half] + sums[1][i][half];                    \
+            for (int part = 0; part < 2; part++)                                                                      \
+                *(vec *)(scores + i * CHUNK + part * LANES) = (sums[0][i][part] + sums[1][i][part]) * scale;          \
     }                                                                                                                 \
-    static void add_##Q(float *into, const float *weights, const float *values, i64 padded, ahead *next) {            \
+    static void add_##X##_##Q(float *into, const float *weights, const float *values, i64 padded, ahead *next) {      \
         for (i64 j = 0; j < padded; j += PAIR) {                                                                      \
             vec sums[2][Q][2] = {{{{0}}}};                                                                            \
-            for (i64 p = 0; p < CHUNK; p += 2) {                                                                      \
+            for (i64 p = 0; p < CHUNK / UNIT_##X; p += 2) {                                                           \
                 const float *value = values + p * padded + j;                                                         \
-                ask(&next->values, next->pace);                                                                       \
+                for (int i = 0; i < UNIT_##X; i++) ask(&next->values, next->pace);                                    \
                 for (int odd = 0; odd < 2; odd++, value += padded) {                                                  \
                     vec low = *(const vec *)value, high = *(const vec *)(value + LANES);                              \
                     KEEP(low);                                                                                        \
                     KEEP(high);                                                                                       \
                     for (int i = 0; i < Q; i++) {                                                                     \
-                        vec x = weights[i * CHUNK + p + odd] - (vec){0};                                              \
-                        sums[odd][i][0] += x * low, sums[odd][i][1] += x * high;                                      \
+                        vec x = repeat(weights + i * CHUNK + p + odd);                                                \
+                        sums[odd][i][0] = meet_##X(sums[odd][i][0], x, low);                                          \
+                        sums[odd][i][1] = meet_##X(sums[odd][i][1], x, high);                                         \
                     }                                                                                                 \
                 }                                                                                                     \
             }                                                                                                         \
             for (int i = 0; i < Q; i++)                                                                               \
-                for (int half = 0; half < 2; half++)                                                                  \
-                    *(vec *)(into + i * ROOM(padded) + j + half * LANES) += sums[0][i][half] + sums[1][i][half];      \
+                for (int part = 0; part < 2; part++)                                                                  \
+                    *(vec *)(into + i * ROOM(padded) + j + part * LANES) += sums[0][i][part] + sums[1][i][part];      \
         }                                                                                                             \
     }
 
-DEFINE_SUMS(1)
-DEFINE_SUMS(2)
-DEFINE_SUMS(3)
-DEFINE_SUMS(4)
+#define DEFINE_ALL_SUMS(X) DEFINE_SUMS(X, 1) DEFINE_SUMS(X, 2) DEFINE_SUMS(X, 3) DEFINE_SUMS(X, 4)
 
-static void (*const score_keys[])(const float *, const float *, float *, i64, ahead *) = {score_1, score_2, score_3,
-                                                                                           score_4};
-static void (*const add_values[])(float *, const float *, const float *, i64, ahead *) = {add_1, add_2, add_3, add_4};
+DEFINE_ALL_SUMS(bf16)
+DEFINE_ALL_SUMS(float)
 
 /* Sums so far become those relative to a better score. */
 static inline void raise_best(float *state, float best, i64 padded) {
@@ -222,24 +320,32 @@ static void add_state(float *sum, float *other, i64 padded) {
 }
 
 /* `count` queries, one after the other, see the first `size` of a chunk. */
-static void attend_to_chunk(const float *queries, float *states, i64 count, const float *keys, const float *values,
-                            i64 size, i64 padded, ahead *next) {
-    float scores[TOGETHER * CHUNK] __attribute__((aligned(64)));
-    for (i64 i = 0, together; i < count; i += together) {
-        together = count - i < TOGETHER ? count - i : TOGETHER;
-        score_keys[together - 1](queries + i * padded, keys, scores, padded, next);
-        for (i64 t = 0; t < together; t++) {
-            float *own = scores + t * CHUNK, *state = states + (i + t) * ROOM(padded);
-            for (i64 p = size; p < CHUNK; p++) own[p] = -INFINITY;
-            float best = max_lane(max_vec(*(vec *)own, *(vec *)(own + LANES)));
-            if (best > *BEST(state, padded)) raise_best(state, best, padded);
-            best = *BEST(state, padded);
-            for (i64 p = 0; p < CHUNK; p++) own[p] = exp_negative(own[p] - best);
-            *MASS(state, padded) += *(vec *)own + *(vec *)(own + LANES);
-        }
-        add_values[together - 1](states + i * ROOM(padded), scores, values, padded, next);
+#define DEFINE_CHUNK(X)                                                                                               \
+    static void attend_to_chunk_##X(const float *queries, float *states, i64 count, const float *keys,                \
+                                    const float *values, i64 size, i64 padded, float scale, ahead *next) {            \
+        static void (*const score[])(const float *, const float *, float *, i64, float, ahead *) = {                  \
+            score_##X##_1, score_##X##_2, score_##X##_3, score_##X##_4};                                              \
+        static void (*const add[])(float *, const float *, const float *, i64, ahead *) = {                           \
+            add_##X##_1, add_##X##_2, add_##X##_3, add_##X##_4};                                                      \
+        float scores[TOGETHER * CHUNK] __attribute__((aligned(64)));                                                  \
+        for (i64 i = 0, together; i < count; i += together) {                                                         \
+            together = count - i < TOGETHER ? count - i : TOGETHER;                                                   \
+            score[together - 1](queries + i * padded, keys, scores, padded, scale, next);                             \
+            for (i64 t = 0; t < together; t++) {                                                                      \
+                float *own = scores + t * CHUNK, *state = states + (i + t) * ROOM(padded);                            \
+                for (i64 p = size; p < CHUNK; p++) own[p] = -INFINITY;                                                \
+                float best = max_lane(max_vec(*(vec *)own, *(vec *)(own + LANES)));                                   \
+                if (best > *BEST(state, padded)) raise_best(state, best, padded);                                     \
+                best = *BEST(state, padded);                                                                          \
+                for (i64 p = 0; p < CHUNK; p++) own[p] = exp_negative(own[p] - best);                                 \
+                *MASS(state, padded) += settle_##X(own);                                                              \
+            }                                                                                                         \
+            add[together - 1](states + i * ROOM(padded), scores, values, padded, next);                               \
+        }                                                                                                             \
     }
-}
+
+DEFINE_CHUNK(bf16)
+DEFINE_CHUNK(float)
 
 /* ---- rows --------------------------------------------------------------------------------------------------- */
 
@@ -250,6 +356,7 @@ typedef struct {
     i64 most_blocks;
     const uint8_t *visible;
     i64 most_nodes, seen, kv_heads, repeats, width, padded;
+    float scale;
     i64 *first_query, *first_state;     /* of each row */
     i64 *num_prefix, *order, *num_seen; /* of each row, see order_nodes */
     i64 *is_long;                       /* of each row, see find_long */
@@ -408,20 +515,21 @@ static void order_nodes(const batch *b, i64 row) {
                 count++;                                                                                              \
             end = end < size ? end : size;                                                                            \
             if (turn < b->num_prefix[row] && end > filled)                                                            \
-                read_values_##X(values + place_of(b, row, first + filled) * stride + head * b->width,                 \
-                                rows + filled * b->padded, end - filled, stride, b->width, b->padded);                \
+                for (i64 p = filled; p < end; p++)                                                                    \
+                    put_value_##X(values + place_of(b, row, first + p) * stride + head * b->width, rows, p, b->width, \
+                                  b->padded);                                                                         \
             const uint8_t *sees = b->visible + (row * b->most_nodes + node) * b->seen;                                \
             for (i64 e = 0, to = length - first; turn >= b->num_prefix[row] && to < end; e++) {                       \
                 if (!sees[e]) continue;                                                                               \
                 i64 from = place_of(b, row, length + e) * stride + head * b->width;                                   \
-                for (i64 j = 0; to >= 0 && j < b->width; j++) columns[j * CHUNK + to] = load_##X(keys + from + j);    \
-                if (to >= 0) read_values_##X(values + from, rows + to * b->padded, 1, stride, b->width, b->padded);   \
+                for (i64 j = 0; to >= 0 && j < b->width; j++) put_key_##X(columns, to, j, keys[from + j]);            \
+                if (to >= 0) put_value_##X(values + from, rows, to, b->width, b->padded);                             \
                 to++;                                                                                                 \
             }                                                                                                         \
-            if (end < filled) memset(rows + end * b->padded, 0, (filled - end) * b->padded * sizeof(float));          \
+            if (end < filled) clear_values_##X(rows, end, filled, b->padded);                                         \
             filled = end;                                                                                             \
-            attend_to_chunk(queries + at * b->padded, states + at * ROOM(b->padded), count * b->repeats, columns, rows,\
-                            end, b->padded, next);                                                                    \
+            attend_to_chunk_##X(queries + at * b->padded, states + at * ROOM(b->padded), count * b->repeats, columns, \
+                                rows, end, b->padded, b->scale, next);                                                \
         }                                                                                                             \
     }                                                                                                                 \
                                                                                                                       \
@@ -453,15 +561,13 @@ static void order_nodes(const batch *b, i64 row) {
                     i64 start = place + head * b->width;                                                              \
                     read_keys_##X(keys + start, columns, size, stride, b->width);                                     \
                     read_values_##X(values + start, rows, size, stride, b->width, b->padded);                         \
-                    if (size < CHUNK) /* what weighs nothing must be numbers: another row may have left none */       \
-                        memset(rows + size * b->padded, 0, (CHUNK - size) * b->padded * sizeof(float));               \
                     for (i64 each = row; each < end; each++) {                                                        \
                         const float *query = queries + find_query(b, each, head) * b->padded;                         \
                         float *state = find_states(b, own, each, head, states, scratch);                              \
                         i64 from = own->node * b->repeats, count = find_last(b, own, each) * b->repeats - from;       \
                         if (first + CHUNK <= b->lengths[each])                                                        \
-                            attend_to_chunk(query + from * b->padded, state + from * room, count, columns, rows, size,\
-                                            b->padded, &next);                                                        \
+                            attend_to_chunk_##X(query + from * b->padded, state + from * room, count, columns, rows,  \
+                                                size, b->padded, b->scale, &next);                                    \
                         else                                                                                          \
                             attend_to_end_##X(b, own, each, first, size, head, keys, values, query, state, columns,   \
                                               rows, &next);                                                           \
@@ -485,13 +591,12 @@ static void order_nodes(const batch *b, i64 row) {
         }                                                                                                             \
     }                                                                                                                 \
                                                                                                                       \
-    static void take_queries_##X(const batch *b, const X *query, i64 stride, float scale, i64 row, i64 head,          \
-                                 float *to) {                                                                         \
+    static void take_queries_##X(const batch *b, const X *query, i64 stride, i64 row, i64 head, float *to) {          \
         for (i64 node = 0; node < b->nodes[row]; node++)                                                              \
             for (i64 r = 0; r < b->repeats; r++, to += b->padded) {                                                   \
                 const X *from = query + (b->starts[row] + node) * stride + (head * b->repeats + r) * b->width;        \
-                for (i64 j = 0; j < b->width; j++) to[j] = load_##X(from + j) * scale;                                \
-                for (i64 j = b->width; j < b->padded; j++) to[j] = 0.0f;                                              \
+                for (i64 j = 0; j < b->width; j++) put_query_##X(to, j, from[j]);                                     \
+                for (i64 j = b->width; j < b->padded; j++) put_query_##X(to, j, 0);                                   \
             }                                                                                                         \
     }                                                                                                                 \
                                                                                                                       \
@@ -524,7 +629,7 @@ static void order_nodes(const batch *b, i64 row) {
         i64 *table = malloc((rows + 1) * (2 * most_nodes + 4) * sizeof(i64));                                         \
         if (!table) return NO_MEMORY;                                                                                 \
         batch b = {rows, starts, nodes, lengths, blocks, most_blocks, visible, most_nodes, seen, kv_heads,            \
-                   heads / kv_heads, width, padded, table, table + rows + 1, table + 2 * (rows + 1),                  \
+                   heads / kv_heads, width, padded, scale, table, table + rows + 1, table + 2 * (rows + 1),           \
                    table + 3 * (rows + 1), table + (3 + most_nodes) * (rows + 1),                                     \
                    table + (3 + 2 * most_nodes) * (rows + 1)};                                                        \
         int has_long = find_long(&b, (i64)MOST_STATES * omp_get_max_threads());                                       \
@@ -561,7 +666,7 @@ static void order_nodes(const batch *b, i64 row) {
                 for (i64 head = 0; head < kv_heads; head++) {                                                         \
                     if (head == 0) order_nodes(&b, row);                                                              \
                     float *to = queries + find_query(&b, row, head) * padded;                                         \
-                    take_queries_##X(&b, query, stride, scale, row, head, to);                                        \
+                    take_queries_##X(&b, query, stride, row, head, to);                                               \
                 }                                                                                                     \
             i64 thread = omp_get_thread_num(), threads = omp_get_num_threads();                                       \
             i64 stop = find_share(&b, tasks, num_tasks, work, thread + 1, threads);                                   \
