@@ -531,12 +531,18 @@ def test_own_products_are_rounded_sums(dtype, outputs, inputs, bias):
         assert torch.equal(cpu.multiply(x[7 : 7 + rows], layout, shift, sum(outputs)), whole[7 : 7 + rows])
 
 
+def build_less(name, change, folder):
+    """The kernels of one file, compiled with some flags changed."""
+    source, library = Path(build.__file__).parent / name, folder / "less.so"
+    flags = [change.get(flag, flag) for flag in build._FLAGS]
+    build._run(*shlex.split(os.environ.get("CC", "gcc")), *flags, "-shared", str(source), "-o", str(library))
+    return library
+
+
 @pytest.mark.skipif("avx2" not in list_cpu_flags(), reason="another processor")
 @pytest.mark.parametrize("change", [{"-march=native": "-march=x86-64-v3"}, {"-Wno-psabi": "-mno-avx512bf16"}])
 def test_own_products_of_processors_that_can_do_less(change, monkeypatch, tmp_path):
-    source, library = Path(build.__file__).parent / "products.c", tmp_path / "less.so"
-    flags = [change.get(flag, flag) for flag in build._FLAGS]
-    build._run(*shlex.split(os.environ.get("CC", "gcc")), *flags, "-shared", str(source), "-o", str(library))
+    library = build_less("products.c", change, tmp_path)
     x, weight = torch.randn(13, 41).to(BF16), torch.randn(33, 41).to(BF16)
     ours = cpu.multiply(x, cpu.pack_weights([weight]), None, 33)
     monkeypatch.setattr(cpu, "load_library", lambda: ctypes.CDLL(str(library)))
@@ -549,9 +555,7 @@ def test_own_products_of_processors_that_can_do_less(change, monkeypatch, tmp_pa
 @pytest.mark.skipif("avx2" not in list_cpu_flags(), reason="another processor")
 @pytest.mark.parametrize("change", [{"-march=native": "-march=x86-64-v3"}, {"-Wno-psabi": "-mno-avx512bf16"}])
 def test_attention_of_processors_that_can_do_less(change, monkeypatch, tmp_path):
-    source, library = Path(build.__file__).parent / "attention.c", tmp_path / "less.so"
-    flags = [change.get(flag, flag) for flag in build._FLAGS]
-    build._run(*shlex.split(os.environ.get("CC", "gcc")), *flags, "-shared", str(source), "-o", str(library))
+    library = build_less("attention.c", change, tmp_path)
     monkeypatch.setattr(cpu, "load_library", lambda: ctypes.CDLL(str(library)))
     for dtype in (BF16, F32):
         test_attention_is_that_of_the_dense_mask(dtype, 9, 3, 64)
