@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from fastgrpo.bench import order
@@ -39,7 +41,8 @@ from fastgrpo.report.rollout_picture import (
     plot_rollout,
     set_trials_apart,
 )
-from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan, StepRecord
+from fastgrpo.scheduler import Scheduler
+from fastgrpo.types import PLAIN, SamplingParams, Sequence, SpeculationPlan, StepRecord
 from tiny import save_tiny_model
 
 TREE = SpeculationPlan(depth=2, width=2, num_draft_tokens=3)
@@ -458,7 +461,29 @@ def test_who_waits_goes_by_what_is_known_of_lengths(
     assert list(ways) == ["order of arrival", "lengths of other prompts", "lengths of an earlier epoch"]
     assert ways["order of arrival"]["gain"] == 1 and result["workload"]["num_completions"] == 8
     assert len({own["each"][0]["num_tokens"] for own in ways.values()}) == 1  # in float32 the order changes no token
+    steps = result["plain_steps"]
+    assert list(steps) == [*ways, "true lengths"]
+    assert 8 * result["workload"]["mean_length"] / 3 <= steps["true lengths"] <= 4 / 3 * min(steps.values())
     assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 5))
+def test_steps_are_those_of_the_scheduler(lengths: list[int], num_slots: int) -> None:
+    scheduler, num_steps = Scheduler(num_slots), 0
+    for number, length in enumerate(lengths):
+        params = SamplingParams()
+        scheduler.add(
+            Sequence(request_id=number, prompt_ids=[number], params=params, max_tokens=length, stream_key=number)
+        )
+    while scheduler.has_work:
+        scheduler.admit()
+        num_steps += 1
+        for slot in reversed(range(len(scheduler.running))):
+            sequence = scheduler.running[slot]
+            sequence.append([0], [0.0], [0.0])
+            if len(sequence.token_ids) == sequence.max_tokens:
+                scheduler.remove(slot)
+    assert order.count_steps(lengths, num_slots) == num_steps
 
 
 def test_orders_that_were_measured_are_kept_should_the_rest_not_come(

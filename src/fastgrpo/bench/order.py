@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from fastgrpo.bench.measure import RolloutResult, compute_median, describe_run, measure_rollout
+from fastgrpo.bench.measure import RolloutResult, compute_median, describe_run, draw_orders, measure_rollout
 from fastgrpo.data import build_task_dataset
 from fastgrpo.engine import Engine
 from fastgrpo.lengths import LengthPredictor
@@ -23,6 +24,8 @@ from fastgrpo.report import BLUE, GREEN, GREY, say, write_json
 from fastgrpo.types import SamplingParams
 
 ARRIVAL, KIN, EPOCH = "order of arrival", "lengths of other prompts", "lengths of an earlier epoch"
+TRUE = "true lengths"  # what no predictor can better
+_NUM_ARRIVALS = 200  # orders of arrival that steps are counted for
 _COLOURS = {ARRIVAL: GREY, KIN: GREEN, EPOCH: BLUE}
 
 
@@ -30,8 +33,12 @@ def run_order_bench(options: OrderOptions, command: str) -> dict[str, Any]:
     """Measure, print and, where `options.output` says so, write the results and a plot; returns them.
 
     One engine rolls out the same requests with nothing known of their lengths, with what other prompts of the same
-    tasks taught, and with what one earlier rollout of the same prompts taught, in turn. They arrive in another order in
-    each repeat.
+    tasks taught, and with what one earlier rollout of the same prompts taught, in turns of random order. They arrive in
+    another order in each repeat.
+
+    A few rollouts of some seconds hide gains of a few percent, so the steps that plain decoding takes are counted, too,
+    from the lengths that came out, over many orders of arrival: where a step costs the same whatever is live, as on a
+    GPU, their ratio is the gain.
 
     Raises:
         ValueError: the model, the drafter or a task cannot be used.
@@ -58,12 +65,13 @@ def run_order_bench(options: OrderOptions, command: str) -> dict[str, Any]:
         known[way] = engine.scheduler.lengths.state_dict()
     results: dict[str, list[RolloutResult]] = {way: [] for way in known}
     result = describe_run(command, dataclasses.asdict(options))
-    for repeat in range(options.repeats):
+    for repeat, turns in zip(range(options.repeats), draw_orders(results), strict=False):
         seed = options.seed + repeat
-        for way, own in results.items():
+        for way in turns:
             engine.scheduler.lengths = LengthPredictor.from_state(known[way])
-            own.append(measure_rollout(engine, _shuffle(groups, seed), dataclasses.replace(params, seed=seed)))
+            results[way].append(measure_rollout(engine, _shuffle(groups, seed), dataclasses.replace(params, seed=seed)))
         result["workload"] = _describe_workload(results[ARRIVAL])
+        result["plain_steps"] = _count_plain_steps(results[ARRIVAL], groups, known, options)
         result["ways"] = {
             way: _describe_way(own, results[ARRIVAL], options.max_num_seqs) for way, own in results.items()
         }
@@ -105,6 +113,38 @@ def _describe_workload(results: Sequence[RolloutResult]) -> dict[str, float]:
     }
 
 
+def count_steps(lengths: Iterable[int], num_slots: int) -> int:
+    """Steps of plain decoding until the last of these completions ends, where they are admitted in this order."""
+    ends = [0] * num_slots
+    for length in lengths:
+        heapq.heapreplace(ends, ends[0] + length)
+    return max(ends)
+
+
+def _count_plain_steps(
+    results: Sequence[RolloutResult],
+    groups: list[list[list[int]]],
+    known: Mapping[str, dict[str, Any]],
+    options: OrderOptions,
+) -> dict[str, float]:
+    """By who goes first, in the mean over repeats and `_NUM_ARRIVALS` orders of arrival of each one's completions."""
+    draws, size, counts = random.Random(options.seed), options.num_generations, dict.fromkeys((*known, TRUE), 0)
+    predictors = {way: LengthPredictor.from_state(state) for way, state in known.items() if way != ARRIVAL}
+    for repeat, result in enumerate(results):
+        requests = _shuffle(groups, options.seed + repeat)
+        lengths = [len(ids) for ids in result.token_ids]
+        starts = range(0, len(requests), size)  # of siblings
+        expected = {way: {at: own.predict(requests[at]) for at in starts} for way, own in predictors.items()}
+        for _ in range(_NUM_ARRIVALS):
+            arrived = draws.sample(starts, len(starts))
+            orders = {way: sorted(arrived, key=own.__getitem__, reverse=True) for way, own in expected.items()}
+            for way, order in (orders | {ARRIVAL: arrived}).items():
+                each = itertools.chain.from_iterable(lengths[at : at + size] for at in order)
+                counts[way] += count_steps(each, options.max_num_seqs)
+        counts[TRUE] += _NUM_ARRIVALS * count_steps(sorted(lengths, reverse=True), options.max_num_seqs)
+    return {way: count / (len(results) * _NUM_ARRIVALS) for way, count in counts.items()}
+
+
 def _describe_way(own: Sequence[RolloutResult], arrival: Sequence[RolloutResult], max_num_seqs: int) -> dict[str, Any]:
     """Completions part where rounding decides, so tokens per second are compared, repeat by repeat."""
     records = list(itertools.chain.from_iterable(result.records for result in own))
@@ -132,13 +172,15 @@ def _build_table(result: Mapping[str, Any], max_num_seqs: int) -> Table:
         title_justify="left",
     )
     table.add_column("who goes first")
-    for heading in ("seconds", "tokens/s", "gain", "each", "steps", "mean live", "time with all slots"):
+    for heading in ("seconds", "tokens/s", "gain", "each", "steps", "plain steps", "mean live", "time with all slots"):
         table.add_column(heading, justify="right")
     for way, own in result["ways"].items():
         speed = (f"{own['generation_s']:.2f}", f"{own['tokens_per_s']:.1f}", f"{own['gain']:.3f}x")
         each = " ".join(f"{gain:.2f}" for gain in own["each_gain"])
-        steps = (f"{own['num_steps']:.0f}", f"{own['mean_num_seqs']:.1f}", f"{own['share_of_time_full']:.0%}")
-        table.add_row(way, *speed, each, *steps)
+        steps = (f"{own['num_steps']:.0f}", f"{result['plain_steps'][way]:.0f}")
+        live = (f"{own['mean_num_seqs']:.1f}", f"{own['share_of_time_full']:.0%}")
+        table.add_row(way, *speed, each, *steps, *live)
+    table.add_row(TRUE, *["-"] * 5, f"{result['plain_steps'][TRUE]:.0f}", "-", "-")
     return table
 
 
