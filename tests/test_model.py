@@ -85,10 +85,11 @@ def reference_tokens(model: nn.Module, params: SamplingParams = PARAMS) -> list[
         {"target_modules": ["embed_tokens", "q_proj"], "is_tied": True},
         {"lora_bias": True},
         {"trainable_token_indices": [1, 5, 7]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True, "is_tied": True},
     ],
     ids=[
         *("all_linear", "dropout", "rslora_bias", "dora", "modules_to_save", "untied_ends", "tied_embedding"),
-        *("new_biases", "some_tokens"),
+        *("new_biases", "some_tokens", "tied_copies"),
     ],
 )
 def test_tokens_with_merged_lora_are_those_without_merging(settings):

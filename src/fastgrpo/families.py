@@ -87,11 +87,19 @@ def check_supported(model: PreTrainedModel) -> None:
     head, num_tokens = model.get_output_embeddings(), len(model.get_input_embeddings().weight)
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output head, so it cannot generate; load a causal LM")
-    if (num_outputs := getattr(head, "out_features", num_tokens)) != num_tokens:
+    if (num_outputs := _count_outputs(head, num_tokens)) != num_tokens:
         raise ValueError(
             f"the output head has {num_outputs} tokens and the embedding {num_tokens}, which is not supported: use "
             "model.resize_token_embeddings"
         )
+
+
+def _count_outputs(head: Any, default: int) -> int:
+    """Rows of an output head; a quantised weight is packed, and PEFT's copy of a tied one swaps its two sizes."""
+    weight = getattr(head, "weight", None)
+    if weight is not None and weight.is_floating_point():
+        return len(weight)
+    return int(getattr(head, "out_features", default))
 
 
 def check_adapters(model: nn.Module) -> None:
