@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -292,6 +293,26 @@ def test_an_interrupt_leaves_no_call_waiting(tmp_path: Path) -> None:
     trainer.engine.on_step.remove(interrupt)
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("drafter", ["eagle", "block"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reward_may_change_the_tokens_it_is_given(tmp_path: Path, stream: bool, drafter: str) -> None:
+    """As TRL trains on, and a head learns from, what was drawn."""
+
+    @per_completion
+    def strip(completion_ids: list[list[int]], **_: object) -> list[float]:
+        scores = [float(sum(ids) % 5) for ids in completion_ids]
+        for ids in completion_ids:
+            ids.clear()
+        return scores
+
+    trainer = build(tmp_path, strip, stream=stream, drafter=drafter, max_steps=2)
+    trainer.train()
+    rows = trainer.state.log_history
+    assert rows[0]["completions/mean_length"] > 1 and rows[0]["draft/num_tokens"] > 0
+    assert all(math.isfinite(row["loss"]) for row in rows[:2])
+    assert len(trainer.reward_stream.finished) == (8 if stream else 0)
 
 
 def test_completions_changed_behind_the_engine_are_judged_anew(tmp_path: Path) -> None:

@@ -378,7 +378,7 @@ class Engine:
     def _build_rollout(self, slot: int, sequence: Sequence) -> FinishedRollout:
         return FinishedRollout(
             prompt_ids=sequence.prompt_ids,
-            token_ids=sequence.token_ids,
+            token_ids=list(sequence.token_ids),  # the completion's own list may be changed by its owner
             temperature=sequence.params.temperature,
             features=self._read_features(slot),
             request_id=sequence.request_id,

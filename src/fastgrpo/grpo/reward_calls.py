@@ -55,7 +55,7 @@ class RewardCall:
         return self.function(
             prompts=[self.prompt],
             completions=[self.completion],
-            completion_ids=[self.completion_ids],
+            completion_ids=[list(self.completion_ids)],  # which the function may change
             **{key: [value] for key, value in self.columns.items()},
             trainer_state=self.trainer_state,
             log_extra=lambda column, values: self.extras.append((column, list(values))),
