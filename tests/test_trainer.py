@@ -394,6 +394,8 @@ def test_several_rewards_sync_and_async(tmp_path: Path) -> None:
         ({"use_vllm": True}, "use_vllm"),
         ({"repetition_penalty": 1.2}, "repetition_penalty"),
         ({"min_p": 0.1}, "min_p"),
+        ({"bf16_full_eval": True}, "bf16_full_eval=True is not supported .* casts the trained weights"),
+        ({"fp16_full_eval": True}, "fp16_full_eval=True is not supported .* casts the trained weights"),
         ({"temperature": 0.0}, "temperature=0.0 .* use a small one"),
         ({"temperature": -1.0}, "temperature=-1.0 .* use a small one"),
         ({"top_k": -1}, "top_k must be >= 0, got -1; use 0"),

@@ -190,6 +190,10 @@ def check_config(args: GRPOConfig) -> None:
         ),
         "cache_implementation": (args.cache_implementation is not None, "fastgrpo has its own cache; leave it unset"),
         "generation_kwargs": (bool(args.generation_kwargs), "use temperature, top_k, top_p, max_completion_length"),
+        **{
+            name: (getattr(args, name), "it casts the trained weights themselves; leave it unset, and set bf16 or fp16")
+            for name in ("bf16_full_eval", "fp16_full_eval")
+        },
     }
     for name, (is_set, remedy) in refused.items():
         if is_set:
