@@ -24,7 +24,7 @@ from fastgrpo.drafters.eagle_head import build_head
 from fastgrpo.model import TargetModel
 from fastgrpo.options import E2EOptions, RolloutOptions, UpdateOptions
 from fastgrpo.report import load_run
-from fastgrpo.types import PLAIN, StepRecord, Timeline
+from fastgrpo.types import PHASES, PLAIN, StepRecord, Timeline
 from tiny import save_tiny_model
 
 TINY_WORKLOAD = [
@@ -199,6 +199,40 @@ def test_steps_taken_before_a_failure_are_kept(
     assert {name: len(rows) for name, rows in kept["steps"].items()} == {"trl": 1, "off": 1}
 
 
+@pytest.mark.parametrize(("num_steps", "settled"), [(1, "the first and only one"), (2, "the first one left out")])
+@pytest.mark.parametrize("bench", ["e2e", "update"])
+def test_a_table_says_which_steps_it_is_of(
+    bench: str,
+    num_steps: int,
+    settled: str,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class QuickWorker:
+        def __init__(self, name: str, options: E2EOptions) -> None:
+            self.name = name
+
+        def wait_until_ready(self) -> None:
+            pass
+
+        def train_step(self) -> tuple[dict[str, Any], Timeline]:
+            figures = ("step_s", "generation_s", "learn_s", "update_s", "tokens_per_s", "s_per_token", "mean_length")
+            row: dict[str, Any] = dict.fromkeys((*figures, "max_length", "acceptance_length"), 1.0)
+            return row | {"phases": dict.fromkeys(PHASES, 1.0)}, Timeline(step_s=1.0, spans=())
+
+        def finish(self) -> dict[str, int | None]:
+            return {"rss_bytes": 2**30, "gpu_bytes": None, "gpu_reserved_bytes": None}
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(e2e, "Worker", QuickWorker)
+    argv = ["bench", bench, "--model", str(model_dir), "--variants", "trl,off", "--steps", str(num_steps)]
+    assert main(argv) == 0
+    assert settled in " ".join(capsys.readouterr().out.split())
+
+
 def test_repeats_before_a_failure_are_kept(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = ["bench", "rollout", "--model", str(model_dir), "--dtype", "float32", "--device", "cpu", "--max-tokens", "8"]
     argv += ["--num-prompts", "2", "--num-generations", "2", "--warmup-steps", "0", "--speculation", "off"]
@@ -329,6 +363,7 @@ def test_learning_replays_a_run_and_measures_before_it_learns(
     argv = ["bench", "learning", "--model", str(model_dir), *TINY_WORKLOAD, "--steps", "3", "--updates", "2"]
     argv += ["--losses", "kl,lk", "--starts", "eagle-new", "--rollouts", str(rollouts), "--output", str(output)]
     assert main(argv) == 0
+    assert "last 3" in capsys.readouterr().out, "the steps that there are"
     first = json.loads(output.read_text())
     assert [row["loss"] for row in first["curves"]] == ["frozen", "kl", "lk"]
     assert len(first["run"]["steps"]) == 3

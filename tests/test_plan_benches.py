@@ -456,6 +456,8 @@ def test_who_waits_goes_by_what_is_known_of_lengths(
     assert main([*argv, "--max-num-seqs", "8"]) == 2
     assert "8 requests fit into max_num_seqs=8 slots" in capsys.readouterr().err
     assert main([*argv, "--max-num-seqs", "3", "--output", str(path)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "medians of seconds, tokens/s and gain, means of the rest" in text
     result = json.loads(path.read_text())
     ways = result["ways"]
     assert list(ways) == ["order of arrival", "lengths of other prompts", "lengths of an earlier epoch"]

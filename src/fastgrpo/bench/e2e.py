@@ -106,6 +106,11 @@ def compute_phases(rows: list[Row]) -> dict[str, float]:
     return {name: statistics.fmean(row["phases"][name] for row in settled) for name in settled[0]["phases"]}
 
 
+def describe_settled(num_steps: int) -> str:
+    """Which of so many steps medians and means are over."""
+    return "the first one left out" if num_steps > 1 else "the first and only one"
+
+
 def _find_median_step(rows: list[Row]) -> int:
     """The step that took as long as half of the settled ones."""
     ranked = sorted(range(len(rows) > 1, len(rows)), key=lambda index: float(rows[index]["step_s"]))
@@ -160,7 +165,8 @@ def _compute_least_ratio(rows: dict[str, list[Row]]) -> dict[str, Any] | None:
 
 
 def _print(result: dict[str, Any], console: Console) -> None:
-    table = Table(title="medians over training steps, all but the first", title_justify="left")
+    settled = describe_settled(result["settings"]["steps"])
+    table = Table(title=f"medians over training steps, {settled}", title_justify="left")
     table.add_column("variant")
     for heading in (
         "generation\ns",

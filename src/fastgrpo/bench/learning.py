@@ -40,7 +40,7 @@ from fastgrpo.unroll import measure_acceptance
 
 FROZEN = "frozen"
 _PLAN = SpeculationPlan(depth=3, width=4, num_draft_tokens=8)  # whose expected length is the curve
-_LAST = 5  # steps that an end figure is the mean of
+_LAST = 5  # steps that an end figure is the mean of, or all where there are fewer
 _HELD_OUT_SEED, _HELD_OUT = 1000, 32  # prompts for the trained policy
 _LOGGED = ("draft/learn_s", "draft/saved_s", "draft/effort", "draft/rolled_back", "draft/num_updates", "step_time")
 
@@ -188,7 +188,8 @@ def _build_table(curves: Sequence[Row]) -> Table:
     table = Table(title=title, title_justify="left")
     for heading in ("start", "loss"):
         table.add_column(heading)
-    for heading in ("first step", f"last {_LAST}", "over frozen", "worst step", "rolled back"):
+    last = len(curves[0]["length"][-_LAST:])
+    for heading in ("first step", f"last {last}", "over frozen", "worst step", "rolled back"):
         table.add_column(heading, justify="right")
     for row in curves:
         gain, worst = compare_with_frozen(curves, row)

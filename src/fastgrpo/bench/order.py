@@ -169,7 +169,7 @@ def _build_table(result: Mapping[str, Any], max_num_seqs: int) -> Table:
     load = result["workload"]
     table = Table(
         title=f"{load['num_completions']} completions in {max_num_seqs} slots, {load['mean_length']:.0f} tokens in the "
-        f"mean, {load['max_length']} at most; medians",
+        f"mean, {load['max_length']} at most; medians of seconds, tokens/s and gain, means of the rest",
         title_justify="left",
     )
     table.add_column("who goes first")

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastgrpo.bench.e2e import compute_phases, train_in_turn
+from fastgrpo.bench.e2e import compute_phases, describe_settled, train_in_turn
 from fastgrpo.bench.measure import compute_median, describe_run
 from fastgrpo.bench.training import STOCK
 from fastgrpo.metrics import compute_ratio
@@ -81,7 +81,7 @@ def _build_table(result: dict[str, Any]) -> Table:
     table = Table(
         title=f"update of {load['num_rows']} rows: prompts of {load['prompt_length']} tokens, completions of "
         f"{load['mean_completion_length']:.0f} in the mean, {load['max_completion_length']} at most; medians of the "
-        "update, means of its phases, the first step left out",
+        f"update, means of its phases, over steps, {describe_settled(result['settings']['steps'])}",
         title_justify="left",
     )
     table.add_column("variant")
