@@ -209,6 +209,20 @@ def test_a_row_is_the_same_alone_in_any_batch_and_for_any_token_ids(keys, positi
         assert torch.equal(part[0], together[index, chosen])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [120, 5003])
+def test_a_row_is_sampled_alike_alone_and_beside_truncated_ones(dtype, num_tokens):
+    """Token, log-prob and entropy, bit for bit."""
+    settings = [{"top_k": 50}, {"temperature": 0.7, "top_p": 0.9}, {}, {"temperature": 0.7}, {"temperature": 0.0}]
+    params = [SamplingParams(seed=index, **each) for index, each in enumerate(settings * 4)]
+    logits = (torch.randn(len(params), num_tokens, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
+    vocabulary = torch.arange(num_tokens, dtype=torch.int32)
+    together = sample(logits, build_batch(params), vocabulary)
+    alone = [sample(logits[i, None], build_batch([each]), vocabulary) for i, each in enumerate(params)]
+    for values, own in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(values, torch.cat(own))
+
+
 def test_a_row_is_the_same_beyond_the_chunk_of_one_pass():
     keys = torch.tensor([stream_key(1, stream) for stream in range(11)])
     vocabulary = torch.arange(50_000, dtype=torch.int32)

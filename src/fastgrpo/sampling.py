@@ -325,6 +325,9 @@ def sample(
     token_ids = add_noise(truncate_logits(scaled, batch), batch, vocabulary).argmax(-1)
     logprobs = scaled.log_softmax(-1)
     chosen = logprobs.gather(-1, token_ids[:, None])[:, 0]
+    if _has_host_kernels(logits):  # a row keeps the bits that it has beside others, none of them truncated
+        likeliest, own, entropies = cpu.sample(logits, batch.stream_keys, batch.positions, batch.temperature)
+        return token_ids, torch.where(likeliest == token_ids, own, chosen), entropies
     share = logprobs.exp().mul_(logprobs.clamp_(min=_LEAST_LOGPROB))
     return token_ids, chosen, -share.sum(-1)
 
@@ -360,7 +363,11 @@ def sample_rows(
 
 def samples_on_host(logits: Tensor, batch: SamplingBatch) -> bool:
     """Whether the compiled CPU kernels can sample from these logits."""
-    return has_kernels(logits) and logits.dtype in cpu.DTYPES and not batch.is_truncated
+    return _has_host_kernels(logits) and not batch.is_truncated
+
+
+def _has_host_kernels(logits: Tensor) -> bool:
+    return has_kernels(logits) and logits.dtype in cpu.DTYPES
 
 
 def _samples_on_gpu(logits: Tensor, batch: SamplingBatch) -> bool:
