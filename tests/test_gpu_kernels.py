@@ -148,6 +148,12 @@ def test_equal_scores_give_the_first_token(gpu_path):
     assert sample(logits, build_rows(1, 0.0), build_vocabulary(9000))[0].tolist() == [4040]
 
 
+def test_logprobs_of_equal_tokens_at_a_low_temperature(gpu_path):
+    logits = torch.tensor([[20.0, 1.0, 20.0]] * 4, device=DEVICE)
+    logprobs = sample(logits, build_rows(4, 1e-5), build_vocabulary(3))[1]
+    assert torch.allclose(logprobs, torch.full_like(logprobs, -math.log(2)), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite_give_no_logprob(bad, gpu_path):
     logits = torch.zeros(3, 5000, device=DEVICE)

@@ -150,6 +150,17 @@ def test_logprobs_and_entropies_are_those_of_the_scaled_distribution_before_trun
     torch.testing.assert_close(entropies.double(), -(scaled.exp() * scaled).sum(-1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("temperature", [1e-2, 1e-5, 1e-30])
+def test_logprobs_of_equal_tokens_at_a_low_temperature(dtype, temperature):
+    """Their logits are large beside the logarithm of two."""
+    logits = torch.tensor([[20.0, 1.0, 20.0]] * 8).to(dtype)
+    batch = build_batch([SamplingParams(temperature=temperature, stream=i) for i in range(8)])
+    tokens, logprobs, _ = sample(logits, batch, torch.arange(3, dtype=torch.int32))
+    assert set(tokens.tolist()) <= {0, 2}
+    torch.testing.assert_close(logprobs, torch.full((8,), -math.log(2)), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logprobs_and_entropies_tell_logits_that_are_not_finite(bad):
     logits = torch.randn(4, 20)

@@ -150,7 +150,7 @@ def _join_blocks(
     raw = tl.load(logits + source.to(tl.int64) * stride + chosen).to(tl.float32)
     scaled = tl.div_rn(raw, tl.where(temperature > 0, temperature, 1.0))
     tl.store(token_ids + row, chosen)
-    tl.store(logprobs + row, scaled - (most + tl.log(total)))
+    tl.store(logprobs + row, scaled - most - tl.log(total))  # large logits would swallow the logarithm
     tl.store(entropies + row, tl.log(total) - weighted / total)
 
 

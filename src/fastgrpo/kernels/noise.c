@@ -171,7 +171,7 @@ static void look_at(const float *scaled, const int32_t *is_near, int count, i64 
         *chosen_token = token[winner];                                                                                \
         float chosen = load_##T(own + token[winner]);                                                                 \
         if (temperature > 0 && temperature != 1) chosen = chosen / temperature;                                       \
-        *logprob = broken ? NAN : chosen - (most + logf(mass));                                                       \
+        *logprob = broken ? NAN : chosen - most - logf(mass); /* large logits would swallow the logarithm */          \
         *entropy = broken ? NAN : logf(mass) - moment / mass;                                                         \
     }                                                                                                                 \
                                                                                                                       \
