@@ -709,6 +709,18 @@ def test_what_libraries_wrap_around_a_forward_for_training_takes_no_kernels_away
     assert is_model_touched(model)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("drafter", ["none", "ngram", "eagle-new", "block"])
+def test_a_default_device_of_the_callers_changes_nothing(family, drafter):
+    """On the meta device tensors have no address, and kernels that were given one ended the process."""
+    model = build_model(family, torch.float32)
+    prompts, params = [[3, 1, 4], [1, 5]], SamplingParams(max_tokens=6, seed=2)
+    tokens = [each.token_ids for each in Engine(model, drafter="none").generate(prompts, params)]
+    with torch.device("meta"):
+        completions = Engine(model, drafter=drafter, speculation="fixed").generate(prompts, params)
+    assert [each.token_ids for each in completions] == tokens
+
+
 @pytest.mark.parametrize("drafter", ["eagle-new", "block"])
 def test_a_rollout_in_inference_mode_can_be_learnt_from_and_its_engine_goes_on_outside(drafter):
     model = build_model("llama", torch.float32)

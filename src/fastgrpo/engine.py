@@ -21,7 +21,7 @@ from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.none import NoDrafter
 from fastgrpo.kernels import gpu
 from fastgrpo.memory import describe_bytes, describe_error, find_available_bytes, is_out_of_memory
-from fastgrpo.model import TargetModel
+from fastgrpo.model import TargetModel, host_by_default
 from fastgrpo.planner import HardwareProfile, PlanInputs, Planner
 from fastgrpo.planning import Planning
 from fastgrpo.prefill import Prefiller
@@ -99,7 +99,7 @@ class Engine:
         max_cache_bytes: int | None = None,
     ) -> None:
         target = TargetModel(model, compute_dtype=compute_dtype, tokenizer=tokenizer)
-        with torch.inference_mode(False):  # its weights are written to in every rollout, and trained
+        with torch.inference_mode(False), host_by_default():  # its weights are written to in every rollout, and trained
             self.drafter = build_drafter(drafter, target)
         self.target = find_own_target(self.drafter, target)
         self.planning = Planning(

@@ -213,7 +213,7 @@ class TargetModel:
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """PyTorch's state of this thread as a rollout wants it: no gradients, the model's device, autocast to
-        `compute_dtype` or none, whatever the caller or another engine has set.
+        `compute_dtype` or none, and `host_by_default`, whatever the caller or another engine has set.
 
         Held for one step at a time, since a rollout may go on, or be closed, in another thread than it began in.
         """
@@ -225,7 +225,7 @@ class TargetModel:
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         # what it makes may be learnt from, and written to by steps outside
         leaving = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
-        with leaving, torch.no_grad(), on_device, autocast:
+        with leaving, torch.no_grad(), on_device, autocast, host_by_default():
             yield
 
     @contextlib.contextmanager
@@ -238,7 +238,7 @@ class TargetModel:
             for config, _ in attentions:
                 config._attn_implementation = ATTENTION_NAME
             with contextlib.ExitStack() as weights:
-                with torch.no_grad():
+                with torch.no_grad(), host_by_default():
                     weights.enter_context(merged_weights(self.model, self.compute_dtype))
                 with self.computing():
                     self._fused, self._recorder = self._fuse(), self._build_recorder()
@@ -351,6 +351,12 @@ class TargetModel:
         if self._output is not None:
             return self._output(hidden)
         return self.lm_head(hidden)
+
+
+def host_by_default() -> contextlib.AbstractContextManager[Any]:
+    """Tensors made without a device are the host's, whatever `torch.set_default_device` says: kernels there take their
+    addresses."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _cast(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
