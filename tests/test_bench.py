@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import re
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from fastgrpo.bench import drafters, e2e, measure, rollout
 from fastgrpo.bench.given_rows import give_rows
 from fastgrpo.bench.measure import RolloutResult, break_down, compute_equal_share, match_rates
 from fastgrpo.bench.training import build_trainer, find_trainer_class
-from fastgrpo.bench.worker import read_peak_rss_bytes, run_worker
+from fastgrpo.bench.worker import Worker, read_peak_rss_bytes, run_worker
 from fastgrpo.cli import main
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.eagle_files import save_head
@@ -333,6 +336,28 @@ def test_a_worker_says_what_does_not_fit(model_dir: Path) -> None:
     failure, message = ours.recv()
     assert failure is ValueError
     assert message.startswith("fixed: drafter must be eagle, eagle-new, ngram, none, auto, block")
+
+
+def test_a_worker_of_a_benchmark_that_was_killed_ends_without_a_traceback(model_dir: Path) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    ours.close()
+    run_worker("fixed", E2EOptions(model=str(model_dir), drafter="nowhere"), theirs)
+
+
+def test_a_worker_that_is_stopped_while_it_imports_says_nothing(
+    model_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker = Worker("fixed", E2EOptions(model=str(model_dir), drafter="nowhere"))
+    try:
+        assert worker._process.pid is not None
+        for _ in range(5):
+            os.kill(worker._process.pid, signal.SIGINT)
+            time.sleep(0.1)
+        assert worker._process.is_alive()
+    finally:
+        worker.stop()
+    assert "Traceback" not in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
 
 
 def test_the_demo_ends_with_a_report_that_names_its_baselines(

@@ -6,13 +6,17 @@ of a small model becomes about a third slower.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import resource
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -44,7 +48,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=run_worker, args=(name, options, theirs), daemon=True)
-        self._process.start()
+        with _inherited_deafness():
+            self._process.start()
         theirs.close()
 
     def wait_until_ready(self) -> None:
@@ -82,10 +87,24 @@ class Worker:
         return value
 
 
+@contextlib.contextmanager
+def _inherited_deafness() -> Iterator[None]:
+    """A process that starts within ignores Ctrl-C until it asks for it: in an import it would show a traceback."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main_thread else None
+    try:
+        yield
+    finally:
+        if is_main_thread:
+            signal.signal(signal.SIGINT, before)
+
+
 def run_worker(name: str, options: E2EOptions, connection: Connection) -> None:
     """Build the trainer, then train a step for each word that comes; ends with its peak memory."""
     quiet_libraries()
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with tempfile.TemporaryDirectory() as folder:
             trainer = _build_timed(name, options, Path(folder), connection)
             connection.send((None, "ready"))
@@ -94,10 +113,14 @@ def run_worker(name: str, options: E2EOptions, connection: Connection) -> None:
         connection.send((None, {"rss_bytes": read_peak_rss_bytes()} | _read_peak_gpu_bytes()))
     except KeyboardInterrupt:
         pass
-    except ValueError as error:
-        connection.send((ValueError, f"{name}: {error}"))
-    except Exception:
-        connection.send((RuntimeError, f"{name} failed:\n{traceback.format_exc()}"))
+    except Exception as error:
+        failure = (
+            (ValueError, f"{name}: {error}")
+            if isinstance(error, ValueError)
+            else (RuntimeError, f"{name} failed:\n{traceback.format_exc()}")
+        )
+        with contextlib.suppress(BrokenPipeError):  # the benchmark was killed: nobody is there to be told
+            connection.send(failure)
 
 
 @dataclasses.dataclass(kw_only=True)
