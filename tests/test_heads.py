@@ -934,6 +934,15 @@ def test_a_head_of_another_size_of_the_family_is_refused(kind, tmp_path):
         Engine(shared_model("llama", torch.float32), drafter=str(tmp_path))
 
 
+def test_a_run_whose_checkpoints_hold_heads_is_refused_by_naming_one(kind, tmp_path):
+    """`drafter=output_dir` of a training is an easy slip; a checkpoint without a head is not offered."""
+    kind.build(build_model("llama", torch.float32)).save(tmp_path / "checkpoint-2" / "fastgrpo" / "head")
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(ValueError, match=r"no readable draft head in .*checkpoint-2 has one"):
+        Engine(shared_model("llama", torch.float32), drafter=str(tmp_path))
+    Engine(shared_model("llama", torch.float32), drafter=str(tmp_path / "checkpoint-2"))
+
+
 def test_nothing_is_unpickled(kind, tmp_path, monkeypatch):
     model = shared_model("llama", torch.float32)
     kind.build(model).save(tmp_path)

@@ -31,7 +31,10 @@ def read_files(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     try:
         return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"no readable draft head in {folder}: {error}") from error
+        with_heads = [each for each in folder.glob("checkpoint-*") if find_head_folder(each) != each]
+        newest = max(with_heads, key=lambda each: each.stat().st_mtime, default=None)
+        remedy = "" if newest is None else f"; {newest} has one"
+        raise ValueError(f"no readable draft head in {folder}: {error}{remedy}") from error
 
 
 def find_head_folder(folder: Path) -> Path:
