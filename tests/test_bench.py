@@ -338,10 +338,13 @@ def test_a_worker_says_what_does_not_fit(model_dir: Path) -> None:
     assert message.startswith("fixed: drafter must be eagle, eagle-new, ngram, none, auto, block")
 
 
-def test_a_worker_of_a_benchmark_that_was_killed_ends_without_a_traceback(model_dir: Path) -> None:
+def test_a_worker_of_a_benchmark_that_was_killed_ends_without_a_traceback(
+    model_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     ours, theirs = multiprocessing.Pipe()
     ours.close()
     run_worker("fixed", E2EOptions(model=str(model_dir), drafter="nowhere"), theirs)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_worker_that_is_stopped_while_it_imports_says_nothing(
