@@ -464,7 +464,7 @@ def test_a_rollout_says_the_same_with_the_kernels(layers, gpu_path, monkeypatch)
     family = {"family": "qwen2", "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
     family = family if layers == "windows" else {"family": "llama"}
     if layers == "transformers":
-        monkeypatch.setattr(TargetModel, "_fuse", lambda _: None)
+        monkeypatch.setattr(TargetModel, "_fuse", lambda *_: None)
     prompts, plan = [[5, 6, 7, 8], list(range(9, 30))], SpeculationPlan(depth=2, width=2, num_draft_tokens=4)
     params = SamplingParams(max_tokens=3, temperature=0.8)
     runs = []

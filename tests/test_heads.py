@@ -152,6 +152,32 @@ def build_trained(kind: Kind) -> HeadDrafter:
     return kind.build(shared_model("llama"), head=copy.deepcopy(_train_head(kind)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", ["weights", "vocabulary", "another head"])
+def test_a_refreshed_head_drafts_as_one_built_anew(kind: Kind, change: str, dtype: torch.dtype) -> None:
+    """Its fast copy is written over where it stands, packed weights included."""
+    target = TargetModel(build_model("llama", dtype))
+    drafter = kind.drafter(target, draft_vocab_size=80)
+    x = torch.randn(3, drafter.head.fc.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    fast, before = drafter.fast_head, drafter.fast_head.fc(x)
+    if change == "vocabulary":
+        drafter.head.resize_vocabulary(64)
+    elif change == "another head":
+        drafter.head = copy.deepcopy(drafter.head)
+    shake(drafter)
+    anew = kind.drafter(target, head=copy.deepcopy(drafter.head))
+    assert (drafter.fast_head is fast) == (change == "weights")
+    assert not torch.equal(drafter.fast_head.fc(x), before)
+    for mine, expected in zip(_run_head(drafter, x), _run_head(anew, x), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def _run_head(drafter: HeadDrafter, x: torch.Tensor) -> list[torch.Tensor]:
+    """What its packed products say, and all weights."""
+    hidden = drafter.fast_head.fc(x)
+    return [hidden, drafter.fast_head.lm_head(hidden), *drafter.fast_head.state_dict().values()]
+
+
 def head_bits(drafter: HeadDrafter) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in drafter.head.state_dict().items()}
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import os
+import pickle
 import pwd
 import resource
 import shlex
@@ -26,6 +27,7 @@ from fastgrpo.cache_folder import find_cache_folder
 from fastgrpo.drafters import beams
 from fastgrpo.drafters.beams import rank_candidates
 from fastgrpo.kernels import build, cpu, linear, matrices
+from fastgrpo.kernels.kept import KeptMemory
 from fastgrpo.kernels.linear import PackedLinear
 from fastgrpo.machine import list_cpu_flags
 from fastgrpo.sampling import SamplingBatch, gumbel_noise, gumbel_noise_of, sample, stream_key
@@ -529,6 +531,33 @@ def test_own_products_are_rounded_sums(dtype, outputs, inputs, bias):
     assert torch.allclose(whole.double(), exact, rtol=rounding, atol=3e-6 * float(exact.abs().max()))
     for rows in (1, 2, 3, 5, 7, 11, 12, 13, 25, 119, 121, 239, 241):
         assert torch.equal(cpu.multiply(x[7 : 7 + rows], layout, shift, sum(outputs)), whole[7 : 7 + rows])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("outputs, inputs", [((24, 8, 1), 41), ((96, 33), 700), ((70, 3), 600)])
+def test_weights_are_laid_out_over_whatever_stood_in_kept_memory(dtype, outputs, inputs):
+    weights = [torch.randn(count, inputs).to(dtype) for count in outputs]
+    x, memory = torch.randn(5, inputs).to(dtype), KeptMemory()
+    expected = cpu.multiply(x, cpu.pack_weights(weights), None, sum(outputs))
+    first = cpu.pack_weights(weights, memory).fill_(torch.nan)
+    memory.begin()
+    again = cpu.pack_weights(weights, memory)
+    assert again.data_ptr() == first.data_ptr()
+    assert torch.equal(cpu.multiply(x, again, None, sum(outputs)), expected)
+    other = cpu.pack_weights(weights[:1], memory)
+    assert other.data_ptr() != again.data_ptr(), "until memory begins anew, all that was taken is in use"
+
+
+def test_kept_memory_is_as_large_as_what_was_taken_last():
+    memory = KeptMemory()
+    first, second = (memory.take((rows, 4), F32) for rows in (3, 5))
+    memory.begin()
+    assert memory.take((3, 4), F32) is first and memory.take((5, 4), F32) is second
+    assert memory.num_bytes == (3 + 5) * 4 * 4
+    memory.begin()
+    assert memory.take((3, 4), BF16) is not first, "another type"
+    assert memory.num_bytes == 3 * 4 * 2, "what stood behind it was for other weights"
+    assert pickle.loads(pickle.dumps(memory)).num_bytes == 0
 
 
 def build_less(name, change, folder):

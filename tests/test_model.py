@@ -7,6 +7,7 @@ import copy
 import functools
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -523,6 +524,38 @@ def test_engines_that_take_turns_may_end_in_any_order(first_to_end, compute_dtyp
     assert model.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     assert model.get_base_model().config._attn_implementation == attention
     assert_same_weights(model, weights)
+
+
+def find_layout(target):
+    own = target._fused._layers[0].states.own
+    if own is None:
+        pytest.skip("another library multiplies on this processor")
+    return own.weight
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="no compiled kernels")
+def test_weights_are_laid_out_where_the_last_rollout_had_them():
+    model = build_model("llama", torch.bfloat16)
+    target = TargetModel(model)
+    with target.prepared():
+        first = find_layout(target)
+        with target.prepared():
+            assert find_layout(target).data_ptr() != first.data_ptr(), "the outer one goes on"
+    before = first.clone()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(2)
+    with target.prepared():
+        assert find_layout(target).data_ptr() == first.data_ptr()
+        assert not torch.equal(first, before), "the weights as they are now"
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="no compiled kernels")
+def test_no_memory_is_kept_between_rollouts_where_little_is_free(monkeypatch):
+    target = TargetModel(build_model("llama", torch.bfloat16))
+    monkeypatch.setattr("fastgrpo.model.find_available_bytes", lambda device: 2**10)
+    with target.prepared():
+        layout = weakref.ref(find_layout(target))
+    assert layout() is None
 
 
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])

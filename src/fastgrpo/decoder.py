@@ -20,6 +20,7 @@ from fastgrpo.attention import MOST_GPU_NODES, ForwardBatch, attend_to_rows, des
 from fastgrpo.cache import SlotCache
 from fastgrpo.kernels import cpu
 from fastgrpo.kernels.choose import find_kernels
+from fastgrpo.kernels.kept import KeptMemory
 from fastgrpo.kernels.layers import CompiledDecoder, LayerWeights, Norm, has_own_products
 from fastgrpo.kernels.linear import PackedLinear, may_pack, round_up, wants_round_rows
 from fastgrpo.rotation import RotationTable
@@ -43,11 +44,11 @@ def _read_norm(module: Any) -> Norm:
     return Norm(module.weight.data, float(module.variance_epsilon))
 
 
-def _read_layer(layer: Any, may_pack: bool) -> LayerWeights:
+def _read_layer(layer: Any, may_pack: bool, memory: KeptMemory | None) -> LayerWeights:
     """The weights of one decoder layer, as they are while a rollout lasts."""
     attention, mlp = layer.self_attn, layer.mlp
     states, output, gate_and_up, down = (
-        PackedLinear(linears, may_pack=may_pack)
+        PackedLinear(linears, may_pack=may_pack, memory=memory)
         for linears in (
             (attention.q_proj, attention.k_proj, attention.v_proj),
             (attention.o_proj,),
@@ -81,15 +82,23 @@ class FusedDecoder:
         decoder: transformers' model without its head, adapters merged.
         dtype: of the matrix products, and of keys and values.
         output: from hidden states to logits; None where PyTorch computes that product.
+        memory: where laid-out weights are to stand; None takes new memory.
     """
 
-    def __init__(self, decoder: Any, dtype: torch.dtype, output: PackedLinear | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Any,
+        dtype: torch.dtype,
+        output: PackedLinear | None = None,
+        memory: KeptMemory | None = None,
+    ) -> None:
         self._decoder, self._dtype = decoder, dtype
         self._kernels = find_kernels(decoder.embed_tokens.weight)
         assert self._kernels is not None, "ask find_obstacle first"
         packs = self._kernels is cpu and may_pack(decoder)
         self._rounds_rows = packs and wants_round_rows(dtype)
-        self._layers = [_read_layer(layer, packs) for layer in decoder.layers[: decoder.config.num_hidden_layers]]
+        layers = decoder.layers[: decoder.config.num_hidden_layers]
+        self._layers = [_read_layer(layer, packs, memory) for layer in layers]
         self._norm = _read_norm(decoder.norm)
         self._rotation = RotationTable(decoder.rotary_emb, count_positions(decoder.config))
         self._compiled: CompiledDecoder | None = None

@@ -26,11 +26,15 @@ from fastgrpo.decoder import (
 from fastgrpo.families import FULL_ATTENTION, base_model_of, check_adapters, check_supported, find_windows
 from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder
 from fastgrpo.kernels import gpu
+from fastgrpo.kernels.kept import KeptMemory
 from fastgrpo.kernels.linear import PackedLinear, has_own_product
+from fastgrpo.memory import find_available_bytes
 from fastgrpo.modules import check_takes_rows, run_modules
 from fastgrpo.rollout_modes import MODES, OWNERS
 from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.weights import merged_weights
+
+_KEPT_SHARE = 1 / 16  # of the memory that is free, that may be kept for the next rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,7 @@ class TargetModel:
         self._runner: tuple[SlotCache, GraphRunner] | None = None
         self._output: PackedLinear | None = None
         self._runs_whole = False  # what the owner put around decoder and head has its say
+        self._kept: KeptMemory | None = None  # of laid-out weights, while no rollout has it
         self.base = base_model_of(model)
         check_supported(self.base)
         self.config: Any = self.base.config
@@ -233,6 +238,8 @@ class TargetModel:
         before = (self._fused, self._output, self._recorder, self._runner, self._runs_whole)
         training = [module for module in self.model.modules() if module.training]
         attentions = [(config, config._attn_implementation) for config in self._list_configs()]
+        memory, self._kept = self._kept or KeptMemory(), None  # a rollout that begins meanwhile takes its own
+        memory.begin()
         try:
             self.model.eval()
             for config, _ in attentions:
@@ -241,14 +248,20 @@ class TargetModel:
                 with torch.no_grad(), host_by_default():
                     weights.enter_context(merged_weights(self.model, self.compute_dtype))
                 with self.computing():
-                    self._fused, self._recorder = self._fuse(), self._build_recorder()
+                    self._fused, self._recorder = self._fuse(memory), self._build_recorder()
                 yield
         finally:
+            self._kept = memory if self._may_keep(memory) else None
             self._fused, self._output, self._recorder, self._runner, self._runs_whole = before
             for config, attention in attentions:
                 config._attn_implementation = attention
             for module in training:
                 module.training = True
+
+    def _may_keep(self, memory: KeptMemory) -> bool:
+        """Whether the memory of laid-out weights is little beside what is free: what trains may need that."""
+        available = find_available_bytes(self.device) if memory.num_bytes else None
+        return available is not None and memory.num_bytes <= _KEPT_SHARE * available
 
     def _list_models(self) -> tuple[Any, ...]:
         """The causal LM, and what PEFT has put around it."""
@@ -315,7 +328,7 @@ class TargetModel:
         seen = min((window for window in self.windows if window is not None), default=None)
         return None if seen is None else f"some layers see no more than the last {seen} tokens"
 
-    def _fuse(self) -> FusedDecoder | None:
+    def _fuse(self, memory: KeptMemory) -> FusedDecoder | None:
         touched = next((each for each in self._list_models() if is_model_touched(each)), None)
         self._runs_whole = touched is not None
         obstacle = self._find_window_obstacle() or find_obstacle(self.decoder, self.dtype)
@@ -326,8 +339,9 @@ class TargetModel:
             head = self.lm_head
             if type(head) is nn.Linear and not is_touched(head):
                 head = _cast(head, self.dtype)
-                self._output = PackedLinear([head]) if has_own_product(head, self.dtype) else self._output
-            return FusedDecoder(self.decoder, self.dtype, self._output)
+                if has_own_product(head, self.dtype):
+                    self._output = PackedLinear([head], memory=memory)
+            return FusedDecoder(self.decoder, self.dtype, self._output, memory)
         _warn_of(obstacle)
         return None
 

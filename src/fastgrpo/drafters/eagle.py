@@ -61,8 +61,10 @@ class EagleDrafter(HeadDrafter[EagleHead]):
 
     def prepare(self) -> None:
         self._rotation = RotationTable(self.target.rotary_emb, count_positions(self.target.config))
-        self._layer = FusedMidLayer(self.fast_head) if FusedMidLayer.covers(self.fast_head) else None
-        pack_modules(self.fast_head, leave=() if self._layer is None else ("midlayer",))
+        head, memory = self.fast_head, self._memory
+        memory.begin()
+        self._layer = FusedMidLayer(head, memory) if FusedMidLayer.covers(head) else None
+        pack_modules(head, leave=() if self._layer is None else ("midlayer",), memory=memory)
         self._compiled = None if self._layer is None else compile_head(self.fast_head, self._layer)
 
     def __getstate__(self) -> dict[str, Any]:

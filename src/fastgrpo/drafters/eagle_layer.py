@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TypeGuard
 
 import torch
@@ -14,6 +15,7 @@ from fastgrpo.drafters.head_rows import HeadRows
 from fastgrpo.kernels import cpu
 from fastgrpo.kernels.choose import find_kernels
 from fastgrpo.kernels.heads import CompiledHead
+from fastgrpo.kernels.kept import KeptMemory
 from fastgrpo.kernels.layers import LayerWeights, Norm, has_own_products
 from fastgrpo.kernels.linear import PackedLinear, find_packed
 
@@ -23,10 +25,12 @@ class FusedMidLayer:
 
     Args:
         head: one that `covers` accepts, in the type it drafts in.
+        memory: where laid-out weights are to stand.
     """
 
-    def __init__(self, head: EagleHead) -> None:
+    def __init__(self, head: EagleHead, memory: KeptMemory) -> None:
         layer, attention = head.midlayer, head.midlayer.self_attn
+        pack = functools.partial(PackedLinear, memory=memory)
         self._head = head
         self._kernels = find_kernels(head.fc.weight)
         assert self._kernels is not None, "ask covers first"
@@ -38,16 +42,16 @@ class FusedMidLayer:
         self.weights = LayerWeights(
             before_attention=None,  # two norms side by side, here
             before_mlp=norm,
-            states=PackedLinear((attention.q_proj, attention.k_proj, attention.v_proj)),
-            output=PackedLinear((attention.o_proj,)),
-            gate_and_up=PackedLinear((layer.mlp.gate_proj, layer.mlp.up_proj)),
-            down=PackedLinear((layer.mlp.down_proj,)),
+            states=pack((attention.q_proj, attention.k_proj, attention.v_proj)),
+            output=pack((attention.o_proj,)),
+            gate_and_up=pack((layer.mlp.gate_proj, layer.mlp.up_proj)),
+            down=pack((layer.mlp.down_proj,)),
             num_heads=head.num_heads,
             num_kv_heads=head.num_kv_heads,
             head_dim=head.head_dim,
             scale=head.head_dim**-0.5,
         )
-        self._stored = PackedLinear((attention.k_proj, attention.v_proj))
+        self._stored = pack((attention.k_proj, attention.v_proj))
 
     @staticmethod
     def covers(head: EagleHead) -> bool:

@@ -21,6 +21,7 @@ from fastgrpo.drafters.head_inputs import HeadInputs, TableShape
 from fastgrpo.drafters.head_parts import DraftHead, choose_vocab_size
 from fastgrpo.drafters.head_rows import HeadRows
 from fastgrpo.graphs import Replays, list_larger
+from fastgrpo.kernels.kept import KeptMemory
 from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
 from fastgrpo.sampling import SamplingBatch
@@ -66,6 +67,7 @@ class HeadDrafter(ABC, Generic[Head]):
     num_prompt_tokens: int  # last tokens of each prompt that the head reads, as many as in training
     _cache: SlotCache | None = None  # the target's, whose features were read last
     _replays: Replays[_Recorded] | None = None  # recorded drafts, with the weights as they are now
+    _copied_head: Head | None = None  # the one that `fast_head` was copied from
     _num_caught_up = 0  # tokens that `catch_up`, which is not recorded, read before the last draft
 
     def __init__(
@@ -86,6 +88,7 @@ class HeadDrafter(ABC, Generic[Head]):
         if target.dtype in (torch.bfloat16, torch.float16):
             self.head.lm_head.to(target.dtype)  # not trained: a copy of the target's rows as they are
         self._rows = HeadRows(target, self.head.num_layers, self.num_prompt_tokens)
+        self._memory = KeptMemory()  # of the fast copy's weights, laid out
         self.refresh()
 
     # -- what a kind of head implements --------------------------------------------------------------
@@ -126,12 +129,15 @@ class HeadDrafter(ABC, Generic[Head]):
     def refresh(self) -> None:
         """Copy the trained weights into the head that drafts; output rows come from the target as it is now."""
         self.head.take_output_rows(self.target)
-        self.fast_head: Head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
+        if self._copied_head is not self.head or not _write_over(self.fast_head, self.head):
+            self.fast_head: Head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
+            self._copied_head = self.head
         self.prepare()
 
     def prepare(self) -> None:
         """Pack the weights of `fast_head` for speed; they do not change until the next `refresh`."""
-        pack_modules(self.fast_head)
+        self._memory.begin()
+        pack_modules(self.fast_head, memory=self._memory)
 
     def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
         """Make the most counted tokens the head's vocabulary; drafts use it after the next `refresh`."""
@@ -274,3 +280,15 @@ class HeadDrafter(ABC, Generic[Head]):
     ) -> tuple[Float[Tensor, "B W K"], Int[Tensor, "B W K"]]:
         """The `width` most promising tokens by logits over the draft vocabulary: (log chance of being chosen, id)."""
         return rank_candidates(logits, self.head.draft_vocab, noise_rows, width, with_noise=self.ranks_with_noise)
+
+
+def _write_over(fast_head: DraftHead, head: DraftHead) -> bool:
+    """Bring a fast copy up to date where it stands, since new pages take longer; False: its tensors are not alike."""
+    copies, trained = (dict((*each.named_parameters(), *each.named_buffers())) for each in (fast_head, head))
+    places = {name: (tensor.shape, tensor.device) for name, tensor in copies.items()}
+    if places != {name: (tensor.shape, tensor.device) for name, tensor in trained.items()}:
+        return False
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            copies[name].copy_(tensor)
+    return True

@@ -127,8 +127,12 @@ class DraftHead(nn.Module):
 
     def take_output_rows(self, target: TargetModel) -> None:
         """Fill the output rows from the target as it is now."""
+        own, rows = self.lm_head.weight, target.lm_head.weight
         with torch.no_grad():
-            self.lm_head.weight.copy_(target.lm_head.weight[self.draft_vocab.long()])
+            if own.dtype == rows.dtype and own.device == rows.device:
+                torch.index_select(rows, 0, self.draft_vocab, out=own)
+            else:
+                own.copy_(rows[self.draft_vocab.long()])
 
 
 def copy_layer(layer: Any, places: Mapping[str, Tensor], num_kv_states: int) -> None:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastgrpo.kernels.build import load_library
+from fastgrpo.kernels.kept import KeptMemory
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
 DTYPES = tuple(NAMES)
@@ -188,12 +189,17 @@ def round_evenly(values: Float[Tensor, "R C"], by_row: int, by_column: int) -> F
     return out
 
 
-def pack_weights(weights: list[Float[Tensor, "_ I"]]) -> Float[Tensor, "P J W"]:
-    """Weights of linear layers side by side, in the layout of `multiply`."""
+def pack_weights(weights: list[Float[Tensor, "_ I"]], memory: KeptMemory | None = None) -> Float[Tensor, "P J W"]:
+    """Weights of linear layers side by side, in the layout of `multiply`.
+
+    Args:
+        memory: where the layout is to stand; None takes new memory.
+    """
     assert all(weight.is_contiguous() for weight in weights), "weights must be contiguous"
     num_outputs, num_inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
     width = _load().fastgrpo_block_width()
-    layout = weights[0].new_zeros(-(-num_outputs // width), _pad_inputs(num_inputs), width)
+    shape = (-(-num_outputs // width), _pad_inputs(num_inputs), width)
+    layout = (memory or KeptMemory()).take(shape, weights[0].dtype)
     first = 0
     for weight in weights:
         call(f"pack_{NAMES[weight.dtype]}", weight, layout, first, *weight.shape)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgrpo.kernels import cpu, gpu, matrices
+from fastgrpo.kernels.kept import KeptMemory
 
 _ROWS = 32  # of inputs that oneDNN's layout is chosen for; others are as fast within a few percent
 _STEPS = ((16, 8), (128, 16), (512, 32), (4096, 128))  # (up to so many rows, rounded up to a multiple of)
@@ -28,7 +29,8 @@ class _Layout(Protocol):
 class _OneDNNLayout:
     """Compiles a product for each number of rows it meets, which takes milliseconds: give it few (`round_up`)."""
 
-    def __init__(self, weights: list[Tensor], bias: Tensor | None) -> None:
+    def __init__(self, weights: list[Tensor], bias: Tensor | None, memory: KeptMemory | None = None) -> None:
+        del memory  # oneDNN takes its own
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
         self._bias = bias
@@ -44,9 +46,9 @@ class _OneDNNLayout:
 class OwnLayout:
     """For `kernels/products.c`, where a row's result does not depend on the rows beside it."""
 
-    def __init__(self, weights: list[Tensor], bias: Tensor | None) -> None:
+    def __init__(self, weights: list[Tensor], bias: Tensor | None, memory: KeptMemory | None = None) -> None:
         self.num_outputs = sum(len(weight) for weight in weights)
-        self.weight, self.bias = cpu.pack_weights(weights), bias
+        self.weight, self.bias = cpu.pack_weights(weights, memory), bias
 
     def multiply(self, x: Float[Tensor, "M I"]) -> Float[Tensor, "M O"]:
         return cpu.multiply(x, self.weight, self.bias, self.num_outputs)
@@ -61,15 +63,19 @@ class PackedLinear:
 
     Args:
         linears: with as many inputs, and all with a bias or all without.
+        memory: where the layout is to stand, where that is our own; None takes new memory.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], *, may_pack: bool = True) -> None:
+    def __init__(
+        self, linears: Sequence[nn.Linear], *, may_pack: bool = True, memory: KeptMemory | None = None
+    ) -> None:
         self._linears = linears
         self._layout: _Layout | None = None
         kind = find_layout(linears[0].weight.dtype) if may_pack and can_pack(linears) else None
         if kind is not None:
             biases = [linear.bias.data for linear in linears if linear.bias is not None]
-            self._layout = kind([linear.weight.data for linear in linears], torch.cat(biases) if biases else None)
+            weights = [linear.weight.data for linear in linears]
+            self._layout = kind(weights, torch.cat(biases) if biases else None, memory)
 
     @property
     def num_inputs(self) -> int:
@@ -110,7 +116,11 @@ class _PackedModule(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.packed = linear.weight, PackedLinear([linear])
+        self.weight, self._linears = linear.weight, (linear,)  # out of sight: its parameters are not named twice
+
+    def pack(self, memory: KeptMemory | None) -> None:
+        """Take the weights as they are now."""
+        self.packed = PackedLinear(self._linears, memory=memory)
 
     def forward(self, x: Float[Tensor, "*n I"]) -> Float[Tensor, "*n O"]:
         return self.packed(x)
@@ -121,19 +131,23 @@ def find_packed(module: nn.Module) -> PackedLinear | None:
     return module.packed if isinstance(module, _PackedModule) else None
 
 
-def pack_modules(module: nn.Module, *, leave: Collection[str] = ()) -> None:
-    """Pack the linear layers inside a module that will not change any more, where that can be done.
+def pack_modules(module: nn.Module, *, leave: Collection[str] = (), memory: KeptMemory | None = None) -> None:
+    """Pack the linear layers inside a module, where that can be done; call it again once their weights have changed.
 
     Args:
         leave: names of children that stay as they are.
+        memory: where the layouts are to stand; None takes new memory.
     """
     for name, child in module.named_children():
         if name in leave:
             continue
         if type(child) is nn.Linear and can_pack([child]):
-            setattr(module, name, _PackedModule(child))
+            child = _PackedModule(child)
+            setattr(module, name, child)
+        if isinstance(child, _PackedModule):
+            child.pack(memory)
         else:
-            pack_modules(child)
+            pack_modules(child, memory=memory)
 
 
 def can_pack(linears: Sequence[nn.Linear]) -> bool:

@@ -37,6 +37,7 @@
 #define GROUP 120 /* rows of one task at most; half of ROWS */
 #define OWN_BYTES (1 << 18) /* of tiles, up to which each thread lays its own: they stay in its second cache */
 #define APART 64 /* numbers between the tiles of two threads: they share no line */
+#define PART 256   /* units of a block that are laid out at a time: they stay in the nearest cache */
 #define AHEAD 64  /* inputs whose weights are asked for early where a step is one tile: memory is slow */
 
 /* Whether weights stay in the caches behind a tile's: they are read once a step of the engine, so that a caches' worth
@@ -58,7 +59,9 @@ static inline void read_float(const packed_float *from, span *low, span *high) {
 }
 static inline span repeat_float(float x) { return x - (span){0}; } /* minus nothing: one load for all lanes */
 static inline span add_float(span sum, span x, span weights) { return sum + x * weights; }
-static inline void place_float(packed_float *to, i64 output, i64 part, float weight) { to[output + part] = weight; }
+static inline void place_float(packed_float *to, i64 output, const float *unit, i64 left) {
+    to[output] = left > 0 ? *unit : 0;
+}
 static inline row_float join_float(const float *x, i64 left) { return (void)left, *x; }
 
 typedef uint32_t packed_bf16;
@@ -81,8 +84,8 @@ static inline weights_bf16 repeat_bf16(row_bf16 x) { return (weights_bf16)_mm512
 static inline span add_bf16(span sum, weights_bf16 x, weights_bf16 weights) {
     return (span)_mm512_dpbf16_ps((__m512)sum, x, weights);
 }
-static inline void place_bf16(packed_bf16 *to, i64 output, i64 part, bf16 weight) {
-    to[output] |= (uint32_t)weight << 16 * part;
+static inline void place_bf16(packed_bf16 *to, i64 output, const bf16 *unit, i64 left) {
+    to[output] = (left > 0 ? unit[0] : 0) | (left > 1 ? (uint32_t)unit[1] << 16 : 0);
 }
 static inline row_bf16 join_bf16(const bf16 *x, i64 left) {
     return (INPUTS == 2 || left > 0 ? x[0] : 0) | (left > 1 ? (uint32_t)x[1] << 16 : 0);
@@ -100,26 +103,32 @@ static inline void read_bf16(const packed_bf16 *from, span *low, span *high) {
 }
 static inline span repeat_bf16(row_bf16 x) { return repeat_float(x); }
 static inline span add_bf16(span sum, span x, span weights) { return add_float(sum, x, weights); }
-static inline void place_bf16(packed_bf16 *to, i64 output, i64 part, bf16 weight) {
-    to[output % SPAN + part] |= (uint32_t)weight << (output < SPAN ? 0 : 16);
+static inline void place_bf16(packed_bf16 *to, i64 output, const bf16 *unit, i64 left) {
+    uint32_t weight = left > 0 ? *unit : 0, *both = to + output % SPAN;
+    *both = output < SPAN ? (*both & 0xFFFF0000u) | weight : (*both & 0xFFFFu) | weight << 16;
 }
 static inline row_bf16 join_bf16(const bf16 *x, i64 left) { return (void)left, load_bf16(x); }
 #endif
 
-/* `outputs` rows of weights become outputs `first`, first + 1, ... of a layout that was filled with zeros. */
+/* `outputs` rows of weights become outputs `first`, first + 1, ... of a layout, and what is left of their last block
+ * zeros; outputs before `first` stay as they are. */
 #define DEFINE_PACK(X)                                                                                                \
     void fastgrpo_pack_##X(const X *weight, packed_##X *layout, i64 first, i64 outputs, i64 inputs) {                 \
         i64 units = UNITS_##X(inputs);                                                                                \
         _Pragma("omp parallel for")                                                                                   \
         for (i64 block = first / WIDE; block <= (first + outputs - 1) / WIDE; block++)                                \
-            for (i64 output = 0; output < WIDE; output++) {                                                           \
-                i64 row = block * WIDE + output - first;                                                              \
-                if (row < 0 || row >= outputs) continue;                                                              \
-                const X *from = weight + row * inputs;                                                                \
-                packed_##X *to = layout + block * units * NUMBERS_##X;                                                \
-                for (i64 i = 0; i < inputs; i++)                                                                      \
-                    place_##X(to + i / UNIT_##X * NUMBERS_##X, output, i % UNIT_##X, from[i]);                        \
-            }                                                                                                         \
+            for (i64 part = 0; part < units; part += PART)                                                            \
+                for (i64 output = 0; output < WIDE; output++) {                                                       \
+                    i64 row = block * WIDE + output - first, left = row < outputs ? inputs - part * UNIT_##X : 0;     \
+                    if (row < 0) continue;                                                                            \
+                    const X *from = weight + row * inputs + part * UNIT_##X;                                          \
+                    packed_##X *to = layout + (block * units + part) * NUMBERS_##X;                                   \
+                    i64 last = part + PART < units ? PART : units - part, i = 0;                                      \
+                    for (; i < last && i < left / UNIT_##X; i++)                                                      \
+                        place_##X(to + i * NUMBERS_##X, output, from + i * UNIT_##X, UNIT_##X);                       \
+                    for (; i < last; i++)                                                                             \
+                        place_##X(to + i * NUMBERS_##X, output, from + i * UNIT_##X, left - i * UNIT_##X);            \
+                }                                                                                                     \
     }
 
 DEFINE_PACK(bf16)
