@@ -260,7 +260,7 @@ class TargetModel:
 
     def _may_keep(self, memory: KeptMemory) -> bool:
         """Whether the memory of laid-out weights is little beside what is free: what trains may need that."""
-        available = find_available_bytes(self.device) if memory.num_bytes else None
+        available = find_available_bytes(torch.device("cpu")) if memory.num_bytes else None
         return available is not None and memory.num_bytes <= _KEPT_SHARE * available
 
     def _list_models(self) -> tuple[Any, ...]:
