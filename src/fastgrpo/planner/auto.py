@@ -63,7 +63,7 @@ class AutoPlanner(Planner):
         *,
         margin: float = 1.03,
         max_num_tokens: int | None = None,
-        trial_share: float = 0.003,
+        trial_share: float = 0.01,
         acceptance: Rates | None = None,
     ) -> None:
         if not 1 <= margin < math.inf:
