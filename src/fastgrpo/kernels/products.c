@@ -37,7 +37,7 @@
 #define GROUP 120 /* rows of one task at most; half of ROWS */
 #define OWN_BYTES (1 << 18) /* of tiles, up to which each thread lays its own: they stay in its second cache */
 #define APART 64 /* numbers between the tiles of two threads: they share no line */
-#define PART 256   /* units of a block that are laid out at a time: they stay in the nearest cache */
+#define PART 256 /* units of a block that are laid out at a time: they stay in the second cache */
 #define AHEAD 64  /* inputs whose weights are asked for early where a step is one tile: memory is slow */
 
 /* Whether weights stay in the caches behind a tile's: they are read once a step of the engine, so that a caches' worth
