@@ -251,12 +251,12 @@ class TargetModel:
                     self._fused, self._recorder = self._fuse(memory), self._build_recorder()
                 yield
         finally:
-            self._kept = memory if self._may_keep(memory) else None
             self._fused, self._output, self._recorder, self._runner, self._runs_whole = before
             for config, attention in attentions:
                 config._attn_implementation = attention
             for module in training:
                 module.training = True
+            self._kept = memory if self._may_keep(memory) else None
 
     def _may_keep(self, memory: KeptMemory) -> bool:
         """Whether the memory of laid-out weights is little beside what is free: what trains may need that."""
