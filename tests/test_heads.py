@@ -172,6 +172,29 @@ def test_a_refreshed_head_drafts_as_one_built_anew(kind: Kind, change: str, dtyp
         assert torch.equal(mine, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_did_not_change_is_not_laid_out_again(kind: Kind, dtype: torch.dtype, monkeypatch) -> None:
+    """Whether it did is asked of the numbers: a change that autograd does not see counts, too."""
+    drafter = kind.drafter(TargetModel(build_model("llama", dtype)), draft_vocab_size=80)
+    laid_out: list[int] = []
+    prepare = drafter.prepare
+    monkeypatch.setattr(drafter, "prepare", lambda: (laid_out.append(0), prepare()))
+    for _ in range(2):
+        drafter.refresh()
+    assert not laid_out
+    drafter.head.fc.weight.data[1, 2] += 1.0
+    drafter.target.lm_head.weight.data[3] += 1.0
+    odd = torch.empty(drafter.head.norm.weight.numel() + 1)[1:]  # not where eight bytes begin
+    drafter.head.norm.weight.data = odd.copy_(drafter.head.norm.weight.data)
+    drafter.refresh()
+    drafter.refresh()
+    assert len(laid_out) == 1
+    anew = kind.drafter(drafter.target, head=copy.deepcopy(drafter.head))
+    x = torch.randn(3, drafter.head.fc.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for mine, expected in zip(_run_head(drafter, x), _run_head(anew, x), strict=True):
+        assert torch.equal(mine, expected)
+
+
 def _run_head(drafter: HeadDrafter, x: torch.Tensor) -> list[torch.Tensor]:
     """What its packed products say, and all weights."""
     hidden = drafter.fast_head.fc(x)

@@ -112,6 +112,26 @@ def test_first_trials_of_drafts_end_once_some_were_made_with_about_as_many_live(
     assert begin(trials, DRAFT, PLAIN, 0.88, num_seqs=8)
 
 
+@pytest.mark.parametrize(
+    ("num_drafted", "other", "doubts", "factor"),
+    [
+        (36, DRAFT, {}, 2.0),
+        (35, DRAFT, {}, 1.0),  # hardly known yet
+        (36, DRAFT, {8: 0.2}, 1.0),  # by a price that may be wrong
+        (36, PLAIN, {}, 1.0),  # what most steps are is never rarely looked at
+    ],
+)
+def test_a_trial_of_drafts_that_teaches_little_is_charged_twice(num_drafted, other, doubts, factor, monkeypatch):
+    trials = build_trials(monkeypatch, doubts=doubts)
+    take_steps(trials, num_drafted, DRAFT, num_seqs=4)
+    take_steps(trials, 300)
+    trials.credit_s = 9.0
+    current, own_rate = (PLAIN, 80) if other is DRAFT else (DRAFT, 100)
+    num_steps = begin(trials, other, current, 0.8)
+    loss_s = num_steps * 4 * LENGTHS[other] * (1 - 0.8) / own_rate
+    assert num_steps and 9.0 - trials.credit_s == pytest.approx(factor * loss_s)
+
+
 def test_a_clear_lead_over_plain_decoding_is_believed_for_a_while_where_that_was_seen(monkeypatch):
     trials = build_trials(monkeypatch, doubts={})
     trials.credit_s = 9.0

@@ -277,6 +277,10 @@ def _group_alike(records: Sequence[StepRecord]) -> Iterator[list[StepRecord]]:
 
 
 def _find_kind(record: StepRecord) -> tuple[SpeculationPlan, int, bool, bool, bool]:
-    """Steps in a row of one kind are learnt from at once: one plan, as many sequences, no drafter catching up."""
-    is_behind = record.num_unread > (1 + record.plan.depth) * record.num_seqs
-    return record.plan, record.num_seqs, bool(record.offered), is_behind and not record.plan.is_plain, record.is_steady
+    """Steps in a row of one kind are learnt from at once: one plan, as many sequences, no drafter catching up.
+
+    Plain ones that an octave of sequences took, too: they end one by one, and what a step takes rises evenly.
+    """
+    plan, num_seqs = record.plan, record.num_seqs
+    is_behind = record.num_unread > (1 + plan.depth) * num_seqs and not plan.is_plain
+    return plan, num_seqs.bit_length() if plan.is_plain else num_seqs, bool(record.offered), is_behind, record.is_steady

@@ -94,7 +94,7 @@ class StepCosts:
     # -- learning --------------------------------------------------------------------------------------------
 
     def observe(self, *records: StepRecord) -> None:
-        """Learn from steps of one plan with as many live sequences, at once: from what they took in the mean.
+        """Learn from steps of one plan with as many live sequences (plain: about), at once: what they took in the mean.
 
         Steps in which a part was held up are left out of it: prices are what a step takes as a rule.
         """

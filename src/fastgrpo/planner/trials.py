@@ -20,6 +20,7 @@ _WHOLE_TRIALS = 8  # one trial in so many verifies what it is charged for, whate
 _FIRST_CREDIT = 1.0  # plain steps, that the first trials with about so many live may lose besides:
 _LIKELY, _LIKELY_KNOWN = 0.8, 0.92  # of plans of so much of the current rate, the more where acceptance is known
 _FIRST_STEPS = 12  # until so many have drafted there
+_SETTLED_STEPS, _SETTLED_CHARGE = 36, 2.0  # once so many have, a trial in place of plain decoding is charged so often
 _TRIAL_STEPS = 3  # of drafts in place of plain decoding, once they have read; all others are tried for one
 _TRIAL_WAIT, _DRAFTS_WAIT = 4, 24  # steps between trials, at least; before one of drafts in place of plain decoding
 
@@ -28,7 +29,9 @@ class Trials:
     """What trials may still lose, and what was seen when.
 
     Trials may lose a share of the time, and the first ones with about as many live sequences (an octave) a plain step's
-    worth besides, without which a profile that is wrong would be believed for long.
+    worth besides, without which a profile that is wrong would be believed for long. Where plain decoding stands though
+    drafts were tried in many steps, and what they take is not in doubt, a trial of them teaches little: it is charged
+    twice, so that such trials lose half of the share.
 
     Args:
         predictor: says what a trial would lose, and what is in doubt.
@@ -122,6 +125,8 @@ class Trials:
         self, loss_s: float, other: SpeculationPlan, current: SpeculationPlan, rates: PlanRates, inputs: PlanInputs
     ) -> bool:
         """Take the loss from what first trials may lose, then from the credit; False where both are too little."""
+        if current.is_plain and self._is_settled(other, inputs.num_seqs):
+            loss_s *= _SETTLED_CHARGE
         first_s = self._find_first_credit_s(other, current, rates, inputs)
         if loss_s > self.credit_s + first_s:
             return False
@@ -129,6 +134,12 @@ class Trials:
         self.first_loss_s[inputs.num_seqs.bit_length()] += first_s
         self.credit_s -= max(loss_s, 0.0) - first_s
         return True
+
+    def _is_settled(self, other: SpeculationPlan, num_seqs: int) -> bool:
+        """Whether another trial of such drafts teaches little: many steps have drafted, and the price is known."""
+        if other.is_plain or self._num_drafted[num_seqs.bit_length()] < _SETTLED_STEPS:
+            return False
+        return self._predictor.costs.find_target_doubt(num_seqs * (1 + other.num_draft_tokens)) <= DOUBTFUL
 
     def _find_first_credit_s(
         self, other: SpeculationPlan, current: SpeculationPlan, rates: PlanRates, inputs: PlanInputs
