@@ -227,6 +227,22 @@ def test_a_disabled_adapter_stays_disabled():
     assert tokens != [c.token_ids for c in engine.generate(PROMPTS, PARAMS)]
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_a_merged_adapter_that_is_disabled_does_not_stay_in_the_base(compute_dtype):
+    """PEFT takes it out in the next forward, which in a rollout would be of a copy."""
+    model = build_lora(dtype=torch.float32).eval()
+    engine = Engine(model, drafter="none", compute_dtype=compute_dtype)
+    before = copy_weights(model)
+    with model.disable_adapter():
+        expected = engine.generate(PROMPTS, PARAMS)
+    model.merge_adapter()
+    with model.disable_adapter():
+        tokens = [each.token_ids for each in engine.generate(PROMPTS, PARAMS)]
+    assert tokens == [each.token_ids for each in expected]
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(weight, before[name][0], atol=1e-5), name
+
+
 # -- whatever happens inside ---------------------------------------------------------------------------------
 
 

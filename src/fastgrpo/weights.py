@@ -33,6 +33,7 @@ def merged_weights(model: nn.Module, compute_dtype: torch.dtype | None = None) -
     of a young adapter would be lost.
     """
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    _unmerge_disabled(model)
     places = _mergeable_tuners(model)
     types = {} if compute_dtype is None else {id(p): compute_dtype for _, _, p in _castable_weights(model)}
     try:
@@ -118,6 +119,19 @@ def _mergeable_tuners(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         and _merges_into_base(layer)
         and num_owners[id(layer.get_base_layer().weight)] == 1
     ]
+
+
+def _unmerge_disabled(model: nn.Module) -> None:
+    """Take merged adapters that are disabled out of the base's own weights, as PEFT does in the next forward: in a
+    rollout that would be of a copy, and the base would keep them.
+    """
+    if not hasattr(model, "peft_config"):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and layer.disable_adapters and layer.merged:
+            layer.unmerge()
 
 
 def _merges_into_base(layer: Any) -> bool:
