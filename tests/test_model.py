@@ -542,6 +542,24 @@ def test_engines_that_take_turns_may_end_in_any_order(first_to_end, compute_dtyp
     assert_same_weights(model, weights)
 
 
+def _scale_logits(head: nn.Module, inputs: tuple[torch.Tensor, ...], logits: torch.Tensor) -> torch.Tensor:
+    return 2 * logits
+
+
+def test_a_rollout_begun_before_the_last_is_closed_takes_the_head_as_it_is_now():
+    model = build_model("llama", torch.float32)
+    engine = Engine(model, drafter="none", speculation="off")
+    sequences = engine.take_requests(PROMPTS, PARAMS)
+    rollout = engine.roll_out(sequences)
+    while any(sequence.finish_reason is None for sequence in sequences):
+        next(rollout)
+    model.lm_head.register_forward_hook(_scale_logits)
+    tokens = [each.token_ids for each in engine.generate(PROMPTS, PARAMS)]
+    rollout.close()
+    assert tokens != [sequence.token_ids for sequence in sequences]
+    assert tokens == [each.token_ids for each in engine.generate(PROMPTS, PARAMS)] == reference_tokens(model)
+
+
 def find_layout(target):
     own = target._fused._layers[0].states.own
     if own is None:

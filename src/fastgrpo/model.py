@@ -240,6 +240,7 @@ class TargetModel:
         attentions = [(config, config._attn_implementation) for config in self._list_configs()]
         memory, self._kept = self._kept or KeptMemory(), None  # a rollout that begins meanwhile takes its own
         memory.begin()
+        self._output = self._runner = None  # those of a rollout that is still open are of the model as it found it
         try:
             self.model.eval()
             for config, _ in attentions:
