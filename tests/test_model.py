@@ -560,6 +560,30 @@ def test_a_rollout_begun_before_the_last_is_closed_takes_the_head_as_it_is_now()
     assert tokens == [each.token_ids for each in engine.generate(PROMPTS, PARAMS)] == reference_tokens(model)
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_a_rollout_begun_before_the_last_is_closed_merges_and_casts_weights_as_they_are_now(compute_dtype):
+    model = build_lora(dtype=torch.float32).train()
+    before = copy_weights(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine = Engine(model, drafter="none", speculation="off", compute_dtype=compute_dtype)
+    sequences = engine.take_requests(PROMPTS, PARAMS)
+    rollout = engine.roll_out(sequences)
+    while any(sequence.finish_reason is None for sequence in sequences):
+        next(rollout)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.mul_(2)
+    tokens = [each.token_ids for each in engine.generate(PROMPTS, PARAMS)]
+    assert model.training
+    rollout.close()
+    assert tokens != [sequence.token_ids for sequence in sequences]
+    assert tokens == [each.token_ids for each in engine.generate(PROMPTS, PARAMS)]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.div_(2)
+    assert_same_weights(model, before)
+
+
 def find_layout(target):
     own = target._fused._layers[0].states.own
     if own is None:

@@ -128,6 +128,7 @@ class Engine:
         self._verify = TargetStep(self.target, self.cache, self._clock)
         self._rows = SamplingRows()
         self._rollout: object | None = None  # the one under way, which is reset once
+        self._preparation = contextlib.ExitStack()  # of the model, for as long as that lasts
         self._is_busy = False  # a rollout begins, makes a step, or ends
 
     @classmethod
@@ -193,9 +194,9 @@ class Engine:
 
         The model stays prepared for decoding until the generator is exhausted or closed; it may be closed early, from
         any thread, and what has not ended may be given to another rollout, which goes on with it. Once all sequences
-        have ended, another rollout of this engine may begin before that. Engines of one model may take turns: the model
-        is as it was found once the last of them ends. Between steps, PyTorch's own state (gradients, autocast, device)
-        is the caller's.
+        have ended, another rollout of this engine may begin before that, with the weights as they are then. Engines of
+        one model may take turns: the model is as it was found once the last of them ends. Between steps, PyTorch's own
+        state (gradients, autocast, device) is the caller's.
 
         Raises:
             ValueError: a sequence has ended already, or stands there twice.
@@ -209,11 +210,12 @@ class Engine:
             return
         if self._rollout is not None:
             self._reset()  # its sequences have ended, and nobody has closed it
+            self._preparation.close()  # of weights that may have changed since
         own, self._is_busy = object(), True
         self._rollout = own
         try:
-            with contextlib.ExitStack() as rollout:
-                self._begin(sequences, rollout)
+            with contextlib.ExitStack() as self._preparation:
+                self._begin(sequences, self._preparation)
                 while self._rollout is own and self.scheduler.has_work:
                     self._is_busy = True
                     with self.target.computing():
