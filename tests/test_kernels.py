@@ -481,6 +481,22 @@ def test_a_damaged_library_is_compiled_again(monkeypatch, tmp_path):
         build.load_library.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("command", "message"), [("gcc '", "CC is .*, which is no command"), ("{} x", "caf. is unknown")]
+)
+def test_a_compiler_that_is_none_is_said_in_a_warning(command, message, monkeypatch, tmp_path):
+    script = tmp_path / "compiler"
+    script.write_bytes(b"#!/bin/sh\nprintf 'caf\\351 is unknown' >&2\nexit 1\n")  # in no locale's words
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", command.format(script))
+    build.load_library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=message):
+            assert build.load_library() is None
+    finally:
+        build.load_library.cache_clear()
+
+
 def test_a_compiler_may_be_named_with_arguments(monkeypatch, tmp_path):
     commands = []
     monkeypatch.setenv("FASTGRPO_CACHE", str(tmp_path))
@@ -712,9 +728,26 @@ def test_a_processor_of_the_same_name_that_can_do_something_else_has_kernels_of_
     assert len(files) == 2
 
 
-def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(monkeypatch, tmp_path):
+@pytest.mark.parametrize("trouble", ["not a folder", "full", "noexec"])
+def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(trouble, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FASTGRPO_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("FASTGRPO_CACHE", str(tmp_path / ("file/cache" if trouble == "not a folder" else "cache")))
+    run, load = build._run, ctypes.CDLL
+
+    def fill(*command):
+        if any(str(tmp_path) in word for word in command):
+            raise subprocess.CalledProcessError(1, command, stderr="No space left on device")
+        return run(*command)
+
+    def refuse(library):
+        if library.startswith(str(tmp_path)):
+            raise OSError("failed to map segment from shared object")
+        return load(library)
+
+    if trouble == "full":
+        monkeypatch.setattr(build, "_run", fill)
+    elif trouble == "noexec":
+        monkeypatch.setattr(ctypes, "CDLL", refuse)
     build.load_library.cache_clear()
     try:
         assert cpu.is_available()

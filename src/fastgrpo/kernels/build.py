@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -41,9 +42,10 @@ def load_library() -> ctypes.CDLL | None:
         library = _find_library()
         try:
             return ctypes.CDLL(str(library))
-        except OSError:  # of another system that shares the folder
-            library.unlink(missing_ok=True)
-            return ctypes.CDLL(str(_find_library()))
+        except OSError:  # of another system that shares the folder, or nothing may be run from there
+            with contextlib.suppress(OSError):
+                library.unlink()
+            return ctypes.CDLL(str(_find_library(is_kept=False)))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", "") or str(error)
         warnings.warn(
@@ -54,25 +56,42 @@ def load_library() -> ctypes.CDLL | None:
         return None
 
 
-def _find_library() -> Path:
-    compiler = shlex.split(os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or "")
-    if not compiler:
-        raise OSError("no C compiler was found: neither CC is set nor gcc or cc in PATH")
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+def _find_library(*, is_kept: bool = True) -> Path:
+    """The compiled file: in the user's cache, or where that does not work or is not wanted, in a folder that goes."""
+    compiler = _find_compiler()
+    version = _run(*compiler, "--version")
     texts = [(_HERE / name).read_text() for name in (*_OWN_FLAGS, "common.h", "matrices.h", "records.h")]
     parts = (*texts, *compiler[1:], *_FLAGS, *_OWN_FLAGS.values(), version, describe_cpu(), *list_cpu_flags())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     library = find_cache_folder() / f"kernels-{key}.so"
-    if not _is_whole(library):
+    if is_kept:
         try:
-            library.parent.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, library)
-        except OSError:  # a home that cannot be written to
-            folder = Path(tempfile.mkdtemp(prefix="fastgrpo-"))
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            library = folder / library.name
-            _compile(compiler, library)
-    return library
+            if not _is_whole(library):
+                library.parent.mkdir(parents=True, exist_ok=True)
+                _compile(compiler, library)
+            return library
+        except (OSError, subprocess.CalledProcessError):  # a home that cannot be written to, or is full
+            pass
+    folder = Path(tempfile.mkdtemp(prefix="fastgrpo-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _compile(compiler, folder / library.name)
+    return folder / library.name
+
+
+def _find_compiler() -> list[str]:
+    """The compiler's command.
+
+    Raises:
+        OSError: there is none, or CC is no command.
+    """
+    named = os.environ.get("CC")
+    try:
+        compiler = shlex.split(named or shutil.which("gcc") or shutil.which("cc") or "")
+    except ValueError as error:
+        raise OSError(f"CC is {named!r}, which is no command ({error})") from error
+    if not compiler:
+        raise OSError("no C compiler was found: neither CC is set nor gcc or cc in PATH")
+    return compiler
 
 
 def _is_whole(library: Path) -> bool:
@@ -96,5 +115,7 @@ def _compile(compiler: list[str], library: Path) -> None:
         built.replace(library)
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, capture_output=True, text=True, check=True, timeout=_LONGEST_S)
+def _run(*command: str) -> str:
+    """What it prints; compilers quote in a way that not every locale can read."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=_LONGEST_S)
+    return done.stdout
