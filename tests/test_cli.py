@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -353,3 +354,35 @@ def test_lists_that_hold_no_numbers_are_refused_with_the_remedy(capsys: pytest.C
     with pytest.raises(SystemExit):
         main(["bench", "plans", "--concurrency", "1,x"])
     assert "'x' in '1,x'; numbers are separated by commas" in capsys.readouterr().err
+
+
+def run_apart(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, whose standard output nobody reads where `environment` is empty."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        return subprocess.run(
+            [sys.executable, "-m", "fastgrpo.cli", *argv],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE if environment else write_end,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(write_end)
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["profile"]])
+def test_what_was_measured_is_on_file_before_it_is_printed(folder: Path, model_dir: Path, command: list[str]) -> None:
+    workload = ["--model", str(model_dir), "--max-tokens", "4", "--drafter", "none"]
+    done = run_apart(*command, *workload, "--output", "a.json")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert (folder / "a.json").stat().st_size > 0
+
+
+def test_letters_that_cannot_be_shown_stop_nothing(folder: Path, model_dir: Path) -> None:
+    argv = ["generate", "--model", str(model_dir), "--prompt", "caf\u00e9", "--max-tokens", "4", "--drafter", "none"]
+    done = run_apart(*argv, "--output", "caf\u00e9 1.jsonl", PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+    assert done.returncode == 0, done.stderr
+    assert r"written: caf\xe9 1.jsonl" in done.stdout and (folder / "caf\u00e9 1.jsonl").is_file()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import io
 import os
 import shlex
 import sys
@@ -133,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
     2 is a mistake of the user's, told in one line (with `FASTGRPO_DEBUG=1`, with the traceback); 130 is Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a letter that cannot be shown stops no run
     try:
         _run(argv)
     except KeyboardInterrupt:

@@ -49,11 +49,12 @@ def run_generate(options: GenerateOptions) -> None:
     completions = engine.generate(encoded, params)
     generation_s = time.perf_counter() - started - engine.planning.profile_s
     rows = [_build_row(opened.tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+    if options.output is not None:  # first: whoever reads what is printed may have left
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     _print(rows, console)
     console.print(_build_closing_line(engine, rows, generation_s), style="bold", soft_wrap=True)
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         console.print(f"written: {options.output}", markup=False, soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -100,29 +101,27 @@ def run_profile(options: ProfileOptions, command: str) -> dict[str, Any]:
         | {"forecasts": [dataclasses.asdict(forecast) for forecast in forecasts]}
         | {"check": None if check is None else dataclasses.asdict(check), "cores_taken_by_others": cores_taken}
     )
+    kept = _keep(measurement, identity, result, options)
     console.print(_build_cost_table(profile))
     console.print(_build_table(forecasts, engine.drafter.name))
     _print_findings(console, verdict, check, cores_taken)
-    _keep(measurement, identity, result, options, console)
-    return result
-
-
-def _keep(
-    measurement: Measurement, identity: Identity, result: dict[str, Any], options: ProfileOptions, console: Console
-) -> None:
-    """Put the profile into the user's cache, and where `options.output` says so; says where it is."""
-    cores_taken = result["cores_taken_by_others"]
-    kept = None if cores_taken else keep_profile(measurement, identity)
     if options.output is not None:
-        save_profile(measurement.profile, identity, options.output, result)
-        spreads = [each.timing.spread for each in measurement.by_tokens]
-        title = f"{options.model}, {identity['dtype']}, {identity['device']}, drafter {result['drafter']}"
-        plot_roofline(measurement.profile, spreads, options.output.with_suffix(".png"), title=title)
         say(console, f"written: {options.output} and a plot beside it")
     if kept is not None:
         say(console, f"kept for the engine: {kept}")
     elif cores_taken or not measurement.is_steady:
         console.print("not kept for the engine, which measures for itself", markup=False, highlight=False)
+    return result
+
+
+def _keep(measurement: Measurement, identity: Identity, result: dict[str, Any], options: ProfileOptions) -> Path | None:
+    """Write the profile where `options.output` says so, and put it into the user's cache; returns that file."""
+    if options.output is not None:
+        save_profile(measurement.profile, identity, options.output, result)
+        spreads = [each.timing.spread for each in measurement.by_tokens]
+        title = f"{options.model}, {identity['dtype']}, {identity['device']}, drafter {result['drafter']}"
+        plot_roofline(measurement.profile, spreads, options.output.with_suffix(".png"), title=title)
+    return None if result["cores_taken_by_others"] else keep_profile(measurement, identity)
 
 
 def _print_findings(console: Console, verdict: str, check: Check | None, cores_taken: float) -> None:

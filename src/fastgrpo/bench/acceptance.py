@@ -70,9 +70,10 @@ def run_acceptance_bench(options: AcceptanceOptions, command: str) -> dict[str, 
                 rows.append(row)
                 console.print(_describe(row), highlight=False, markup=False)
     result = describe_run(command, dataclasses.asdict(options)) | {"rows": rows}
-    console.print(_build_table(rows))
     if options.output is not None:
         write_json(result, options.output, indent=1)
+    console.print(_build_table(rows))
+    if options.output is not None:
         plot_acceptance(rows, options.output.with_suffix(".png"))
         say(console, f"written: {options.output} and a plot beside it")
     return result

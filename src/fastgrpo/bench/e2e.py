@@ -46,9 +46,10 @@ def run_e2e_bench(options: E2EOptions, command: str) -> dict[str, Any]:
         "timelines": {name: dataclasses.asdict(timeline) for name, timeline in shown.items()},
         "steps": rows,
     }
-    _print(result, console)
     if options.output is not None:
         write_json(result, options.output, indent=1)
+    _print(result, console)
+    if options.output is not None:
         written = str(options.output)
         if importlib.util.find_spec("matplotlib") is not None:
             plot_steps(shown, options.output.with_suffix(".png"), title=_name_workload(options))

@@ -72,9 +72,10 @@ def run_learning_bench(options: LearningOptions, command: str) -> dict[str, Any]
             for row in curves[-len(losses) - 1 :]:
                 say(console, _describe(row))
     result = describe_run(command, dataclasses.asdict(options)) | {"run": run, "curves": curves}
-    console.print(_build_table(curves))
     if options.output is not None:
         write_json(result, options.output, indent=1)
+    console.print(_build_table(curves))
+    if options.output is not None:
         plot_learning(curves, options.output.with_suffix(".png"))
         say(console, f"written: {options.output} and a plot beside it")
     return result

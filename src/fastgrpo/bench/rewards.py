@@ -176,9 +176,10 @@ def run_rewards_bench(options: RewardsOptions, command: str) -> dict[str, Any]:
         "timelines": {way: dataclasses.asdict(timeline) for way, timeline in timelines.items()},
         "steps": rows,
     }
-    _print(result, options, console)
     if options.output is not None:
         write_json(result, options.output, indent=1)
+    _print(result, options, console)
+    if options.output is not None:
         if importlib.util.find_spec("matplotlib") is not None:
             title = f"A training step with a reward of {options.answer_s:g} s per completion over HTTP"
             plot_steps(timelines, options.output.with_suffix(".png"), title=title)

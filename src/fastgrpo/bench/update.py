@@ -42,9 +42,10 @@ def run_update_bench(options: UpdateOptions, command: str) -> dict[str, Any]:
         "variants": variants,
         "ratios": _compare(variants),
     }
-    console.print(_build_table(result))
     if options.output is not None:
         write_json(result, options.output, indent=1)
+    console.print(_build_table(result))
+    if options.output is not None:
         say(console, f"written: {options.output}")
     return result
 

@@ -92,9 +92,9 @@ def attach_report(trainer: FastGRPOTrainer, progress: LiveProgress) -> ReportCal
 
 
 def write_report(history: RunHistory, directory: Path, console: Console) -> None:
-    """Print the tables, write `run.json`, and `run.png` where matplotlib is installed; say where they are."""
-    print_summary(history, console)
+    """Write `run.json`, print the tables, and draw `run.png` where matplotlib is installed; say where they are."""
     written = [save_run(history, directory)]
+    print_summary(history, console)
     if not history.training_rows:
         console.print("no step was logged: no plot (see logging_steps)", style="yellow")
     elif importlib.util.find_spec("matplotlib") is None:
