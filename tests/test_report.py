@@ -147,6 +147,22 @@ def test_a_failed_save_leaves_the_old_run(tmp_path: Path) -> None:
     assert load_run(tmp_path).log_rows == [{"reward": 1.0}]
 
 
+@pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_save_that_is_stopped_leaves_nothing_beside_the_old_run(stop, tmp_path, monkeypatch) -> None:
+    save_run(RunHistory(log_rows=[{"reward": 1.0}]), tmp_path)
+    write = Path.write_text
+
+    def write_a_part(path: Path, text: str, **keywords: Any) -> int:
+        write(path, text[:9], **keywords)
+        raise stop
+
+    with monkeypatch.context() as patch, pytest.raises(type(stop), match="run.json could not" if stop.args else None):
+        patch.setattr(Path, "write_text", write_a_part)
+        save_run(RunHistory(log_rows=[{"reward": 2.0}]), tmp_path)
+    assert load_run(tmp_path).log_rows == [{"reward": 1.0}]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_what_is_no_run_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no run at"):
         load_run(tmp_path)

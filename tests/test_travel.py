@@ -228,3 +228,27 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["draft", "export", "--output", str(tmp_path / "out")]) == 2
     assert "is in use" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_head_that_was_not_written_whole_does_not_refuse_the_next_run(stop, target_folder, tmp_path, monkeypatch):
+    build_trained_head(tmp_path / "head", target_folder)
+    argv = ["draft", "export", "--model", str(target_folder), "--head", str(tmp_path / "head")]
+    argv += ["--output", str(tmp_path / "out")]
+
+    def write_a_part(head: object, folder: Path, *_: object, **__: object) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("{")
+        raise stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(travel, "save_head", write_a_part)
+        assert main(argv) == (2 if stop.args else 130)
+    assert main(argv) == 0
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_a_head_is_measured(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for command, head in (("import", "--source"), ("export", "--head")):
+        assert main(["draft", command, head, str(tmp_path), "--output", str(tmp_path / "file" / "out")]) == 2
+        assert f"output='{tmp_path / 'file' / 'out'}' cannot be written" in capsys.readouterr().err

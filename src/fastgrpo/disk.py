@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,3 +29,24 @@ def named_write_errors(folder: Path) -> Iterator[None]:
         free_mib = shutil.disk_usage(there).free / 2**20
         reason = str(error).strip().splitlines()[0]
         raise OSError(f"{folder} could not be written ({reason}); {free_mib:.0f} MiB are free there") from error
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its place in the end; of one that is not finished nothing is left.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        unfinished.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise OSError(f"{path} could not be written ({error})") from error
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise

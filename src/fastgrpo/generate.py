@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from fastgrpo.data import load_prompts
+from fastgrpo.disk import written_whole
 from fastgrpo.engine import Engine
 from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
 from fastgrpo.metrics import summarise_rollout
@@ -50,8 +51,8 @@ def run_generate(options: GenerateOptions) -> None:
     generation_s = time.perf_counter() - started - engine.planning.profile_s
     rows = [_build_row(opened.tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
     if options.output is not None:  # first: whoever reads what is printed may have left
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with written_whole(options.output) as unfinished:
+            unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     _print(rows, console)
     console.print(_build_closing_line(engine, rows, generation_s), style="bold", soft_wrap=True)
     if options.output is not None:

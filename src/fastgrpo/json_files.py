@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
+
+from fastgrpo.disk import written_whole
 
 
 def _as_json(value: Any) -> Any:
@@ -31,9 +32,8 @@ def write_json(content: Mapping[str, Any], path: Path, *, indent: int | None = N
 
     Raises:
         TypeError: `content` holds something that is no number, text, list or mapping.
+        OSError: it cannot be written; names `path`.
     """
     text = json.dumps(_as_json(content), allow_nan=False, indent=indent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    with written_whole(path) as unfinished:
+        unfinished.write_text(text + "\n", encoding="utf-8")

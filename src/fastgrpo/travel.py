@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +49,9 @@ def run_draft_export(options: DraftExportOptions) -> None:
     _check_unused(options.output)
     target = TargetModel(load_model(resolve_model(options.model), dtype="auto", device=resolve_device("cpu")))
     folder = _find_head(options.head, target, options.model)
-    with named_write_errors(options.output):
-        save_head(load_head(folder, target), options.output, target, dtype=getattr(torch, options.dtype))
+    head = load_head(folder, target)
+    with _emptied_unless_whole(options.output):
+        save_head(head, options.output, target, dtype=getattr(torch, options.dtype))
     say(
         console,
         f'written: {options.output}; vLLM takes it as speculative_config={{"method": "eagle3", "model": '
@@ -86,9 +90,9 @@ def run_draft_import(options: DraftImportOptions, command: str) -> dict[str, Any
         "acceptance": acceptance.tolist(),
         "expected_length": length,
     }
-    with named_write_errors(options.output):
+    with _emptied_unless_whole(options.output):
         save_head(drafter.head, options.output, target)
-    write_json(result, options.output / "import.json", indent=1)
+        write_json(result, options.output / "import.json", indent=1)
     say(console, f"written: {options.output} (use it as drafter={options.output})")
     return result
 
@@ -106,6 +110,24 @@ def _find_head(folder: Path | None, target: TargetModel, model: str) -> Path:
 def _check_unused(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is in use; choose another --output")
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(f"output='{folder}' cannot be written ({error}); name another folder") from error
+
+
+@contextmanager
+def _emptied_unless_whole(folder: Path) -> Iterator[None]:
+    """While a folder that was not in use is written: half a head, after Ctrl-C too, would refuse the next run."""
+    try:
+        with named_write_errors(folder):
+            yield
+    except BaseException:
+        for path in folder.glob("*"):
+            path.unlink()
+        raise
 
 
 def _draw_answers(options: DraftImportOptions, opened: Opened, drafter: EagleDrafter) -> list[FinishedRollout]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 import zlib
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastgrpo.disk import written_whole
 from fastgrpo.simulation.facts import RECORD_AGAIN, Facts
 from fastgrpo.types import SpeculationPlan
 
@@ -37,11 +37,8 @@ def save_facts(facts: Facts, path: Path) -> None:
         "about": dict(facts.about),
     }
     arrays = {name: getattr(facts, name).astype(kind) for name, kind in _TYPES.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("wb") as file:
+    with written_whole(path) as unfinished, unfinished.open("wb") as file:
         np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
-    unfinished.replace(path)
 
 
 def load_facts(path: Path) -> Facts:
