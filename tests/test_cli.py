@@ -386,3 +386,21 @@ def test_letters_that_cannot_be_shown_stop_nothing(folder: Path, model_dir: Path
     done = run_apart(*argv, "--output", "caf\u00e9 1.jsonl", PYTHONIOENCODING="ascii", PYTHONUTF8="1")
     assert done.returncode == 0, done.stderr
     assert r"written: caf\xe9 1.jsonl" in done.stdout and (folder / "caf\u00e9 1.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.safetensors", "model.safetensors is damaged ("),
+        ("tokenizer.json", "the tokenizer of {} cannot be read ("),
+    ],
+)
+def test_a_model_that_was_cut_off_is_named(
+    capsys: pytest.CaptureFixture[str], folder: Path, model_dir: Path, name: str, message: str
+) -> None:
+    damaged = shutil.copytree(model_dir, folder / "damaged")
+    (damaged / name).write_bytes((model_dir / name).read_bytes()[:-600])
+    assert message.format(damaged) in read_error(capsys, "generate", "--model", str(damaged), "--prompt", "x")
+    if name == "model.safetensors":
+        assert message in read_error(capsys, "demo", "--model", str(damaged), "--output", "out")
+        assert message in read_error(capsys, "train", "--config", write_config(folder, damaged))

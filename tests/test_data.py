@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from fastgrpo import data
 from fastgrpo.data import DEMO_MODEL_ENV, TASKS, build_task_dataset, load_demo_model_dir, load_prompts
@@ -224,6 +225,17 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, offline, monkeypatch
     monkeypatch.setattr(data, "_find_gguf", lambda work_dir: work_dir / "model.gguf")
     monkeypatch.setattr(data, "_convert_gguf", interrupt)
     with pytest.raises(KeyboardInterrupt):
+        load_demo_model_dir(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversion_on_a_full_disk_names_the_folder(tmp_path, offline, monkeypatch):
+    def run_out_of_room(gguf, out_dir):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(data, "_find_gguf", lambda work_dir: work_dir / "model.gguf")
+    monkeypatch.setattr(data, "_convert_gguf", run_out_of_room)
+    with pytest.raises(OSError, match=rf"{tmp_path}/smollm2.* could not be written \(No space left.*MiB are free"):
         load_demo_model_dir(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fastgrpo import rewards
 from fastgrpo.cache_folder import find_cache_folder
+from fastgrpo.disk import named_write_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,6 +112,7 @@ def load_demo_model_dir(cache_dir: Path | None = None) -> Path:
     Raises:
         ValueError: `FASTGRPO_DEMO_MODEL` names no model directory.
         RuntimeError: no source has the model; the message names the remedies.
+        OSError: the converted copy cannot be written.
     """
     named = os.environ.get(DEMO_MODEL_ENV)
     if named:
@@ -125,7 +127,9 @@ def load_demo_model_dir(cache_dir: Path | None = None) -> Path:
         return snapshot
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as work:
-        _convert_gguf(_find_gguf(Path(work)), Path(work) / _DIR_NAME)
+        gguf = _find_gguf(Path(work))
+        with named_write_errors(target):
+            _convert_gguf(gguf, Path(work) / _DIR_NAME)
         _move_dir(Path(work) / _DIR_NAME, target)
     return target
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -33,17 +34,35 @@ def resolve_model(name: str) -> str:
     """The folder or hub id behind a model's name.
 
     Raises:
-        ValueError: the demo model is asked for and no source has it, or a path leads to no folder.
+        ValueError: the demo model is asked for and no source has it, a path leads to no folder, or its weights are
+            damaged.
     """
     if name != DEMO_MODEL:
         is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1  # a hub id has one slash at most
         if is_path and not Path(name).is_dir():
             raise ValueError(f"there is no model folder '{name}'; give a folder, a hub id, or '{DEMO_MODEL}'")
+        _check_weights(Path(name), "copy it there again")
         return name
     try:
-        return str(load_demo_model_dir())
+        folder = load_demo_model_dir()
     except RuntimeError as error:
         raise ValueError(str(error)) from error
+    _check_weights(folder, f"remove {folder}, and the demo model is fetched again")
+    return str(folder)
+
+
+def _check_weights(folder: Path, remedy: str) -> None:
+    """Read the headers of a folder's weights, which say how long each file is.
+
+    Raises:
+        ValueError: a file is damaged; names it and the remedy.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
 
 
 def resolve_device(name: str) -> torch.device:
@@ -67,7 +86,16 @@ def load_model(path: str, *, dtype: str, device: torch.device) -> PreTrainedMode
 
 
 def load_tokenizer(path: str) -> Any:
-    return AutoTokenizer.from_pretrained(path)
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        ValueError: it has none that can be read; names the folder.
+        OSError: there is no such model.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except ValueError as error:
+        raise ValueError(f"the tokenizer of {path} cannot be read ({error})") from error
 
 
 @dataclass(frozen=True)
