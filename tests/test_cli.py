@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -35,7 +36,7 @@ from fastgrpo.options import (
     SimulateOptions,
     UpdateOptions,
 )
-from fastgrpo.report import load_run
+from fastgrpo.report import LiveProgress, load_run
 from tiny import save_tiny_model
 
 COMMANDS = {
@@ -404,3 +405,23 @@ def test_a_model_that_was_cut_off_is_named(
     if name == "model.safetensors":
         assert message in read_error(capsys, "demo", "--model", str(damaged), "--output", "out")
         assert message in read_error(capsys, "train", "--config", write_config(folder, damaged))
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), ValueError("a reward failed")])
+def test_a_terminal_has_its_cursor_again_when_a_training_stops(
+    folder: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    shown: list[LiveProgress] = []
+
+    def fail(progress: LiveProgress, record: object) -> None:
+        shown.append(progress)
+        raise failure
+
+    monkeypatch.setattr(LiveProgress, "rollout_step", fail)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, to Rich
+    config = write_config(folder, model_dir, save_strategy="no")
+    demo = ["demo", "--model", str(model_dir), "--steps", "1", "--drafter", "ngram", "--output", "demo"]
+    for argv in (demo, ["train", "--config", config]):
+        with contextlib.suppress(SystemExit):
+            main(argv)
+    assert len(shown) == 2 and all(progress._live is None for progress in shown)

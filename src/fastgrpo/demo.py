@@ -75,8 +75,12 @@ def run_demo(options: DemoOptions, command: str) -> None:
     _say(console, "Before training: the same prompts by TRL's generation and by our engine, for comparison ...")
     first = _MeasureFirst(lambda: measure({PLAIN: plain}))
     trainer.add_callback(first)
-    callback = attach_report(trainer, LiveProgress(console))
-    trainer.train()
+    progress = LiveProgress(console)
+    callback = attach_report(trainer, progress)
+    try:
+        trainer.train()
+    finally:
+        progress.stop()  # which gives the terminal back its cursor, also after Ctrl-C
     _say(console, "After training: the same prompts again, with and without speculation ...")
     last = measure({PLAIN: plain, OURS: trainer.engine})
     facts = {"task": options.task, "model": options.model, "baseline": build_baselines(first.results, last)}

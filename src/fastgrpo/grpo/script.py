@@ -49,12 +49,15 @@ def run_training(argv: list[str]) -> None:
     trainer = build_trainer(arguments)
     is_main = trainer.is_world_process_zero()
     console = Console() if is_main else Console(quiet=True)
-    callback = attach_report(trainer, LiveProgress(console))
+    progress = LiveProgress(console)
+    callback = attach_report(trainer, progress)
     try:
         trainer.train(resume_from_checkpoint=_resume(arguments))
     except KeyboardInterrupt:
         say(console, f"\nstopped. {_stop(trainer, callback, argv)}")
         raise SystemExit(INTERRUPTED) from None
+    finally:
+        progress.stop()  # which gives the terminal back its cursor, whatever went wrong
     with named_write_errors(Path(arguments.training.output_dir)):
         trainer.save_model(arguments.training.output_dir)
     if is_main:
