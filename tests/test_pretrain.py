@@ -202,6 +202,13 @@ def test_a_wrong_path_leaves_the_folder_to_the_right_one(
     assert main([*argv, "--model", str(model_dir), "--data", str(path)]) == 0
 
 
+@pytest.mark.parametrize("damaged", ["", '{"model": ', "[1]", "null"])
+def test_settings_that_were_cut_off_are_named(model_dir: Path, tmp_path: Path, damaged: str) -> None:
+    (tmp_path / "settings.json").write_text(damaged)
+    with pytest.raises(ValueError, match=r"settings.json is damaged .*; choose another --output"):
+        pretrain.run_draft_training(build_options(model_dir, tmp_path, updates=1), "")
+
+
 def test_a_run_from_before_an_option_goes_on(model_dir: Path, tmp_path: Path) -> None:
     options = build_options(model_dir, tmp_path / "run", updates=1)
     pretrain.run_draft_training(options, "")

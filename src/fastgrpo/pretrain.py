@@ -107,12 +107,12 @@ def _check_folder(folder: Path, options: DraftTrainOptions) -> None:
     """Refuse a folder that this run could not go on with.
 
     Raises:
-        ValueError: the folder is not empty and holds something else than a run with these settings.
+        ValueError: the folder is not empty and holds something else than a run with these settings, or damaged ones.
     """
     known = folder / _SETTINGS
     if known.exists():
         wanted = _list_settings(options)
-        found = _list_settings(DraftTrainOptions()) | json.loads(known.read_text())  # a run may be older than an option
+        found = _list_settings(DraftTrainOptions()) | _read_settings(known)  # a run may be older than an option
         different = next((key for key in wanted if key not in _FREE and found[key] != wanted[key]), None)
         if different is not None:
             raise ValueError(
@@ -122,6 +122,13 @@ def _check_folder(folder: Path, options: DraftTrainOptions) -> None:
         return
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no draft training; choose another --output")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another --output") from error
 
 
 def _claim(folder: Path, options: DraftTrainOptions) -> None:
