@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import mmap
 import os
 import pickle
 import pwd
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -576,6 +578,34 @@ def test_kept_memory_is_as_large_as_what_was_taken_last():
     assert pickle.loads(pickle.dumps(memory)).num_bytes == 0
 
 
+@pytest.mark.parametrize("obstacle", [None, "no such pages", "no memory"])
+def test_kept_memory_moves_into_large_pages_when_it_is_taken_again(obstacle, monkeypatch):
+    """All of it, side by side, and each at a line of the processor's caches; where that cannot be, it stays."""
+    if obstacle == "no such pages":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    elif obstacle == "no memory":
+        monkeypatch.setattr(mmap, "mmap", Mock(side_effect=OSError(12, "Cannot allocate memory")))
+    shapes, memory = [(1000, 7), (2**19, 3), (1, 1)], KeptMemory()
+    first = [memory.take(shape, F32).fill_(1.0) for shape in shapes]
+    assert not memory.is_joined
+    for _ in range(2):
+        memory.begin()
+        again = [memory.take(shape, F32).fill_(2.0) for shape in shapes]
+        assert memory.is_joined and memory.num_bytes == sum(each.nbytes for each in first)
+    assert all(tensor.eq(2.0).all() and tensor.shape == shape for tensor, shape in zip(again, shapes, strict=True))
+    if obstacle is None and hasattr(mmap, "MADV_HUGEPAGE"):
+        assert all(tensor.eq(1.0).all() for tensor in first), "who still has them keeps them"
+        places = [tensor.data_ptr() for tensor in again]
+        assert places[0] % 2**21 == 0 and all(place % 128 == 0 for place in places)
+        assert all(
+            there + tensor.nbytes <= then for there, then, tensor in zip(places, places[1:], again, strict=False)
+        )
+    else:
+        assert all(mine is old for mine, old in zip(again, first, strict=True))
+    memory.take((5, 5), F32)
+    assert not memory.is_joined, "what is new moves with the next beginning"
+
+
 def build_less(name, change, folder):
     """The kernels of one file, compiled with some flags changed."""
     source, library = Path(build.__file__).parent / name, folder / "less.so"
@@ -665,6 +695,7 @@ def test_matrix_registers_are_taken_where_they_are_right_and_no_slower(is_right,
 _STARVED = """
 import resource, sys, torch
 from pathlib import Path
+from unittest.mock import Mock
 from fastgrpo.kernels import cpu
 torch.set_num_threads(2)
 ones = lambda *shape: torch.ones(*shape)
