@@ -179,10 +179,9 @@ def test_a_head_that_did_not_change_is_not_laid_out_again(kind: Kind, dtype: tor
     laid_out: list[int] = []
     prepare = drafter.prepare
     monkeypatch.setattr(drafter, "prepare", lambda: (laid_out.append(0), prepare()))
-    for _ in range(3):
+    for _ in range(2):
         drafter.refresh()
-    assert len(laid_out) <= 1, "once more, into large pages"
-    laid_out.clear()
+    assert not laid_out
     drafter.head.fc.weight.data[1, 2] += 1.0
     drafter.target.lm_head.weight.data[3] += 1.0
     odd = torch.empty(drafter.head.norm.weight.numel() + 1)[1:]  # not where eight bytes begin

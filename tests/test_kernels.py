@@ -579,31 +579,22 @@ def test_kept_memory_is_as_large_as_what_was_taken_last():
 
 
 @pytest.mark.parametrize("obstacle", [None, "no such pages", "no memory"])
-def test_kept_memory_moves_into_large_pages_when_it_is_taken_again(obstacle, monkeypatch):
-    """All of it, side by side, and each at a line of the processor's caches; where that cannot be, it stays."""
+def test_kept_memory_stands_in_large_pages_where_there_are_some(obstacle, monkeypatch):
+    """Larger tensors, side by side, each at a line of the processor's caches; all of them are memory of their own."""
     if obstacle == "no such pages":
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     elif obstacle == "no memory":
         monkeypatch.setattr(mmap, "mmap", Mock(side_effect=OSError(12, "Cannot allocate memory")))
-    shapes, memory = [(1000, 7), (2**19, 3), (1, 1)], KeptMemory()
-    first = [memory.take(shape, F32).fill_(1.0) for shape in shapes]
-    assert not memory.is_joined
-    for _ in range(2):
-        memory.begin()
-        again = [memory.take(shape, F32).fill_(2.0) for shape in shapes]
-        assert memory.is_joined and memory.num_bytes == sum(each.nbytes for each in first)
-    assert all(tensor.eq(2.0).all() and tensor.shape == shape for tensor, shape in zip(again, shapes, strict=True))
+    shapes, memory = [(70001, 7), (2**19, 3), (1, 1), (9 * 2**20, 2), (2**17, 1)], KeptMemory()
+    tensors = [memory.take(shape, F32).fill_(number) for number, shape in enumerate(shapes)]
+    assert all(tensor.eq(number).all() and tensor.shape == shapes[number] for number, tensor in enumerate(tensors))
+    assert memory.num_bytes == sum(tensor.nbytes for tensor in tensors)
+    memory.begin()
+    assert all(memory.take(shape, F32) is tensor for shape, tensor in zip(shapes, tensors, strict=True))
     if obstacle is None and hasattr(mmap, "MADV_HUGEPAGE"):
-        assert all(tensor.eq(1.0).all() for tensor in first), "who still has them keeps them"
-        places = [tensor.data_ptr() for tensor in again]
-        assert places[0] % 2**21 == 0 and all(place % 128 == 0 for place in places)
-        assert all(
-            there + tensor.nbytes <= then for there, then, tensor in zip(places, places[1:], again, strict=False)
-        )
-    else:
-        assert all(mine is old for mine, old in zip(again, first, strict=True))
-    memory.take((5, 5), F32)
-    assert not memory.is_joined, "what is new moves with the next beginning"
+        places = [tensor.data_ptr() for tensor in tensors]
+        assert places[0] % 2**21 == 0 and places[3] % 2**21 == 0, "a new piece for what the first has no room for"
+        assert places[1] - places[0] == -(-tensors[0].nbytes // 128) * 128 and places[4] % 128 == 0
 
 
 def build_less(name, change, folder):

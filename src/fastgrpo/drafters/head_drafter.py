@@ -130,8 +130,8 @@ class HeadDrafter(ABC, Generic[Head]):
         """Copy the trained weights into the head that drafts; output rows come from the target as it is now."""
         self.head.take_output_rows(self.target)
         if self._copied_head is self.head and _are_alike(self.fast_head, self.head):
-            if not _write_over(self.fast_head, self.head) and self._memory.is_joined:
-                return  # else once more, into large pages
+            if not _write_over(self.fast_head, self.head):
+                return
         else:
             self.fast_head: Head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
             self._copied_head = self.head

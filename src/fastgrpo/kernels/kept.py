@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import mmap
 
 import torch
 from torch import Tensor
 
 _LARGE_PAGE = 2**21  # bytes
-_LINES = 128  # bytes, two lines of the processor's caches: what is taken begins at one
+_LEAST_BYTES = 2**18  # of a tensor that stands in large pages; a tiny model's would take two megabytes there
+_PIECE_BYTES = 2**26  # of address space, that tensors are cut from; memory is taken as it is written
+_LINES = 128  # bytes, two lines of the processor's caches: a tensor begins at one
 
 
 class KeptMemory:
     """The host's memory for what is laid out again and again: new pages take longer than what is written to them.
 
     Whoever lays out anew asks for the same sizes in the same order, and gets the same memory; what does not follow that
-    order gets new memory. From the second time on all of it stands in large pages, where the system has some: weights
-    are read faster from them, but to get them may take longer than a single rollout wins. Copies begin without any.
-
-    Attributes:
-        is_joined: whether nothing was taken that did not stand in large pages, as far as there are some.
+    order gets new memory. It stands in large pages where the system has some: weights are read faster from them. Copies
+    begin without any.
     """
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
         self._num_taken = 0
-        self.is_joined = True
+        self._piece = torch.empty(0, dtype=torch.uint8, device="cpu")  # of large pages, what is left of it
 
     @property
     def num_bytes(self) -> int:
@@ -35,38 +34,38 @@ class KeptMemory:
     def begin(self) -> None:
         """All that was taken is free again."""
         self._num_taken = 0
-        if not self.is_joined:
-            self._tensors, self.is_joined = _join(self._tensors), True
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory with whatever stands in it, until the next `begin`."""
         number, self._num_taken = self._num_taken, self._num_taken + 1
         found = self._tensors[number] if number < len(self._tensors) else None
         if found is None or (found.shape, found.dtype) != (shape, dtype):
-            found = torch.empty(shape, dtype=dtype, device="cpu")
+            found = self._cut(shape, dtype)
             self._tensors[number:] = [found]
-            self.is_joined = False
         return found
+
+    def _cut(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes >= _LEAST_BYTES and len(self._piece) < num_bytes:
+            self._piece = _map_large_pages(max(num_bytes, _PIECE_BYTES))
+        if not _LEAST_BYTES <= num_bytes <= len(self._piece):
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        found, self._piece = self._piece[:num_bytes], self._piece[-(-num_bytes // _LINES) * _LINES :]
+        return found.view(dtype).view(shape)
 
     def __reduce__(self) -> tuple[type[KeptMemory], tuple[()]]:
         return KeptMemory, ()
 
 
-def _join(tensors: list[Tensor]) -> list[Tensor]:
-    """Tensors like these, side by side in large pages; the same ones where there are none, or hardly any to fill."""
-    sizes = [-(-tensor.nbytes // _LINES) * _LINES for tensor in tensors]
-    num_pages = -(-sum(sizes) // _LARGE_PAGE)
-    if num_pages < 2 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return tensors
+def _map_large_pages(num_bytes: int) -> Tensor:
+    """At least so many bytes that begin with a page; none where the system has no such pages, or not so much memory."""
+    num_bytes = -(-num_bytes // _LARGE_PAGE) * _LARGE_PAGE
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     try:
-        pages = mmap.mmap(-1, (num_pages + 1) * _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = mmap.mmap(-1, num_bytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # so much memory, or no such pages
-        return tensors
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
-    first = -memory.data_ptr() % _LARGE_PAGE
-    places = itertools.accumulate(sizes, initial=first)
-    return [
-        memory[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for place, tensor in zip(places, tensors, strict=False)
-    ]
+    except OSError:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    piece = torch.frombuffer(pages, dtype=torch.uint8)
+    return piece[-piece.data_ptr() % _LARGE_PAGE :][:num_bytes]
