@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 
@@ -94,5 +95,7 @@ def _allocate(shape: tuple[int, ...], *, like: Tensor) -> tuple[Tensor, mmap.mma
         return like.new_zeros(shape), None
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        pages.madvise(mmap.MADV_NOHUGEPAGE)  # else the first block of every layer would take two megabytes
+        # in large pages the first block of every layer would take two megabytes; a single layer is written in order
+        with contextlib.suppress(OSError):  # of systems without such pages
+            pages.madvise(mmap.MADV_HUGEPAGE if shape[0] == 1 else mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(pages, dtype=like.dtype).view(shape), pages
