@@ -76,8 +76,9 @@ def test_a_draft_in_one_call_has_the_bits_of_kernels_in_turn(dtype, compute_dtyp
     """Trees of several rows of unlike lengths, shallow and deep, narrow and wide, and what was written to the cache."""
     monkeypatch.setattr(linear, "find_layout", lambda _: linear.OwnLayout)
     target = TargetModel(build_model("llama", dtype), compute_dtype=compute_dtype)
-    drafter = EagleDrafter(target, draft_vocab_size=VOCAB_SIZE)
-    drafter.head.norm_before_residual = norm_before_residual
+    head = EagleDrafter.build_head(target, VOCAB_SIZE)
+    head.norm_before_residual = norm_before_residual
+    drafter = EagleDrafter(target, head=head)
     drafter.calibration.slope[:], drafter.calibration.offset[:] = np.linspace(0.7, 1.4, 8), np.linspace(-0.5, 0.5, 8)
     monkeypatch.setattr(drafter.calibration, "fit", lambda: None)
     shapes = [(1, 1, 1, True), (1, 5, 3, True), (4, 3, 9, True), (4, 3, 9, False), (8, 2, 40, True), (2, 9, 60, True)]
@@ -87,7 +88,9 @@ def test_a_draft_in_one_call_has_the_bits_of_kernels_in_turn(dtype, compute_dtyp
         found = []
         for is_compiled in (True, False):
             drafter.begin()
+            drafter.prepare()  # what was taken away before is there again
             assert drafter._layer is not None and drafter._compiled is not None
+            assert drafter.fast_head.norm_before_residual == norm_before_residual
             if not is_compiled:
                 drafter._compiled = None
             with drafter.target.rollout_mode():
