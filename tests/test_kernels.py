@@ -686,7 +686,6 @@ def test_matrix_registers_are_taken_where_they_are_right_and_no_slower(is_right,
 _STARVED = """
 import resource, sys, torch
 from pathlib import Path
-from unittest.mock import Mock
 from fastgrpo.kernels import cpu
 torch.set_num_threads(2)
 ones = lambda *shape: torch.ones(*shape)

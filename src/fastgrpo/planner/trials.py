@@ -20,7 +20,7 @@ _WHOLE_TRIALS = 8  # one trial in so many verifies what it is charged for, whate
 _FIRST_CREDIT = 1.0  # plain steps, that the first trials with about so many live may lose besides:
 _LIKELY, _LIKELY_KNOWN = 0.8, 0.92  # of plans of so much of the current rate, the more where acceptance is known
 _FIRST_STEPS = 12  # until so many have drafted there
-_SETTLED_STEPS, _SETTLED_CHARGE = 36, 2.0  # once so many have, a trial in place of plain decoding is charged so often
+_SETTLED_STEPS, _SETTLED_CHARGE = 36, 2.0  # once so many have, a trial of drafts is charged so many times its loss
 _TRIAL_STEPS = 3  # of drafts in place of plain decoding, once they have read; all others are tried for one
 _TRIAL_WAIT, _DRAFTS_WAIT = 4, 24  # steps between trials, at least; before one of drafts in place of plain decoding
 
