@@ -65,6 +65,8 @@ class AcceptanceTable:
     def fade(self, keep: float, *, least: float = 0.0) -> None:
         """Weigh down what was counted so far, of each level to so many trials of its first child at least."""
         for offered, hits in zip(self.offered, self.hits, strict=True):
+            if not offered[0]:
+                continue
             share = min(max(keep, least / max(offered[0], 1.0)), 1.0)
             offered[:] = [count * share for count in offered]
             hits[:] = [count * share for count in hits]

@@ -34,7 +34,7 @@ class SharedBudget:
         self._predictor = predictor
         self._promised, self._accepted = _PRIOR_PROMISED, _PRIOR_PROMISED  # draft tokens
         self._num_spared = 0  # drafts in a row of which nothing was verified
-        self._rates: tuple[int, PlanRates] = (0, {})  # as the last decision saw them, with so many live
+        self._rates = 0, PlanRates()  # as the last decision saw them, with so many live
         self._prices: dict[tuple[SpeculationPlan, int], list[float]] = {}  # tokens that so many drafts cost, until then
 
     @property
@@ -89,7 +89,7 @@ class SharedBudget:
         if len(self._prices.get(key, ())) <= most:
             num_seqs, rates = self._rates
             if num_seqs != inputs.num_seqs or plan not in rates:
-                rates = {each: self._predictor.predict_rate(each, inputs) for each in (plan, PLAIN)}
+                rates = PlanRates({each: self._predictor.predict_rate(each, inputs) for each in (plan, PLAIN)})
             rate, costs = max(rates[plan], rates[PLAIN]), self._predictor.costs
             worth = max(self.trust * (1 - rate * costs.sample_s), _LEAST_WORTH)  # of a token that is surely accepted
             num_tokens = np.arange(float(inputs.num_seqs), inputs.num_seqs + 1.0 + 2 * most)

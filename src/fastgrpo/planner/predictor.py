@@ -11,11 +11,15 @@ from fastgrpo.planner.expectation import Expectation
 from fastgrpo.planner.planner import PlanInputs
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
-PlanRates = dict[SpeculationPlan, float]
-"""Tokens per second by plan; 0 of a plan that is out of the question."""
-
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on, while nobody waits
 PROMISING = 0.75  # of the best rate: plans that cannot come so near are not looked at
+
+
+class PlanRates(dict[SpeculationPlan, float]):
+    """Tokens per second by plan; 0 of those that are left out, which are out of the question."""
+
+    def __missing__(self, plan: SpeculationPlan) -> float:
+        return 0.0
 
 
 class Predictor:
@@ -54,10 +58,10 @@ class Predictor:
         return inputs.num_seqs * self.expectation.predict_length(plan, inputs.num_seqs) / seconds
 
     def predict_rates(self, inputs: PlanInputs, room: int) -> PlanRates:
-        """`predict_rate` of plain decoding and of every plan of the grid.
+        """`predict_rate` of plain decoding and of the grid's plans.
 
-        0 of those that do not fit, that go deeper than what was explored leads to, or that cannot be worth a trial
-        beside the best.
+        Left out are those that do not fit, that go deeper than what was explored leads to, or that cannot be worth a
+        trial beside the best.
 
         Args:
             room: draft tokens of each sequence at most.
@@ -65,7 +69,7 @@ class Predictor:
         batch = inputs.num_seqs
         bounds = self.expectation.bound_lengths(batch)[self._places]
         seconds = self._predict_steps_s(self._depths, self._widths, self._nodes, bounds, inputs)
-        rates = dict.fromkeys(self.grid, 0.0) | {PLAIN: batch / float(seconds[0])}
+        rates = PlanRates({PLAIN: batch / float(seconds[0])})
         seconds += self._predict_reading_s(inputs)
         is_open = (room >= self._nodes) & (self.expectation.explored_depth >= self._needed_depths)
         most = np.where(is_open, batch * bounds / seconds, 0.0)[1:]

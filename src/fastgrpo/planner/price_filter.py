@@ -74,7 +74,8 @@ class PriceFilter:
         if predicted_s <= 0 or not 0 < measured_s < math.inf:
             return
         self._wait(num_steps)
-        shares = np.append(spent / predicted_s, 1.0)
+        shares = np.ones(len(spent) + 1)  # the last is the tempo's
+        shares[:-1] = spent / predicted_s
         error = math.log(measured_s / predicted_s)
         if self.has_tempo:
             self._learn_tempo(error)
@@ -88,7 +89,7 @@ class PriceFilter:
         moves = spread * (weight * clipped / deviation)
         self.prices *= np.exp(moves[:-1])
         self._log_tempo += float(moves[-1])
-        self.variance -= np.outer(spread, spread / deviation**2)
+        self.variance -= spread[:, None] * (spread / deviation**2)
         self._learn_noise(error, deviation)
         self._surprise += _SURPRISE_RATE * (clipped - self._surprise)
         if abs(self._surprise) > _MOST_SURPRISE:
