@@ -10,6 +10,7 @@ import json
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +385,8 @@ def test_damaged_facts_are_refused_by_name(tmp_path: Path) -> None:
         arrays = dict(content)
     backward = arrays["parents"].copy()
     backward[0, 1] = 7
+    beyond = arrays["path"].copy()  # from the last token on
+    beyond[-1, :2] = 1, arrays["parents"][-1].tolist().index(1)
     gap = arrays["parents"].copy()
     gap[0, 1] = NO_PARENT
     unknown, surer = (
@@ -394,6 +397,8 @@ def test_damaged_facts_are_refused_by_name(tmp_path: Path) -> None:
         ({"parents": gap}, "an unused node stands before a used one"),
         ({"prompt_lens": np.zeros_like(arrays["prompt_lens"])}, "each completion and prompt at least one token"),
         ({"path": arrays["path"][:-1]}, r"path must have shape \(192, 5\), got \(191, 5\)"),
+        ({"lengths": arrays["lengths"][:, None]}, r"lengths must have shape \(8,\), got \(8, 1\)"),
+        ({"num_ahead": 0 * arrays["num_ahead"], "path": beyond}, "goes on where the target's choices are not known"),
         ({"path": np.full_like(arrays["path"], 300)}, "a path leaves its tree"),
         ({"path": np.full_like(arrays["path"], 2)}, "does not go from parent to child"),
         ({"scores": unknown.astype(np.float16)}, "scores must be log chances"),
@@ -408,6 +413,14 @@ def test_damaged_facts_are_refused_by_name(tmp_path: Path) -> None:
     np.savez(path, **{name: value for name, value in arrays.items() if name != "scores"})
     with pytest.raises(ValueError, match="scores missing; record again"):
         load_facts(path)
+    started = b"\x93NUMPY\x01\x00"
+    boundless = b"{'descr': '|u1', 'fortran_order': False, 'shape': (10000000000000, 25)}\n"
+    for entry in (b"", started + bytes([9, 0]) + 9 * b"(", started + bytes([len(boundless), 0]) + boundless):
+        np.savez(path, **{name: value for name, value in arrays.items() if name != "parents"})
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("parents.npy", entry)
+        with pytest.raises(ValueError, match=r"facts\.npz holds no recorded facts.*record again"):
+            load_facts(path)
 
 
 # -- larger machines and longer runs ---------------------------------------------------------------------------------

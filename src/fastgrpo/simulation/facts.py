@@ -68,7 +68,7 @@ class Facts:
             "parents": (num_positions, num_nodes),
             "scores": (num_positions, num_nodes),
             "path": (num_positions, self.plan.depth),
-            **dict.fromkeys(("prompt_lens", "groups", "is_stopped", "num_ahead"), (len(self.lengths),)),
+            **dict.fromkeys(("lengths", "prompt_lens", "groups", "is_stopped", "num_ahead"), (len(self.lengths),)),
         }
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
@@ -92,6 +92,8 @@ class Facts:
         parents = np.take_along_axis(self.parents, np.maximum(self.path, 0).astype(np.int64), axis=1)
         if np.any(is_walked & (parents != above)):
             raise ValueError("a path does not go from parent to child")
+        if np.any(is_walked & (np.arange(self.plan.depth) >= self.num_known[:, None])):
+            raise ValueError("a path goes on where the target's choices are not known")
         if np.any(np.isnan(self.scores)) or np.any(is_used & (self.scores > _MOST_SCORE)):
             raise ValueError("scores must be log chances, 0 at most; got others")
 
