@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
+import pickle
 import random
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from fastgrpo.planner import (
     HardwareProfile,
     PaperPlanner,
     PlanInputs,
+    Planner,
     build_planner,
     compute_expected_length,
     restore_planner,
@@ -1224,6 +1227,23 @@ def test_every_key_has_a_planner_of_its_name_that_can_be_restored(key):
     restored = restore_planner(key, json.loads(json.dumps(planner.state_dict())))
     assert restored is None or restored.state_dict() == planner.state_dict()
     assert (restored is None) == (key in ("off", "fixed", "paper-own"))
+
+
+@pytest.mark.parametrize("key", SPECULATION)
+def test_planners_can_be_pickled_and_a_state_stays_what_it_was(key):
+    def play_on(planner: Planner) -> None:
+        for _ in range(40):
+            plan = planner.plan(PlanInputs(num_seqs=2))
+            planner.observe(play_step(plan, 2, 0.6, random.Random(0)))
+
+    planner = build_planner(key, fixed=GRID[0], measure=lambda: SMALL_CPU)
+    play_on(planner)
+    state, twin = planner.state_dict(), pickle.loads(pickle.dumps(planner))
+    kept = copy.deepcopy(state)
+    play_on(planner)
+    assert state == kept == twin.state_dict()
+    play_on(twin)
+    assert twin.state_dict() == planner.state_dict()
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class AcceptanceTable:
         return self.compute_rates()[depth][rank]
 
     def state_dict(self) -> dict[str, list[list[float]]]:
-        return {"offered": self.offered, "hits": self.hits}
+        return {name: [list(row) for row in getattr(self, name)] for name in ("offered", "hits")}
 
     def restore(self, state: Mapping[str, list[list[float]]]) -> None:
         """Go on with the counts that `state_dict` described."""

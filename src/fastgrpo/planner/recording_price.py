@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 RECORDING_S = 0.08  # what a step takes longer in which drafts are recorded, to begin with
@@ -31,7 +32,7 @@ class RecordingPrice:
 
     def __init__(self, recording_s: float = RECORDING_S) -> None:
         self.recording_s = recording_s
-        self.patience: defaultdict[int, float] = defaultdict(lambda: 1.0)
+        self.patience: defaultdict[int, float] = defaultdict(partial(float, 1.0))  # can be pickled
         self._lost_s: defaultdict[int, float] = defaultdict(float)  # in this rollout, as the next two
         self._worth_s: defaultdict[int, float] = defaultdict(float)  # what was lost without, and saved with a recording
         self._paid: list[int] = []  # where one was made, the last one last
