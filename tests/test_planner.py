@@ -1135,6 +1135,14 @@ def test_a_trial_that_is_held_up_is_not_believed():
     assert costs.profile.compute_target_s(32, 1200) == pytest.approx(usual_s, rel=0.2)
 
 
+@pytest.mark.parametrize(("believed_s", "measured_s"), [(1e-12, 1e-13), (1e9, 1e10)])
+def test_steps_beyond_what_a_profile_may_say_leave_one_that_can_be_asked_for(believed_s, measured_s):
+    planner = AutoPlanner(HardwareProfile(num_tokens=(1, 8), target_s=(believed_s, believed_s)))
+    for _ in range(8):
+        planner.observe(build_record(PLAIN, 2, target_s=measured_s))
+        assert planner.profile.target_s[0] == believed_s
+
+
 def test_a_machine_that_became_slower_for_good_is_believed_soon():
     costs = StepCosts(SLOPED)
     for factor, num_steps in ((1.0, 200), (3.0, 60)):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastgrpo.planner.price_filter import PriceFilter, Vector
-from fastgrpo.planner.profile import HardwareProfile
+from fastgrpo.planner.profile import LEAST_S, MOST_S, HardwareProfile
 from fastgrpo.types import SpeculationPlan, StepRecord
 
 READ_PER_DRAFT = 2  # tokens of each sequence that the profiler's drafts read
@@ -50,7 +50,7 @@ class StepCosts:
     @property
     def profile(self) -> HardwareProfile:
         """The profile with the target's times as they are as a rule now."""
-        *target_s, read_s = self._target.prices.tolist()
+        *target_s, read_s = np.clip(self._target.prices, LEAST_S, MOST_S).tolist()
         return replace(self.start, target_s=tuple(target_s), read_s=read_s)
 
     @property

@@ -12,7 +12,7 @@ from fastgrpo.types import SpeculationPlan
 
 MEASURE_AGAIN = "measure again with fastgrpo profile"
 
-_LEAST_S, _MOST_S = 1e-12, 1e9  # of a forward or a draft: none is as fast, and none as slow
+LEAST_S, MOST_S = 1e-12, 1e9  # of a forward or a draft: none is as fast, and none as slow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +64,16 @@ class HardwareProfile:
                     f"{MEASURE_AGAIN}"
                 )
             for num_tokens, seconds in zip(grid, getattr(self, name), strict=False):
-                if not (is_finite(seconds) and _LEAST_S <= seconds <= _MOST_S):
+                if not (is_finite(seconds) and LEAST_S <= seconds <= MOST_S):
                     where = f"{name} at {num_tokens} tokens is {seconds!r:.60}"
                     raise ValueError(
-                        f"profile times must be finite and positive, {_MOST_S:g} s at most: {where}; {MEASURE_AGAIN}"
+                        f"profile times must be finite and positive, {MOST_S:g} s at most: {where}; {MEASURE_AGAIN}"
                     )
         for name in ("read_s", "draft_read_s", "sample_s", "walk_s", "fixed_s"):  # these may be zero
-            if not (is_finite(getattr(self, name)) and 0 <= getattr(self, name) <= _MOST_S):
+            if not (is_finite(getattr(self, name)) and 0 <= getattr(self, name) <= MOST_S):
                 where = f"{name} is {getattr(self, name)!r:.60}"
                 raise ValueError(
-                    f"profile times must be finite and positive, or 0, {_MOST_S:g} s at most: {where}; {MEASURE_AGAIN}"
+                    f"profile times must be finite and positive, or 0, {MOST_S:g} s at most: {where}; {MEASURE_AGAIN}"
                 )
         if self.draft_start_s and not self.draft_s:
             raise ValueError(f"a profile with draft_start_s needs draft_s, else drafts were free; {MEASURE_AGAIN}")
