@@ -565,6 +565,22 @@ def test_a_cache_that_cannot_be_written_is_named(cache: Path, steady: None) -> N
         find(build_target())
 
 
+def test_a_cache_that_may_not_be_looked_into_is_named(
+    cache: Path, steady: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as in the home of root, which containers name to whoever runs in them."""
+    is_file = Path.is_file
+
+    def refuse(path: Path) -> bool:
+        if path.parent == cache:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.warns(UserWarning, match="left out and measured anew: .*Permission denied"):
+        find(build_target())
+
+
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not has_profile_cache(), "off in tests"
     assert find_cache_folder().name == "fastgrpo", "a demo model is converted there all the same, not in ./off"

@@ -179,13 +179,15 @@ def find_profile(target: TargetModel, drafter: Drafter) -> HardwareProfile:
     """
     identity = describe_identity(target, drafter)
     path = _build_path(identity)
-    if has_profile_cache() and path.is_file():
+    if has_profile_cache():
         try:
             profile, theirs = read_profile(path)
             if theirs == identity:
                 return profile
             warnings.warn(f"the cached profile {path} is of something else and is measured anew", stacklevel=2)
-        except (ValueError, OSError) as error:
+        except FileNotFoundError:
+            pass
+        except (ValueError, OSError) as error:  # a home of somebody else is not even looked into
             warnings.warn(f"a cached profile is left out and measured anew: {error}", stacklevel=2)
     others = OthersWork()
     measurement = measure_costs(target, drafter)
