@@ -58,14 +58,15 @@ class Plan:
     """Where the numbers of a small Llama model stand in a larger body.
 
     Raises:
-        ValueError: the model is no Llama with plain RoPE, or the body has less of something than the model; names it.
+        ValueError: the model is no Llama with plain RoPE, or the body has less of something than the model, or sizes
+            that no Llama has; names it.
     """
 
     def __init__(self, config: Any, body: Body) -> None:
         self.config, self.body = config, body
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
-        repeats, wide_repeats = heads // kv_heads, body.num_heads // body.num_kv_heads
+        repeats, wide_repeats = heads // kv_heads, body.num_heads // max(body.num_kv_heads, 1)
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         biases = [name for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
         if config.model_type != "llama" or rope != "default" or biases:
@@ -82,7 +83,11 @@ class Plan:
         ):
             if small > large:
                 raise ValueError(f"the body has {name}={large}, the model has {small}; take a larger body")
-        if body.head_dim % self.head_dim:
+        for name, divisor in (("num_heads", "num_kv_heads"), ("hidden_size", "num_heads")):
+            number, by = getattr(body, name), getattr(body, divisor)
+            if number % by:
+                raise ValueError(f"the body's {name}={number} must be a multiple of its {divisor}={by}")
+        if body.head_dim < 1 or body.head_dim % self.head_dim:
             raise ValueError(f"the body's head_dim={body.head_dim} must be a multiple of the model's {self.head_dim}")
         self.query_heads = [h // repeats * wide_repeats + h % repeats for h in range(heads)]
         self.query_rows = self._find_rows(self.query_heads)

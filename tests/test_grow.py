@@ -92,6 +92,14 @@ def test_a_body_too_small_or_a_model_of_another_kind_is_refused(small):
         _grow(small, dataclasses.replace(BODY, hidden_size=16))
     with pytest.raises(ValueError, match="head_dim=12 must be a multiple of the model's 8"):
         _grow(small, dataclasses.replace(BODY, head_dim=12))
+    for sizes, message in (
+        ({"num_heads": 16}, "num_heads=16 must be a multiple of its num_kv_heads=3"),
+        ({"num_kv_heads": 0}, "the body has num_kv_heads=0, the model has 2"),
+        ({"hidden_size": 100}, "hidden_size=100 must be a multiple of its num_heads=12"),
+        ({"head_dim": 0}, "head_dim=0 must be a multiple of the model's 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _grow(small, dataclasses.replace(BODY, **sizes))
     with pytest.raises(ValueError, match="got model_type='qwen2'"):
         sizes = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"hidden_size": 48}
         grow.Plan(Qwen2ForCausalLM(Qwen2Config(**sizes)).config, BODY)
