@@ -6,6 +6,9 @@ import dataclasses
 import math
 import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -291,6 +294,29 @@ def test_an_engine_survives_what_breaks_the_end_of_a_rollout(error, monkeypatch)
         rollout.close()
     assert engine.cache.num_bytes == 0
     assert_usable(engine)
+
+
+_LEFT_OPEN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from conftest import build_model
+from fastgrpo import Engine, SamplingParams
+
+def main():
+    engine = Engine(build_model("llama"), drafter="none")
+    rollout = engine.roll_out(engine.take_requests([[3, 1, 4]], SamplingParams(max_tokens=8)))
+    next(rollout)
+    raise ValueError("of the caller")
+
+main()
+"""
+
+
+def test_a_process_that_ends_with_an_open_rollout_says_what_ended_it():
+    """And is not aborted by PyTorch, whose tensors cannot be freed once the interpreter has gone."""
+    command = [sys.executable, "-c", _LEFT_OPEN, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "ValueError: of the caller"), done.stderr
 
 
 def test_a_stop_token_that_is_never_said_changes_nothing():

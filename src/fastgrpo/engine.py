@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,11 +210,10 @@ class Engine:
         self.records = []
         if not sequences:
             return
-        if self._rollout is not None:
-            self._reset()  # its sequences have ended, and nobody has closed it
-            self._preparation.close()  # of weights that may have changed since
+        self._end()  # a rollout whose sequences have ended, and nobody has closed it: weights may have changed since
         own, self._is_busy = object(), True
         self._rollout = own
+        _ENGINES.add(self)
         try:
             with contextlib.ExitStack() as self._preparation:
                 self._begin(sequences, self._preparation)
@@ -395,6 +396,12 @@ class Engine:
                 raise
             return None
 
+    def _end(self) -> None:
+        """End the rollout under way, if there is one, in the place of whoever was to close it."""
+        if self._rollout is not None:
+            self._reset()
+            self._preparation.close()
+
     def _become_idle(self) -> None:
         self._rollout, self._is_busy = None, False
 
@@ -408,3 +415,14 @@ class Engine:
                 if forget is not None:
                     parts.callback(forget)
             self.scheduler.abort()
+
+
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()  # that have begun a rollout
+
+
+@atexit.register
+def _end_rollouts() -> None:
+    """Those that nobody has closed, before the process ends: PyTorch aborts where tensors are freed after that."""
+    for engine in list(_ENGINES):
+        if not engine._is_busy:  # else it is another thread's
+            engine._end()
