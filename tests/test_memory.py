@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -615,6 +616,8 @@ def test_what_is_free_is_read_from_the_system(tmp_path, monkeypatch):
     assert find_available_bytes(cpu) == 20000 * 1024
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # another process takes its cache from the same memory
     assert find_available_bytes(cpu) == 10000 * 1024
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=OSError(24, "Too many open files")))
+    assert find_available_bytes(cpu) is None, "a rollout that has ended asks, and is not lost for it"
 
 
 def test_bytes_in_words():

@@ -25,7 +25,11 @@ def find_available_bytes(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu" or not _MEMINFO.is_file():
         return None
-    lines = (line.split() for line in _MEMINFO.read_text(encoding="ascii").splitlines())
+    try:
+        text = _MEMINFO.read_text(encoding="ascii")
+    except OSError:  # such as too many open files
+        return None
+    lines = (line.split() for line in text.splitlines())
     available = next((1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:"), None)
     bounds = [each for each in (available, _find_group_bytes()) if each is not None]
     return min(bounds) // _count_processes() if bounds else None
