@@ -259,4 +259,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, MemoryError) as error:
+        raise SystemExit(f"{Path(__file__).name}: {error}") from error

@@ -135,4 +135,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, MemoryError) as error:
+        raise SystemExit(f"{Path(__file__).name}: {error}") from error

@@ -30,6 +30,8 @@ def test_help_is_printed_and_nothing_written(script, tmp_path):
         ("gpu/limits.py", ("--device", "nonsense"), "invalid choice: 'nonsense'"),
         ("gpu/limits.py", ("--tiny", "--device", "cpu", "--output", "/proc/no/out.json"), "cannot be written"),
         ("gpu/laws.py", ("--tiny", "--device", "cpu", "--model", "/no/where"), "/no/where"),
+        ("side_learning.py", ("--model", "/no/where"), "/no/where"),
+        ("grow.py", ("grown", "--model", "/no/where"), "/no/where"),
     ],
 )
 def test_what_cannot_be_done_is_a_line(script, arguments, message, tmp_path):
