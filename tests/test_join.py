@@ -245,6 +245,22 @@ def test_on_a_gpu_what_a_draft_takes_is_the_devices_time(monkeypatch: pytest.Mon
     assert ledger.rest_s.value == pytest.approx(0.101) and ledger.rest_s.num_values == auto._FIRST_TRIALS
 
 
+def test_a_step_is_steady_whatever_happened_to_the_member_that_did_not_draft() -> None:
+    """A head's draft was recorded in the last trial; n-grams, which pay, have drafted since."""
+    draft = Draft.roots(torch.tensor([1]))
+    recorded, other = (
+        SimpleNamespace(name=name, wants_features=False, was_replayed=replayed, propose=lambda *_: draft)
+        for name, replayed in (("eagle", False), ("ngram", True))
+    )
+    drafter = AutoDrafter(recorded, other)
+    context = SimpleNamespace(sequences=[None], device=torch.device("cpu"))
+    ledger = drafter._find_ledger(1)
+    for next_trial, way, was_replayed in ((0, "eagle", False), (9, "ngram", True), (9, "eagle", False)):
+        ledger.next_trial, ledger.way = next_trial, way
+        drafter.propose(context, SpeculationPlan(depth=1, width=1, num_draft_tokens=1))
+        assert drafter.was_replayed == was_replayed
+
+
 def test_trials_become_rare_where_they_change_nothing() -> None:
     model = shared_model("llama", torch.float32)  # many steps of our own decoder, which is the faster one
     drafter = build_auto(model)

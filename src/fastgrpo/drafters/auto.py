@@ -130,8 +130,8 @@ class AutoDrafter:
 
     @property
     def was_replayed(self) -> bool:
-        """Whether the last draft took no longer than the next one like it will."""
-        return all(getattr(member, "was_replayed", True) for member in self.members)
+        """Whether the last draft took no longer than the next one like it will; who had no part in it has no say."""
+        return all(getattr(member, "was_replayed", True) for member in self.members if member.name in self._drafts)
 
     def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
         for member in self.members:
