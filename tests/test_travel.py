@@ -149,6 +149,9 @@ def test_a_normed_residual_is_drafted_and_trained_alike(tmp_path: Path, target_f
         torch.testing.assert_close(output, steps[depth, 2 + depth], rtol=1e-4, atol=1e-4)
     save_head(other.head, tmp_path / "again", target)
     assert load_head(tmp_path / "again", target).norm_before_residual
+    with pytest.raises(ValueError, match="norm_before_residual True, and this one has False: set drafter to the head"):
+        EagleDrafter(target).restore(tmp_path / "again")  # a checkpoint, with drafter="eagle" or another head
+    other.restore(tmp_path / "again")
 
 
 def test_an_imported_head_changes_no_token(tmp_path: Path, target_folder: Path) -> None:

@@ -59,6 +59,13 @@ class EagleDrafter(HeadDrafter[EagleHead]):
         """Write the trained head as an EAGLE-3 checkpoint; see `HeadDrafter.save_head`."""
         save_head(self.head, folder, self.target, compact=compact, counts=counts)
 
+    def check_like(self, head: EagleHead, folder: Path) -> None:
+        if head.norm_before_residual != self.head.norm_before_residual:
+            raise ValueError(
+                f"the head in {folder} has norm_before_residual {head.norm_before_residual}, and this one has "
+                f"{self.head.norm_before_residual}: set drafter to the head that the run began with"
+            )
+
     def prepare(self) -> None:
         self._rotation = RotationTable(self.target.rotary_emb, count_positions(self.target.config))
         head, memory = self.fast_head, self._memory

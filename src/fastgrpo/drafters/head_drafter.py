@@ -117,6 +117,14 @@ class HeadDrafter(ABC, Generic[Head]):
         """
 
     @abstractmethod
+    def check_like(self, head: Head, folder: Path) -> None:
+        """Refuse a head that computes something else than this drafter's would with its weights.
+
+        Raises:
+            ValueError: it does; names what differs.
+        """
+
+    @abstractmethod
     def catch_up(self, context: DraftContext) -> None:
         """Store keys and values of each row's unread tokens but the last."""
 
@@ -168,9 +176,6 @@ class HeadDrafter(ABC, Generic[Head]):
         self.head.load_state_dict(head.state_dict())
         self.calibration.restore(folder)
         self.refresh()
-
-    def check_like(self, head: Head, folder: Path) -> None:
-        """Raise a ValueError for a head whose shape differs from this drafter's; here none does."""
 
     @classmethod
     def load(cls, folder: Path, target: TargetModel) -> Self:
