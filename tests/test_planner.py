@@ -205,15 +205,15 @@ def test_expected_length_at_the_ends():
 
 def test_acceptance_rates_are_counted_and_forgotten():
     table = AcceptanceTable(window=500)
-    assert table.rate(0, 0) == pytest.approx(0.3)
+    assert table.compute_rates()[0][0] == pytest.approx(0.3)
     plan = SpeculationPlan(depth=1, width=2, num_draft_tokens=2)
     for _ in range(300):
         table.observe(build_record(plan, 10, offered=((10, 10),), hits=((7, 2),)))
-    assert table.rate(0, 0) == pytest.approx(0.7, abs=0.01)
-    assert table.rate(0, 1) == pytest.approx(0.2, abs=0.01)
+    assert table.compute_rates()[0][0] == pytest.approx(0.7, abs=0.01)
+    assert table.compute_rates()[0][1] == pytest.approx(0.2, abs=0.01)
     for _ in range(300):
         table.observe(build_record(plan, 10, offered=((10, 10),), hits=((1, 0),)))
-    assert table.rate(0, 0) == pytest.approx(0.1, abs=0.02)
+    assert table.compute_rates()[0][0] == pytest.approx(0.1, abs=0.02)
     assert all(0 <= rate <= 1 for row in table.compute_rates() for rate in row)
 
 

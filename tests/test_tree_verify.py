@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from conftest import VOCAB_SIZE
 from fastgrpo.kernels import cpu
 from fastgrpo.sampling import SamplingBatch, sample, stream_key
-from fastgrpo.tree import Draft, check_draft, compute_ancestors, compute_depths
+from fastgrpo.tree import Draft, check_draft, compute_ancestors
 from fastgrpo.types import SamplingParams, Sequence
-from fastgrpo.verify import Verdict, count_hits, find_ranks, verify
+from fastgrpo.verify import Verdict, find_facts, find_ranks, read_outcome, verify
 
 Node = tuple[int, int]  # (token, parent)
 
@@ -49,7 +49,7 @@ def test_ancestors_and_depths(rows, padding):
     draft = build_draft(rows, padding)
     check_draft(draft)
     ancestors = compute_ancestors(draft.parents)
-    depths = compute_depths(ancestors)
+    depths = ancestors.sum(-1) - 1
     for index, row in enumerate(rows):
         for node in range(len(row)):
             path = ancestors_of(row, node)
@@ -174,7 +174,7 @@ def test_the_walk_is_that_of_plain_python(rows, padding, seed, settings, positio
 
 
 def check_hits(verdict: Verdict, rows: list[list[Node]]) -> None:
-    """`count_hits` against counting one walked node at a time."""
+    """Offers and hits against counting one walked node at a time."""
     offered: dict[tuple[int, int], int] = {}
     hits: dict[tuple[int, int], int] = {}
     for index, row in enumerate(rows):
@@ -184,9 +184,10 @@ def check_hits(verdict: Verdict, rows: list[list[Node]]) -> None:
                 offered[depth, rank] = offered.get((depth, rank), 0) + 1
                 is_hit = siblings[rank] == int(verdict.token_ids[index, depth])
                 hits[depth, rank] = hits.get((depth, rank), 0) + is_hit
-    counted_offered, counted_hits = count_hits(verdict, build_draft(rows))
-    assert {(d, r): n for d, level in enumerate(counted_offered) for r, n in enumerate(level)} == offered
-    assert {(d, r): n for d, level in enumerate(counted_hits) for r, n in enumerate(level)} == hits
+    draft = build_draft(rows)
+    counted = read_outcome(find_facts(verdict, draft, draft), len(rows))
+    assert {(d, r): n for d, level in enumerate(counted.offered) for r, n in enumerate(level)} == offered
+    assert {(d, r): n for d, level in enumerate(counted.hits) for r, n in enumerate(level)} == hits
 
 
 @given(row=trees(max_nodes=10), seed=st.integers(0, 1000))
@@ -195,12 +196,14 @@ def test_a_draft_never_changes_the_first_token(row, seed):
     logits = torch.randn(len(row), 5, generator=torch.Generator().manual_seed(seed))
     batch, vocabulary = build_batch(1, [SamplingParams()], [3]), torch.arange(5, dtype=torch.int32)
     start = torch.zeros(1, dtype=torch.int64)
-    plain = verify(logits[:1], Draft.roots(torch.tensor([row[0][0]])), start, batch, vocabulary)
+    root = Draft.roots(torch.tensor([row[0][0]]))
+    plain = verify(logits[:1], root, start, batch, vocabulary)
     drafted = verify(logits, build_draft([row]), start, batch, vocabulary)
     assert plain.token_ids[0, 0] == drafted.token_ids[0, 0]
     assert plain.logprobs[0, 0] == drafted.logprobs[0, 0]
     assert plain.entropies[0, 0] == drafted.entropies[0, 0]
-    assert count_hits(plain, Draft.roots(torch.tensor([row[0][0]]))) == ((), ())
+    counted = read_outcome(find_facts(plain, root, root), 1)
+    assert (counted.offered, counted.hits) == ((), ())
 
 
 def test_a_walk_to_the_end_of_a_deep_chain():

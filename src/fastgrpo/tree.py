@@ -131,11 +131,6 @@ def compute_ancestors(parents: Int[Tensor, "B N"], depth: int | None = None) -> 
     return ancestors
 
 
-def compute_depths(ancestors: Bool[Tensor, "B N N"]) -> Int[Tensor, "B N"]:
-    """Distance of each node from the root."""
-    return ancestors.sum(-1) - 1
-
-
 def check_draft(draft: Draft) -> None:
     """Assert the promises of `Draft`: order, distinct siblings, one root a row."""
     token_ids, parents, num_nodes = draft.token_ids.tolist(), draft.parents.tolist(), draft.num_nodes.tolist()

@@ -117,13 +117,8 @@ def find_ranks(verdict: Verdict, draft: Draft) -> tuple[Int[Tensor, "B D"], Int[
     return is_child.sum(-1), place.masked_fill(~is_hit.any(-1), -1)
 
 
-def count_hits(verdict: Verdict, draft: Draft) -> tuple[Counts, Counts]:
-    """(offered, hits) by depth and sibling rank, as `StepRecord` keeps them."""
-    return _tally(*download(*find_ranks(verdict, draft)))
-
-
-def _tally(children: np.ndarray, ranks: np.ndarray) -> tuple[Counts, Counts]:
-    """`count_hits` from what `find_ranks` found, [B, D] each."""
+def count_hits(children: np.ndarray, ranks: np.ndarray) -> tuple[Counts, Counts]:
+    """(offered, hits) by depth and sibling rank, as `StepRecord` has them; of what `find_ranks` found, [B, D] each."""
     offered, hits = [], []
     for below, chosen in zip(zip(*children.tolist(), strict=True), zip(*ranks.tolist(), strict=True), strict=True):
         width = max(below)
@@ -197,7 +192,7 @@ def read_outcome(facts: Facts, num_rows: int, packed: Int[Tensor, " X"] | None =
     read = {
         name: values[:num_rows] for name, values in zip(known, download(*known.values(), packed=packed), strict=True)
     }
-    offered, hits = _tally(read["num_children"], read["ranks"]) if "ranks" in read else ((), ())
+    offered, hits = count_hits(read["num_children"], read["ranks"]) if "ranks" in read else ((), ())
     return Outcome(
         num_accepted=read["num_accepted"].tolist(),
         token_ids=read["token_ids"].tolist(),

@@ -71,10 +71,6 @@ class AcceptanceTable:
             offered[:] = [count * share for count in offered]
             hits[:] = [count * share for count in hits]
 
-    def rate(self, depth: int, rank: int) -> float:
-        """Acceptance rate in [0, 1]."""
-        return self.compute_rates()[depth][rank]
-
     def state_dict(self) -> dict[str, list[list[float]]]:
         return {name: [list(row) for row in getattr(self, name)] for name in ("offered", "hits")}
 
@@ -90,7 +86,7 @@ class AcceptanceTable:
         return max(own, len(self.known))
 
     def compute_rates(self) -> Rates:
-        """Acceptance rates by depth and rank.
+        """Acceptance rates in [0, 1] by depth and rank.
 
         The prior is the table above, or what is known; else that of a depth is the level above, of a rank a fall by
         half.
