@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+_TOLERANCE = 0.03  # relative rise of a head's loss over the reference's that is still noise
+_LEAST_GAIN = 0.001  # relative fall of the loss by one call of learning that is worth its time
+_LEAST_EFFORT = 0.125  # at rest
+_CLIMB = 0.1  # relative rise of the loss over its trend that ends the rest
+_SMOOTHING = 0.3  # weight of the newest value in the running means of gain and loss
+
 
 class Outcome(Enum):
     """What becomes of a head beside its reference, the best head so far."""
@@ -26,29 +32,12 @@ class Judgement:
 class LearningControl:
     """Compares head and reference on the newest rollouts, before these are learnt from.
 
-    A head whose loss is more than `tolerance` above the reference's is rolled back. Where learning has stopped
+    A head whose loss is clearly above the reference's is rolled back. Where learning has stopped
     to lower the loss on unseen text the effort halves; it doubles where it lowers it, and is whole at
     once when the loss itself climbs, as it does when the policy moves away.
-
-    Args:
-        tolerance: relative rise of the loss over the reference's that is still noise.
-        least_gain: relative fall of the loss by one call of learning that is worth its time.
-        least_effort: effort at rest.
-        climb: relative rise of the loss over its trend that ends the rest.
-        smoothing: weight of the newest value in the running means of gain and loss, in (0, 1].
     """
 
-    def __init__(
-        self,
-        *,
-        tolerance: float = 0.03,
-        least_gain: float = 0.001,
-        least_effort: float = 0.125,
-        climb: float = 0.1,
-        smoothing: float = 0.3,
-    ) -> None:
-        self.tolerance, self.least_gain, self.climb = tolerance, least_gain, climb
-        self.least_effort, self.smoothing = least_effort, smoothing
+    def __init__(self) -> None:
         self.effort = 1.0
         self._gain: float | None = None
         self._trend: float | None = None
@@ -67,15 +56,15 @@ class LearningControl:
         if not math.isfinite(reference_loss):
             return Judgement(Outcome.KEEP, self.effort)
         gain = (reference_loss - loss) / reference_loss if math.isfinite(loss) and reference_loss else -math.inf
-        if gain < -self.tolerance:
+        if gain < -_TOLERANCE:
             self._gain = None
             return Judgement(Outcome.ROLL_BACK, self.effort)
-        self._gain = gain if self._gain is None else self._gain + self.smoothing * (gain - self._gain)
-        factor = 2.0 if self._gain > self.least_gain else 0.5
-        self.effort = min(max(self.effort * factor, self.least_effort), 1.0)
-        if self._trend is not None and loss > (1 + self.climb) * self._trend:
+        self._gain = gain if self._gain is None else self._gain + _SMOOTHING * (gain - self._gain)
+        factor = 2.0 if self._gain > _LEAST_GAIN else 0.5
+        self.effort = min(max(self.effort * factor, _LEAST_EFFORT), 1.0)
+        if self._trend is not None and loss > (1 + _CLIMB) * self._trend:
             self.effort = 1.0
-        self._trend = loss if self._trend is None else self._trend + self.smoothing * (loss - self._trend)
+        self._trend = loss if self._trend is None else self._trend + _SMOOTHING * (loss - self._trend)
         return Judgement(Outcome.ADOPT if gain > 0 else Outcome.KEEP, self.effort)
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from safetensors.torch import save_file
 from torch import Tensor
@@ -36,17 +35,16 @@ def save_block_head(
     folder: Path,
     target: TargetModel,
     *,
-    dtype: torch.dtype | None = None,
     compact: bool = False,
     counts: Int[Tensor, " V"] | None = None,
 ) -> None:
     """Write `config.json` and `model.safetensors`.
 
     Args:
-        dtype, compact, counts: see `collect_tensors`.
+        compact, counts: see `collect_tensors`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = collect_tensors(head, dtype=dtype, compact=compact, counts=counts)
+    tensors = collect_tensors(head, dtype=None, compact=compact, counts=counts)
     save_file(tensors, folder / "model.safetensors")
     record = _describe(head, target) | {
         "torch_dtype": str(tensors["fc.weight"].dtype).removeprefix("torch."),

@@ -153,13 +153,13 @@ def _put_back(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def unlogged(metrics: dict[str, Any], mode: str = "train") -> Iterator[None]:
-    """Drops what is appended to `metrics[mode]` within."""
-    kept, metrics[mode] = metrics[mode], defaultdict(list)
+def unlogged(metrics: dict[str, Any]) -> Iterator[None]:
+    """Drops what is appended to `metrics["train"]` within."""
+    kept, metrics["train"] = metrics["train"], defaultdict(list)
     try:
         yield
     finally:
-        metrics[mode] = kept
+        metrics["train"] = kept
 
 
 def _order_by_prompt(prompt_ids: Int[Tensor, "B P"], is_used: Bool[Tensor, "B P"]) -> Int[Tensor, " B"]:

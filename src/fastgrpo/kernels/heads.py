@@ -173,8 +173,5 @@ class CompiledHead:
         log_chances, scores = (torch.empty(num_rows, count + 1, dtype=torch.float32) for _ in range(2))
         num_nodes = torch.empty(num_rows, dtype=torch.int64)
         found = (token_ids, parents, num_nodes, log_chances, scores)
-        cpu.compute(self._name("draft", embeddings), *records, count, *found)
+        cpu.compute(f"draft_{cpu.NAMES[embeddings.dtype]}_{cpu.NAMES[self._dtype]}", *records, count, *found)
         return found
-
-    def _name(self, what: str, embeddings: Tensor) -> str:
-        return f"{what}_{cpu.NAMES[embeddings.dtype]}_{cpu.NAMES[self._dtype]}"
