@@ -177,8 +177,5 @@ class _BlockLevels:
         return self.drafter.rank(corrected, noise_rows, width)
 
     def expand(self, token_ids: Int[Tensor, "B W"], above: Int[Tensor, "B W"], visible: Bool[Tensor, "B W E"]) -> None:
-        self.advance(token_ids)  # a level is the same below every node but for the node's own token
-
-    def advance(self, token_ids: Int[Tensor, "B W"]) -> None:
-        self.tokens = token_ids
+        self.tokens = token_ids  # a level is the same below every node but for the node's own token
         self.level += 1

@@ -107,7 +107,7 @@ class _ToldRun(Run):
         if rates[best] < least_gain * rates[0]:
             best = 0
         if best:
-            self.num_drafter_read[self.live] = self.prompt_lens[self.live] + self.num_emitted[self.live] - 1
+            self.num_drafter_read[self.live] = self._count_cached()
             self.num_drafts += len(self.live)
             self.num_exact += int(self._is_exact[best, self.rows].sum())
         drafted = Drafted(num_verified=accepted[best], num_accepted=accepted[best])
