@@ -314,7 +314,8 @@ def sample(
 
     Returns:
         token ids int64, their log-probabilities under softmax(logits / temperature), and that distribution's
-        entropy in nats; log-probability and entropy are NaN exactly where a row of logits has a NaN or +inf.
+        entropy in nats; log-probability and entropy are NaN exactly where a row of logits has a NaN or +inf, or nothing
+        but -inf.
     """
     if samples_on_host(logits, batch):
         return cpu.sample(logits, batch.stream_keys, batch.positions, batch.temperature)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
 
-# the phases of a training step, in order
+# the phases of a training step, as they are listed: TRL computes log-probs before rewards
 ROLLOUT, REWARDS, LEARNING, LOG_PROBS = "rollout", "rewards", "draft learning", "log-probs"
 FORWARD, BACKWARD, OPTIMISER = "forward", "backward", "optimiser"
 PHASES = (ROLLOUT, REWARDS, LEARNING, LOG_PROBS, FORWARD, BACKWARD, OPTIMISER)
@@ -255,8 +255,8 @@ class StepRecord:
     hits: tuple[tuple[int, ...], ...]
     prefill_s: float  # seconds of the device's work, as are the next two
     draft_s: float
-    target_s: float  # the target forward, its output head included
-    verify_s: float  # the rest of the step: sampling, walking and committing
+    target_s: float  # the target forward, its output head included; the walk, too, where both are one recorded call
+    verify_s: float  # the rest of the step: committing; sampling and walking, where they are not in `target_s`
     step_s: float  # the whole step, prefill included
     num_unread: int = 0  # cached tokens that the drafter had not read before this step
     num_promised: float = 0.0  # accepted draft tokens that the drafter's chances predicted; 0 where it gives none

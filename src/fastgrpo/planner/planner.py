@@ -16,7 +16,7 @@ class PlanInputs:
     """What the engine knows before a step.
 
     Raises:
-        ValueError: no sequence is live, or a negative count or room; the message names the value.
+        ValueError: no sequence is live, or num_waiting, num_read or the room is negative; the message names the value.
     """
 
     num_seqs: int
