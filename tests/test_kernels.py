@@ -683,6 +683,16 @@ def test_matrix_registers_are_taken_where_they_are_right_and_no_slower(is_right,
             each.cache_clear()
 
 
+@pytest.mark.parametrize("note", [None, "{", "{}", "null", "[]"])
+def test_products_are_timed_anew_where_the_note_of_it_is_damaged(note, monkeypatch, tmp_path):
+    if note is not None:
+        (tmp_path / "kernels.json").write_text(note)
+    monkeypatch.setattr(cpu, "find_library", lambda: str(tmp_path / "kernels.so"))
+    monkeypatch.setattr(matrices, "_time", lambda multiply, weight: multiply)
+    assert matrices.are_outrun(lambda weight: 2.0, lambda weight: 1.0)
+    assert matrices.are_outrun(lambda weight: 1.0, lambda weight: 1.0), "as was noted"
+
+
 _STARVED = """
 import resource, sys, torch
 from pathlib import Path

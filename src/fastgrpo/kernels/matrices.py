@@ -61,7 +61,7 @@ def are_outrun(build_own: Callable[[Tensor], Multiply], build_theirs: Callable[[
     note = Path(cpu.find_library()).with_suffix(".json")
     try:
         return bool(json.loads(note.read_text(encoding="utf-8"))["is_outrun"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
         pass
     weight = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     try:
