@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.memory import is_out_of_memory
 from fastgrpo.model import TargetModel
+from fastgrpo.planner.costs import READ_PER_DRAFT
 from fastgrpo.planner.profile import interpolate
 from fastgrpo.timing import MOST_RUNS, Timing, level, measure_on
 from fastgrpo.types import SamplingParams, Sequence, SpeculationPlan
@@ -21,7 +22,7 @@ _SHALLOW = SpeculationPlan(depth=1, width=4, num_draft_tokens=4)
 _DEEP = SpeculationPlan(depth=4, width=4, num_draft_tokens=16)
 _NUM_SEQS = (1, 4, 16, 64)
 _CONTEXT = 32  # tokens of a sequence before the first draft
-_NEW = 2  # tokens accepted between two drafts, about as many as are
+_NEW = READ_PER_DRAFT  # tokens accepted between two drafts, about as many as are
 _MANY_NEW = {"cpu": 18, "cuda": 66}  # enough to price one: more than it takes a device's time to launch their reading
 _PRICED_SEQS = 16  # sequences whose drafts price a token that was not read
 

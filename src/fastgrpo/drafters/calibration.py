@@ -22,7 +22,7 @@ from fastgrpo.verify import Verdict
 
 _FILE = "calibration.json"
 _LEVELS = 8  # deeper levels share the last line
-_MOST_ODDS = 8.0  # log-odds beyond are clamped
+_MOST_ODDS = 8.0  # log-odds beyond are clamped; `kernels/trees.c` and `kernels/gpu_trees.py` know it too
 _BINS = 33  # of log-odds, evenly from -_MOST_ODDS to _MOST_ODDS
 _DECAY = 0.995  # of the counts, for each step that drafts
 _MOST_UNFOLDED = 2000  # such steps, whose counts are far from too large for a float32
