@@ -132,7 +132,9 @@ class AutoPlanner(Planner):
         self._plain_s = inputs.num_seqs / rates[PLAIN]
         self._budget.begin(inputs.num_seqs, rates)
         before = self._current
-        best = max((plan for plan in rates if not plan.is_plain), key=rates.__getitem__, default=self._predictor.grid[0])
+        best = max(
+            (plan for plan in rates if not plan.is_plain), key=rates.__getitem__, default=self._predictor.grid[0]
+        )
         wait_s = self._choose(best, rates, inputs.num_seqs)
         self._begin_term(inputs, stands=self._current == before, wait_s=wait_s)
         self._trial_left, self._is_trial = 0, False
