@@ -291,6 +291,19 @@ def test_a_profile_of_a_busy_machine_heals_within_some_tens_of_steps(believed, n
     assert sum(drafted[80:]) > 0.8 * 120
 
 
+@pytest.mark.parametrize("num_seqs", [1, 8])
+def test_drafts_that_look_far_too_dear_heal_by_trials_of_what_was_never_tried(num_seqs):
+    """No other tree is thought to come near what the smallest makes, which says little of what the others take."""
+    grid = tuple(2**n for n in range(10))
+    truth = HardwareProfile(num_tokens=grid, target_s=tuple(0.02 * max(1, n / 64) for n in grid), draft_s=(0.002,) * 10)
+    planner, settled = SyntheticClockPlanner(truth), SyntheticClockPlanner(truth)
+    planner._predictor.costs = StepCosts(replace(truth, draft_s=(0.02,) * 10))
+    for each in (planner, settled):
+        play(each, 500, num_seqs, chance=0.8)
+    least = 0.95 * compute_speed(settled, play(settled, 200, num_seqs, chance=0.8))
+    assert compute_speed(planner, play(planner, 200, num_seqs, chance=0.8)) > least
+
+
 @pytest.mark.parametrize("factor", [0.7, 1.0, 1.4])
 def test_forwards_beyond_the_grid_are_learnt_as_they_are_predicted(factor):
     costs = StepCosts(SMALL_CPU)

@@ -12,7 +12,7 @@ from fastgrpo.planner.planner import PlanInputs
 from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 
 _LASTING_STEPS = 32  # that drafts are expected to last once they are switched on, while nobody waits
-PROMISING = 0.75  # of the best rate: plans that cannot come so near are not looked at
+PROMISING = 0.5  # of the best rate: plans that cannot come so near are not looked at
 
 
 class PlanRates(dict[SpeculationPlan, float]):
