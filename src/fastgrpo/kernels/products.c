@@ -44,11 +44,11 @@
  * of them drives out what the step needs besides, Python among it. Tried on Zen 4 alone. */
 #define STAY (IS_ZEN_4 ? 0 : 3)
 
-/* Tiles of many rows compute about as long as memory takes, and do not catch up with what comes late: they ask for
- * weights FAR bytes behind the early ones, too, into the second cache. To fewer rows that is a loss: what it brings
- * there drives out what they need. Tried on Zen 4 alone. */
+/* So many rows compute about as long as memory takes, and do not catch up with what comes late: they ask for weights
+ * FAR bytes behind the early ones, too, into the second cache. Fewer rows lose by it, since that drives out what they
+ * need, and more rows win nothing. Tried on Zen 4 alone. */
 #define FAR 8192
-#define FAR_ROWS (IS_ZEN_4 ? 7 : TALLEST + 1)
+static inline i64 find_far(i64 rows) { return IS_ZEN_4 && rows >= 7 && rows <= 20 ? FAR : 0; }
 
 typedef float span __attribute__((vector_size(4 * SPAN), aligned(4)));
 typedef uint32_t bits __attribute__((vector_size(4 * SPAN), aligned(4)));
@@ -141,10 +141,10 @@ DEFINE_PACK(bf16)
 DEFINE_PACK(float)
 
 /* R rows and one block of outputs: adds products of `units` units to sums [R, WIDE]. With each unit, weights are
- * asked for that come later, `pace` bytes behind those before. */
+ * asked for that come later, `pace` bytes behind those before, and those `far` bytes behind them if that is not 0. */
 #define DEFINE_TILE(X, R)                                                                                             \
     static void tile_##X##_##R(const row_##X *rows, const packed_##X *weights, i64 units, float *sums,                \
-                               const char *ahead, i64 pace) {                                                         \
+                               const char *ahead, i64 pace, i64 far) {                                                \
         span low[R], high[R];                                                                                         \
         for (int r = 0; r < R; r++)                                                                                   \
             low[r] = *(const span *)(sums + r * WIDE), high[r] = *(const span *)(sums + r * WIDE + SPAN);             \
@@ -153,7 +153,7 @@ DEFINE_PACK(float)
             read_##X(weights, &first, &second);                                                                       \
             for (int line = 0; line < NUMBERS_##X; line += 16) {                                                      \
                 __builtin_prefetch(ahead + line * sizeof *weights, 0, STAY);                                          \
-                if (R >= FAR_ROWS) __builtin_prefetch(ahead + FAR + line * sizeof *weights, 0, 2);                    \
+                if (far) __builtin_prefetch(ahead + far + line * sizeof *weights, 0, 2);                              \
             }                                                                                                         \
             _Pragma("GCC unroll 12")                                                                                  \
             for (int r = 0; r < R; r++) {                                                                             \
@@ -178,10 +178,10 @@ static inline i64 count_tiles(i64 rows) { return (rows + TALLEST - 1) / TALLEST;
 static inline i64 find_height(i64 left) { return (left + count_tiles(left) - 1) / count_tiles(left); }
 
 #define CASE(T, R)                                                                                                    \
-    case R: tile_##T##_##R(rows, weights, units, sums, ahead, pace); break;
+    case R: tile_##T##_##R(rows, weights, units, sums, ahead, pace, far); break;
 
 static inline void run_tile_bf16(i64 height, const row_bf16 *rows, const packed_bf16 *weights, i64 units,
-                                 float *sums, const char *ahead, i64 pace) {
+                                 float *sums, const char *ahead, i64 pace, i64 far) {
     switch (height) {
 #define X(R) CASE(bf16, R)
         TILES
@@ -190,7 +190,7 @@ static inline void run_tile_bf16(i64 height, const row_bf16 *rows, const packed_
 }
 
 static inline void run_tile_float(i64 height, const row_float *rows, const packed_float *weights, i64 units,
-                                  float *sums, const char *ahead, i64 pace) {
+                                  float *sums, const char *ahead, i64 pace, i64 far) {
     switch (height) {
 #define X(R) CASE(float, R)
         TILES
@@ -253,6 +253,7 @@ DEFINE_LAY(float)
                 memset(sums, 0, (to - from) * WIDE * sizeof(float));                                                  \
                 i64 bytes = NUMBERS_##X * sizeof *weights, num_tiles = count_tiles(to - from);                        \
                 i64 pace = (bytes + num_tiles - 1) / num_tiles; /* the tiles of a step ask for the next step's */     \
+                i64 far = find_far(to - from);                                                                        \
                 for (i64 i = 0; i < units; i += step) {                                                               \
                     i64 part = units - i < step ? units - i : step;                                                   \
                     const packed_##X *own = weights + i * NUMBERS_##X;                                                \
@@ -260,7 +261,7 @@ DEFINE_LAY(float)
                     for (i64 row = from, height; row < to; row += height, ahead += part * pace) {                     \
                         height = find_height(to - row);                                                               \
                         run_tile_##X(height, tiles + row * units + i * height, own, part, sums + (row - from) * WIDE, \
-                                     ahead, pace);                                                                    \
+                                     ahead, pace, far);                                                               \
                     }                                                                                                 \
                 }                                                                                                     \
                 i64 width = outputs - block * WIDE < WIDE ? outputs - block * WIDE : WIDE;                            \
