@@ -15,7 +15,7 @@ from fastgrpo.types import PLAIN, SpeculationPlan, StepRecord
 DOUBTFUL = 0.12  # nats that the price of a forward may be off by: where nothing was measured of it for long
 _DOUBTS = 1.5  # standard deviations of it that a plan is given, before it is taken for clearly worse
 _CLEAR_GAIN = 1.1  # rate of drafts over plain decoding that needs no trial of the latter, if it was seen lately
-_RIVAL = 0.75  # of the current rate, of plans that are worth another trial; of those never tried, `PROMISING`
+_RIVAL = 0.75  # of the current rate, that a plan must be thought to make to be worth another trial
 _RIVAL_WAIT = 256  # steps, after which a plan is worth another trial, and what was seen of plain decoding is old
 _WHOLE_TRIALS = 8  # one trial in so many verifies what it is charged for, whatever is believed of its price
 _FIRST_CREDIT = 1.0  # plain steps, that the first trials with about so many live may lose besides:
@@ -66,28 +66,35 @@ class Trials:
 
     def choose_rival(self, current: SpeculationPlan, rates: PlanRates, num_seqs: int) -> SpeculationPlan:
         """What drafts of the current plan are tried against: the best plan not tried for long, else plain decoding;
-        this one first where it is in doubt what it takes, unless drafts clearly win.
+        this one first where it was not seen lately, or it is in doubt what it takes, unless drafts clearly win.
 
         A tree's own steps say little of what others take, or of what further children would have had accepted. A plan
-        never tried may be priced far too dear: by a profile in which forwards look linear, or drafts ten times as dear.
+        never tried may be priced far too dear, as by a profile in which drafts look ten times as dear: where nothing
+        nearer is left to try it is tried, too, though it looks half as fast.
         """
         is_doubtful = self._predictor.costs.find_target_doubt(num_seqs) > DOUBTFUL
-        if is_doubtful and not self._is_clearly_ahead(current, rates, num_seqs):
+        if (is_doubtful or not self._was_plain_seen(num_seqs)) and not self._is_clear(current, rates, num_seqs):
             return PLAIN
-        rivals = [plan for plan in rates if rates[plan] > self._find_least_share(plan) * rates[current]]
+        before, near = self.num_steps - _RIVAL_WAIT, _RIVAL * rates[current]
+        rivals = [plan for plan in rates if rates[plan] > near and self._last_tried.get(plan, before) <= before]
+        if not rivals and self._was_plain_seen(num_seqs):
+            rivals = [
+                plan for plan in rates if rates[plan] > PROMISING * rates[current] and plan not in self._last_tried
+            ]
         return max(rivals, key=rates.__getitem__, default=PLAIN)
 
-    def _find_least_share(self, plan: SpeculationPlan) -> float:
-        """Of the current rate, that a plan must be thought to make to be worth a trial; infinite: none now."""
-        if plan not in self._last_tried:
-            return PROMISING
-        return _RIVAL if self._last_tried[plan] <= self.num_steps - _RIVAL_WAIT else math.inf
+    def _was_plain_seen(self, num_seqs: int) -> bool:
+        """Whether plain decoding was lately."""
+        return self.num_steps - self.last_plain.get(num_seqs.bit_length(), -_RIVAL_WAIT) < _RIVAL_WAIT
+
+    def _is_clear(self, current: SpeculationPlan, rates: PlanRates, num_seqs: int) -> bool:
+        """Whether plain decoding is slower, whatever may be wrong of its price."""
+        clear_gain = _CLEAR_GAIN * math.exp(_DOUBTS * self._predictor.costs.find_target_doubt(num_seqs))
+        return rates[current] > clear_gain * rates[PLAIN]
 
     def _is_clearly_ahead(self, current: SpeculationPlan, rates: PlanRates, num_seqs: int) -> bool:
-        """Whether plain decoding needs no trial: seen lately, and slower whatever may be wrong of its price."""
-        was_seen = self.num_steps - self.last_plain.get(num_seqs.bit_length(), -_RIVAL_WAIT) < _RIVAL_WAIT
-        clear_gain = _CLEAR_GAIN * math.exp(_DOUBTS * self._predictor.costs.find_target_doubt(num_seqs))
-        return was_seen and rates[current] > clear_gain * rates[PLAIN]
+        """Whether plain decoding needs no trial: seen lately, and clearly slower."""
+        return self._was_plain_seen(num_seqs) and self._is_clear(current, rates, num_seqs)
 
     def begin(
         self,
