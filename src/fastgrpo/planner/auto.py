@@ -35,8 +35,8 @@ class AutoPlanner(Planner):
     A plan does not flap: from plain decoding to drafts, and from one tree to another, the new one must promise
     `margin` more; the price of switching on, reading what the drafter has not read, is part of it. Once in a while
     something else is tried, for a few steps drafts where plain decoding is chosen, for one plain decoding and other
-    trees where drafts are, plain decoding first where its price is in doubt: this may cost `trial_share` of the time,
-    and is all that a bad drafter can take, but for a plain step's worth of first trials with about as many live
+    trees where drafts are, plain decoding first where its price is in doubt or old: this may cost `trial_share` of the
+    time, and is all that a bad drafter can take, but for a plain step's worth of first trials with about as many live
     sequences, without which a profile that is wrong would be believed for long. Steps in which a device's work was
     recorded tell what is accepted, and nothing of costs.
 
