@@ -81,10 +81,8 @@ def list_tree_kernels() -> Iterator[tuple[str, str, dict[str, str], dict[str, An
         *("num_children", "ranks", "sources", "targets", "positions", "words", "starts", "rows", "lengths", "blocks"),
     )
     types = dict.fromkeys(longs, "*i64") | {"num_nodes": "i32", "visible": "*u8", "out_visible": "*u8"}
-    types |= dict.fromkeys(("slope", "offset", "penalty", "weight"), "fp32")
-    for is_calibrated in (True, False):
-        sizes = {"IS_CALIBRATED": is_calibrated, "WIDTH": 64, "SEEN": 32}
-        yield "gpu_trees", "_grow_level", types | {"num_children": "i32"}, sizes, 1
+    types |= dict.fromkeys(("penalty", "weight"), "fp32")
+    yield "gpu_trees", "_grow_level", types | {"num_children": "i32"}, {"WIDTH": 64, "SEEN": 32}, 1
     yield "gpu_trees", "_prune", types, {"WIDTH": 512}, 1
     yield "gpu_trees", "_find_ancestors", types, {"NODES": 64}, 1
     yield "gpu_trees", "_lay_out", types, {"BLOCK": BLOCK_SIZE, "SEEN": 64}, 1

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastgrpo.kernels import cpu, gpu, trees
-from fastgrpo.transfer import is_host
+from fastgrpo.transfer import copy_to, is_host
 from fastgrpo.tree import Draft
 from fastgrpo.verify import Verdict
 
@@ -44,11 +44,23 @@ class Calibration:
         self._unfolded: Tensor | None = None  # [2, levels, bins], since the last fold, whose next step has weight 1
         self._unfolded_steps = 0
         self.slope, self.offset = np.ones(_LEVELS), np.zeros(_LEVELS)
+        self._lines: Tensor | None = None  # both by level, on a device
 
     def line(self, depth: int) -> tuple[float, float]:
         """Slope and offset through the log-odds of nodes at `depth`, 1 for the children of the root."""
-        level = min(depth, _LEVELS) - 1
+        level = _find_level(depth)
         return float(self.slope[level]), float(self.offset[level])
+
+    def line_on(self, device: torch.device, depth: int) -> Float[Tensor, " 2"]:
+        """`line` on a device: `fit` writes the new one over the old one, so that recorded drafts read it there."""
+        if self._lines is None or self._lines.device != device:
+            self._lines = torch.empty(_LEVELS, 2, dtype=torch.float32, device=device)
+            self._write_lines()
+        return self._lines[_find_level(depth)]
+
+    def _write_lines(self) -> None:
+        if self._lines is not None:
+            copy_to(self._lines, np.stack((self.slope, self.offset), 1).astype(np.float32))
 
     def __call__(self, log_chances: Float[Tensor, "*n"], depth: int) -> Float[Tensor, "*n"]:
         """Calibrated log chances of nodes at `depth`, 1 for the children of the root; -inf stays -inf."""
@@ -104,6 +116,7 @@ class Calibration:
         for level in range(_LEVELS):
             prior = _fit_line(self.offered[level], self.hits[level], prior)
             self.slope[level], self.offset[level] = prior
+        self._write_lines()
 
     def save(self, folder: Path) -> None:
         self._fold()
@@ -125,6 +138,10 @@ class Calibration:
             raise ValueError(f"{folder / _FILE} is damaged ({error}); remove it to start afresh") from error
         self._unfolded, self._unfolded_steps = None, 0
         self.fit()
+
+
+def _find_level(depth: int) -> int:
+    return min(depth, _LEVELS) - 1
 
 
 def _compute_log_odds(log_chances: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:

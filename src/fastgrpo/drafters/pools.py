@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,12 +48,12 @@ def open_pool(roots: Int[Tensor, " B"], plan: SpeculationPlan, calibration: Cali
     capacity = plan.width + plan.width**2 * (plan.depth - 1)
     if is_host(roots) and cpu.is_available():
         candidates = trees.Pool(len(roots), capacity)
-        return _CompiledPool(roots, plan, calibration, candidates, trees.begin_beam(len(roots)))
+        return _CompiledPool(roots, plan, calibration.line, candidates, trees.begin_beam(len(roots)))
     if gpu.runs_on(roots) and plan.width <= _MOST_GPU_WIDTH:
         from fastgrpo.kernels import gpu_trees  # in Triton, which is imported only where it runs
 
-        beam = gpu_trees.begin_beam(len(roots), roots.device)
-        return _CompiledPool(roots, plan, calibration, gpu_trees.Pool(len(roots), capacity, roots.device), beam)
+        beam, find_line = gpu_trees.begin_beam(len(roots), roots.device), partial(calibration.line_on, roots.device)
+        return _CompiledPool(roots, plan, find_line, gpu_trees.Pool(len(roots), capacity, roots.device), beam)
     return _TensorPool(roots, plan, calibration)
 
 
@@ -60,16 +62,16 @@ class _CompiledPool:
         self,
         roots: Int[Tensor, " B"],
         plan: SpeculationPlan,
-        calibration: Calibration,
+        find_line: Callable[[int], Any],
         candidates: trees.Pool | gpu_trees.Pool,
         beam: Beam,
     ) -> None:
-        self._roots, self._plan, self._calibration = roots, plan, calibration
+        self._roots, self._plan, self._find_line = roots, plan, find_line
         self._pool, self._beam, self._depth = candidates, beam, 0
 
     def add(self, chances: Float[Tensor, "B V K"], token_ids: Int[Tensor, "B V K"]) -> Beam | None:
         self._depth += 1
-        is_last, line = self._depth == self._plan.depth, self._calibration.line(self._depth)
+        is_last, line = self._depth == self._plan.depth, self._find_line(self._depth)
         width = 0 if is_last else self._plan.width
         self._beam = self._pool.grow(chances.float(), token_ids, self._beam, width, line, LEVEL_PENALTY)
         return None if is_last else self._beam

@@ -76,10 +76,8 @@ def _grow_level(
     capacity: tl.tensor,
     num_filled: tl.tensor,
     num_chosen: tl.tensor,
-    slope: tl.tensor,
-    offset: tl.tensor,
+    line: tl.tensor,
     penalty: tl.tensor,
-    IS_CALIBRATED: tl.constexpr,
     WIDTH: tl.constexpr,
     SEEN: tl.constexpr,
 ) -> None:
@@ -91,7 +89,8 @@ def _grow_level(
     node = row * num_nodes + index // num_children
     chance = tl.load(chances + row * width + index, mask=is_inside, other=float("-inf")).to(tl.float32)
     token = tl.load(tokens + row * width + index, mask=is_inside, other=0)
-    score = _calibrate(chance, slope, offset) if IS_CALIBRATED else chance
+    slope, offset = tl.load(line), tl.load(line + 1)
+    score = tl.where((slope == 1.0) & (offset == 0.0), chance, _calibrate(chance, slope, offset))
     score = tl.load(sums + node, mask=is_inside, other=0.0) + score - penalty
     score = tl.where(score == score, score, float("-inf"))  # what is no number could not be found among the rest
     first = row * capacity + num_filled + index
@@ -183,10 +182,10 @@ class Pool:
         token_ids: Int[Tensor, "B V K"],
         beam: Beam,
         width: int,
-        line: tuple[float, float],
+        line: Float[Tensor, " 2"],
         penalty: float,
     ) -> Beam:
-        """Take the candidates below a beam; the best `width` of them are the next one."""
+        """Take the candidates below a beam; the best `width` of them are the next one. `line` is read by the device."""
         num_trees, num_nodes, num_children = chances.shape
         count, expanded = min(width, num_nodes * num_children), beam.visible.shape[2]
         device = chances.device
@@ -198,9 +197,9 @@ class Pool:
                 chances.contiguous(), token_ids.contiguous(), beam.places.contiguous(), beam.scores.contiguous(),
                 beam.visible.contiguous().view(torch.uint8), self._chances, self._tokens, self._scores, self._parents,
                 token_out, above, places, scores, visible.view(torch.uint8), num_nodes, num_children, expanded,
-                self._tokens.shape[1], self.num_filled, count, *map(float, line), penalty,
-                IS_CALIBRATED=tuple(line) != (1.0, 0.0), WIDTH=pad_size(num_nodes * num_children),
-                SEEN=pad_size(expanded + count), num_warps=1, enable_fp_fusion=False,
+                self._tokens.shape[1], self.num_filled, count, line, penalty,
+                WIDTH=pad_size(num_nodes * num_children), SEEN=pad_size(expanded + count), num_warps=1,
+                enable_fp_fusion=False,
             )  # fmt: skip
         self.num_filled += num_nodes * num_children
         return Beam(token_ids=token_out, above=above, places=places, scores=scores, visible=visible)
