@@ -52,6 +52,7 @@ from fastgrpo.cache import SlotCache  # noqa: E402
 from fastgrpo.drafters import DraftContext  # noqa: E402
 from fastgrpo.engine import Engine  # noqa: E402
 from fastgrpo.graphs import Recording  # noqa: E402
+from fastgrpo.kernels import linear  # noqa: E402
 from fastgrpo.planner import AutoPlanner, HardwareProfile  # noqa: E402
 from fastgrpo.planner.acceptance import Rates  # noqa: E402
 from fastgrpo.sampling import SamplingBatch, sample, stream_key  # noqa: E402
@@ -337,11 +338,19 @@ class SyntheticClockPlanner(AutoPlanner):
         super().observe(replace(record, **times, step_s=step_s))
 
 
+@pytest.fixture
+def layouts_found_anew():
+    """What layout suits a type is found once in a process: not while the processor's kernels are hidden."""
+    linear.find_layout.cache_clear()
+    yield
+    linear.find_layout.cache_clear()
+
+
 class EagerRecorder:
     """Runs the call again and writes its outputs where the first ones stand, as a device's recording does."""
 
     def __init__(self, free_bytes=2**40):
-        self.free_bytes, self.num_recorded, self.num_replayed = free_bytes, 0, 0
+        self.free_bytes, self.num_recorded, self.num_replayed, self.num_bytes = free_bytes, 0, 0, 0
 
     def record(self, run):
         self.num_recorded += 1

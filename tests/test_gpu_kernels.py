@@ -33,14 +33,14 @@ HALF = BF16 if DEVICE.type == "cuda" else torch.float16  # the interpreter multi
 
 
 @pytest.fixture
-def gpu_path(monkeypatch):
+def gpu_path(layouts_found_anew, monkeypatch):
     """What asks whether there are GPU kernels hears yes, and the CPU's are not there."""
     monkeypatch.setattr(gpu, "runs_on", lambda _: True)
     monkeypatch.setattr(cpu, "is_available", lambda: False)
 
 
 @pytest.fixture
-def operators(monkeypatch):
+def operators(layouts_found_anew, monkeypatch):
     """PyTorch's operators alone."""
     monkeypatch.setattr(gpu, "runs_on", lambda _: False)
     monkeypatch.setattr(cpu, "is_available", lambda: False)
@@ -493,7 +493,7 @@ class FailingKernel:
 
 
 @pytest.fixture
-def giving_up(monkeypatch):
+def giving_up(layouts_found_anew, monkeypatch):
     """Kernels run as on a GPU until they are given up."""
     monkeypatch.setattr(gpu, "_GIVEN_UP", [])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))

@@ -31,7 +31,7 @@ PARENTS = [  # rows of one batch are as long: a root alone fills the rest with n
 
 
 @pytest.fixture
-def operators(monkeypatch):
+def operators(layouts_found_anew, monkeypatch):
     """PyTorch's operators, the device's way."""
     for module in MODULES:
         if hasattr(module, "is_host"):

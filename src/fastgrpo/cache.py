@@ -112,6 +112,8 @@ class SlotCache:
         """
         assert not self.lengths, f"{len(self.lengths)} rows run"
         self._pool.limit = sys.maxsize if limit is None else limit
+        if self.keys.num_blocks > self._pool.limit:
+            self.clear()
         self._pool.most_taken = 0
         self._expected = min(expected_blocks, self._pool.limit)
 
@@ -136,6 +138,8 @@ class SlotCache:
                 for store in self.stores:
                     if store.num_blocks < size:
                         store.resize(size, self._pool.end)
+                    elif not held:  # kept from an earlier rollout
+                        store.data.zero_()
                 self._pool.size = size
                 return
             except (OSError, RuntimeError) as error:
@@ -366,12 +370,12 @@ class SlotCache:
 
     # -- the end -------------------------------------------------------------------------------------
 
-    def clear(self) -> None:
-        """Drop every row and prefix and give the memory back."""
+    def clear(self, *, keeps_storage: bool = False) -> None:
+        """Drop every row and prefix and give the memory back; storage that is kept stays where it is for later rows."""
         self.lengths, self._tables, self._prefixes, self._scratch = [], [], [], None
         self._forget_table()
         self._pool.clear()
-        for store in self.stores:
+        for store in self.stores if not keeps_storage else ():
             store.clear()
 
     def check(self, expected_lengths: list[int]) -> None:

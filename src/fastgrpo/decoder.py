@@ -23,6 +23,7 @@ from fastgrpo.kernels.choose import find_kernels
 from fastgrpo.kernels.kept import KeptMemory
 from fastgrpo.kernels.layers import CompiledDecoder, LayerWeights, Norm, has_own_products
 from fastgrpo.kernels.linear import PackedLinear, may_pack, round_up, wants_round_rows
+from fastgrpo.places import find_place
 from fastgrpo.rotation import RotationTable
 
 NO_KERNELS = "the kernels are not compiled"
@@ -83,6 +84,7 @@ class FusedDecoder:
         dtype: of the matrix products, and of keys and values.
         output: from hidden states to logits; None where PyTorch computes that product.
         memory: where laid-out weights are to stand; None takes new memory.
+        rotation: of an earlier rollout, used again where the frequencies are the same.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class FusedDecoder:
         dtype: torch.dtype,
         output: PackedLinear | None = None,
         memory: KeptMemory | None = None,
+        rotation: RotationTable | None = None,
     ) -> None:
         self._decoder, self._dtype = decoder, dtype
         self._kernels = find_kernels(decoder.embed_tokens.weight)
@@ -100,7 +103,7 @@ class FusedDecoder:
         layers = decoder.layers[: decoder.config.num_hidden_layers]
         self._layers = [_read_layer(layer, packs, memory) for layer in layers]
         self._norm = _read_norm(decoder.norm)
-        self._rotation = RotationTable(decoder.rotary_emb, count_positions(decoder.config))
+        self.rotation = RotationTable.renew(rotation, decoder.rotary_emb, count_positions(decoder.config))
         self._compiled: CompiledDecoder | None = None
         if self._kernels is cpu and has_own_products(self._layers):
             has_output = output is not None and output.own is not None and output.own.weight.dtype == dtype
@@ -111,6 +114,12 @@ class FusedDecoder:
                 output=output if has_output else None,
                 dtype=dtype,
             )
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Equal for decoders whose recorded forwards may take each other's place."""
+        layers = tuple(layer.place for layer in self._layers)
+        return self._dtype, find_place(self._decoder.embed_tokens.weight), layers, self._norm.place, id(self.rotation)
 
     def run(
         self, batch: ForwardBatch, cache: SlotCache, kept: tuple[int, ...] | None, *, wants_logits: bool = False
@@ -126,11 +135,11 @@ class FusedDecoder:
         """
         embeddings = self._decoder.embed_tokens.weight
         if self._compiled is not None and has_kernels(cache.keys.data, batch):
-            table = self._rotation.cover(batch.positions, embeddings.dtype)
+            table = self.rotation.cover(batch.positions, embeddings.dtype)
             rows = describe_rows(batch, cache.keys, cache.values, *table)
             return self._compiled.run(rows, kept, wants_logits=wants_logits)
         residual = F.embedding(batch.token_ids, embeddings)
-        rotation = self._rotation(batch.positions, residual)
+        rotation = self.rotation(batch.positions, residual)
         with torch.autocast(residual.device.type, enabled=False):
             inputs, delta = self._run_layers(batch, cache, residual, rotation, kept or ())
             hidden = self._add_norm(residual, delta, self._norm)[: len(residual)]

@@ -310,7 +310,7 @@ class Engine:
                 raise
             gpu.give_up(error)
         self.target.leave_kernels()
-        self._verify.end()
+        self._verify.forget()
         self.drafter.begin()  # as if the rollout began with the running sequences
         for sequence in self.scheduler.running:
             self.drafter.observe(sequence, 0)
@@ -411,7 +411,7 @@ class Engine:
         end: Callable[[], None] | None = getattr(self.drafter, "end", None)
         with contextlib.ExitStack() as parts:  # the last one first
             parts.callback(self._become_idle)
-            for forget in (self.prefiller.clear, self.cache.clear, end, self._rows.forget, self._verify.end):
+            for forget in (self.prefiller.clear, end, self._rows.forget, self._verify.end):
                 if forget is not None:
                     parts.callback(forget)
             self.scheduler.abort()

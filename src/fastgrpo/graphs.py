@@ -1,14 +1,17 @@
 """Forwards and drafts as CUDA graphs of a few sizes: recorded at their first call, replayed at later ones.
 
 For small batches, launching kernels one by one takes longer than their work. A batch is copied into buffers of the next
-larger size and padded there. Recordings hold the addresses of the cache: when it moves, they are dropped.
+larger size and padded there. Recordings hold the addresses of what they read and write. When the cache moves they are
+dropped, and between two rollouts they are kept where weights and cache stay in their places (`TargetModel.place`).
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import warnings
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +30,7 @@ Inputs = TypeVar("Inputs")
 _SIZES = sorted({base << shift for shift in range(15) for base in (2, 3)} | {1})  # 1 2 3 4 6 8 12 16 ...
 _MOST_TOKENS = 1024  # larger forwards are bound by their arithmetic, not by launches
 _LEAST_BLOCKS = 4  # the attention kernel reads as many at once; larger sizes are its doubles, as rows grow
-_MOST_GRAPHS = 32
+_MOST_GRAPHS = 96  # of sizes that rollouts go through from many sequences to one, plan by plan
 _PADDED_USES = 16  # uses of a larger recording before one of the right size is worth recording
 _FREE_BYTES = 2 * 2**30  # nothing is recorded with less free memory on the device
 _MODE = "thread_local"  # capture error mode: other threads, in which drafts may be learnt, are not restricted
@@ -100,6 +103,11 @@ class Recorder(Protocol):
         """Free memory of the device."""
         ...
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that all recordings so far have taken for themselves."""
+        ...
+
 
 class _Streams(threading.local):
     """A thread's own stream to record on, on each device.
@@ -129,28 +137,34 @@ class CudaRecorder:
     """
 
     def __init__(self) -> None:
-        self._stream = _STREAMS.find()
         self._first: Any = None  # an empty graph: PyTorch gives up the pool for good with the last graph that uses it
+        self._num_bytes = 0
 
     def record(self, run: Callable[[], Outputs]) -> Recording:
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
+        current, own = torch.cuda.current_stream(), _STREAMS.find()
+        own.wait_stream(current)
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(own):
                 first = run()  # so that kernels are compiled and workspaces taken outside the recording
                 if torch.cuda.mem_get_info()[0] < _FREE_BYTES:  # a recording cannot use memory that PyTorch has cached
                     torch.cuda.empty_cache()
+                held = torch.cuda.memory_reserved()
                 if self._first is None:
                     self._first, _ = _capture(lambda: (torch.zeros(1, device="cuda"),), None)
                 graph, outputs = _capture(run, self._first.pool())
+                self._num_bytes += max(torch.cuda.memory_reserved() - held, 0)
         finally:  # whoever makes the call after a failure writes where the first one may still be at work
-            current.wait_stream(self._stream)
+            current.wait_stream(own)
         return Recording(first=first, replay=graph.replay, outputs=outputs)
 
     def count_free_bytes(self) -> int:
         free = find_available_bytes(torch.device("cuda"))
         assert free is not None, "CUDA reports its free memory"
         return free
+
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes
 
 
 def _capture(run: Callable[[], Outputs], pool: Any) -> tuple[Any, Outputs]:
@@ -209,9 +223,19 @@ class Replays(Generic[Inputs]):
         self._place: tuple[tuple[int, int], ...] = ()
         self.obstacle: str | None = None
         self.was_replayed = True
+        _REPLAYS.add(self)
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that recordings have taken, besides the stores."""
+        return self._recorder.num_bytes
+
+    def clear(self) -> None:
+        """Drop all recordings."""
+        self._graphs.clear()
 
     def __call__(
         self,
@@ -281,6 +305,16 @@ class Replays(Generic[Inputs]):
         self.obstacle = reason
         self._graphs.clear()
         warnings.warn(f"decoding goes on without CUDA graphs, which takes longer: {reason}", stacklevel=4)
+
+
+_REPLAYS: weakref.WeakSet[Replays[Any]] = weakref.WeakSet()
+
+
+@atexit.register
+def _drop_recordings() -> None:
+    """Before the process ends: afterwards there is no driver to give them back to."""
+    for replays in list(_REPLAYS):
+        replays.clear()
 
 
 class GraphRunner:

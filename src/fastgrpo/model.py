@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,14 @@ from fastgrpo.decoder import (
     join_features,
 )
 from fastgrpo.families import FULL_ATTENTION, base_model_of, check_adapters, check_supported, find_windows
-from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder
+from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder, Replays
 from fastgrpo.kernels import gpu
 from fastgrpo.kernels.kept import KeptMemory
 from fastgrpo.kernels.linear import PackedLinear, has_own_product
 from fastgrpo.memory import find_available_bytes
 from fastgrpo.modules import check_takes_rows, run_modules
 from fastgrpo.rollout_modes import MODES, OWNERS
+from fastgrpo.rotation import RotationTable
 from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.weights import merged_weights
 
@@ -70,7 +71,9 @@ class TargetModel:
         self._runner: tuple[SlotCache, GraphRunner] | None = None
         self._output: PackedLinear | None = None
         self._runs_whole = False  # what the owner put around decoder and head has its say
-        self._kept: KeptMemory | None = None  # of laid-out weights, while no rollout has it
+        self._kept: KeptMemory | None = None  # of copies of weights, while no rollout has it
+        self._rotation: RotationTable | None = None  # of the last rollout
+        self._place: Hashable = None
         self.base = base_model_of(model)
         check_supported(self.base)
         self.config: Any = self.base.config
@@ -235,34 +238,56 @@ class TargetModel:
 
     @contextlib.contextmanager
     def _change_model(self) -> Iterator[None]:
-        before = (self._fused, self._output, self._recorder, self._runner, self._runs_whole)
+        before = (self._fused, self._output, self._recorder, self._runner, self._runs_whole, self._place)
         training = [module for module in self.model.modules() if module.training]
         attentions = [(config, config._attn_implementation) for config in self._list_configs()]
         memory, self._kept = self._kept or KeptMemory(), None  # a rollout that begins meanwhile takes its own
         memory.begin()
-        self._output = self._runner = None  # those of a rollout that is still open are of the model as it found it
+        # those of a rollout that is still open are of the model as it found it
+        self._output = self._runner = self._place = None
         try:
             self.model.eval()
             for config, _ in attentions:
                 config._attn_implementation = ATTENTION_NAME
             with contextlib.ExitStack() as weights:
-                with torch.no_grad(), host_by_default():
-                    weights.enter_context(merged_weights(self.model, self.compute_dtype))
                 with self.computing():
-                    self._fused, self._recorder = self._fuse(memory), self._build_recorder()
+                    self._recorder = self._build_recorder()
+                copies = None if self._recorder is None else memory
+                with torch.no_grad(), host_by_default():
+                    weights.enter_context(merged_weights(self.model, self.compute_dtype, copies))
+                with self.computing():
+                    self._fused = self._fuse(memory)
+                if self._may_keep(memory):
+                    self._place = self._find_place()
                 yield
         finally:
-            self._fused, self._output, self._recorder, self._runner, self._runs_whole = before
+            self._fused, self._output, self._recorder, self._runner, self._runs_whole, self._place = before
             for config, attention in attentions:
                 config._attn_implementation = attention
             for module in training:
                 module.training = True
             self._kept = memory if self._may_keep(memory) else None
 
+    def _find_place(self) -> Hashable:
+        """`place`; None where modules of the owner's are recorded, which may compute something else the next time."""
+        if self._recorder is None or self._fused is None or self._output is None:
+            return None
+        return self._fused.place, self._output.place
+
     def _may_keep(self, memory: KeptMemory) -> bool:
-        """Whether the memory of laid-out weights is little beside what is free: what trains may need that."""
-        available = find_available_bytes(torch.device("cpu")) if memory.num_bytes else None
-        return available is not None and memory.num_bytes <= _KEPT_SHARE * available
+        """Whether the memory of copies of weights may be held until the next rollout."""
+        return not memory.num_bytes or self._may_hold(memory.num_bytes)
+
+    def may_keep(self, replays: Replays[Any] | None, cache: SlotCache) -> bool:
+        """Whether recordings may be held until the next rollout, and with them the cache that they read and write."""
+        if replays is None or replays.obstacle is not None or not len(replays):
+            return False
+        return self._may_hold(replays.num_bytes + cache.num_bytes)
+
+    def _may_hold(self, num_bytes: int) -> bool:
+        """Whether so much of the device's memory is little beside what is free: what trains may need that."""
+        available = find_available_bytes(self.device)
+        return available is not None and num_bytes <= _KEPT_SHARE * available
 
     def _list_models(self) -> tuple[Any, ...]:
         """The causal LM, and what PEFT has put around it."""
@@ -298,7 +323,7 @@ class TargetModel:
 
     def leave_kernels(self) -> None:
         """Go on through transformers' modules in this rollout, now that the GPU kernels have been given up."""
-        self._fused = self._recorder = self._runner = None
+        self._fused = self._recorder = self._runner = self._place = None
         _warn_of(gpu.find_obstacle() or NO_KERNELS)
 
     @property
@@ -310,6 +335,13 @@ class TargetModel:
     def was_replayed(self) -> bool:
         """Whether the next `decode` like the last one will take as long: False where the last one was recorded."""
         return self._runner is None or self._runner[1].was_replayed
+
+    @property
+    def place(self) -> Hashable:
+        """Equal in two rollouts if what one records of the model may be replayed in the other: its weights are where
+        they were. None where that cannot be known, and outside of rollouts.
+        """
+        return self._place
 
     def open_recorder(self) -> Recorder | None:
         """A recorder with memory of its own, for calls other than `decode`; None where nothing is recorded."""
@@ -339,10 +371,12 @@ class TargetModel:
         if obstacle is None:
             head = self.lm_head
             if type(head) is nn.Linear and not is_touched(head):
-                head = _cast(head, self.dtype)
+                head = _cast(head, self.dtype, memory if self.records else None)
                 if has_own_product(head, self.dtype):
                     self._output = PackedLinear([head], memory=memory)
-            return FusedDecoder(self.decoder, self.dtype, self._output, memory)
+            fused = FusedDecoder(self.decoder, self.dtype, self._output, memory, self._rotation)
+            self._rotation = fused.rotation
+            return fused
         _warn_of(obstacle)
         return None
 
@@ -374,13 +408,18 @@ def host_by_default() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
-def _cast(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
-    """The output head in `dtype`: where it shares its weights with the embedding, it was not cast with the others."""
+def _cast(linear: nn.Linear, dtype: torch.dtype, memory: KeptMemory | None) -> nn.Linear:
+    """The output head in `dtype`: where it shares its weights with the embedding, it was not cast with the others.
+
+    Args:
+        memory: where the copy is to stand; None takes new memory.
+    """
     if linear.weight.dtype == dtype:
         return linear
     cast = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
     for name, parameter in linear.named_parameters():
-        setattr(cast, name, nn.Parameter(parameter.data.to(dtype), requires_grad=False))
+        values = parameter.data.to(dtype) if memory is None else memory.copy(parameter.data, dtype)
+        setattr(cast, name, nn.Parameter(values, requires_grad=False))
     return cast
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.kernels import cpu
 from fastgrpo.transfer import is_host
@@ -28,6 +28,19 @@ class RotationTable:
     def __init__(self, rotary_emb: Any, num_positions: int = 0) -> None:
         self._rotary_emb, self._num_positions = rotary_emb, num_positions
         self._table: tuple[Tensor, Tensor] | None = None
+        self._made_of = (num_positions, *_list_facts(rotary_emb))
+
+    @staticmethod
+    def renew(known: RotationTable | None, rotary_emb: Any, num_positions: int) -> RotationTable:
+        """The known table, if it is of these frequencies, as far as one sees without reading them; else a new one."""
+        made_of = (num_positions, *_list_facts(rotary_emb))
+        if known is None or len(known._made_of) != len(made_of):
+            return RotationTable(rotary_emb, num_positions)
+        is_same = all(
+            one is other or (not isinstance(one, Tensor) and one == other)
+            for one, other in zip(known._made_of, made_of, strict=True)
+        )
+        return known if is_same else RotationTable(rotary_emb, num_positions)
 
     def __call__(
         self, positions: Int[Tensor, " T"], like: Float[Tensor, "*n"]
@@ -74,3 +87,15 @@ class RotationTable:
     def _compute(self, positions: Int[Tensor, " T"], like: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self._rotary_emb(like, position_ids=positions[None])
         return cos[0].contiguous(), sin[0].contiguous()
+
+
+def _list_facts(rotary_emb: Any) -> list[Any]:
+    """What rotations depend on: the module or function, and of a module its numbers and how often they were written."""
+    module = getattr(rotary_emb, "func", rotary_emb)
+    facts = [module, *sorted(getattr(rotary_emb, "keywords", {}).items())]
+    if isinstance(module, nn.Module):
+        kept = {name: each for name, each in vars(module).items() if isinstance(each, int | float | str)}
+        facts += sorted((name, each) for name, each in kept.items() if name != "training")
+        for buffer in module.buffers():
+            facts += [buffer, object() if buffer.is_inference() else buffer._version]
+    return facts

@@ -6,7 +6,7 @@ for a small batch, launching the kernels one by one would take the host longer t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -128,16 +128,31 @@ class TargetStep:
         self._target, self._cache, self._clock = target, cache, clock
         self._vocabulary = torch.arange(target.vocab_size, dtype=torch.int32, device=target.device)
         self._replays: Replays[_Inputs] | None = None
+        self._place: Hashable = None  # of the model's weights, when that was recorded
 
     def begin(self) -> None:
         """A rollout starts; call inside `target.rollout_mode`."""
+        place = self._target.place
+        if place is None or place != self._place:
+            self.forget()
+        self._place = place
         recorder, stores = self._target.open_recorder(), self._cache.stores
-        if recorder is not None:
+        if recorder is not None and self._replays is None:
             self._replays = Replays(self._run_recorded, lambda: [store.data for store in stores], recorder)
 
     def end(self) -> None:
-        """Forget what was recorded."""
-        self._replays = None
+        """A rollout ended: keep what was recorded, and the cache's storage with it, if the next one may replay it."""
+        keeps = False
+        try:
+            keeps = self._place is not None and self._target.may_keep(self._replays, self._cache)
+        finally:
+            if not keeps:
+                self.forget()
+            self._cache.clear(keeps_storage=keeps)
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        self._replays = self._place = None
 
     def __call__(self, context: DraftContext, draft: Draft | None, pool: Draft | None, depth: int) -> Answer:
         """Forward, verify, and move the state of walked nodes behind each row; the cache's lengths stay as they are.

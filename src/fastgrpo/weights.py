@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastgrpo.kernels import cpu
+from fastgrpo.kernels.kept import KeptMemory
 from fastgrpo.transfer import is_host
 
 _UNMERGED = ("LNTuningLayer", "TrainableTokensLayer")  # changes places with its base; is asked by its wrapper
@@ -21,13 +22,15 @@ _CHUNK = 2**22  # numbers rounded at once, of which there are some copies
 
 
 @contextlib.contextmanager
-def merged_weights(model: nn.Module, compute_dtype: torch.dtype | None = None) -> Iterator[None]:
+def merged_weights(
+    model: nn.Module, compute_dtype: torch.dtype | None = None, memory: KeptMemory | None = None
+) -> Iterator[None]:
     """Fold adapters into copies of the base weights, and cast linear weights, for as long as it lasts.
 
     Copies stand in for the parameters, which are not written, so that what is trained is bit-identical
     afterwards. Nor is their type changed: PyTorch would add up their gradients elsewhere from then on, where the
     hooks of DDP do not hear of them. A merged layer is taken out of its wrapper, whose forward costs more than a small
-    product. Costs one copy of the weights it touches.
+    product. Costs one copy of the weights it touches, in `memory` if that is given.
 
     Half-precision sums of base and adapter are computed in float32 and rounded by `round_evenly`: to the nearest, most
     of a young adapter would be lost.
@@ -48,14 +51,19 @@ def merged_weights(model: nn.Module, compute_dtype: torch.dtype | None = None) -
                 copies.append((copy, dtype))
             layer.merge()
             for copy, dtype in copies:
-                copy.data = round_evenly(copy.data, dtype)
+                rounded = round_evenly(copy.data, dtype)
+                copy.data = rounded if memory is None else memory.copy(rounded, dtype)
         for parent, name, layer in places:
             setattr(parent, name, layer.get_base_layer())
         if compute_dtype is not None:
             casts: dict[int, nn.Parameter] = {}
             for module, name, parameter in _castable_weights(model):
                 if id(parameter) not in casts:
-                    casts[id(parameter)] = nn.Parameter(parameter.data.to(compute_dtype), requires_grad=False)
+                    if memory is None or parameter.dtype == compute_dtype:
+                        cast = parameter.data.to(compute_dtype)
+                    else:
+                        cast = memory.copy(parameter.data, compute_dtype)
+                    casts[id(parameter)] = nn.Parameter(cast, requires_grad=False)
                 replaced.append((module, name, parameter))
                 setattr(module, name, casts[id(parameter)])
         yield

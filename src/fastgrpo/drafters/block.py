@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.cache import locate_each
-from fastgrpo.decoder import count_positions
 from fastgrpo.drafters.beams import grow_trees
 from fastgrpo.drafters.block_files import load_block_head, save_block_head
 from fastgrpo.drafters.block_head import BlockHead, build_block_head, start_from_target
@@ -28,7 +27,6 @@ from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.head_drafter import HeadDrafter
 from fastgrpo.drafters.head_inputs import HeadInputs
 from fastgrpo.model import TargetModel
-from fastgrpo.rotation import RotationTable
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
@@ -39,6 +37,7 @@ class BlockDrafter(HeadDrafter[BlockHead]):
     """Drafts with a `BlockHead`, all levels in one pass."""
 
     name = "block"
+    _correction: Tensor = torch.empty(0)
     num_prompt_tokens = 512
 
     @staticmethod
@@ -65,16 +64,19 @@ class BlockDrafter(HeadDrafter[BlockHead]):
     def refresh(self) -> None:
         super().refresh()
         with torch.no_grad():  # the correction's way to the logits as one small matrix
-            self._correction = (self.head.lm_head.weight.float() @ self.head.previous_out.weight.float()).to(
+            correction = (self.head.lm_head.weight.float() @ self.head.previous_out.weight.float()).to(
                 self.target.dtype
             )
+        if (self._correction.shape, self._correction.device) == (correction.shape, correction.device):
+            self._correction.copy_(correction)  # where recorded drafts read it
+        else:
+            self._correction = correction
+
+    def list_weights(self) -> list[Tensor]:
+        return [*super().list_weights(), self._correction]
 
     def propose(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         return super().propose(context, replace(plan, depth=min(plan.depth, self.head.block_size)))
-
-    def prepare(self) -> None:
-        super().prepare()
-        self._rotation = RotationTable(self.target.rotary_emb, count_positions(self.target.config))
 
     def catch_up(self, context: DraftContext) -> None:
         cache, own, num_read = context.cache, self._rows, self._rows.num_read

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.cache import locate_each
-from fastgrpo.decoder import count_positions
 from fastgrpo.drafters.beams import grow_trees
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.eagle_files import load_head, save_head
@@ -29,13 +28,12 @@ from fastgrpo.drafters.pools import LEVEL_PENALTY, build_draft
 from fastgrpo.kernels.heads import CompiledHead, DraftRows, DraftShape
 from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
-from fastgrpo.rotation import RotationTable
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.transfer import upload
 from fastgrpo.tree import Draft
 from fastgrpo.types import SpeculationPlan
 
-_POINTING = ("_layer", "_compiled", "_replays")  # attributes that hold addresses of the fast copy's weights
+_POINTING = ("_layer", "_compiled")  # attributes that hold addresses of the fast copy's weights
 _MOST_KEPT = 2**16  # bytes of a mask that is kept for later steps; larger ones are not worth their memory
 
 
@@ -67,7 +65,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
             )
 
     def prepare(self) -> None:
-        self._rotation = RotationTable(self.target.rotary_emb, count_positions(self.target.config))
+        self.take_rotation()
         head, memory = self.fast_head, self._memory
         memory.begin()
         self._layer = FusedMidLayer(head, memory) if FusedMidLayer.covers(head) else None
@@ -76,7 +74,7 @@ class EagleDrafter(HeadDrafter[EagleHead]):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what holds addresses of the fast copy's weights: a copy of the drafter builds its own."""
-        return {name: value for name, value in vars(self).items() if name not in _POINTING}
+        return {name: value for name, value in super().__getstate__().items() if name not in _POINTING}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastgrpo.cache import SlotCache
+from fastgrpo.decoder import count_positions
 from fastgrpo.drafters.acceptance_file import read_acceptance, write_acceptance
 from fastgrpo.drafters.beams import rank_candidates
 from fastgrpo.drafters.calibration import Calibration
@@ -21,9 +23,12 @@ from fastgrpo.drafters.head_inputs import HeadInputs, TableShape
 from fastgrpo.drafters.head_parts import DraftHead, choose_vocab_size
 from fastgrpo.drafters.head_rows import HeadRows
 from fastgrpo.graphs import Replays, list_larger
+from fastgrpo.kernels.choose import find_kernels
 from fastgrpo.kernels.kept import KeptMemory
 from fastgrpo.kernels.linear import pack_modules
 from fastgrpo.model import TargetModel
+from fastgrpo.places import find_places
+from fastgrpo.rotation import RotationTable
 from fastgrpo.sampling import SamplingBatch
 from fastgrpo.tree import Draft
 from fastgrpo.types import Sequence, SpeculationPlan
@@ -32,6 +37,7 @@ from fastgrpo.verify import Verdict
 Head = TypeVar("Head", bound=DraftHead)
 
 _PARTS = ("token_ids", "parents", "num_nodes", "log_chances", "scores")  # fields of a draft that a recording returns
+_OF_RECORDINGS = ("_replays", "_cache", "_place", "_is_kept")  # attributes
 _MANY_TOKENS = 8  # unread tokens a row on average; with more, all but each row's last are read by `catch_up`
 _PRICED_TOKENS = 512  # unread tokens in all; with fewer, a device spends more time on launches than on reading them
 
@@ -66,8 +72,11 @@ class HeadDrafter(ABC, Generic[Head]):
     can_be_timed = True
     num_prompt_tokens: int  # last tokens of each prompt that the head reads, as many as in training
     _cache: SlotCache | None = None  # the target's, whose features were read last
-    _replays: Replays[_Recorded] | None = None  # recorded drafts, with the weights as they are now
+    _replays: Replays[_Recorded] | None = None  # recorded drafts
+    _place: Hashable = None  # of all weights that these read
+    _is_kept = False  # from the last rollout, for the next one
     _copied_head: Head | None = None  # the one that `fast_head` was copied from
+    _prepared_for = ""  # the kernels that there were when `fast_head` was prepared
     _num_caught_up = 0  # tokens that `catch_up`, which is not recorded, read before the last draft
 
     def __init__(
@@ -89,6 +98,7 @@ class HeadDrafter(ABC, Generic[Head]):
             self.head.lm_head.to(target.dtype)  # not trained: a copy of the target's rows as they are
         self._rows = HeadRows(target, self.head.num_layers, self.num_prompt_tokens)
         self._memory = KeptMemory()  # of the fast copy's weights, laid out
+        self._rotation = RotationTable(target.rotary_emb, count_positions(target.config))
         self.refresh()
 
     # -- what a kind of head implements --------------------------------------------------------------
@@ -138,17 +148,33 @@ class HeadDrafter(ABC, Generic[Head]):
         """Copy the trained weights into the head that drafts; output rows come from the target as it is now."""
         self.head.take_output_rows(self.target)
         if self._copied_head is self.head and _are_alike(self.fast_head, self.head):
-            if not _write_over(self.fast_head, self.head):
+            has_changed = _write_over(self.fast_head, self.head)
+            if not has_changed and self._prepared_for == self._name_kernels():
                 return
         else:
+            self._forget()
             self.fast_head: Head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
             self._copied_head = self.head
+        self._prepared_for = self._name_kernels()
         self.prepare()
+
+    def _name_kernels(self) -> str:
+        return getattr(find_kernels(self.head.lm_head.weight), "__name__", "none")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what was recorded: a copy of the drafter records its own drafts."""
+        return {name: value for name, value in vars(self).items() if name not in _OF_RECORDINGS}
 
     def prepare(self) -> None:
         """Pack the weights of `fast_head` for speed; they do not change until the next `refresh`."""
         self._memory.begin()
         pack_modules(self.fast_head, memory=self._memory)
+        self.take_rotation()
+
+    def take_rotation(self) -> None:
+        """Rotate as the target does now."""
+        target = self.target
+        self._rotation = RotationTable.renew(self._rotation, target.rotary_emb, count_positions(target.config))
 
     def select_vocabulary(self, counts: Int[Tensor, " V"]) -> None:
         """Make the most counted tokens the head's vocabulary; drafts use it after the next `refresh`."""
@@ -196,14 +222,36 @@ class HeadDrafter(ABC, Generic[Head]):
         return self._rows.cache.position_bytes
 
     def begin(self) -> None:
-        self._rows.clear()
         self.calibration.fit()
         self.refresh()
-        self._replays = self._cache = None  # the weights are new ones
+        place = self._find_place()
+        if not self._is_kept or place is None or place != self._place:
+            self._forget()
+        self._rows.clear(keeps_storage=self._replays is not None)
+        self._place, self._is_kept = place, False
 
     def end(self) -> None:
-        self._rows.clear()
-        self._replays = self._cache = None
+        """A rollout ended: keep what was recorded, and the rows' storage with it, if the next one may replay it."""
+        try:
+            self._is_kept = self._place is not None and self.target.may_keep(self._replays, self._rows.cache)
+        finally:
+            if not self._is_kept:
+                self._forget()
+            self._rows.clear(keeps_storage=self._is_kept)
+
+    def _forget(self) -> None:
+        """Drop what was recorded."""
+        self._replays = self._cache = self._place = None
+
+    def _find_place(self) -> Hashable:
+        """Equal in two rollouts if the one's recordings may be replayed in the other; None where they may not."""
+        if self.target.place is None:
+            return None
+        return self.target.place, id(self._rotation), find_places(self.list_weights())
+
+    def list_weights(self) -> list[Tensor]:
+        """All that drafts read of the head."""
+        return [*_list_tensors(self.fast_head).values(), self.head.draft_vocab]
 
     @property
     def was_replayed(self) -> bool:

@@ -52,8 +52,8 @@ class HeadRows:
         """
         return [start + length for start, length in zip(self.starts, self.cache.lengths, strict=True)]
 
-    def clear(self) -> None:
-        self.cache.clear()
+    def clear(self, *, keeps_storage: bool = False) -> None:
+        self.cache.clear(keeps_storage=keeps_storage)
         self.starts = []
 
     def count_unread(self, sequences: list[Sequence]) -> int:

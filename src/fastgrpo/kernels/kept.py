@@ -1,4 +1,4 @@
-"""Memory for laid-out weights that outlives a rollout."""
+"""Memory for copies of weights that outlives a rollout."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import mmap
 import torch
 from torch import Tensor
 
+_HOST = torch.device("cpu")
 _LARGE_PAGE = 2**21  # bytes
 _LEAST_BYTES = 2**18  # of a tensor that stands in large pages; a tiny model's would take two megabytes there
 _PIECE_BYTES = 2**26  # of address space, that tensors are cut from; memory is taken as it is written
@@ -15,11 +16,12 @@ _LINES = 128  # bytes, two lines of the processor's caches: a tensor begins at o
 
 
 class KeptMemory:
-    """The host's memory for what is laid out again and again: new pages take longer than what is written to them.
+    """Memory for what is laid out, merged or cast in each rollout anew.
 
-    Whoever lays out anew asks for the same sizes in the same order, and gets the same memory; what does not follow that
-    order gets new memory. It stands in large pages where the system has some: weights are read faster from them. Copies
-    begin without any.
+    Whoever copies anew asks for the same sizes in the same order, and gets the same memory; what does not follow that
+    order gets new memory. On the host new pages take longer than what is written to them; weights are read faster from
+    large pages, in which they stand where the system has some. On a device, calls that were recorded find the weights
+    where they were. Copies of this begin without any.
     """
 
     def __init__(self) -> None:
@@ -35,14 +37,19 @@ class KeptMemory:
         """All that was taken is free again."""
         self._num_taken = 0
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = _HOST) -> Tensor:
         """Memory with whatever stands in it, until the next `begin`."""
         number, self._num_taken = self._num_taken, self._num_taken + 1
         found = self._tensors[number] if number < len(self._tensors) else None
-        if found is None or (found.shape, found.dtype) != (shape, dtype):
-            found = self._cut(shape, dtype)
+        if found is None or (found.shape, found.dtype, found.device) != (shape, dtype, device):
+            is_host = device.type == "cpu"
+            found = self._cut(shape, dtype) if is_host else torch.empty(shape, dtype=dtype, device=device)
             self._tensors[number:] = [found]
         return found
+
+    def copy(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Values in a type, in memory that `take` gives."""
+        return self.take(tuple(values.shape), dtype, values.device).copy_(values)
 
     def _cut(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         num_bytes = math.prod(shape) * dtype.itemsize

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgrpo.kernels import cpu
 from fastgrpo.kernels.linear import PackedLinear
+from fastgrpo.places import find_place
 
 _Pointer, _Number = ctypes.c_void_p, ctypes.c_int64
 
@@ -22,6 +23,10 @@ class Norm:
 
     weight: Float[Tensor, " H"]
     eps: float
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        return find_place(self.weight), self.eps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,17 @@ class LayerWeights:
     @property
     def linears(self) -> tuple[PackedLinear, ...]:
         return self.states, self.output, self.gate_and_up, self.down
+
+    @property
+    def norms(self) -> tuple[Norm | None, ...]:
+        return self.before_attention, self.query_norm, self.key_norm, self.before_mlp
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Equal for layers that compute the same with weights in the same places."""
+        norms = [None if norm is None else norm.place for norm in self.norms]
+        sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.scale)
+        return (*norms, *(linear.place for linear in self.linears), *sizes)
 
 
 class NormRecord(ctypes.Structure):
@@ -75,9 +91,8 @@ class LayerRecord(ctypes.Structure):
 
     @classmethod
     def point_to(cls, layer: LayerWeights) -> LayerRecord:
-        norms = (layer.before_attention, layer.query_norm, layer.key_norm, layer.before_mlp)
         sizes = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.scale)
-        return cls(*map(NormRecord.point_to, norms), *map(LinearRecord.point_to, layer.linears), *sizes)
+        return cls(*map(NormRecord.point_to, layer.norms), *map(LinearRecord.point_to, layer.linears), *sizes)
 
 
 class _DecoderRecord(ctypes.Structure):

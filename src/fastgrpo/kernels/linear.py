@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fastgrpo.kernels import cpu, gpu, matrices
 from fastgrpo.kernels.kept import KeptMemory
+from fastgrpo.places import find_places
 
 _ROWS = 32  # of inputs that oneDNN's layout is chosen for; others are as fast within a few percent
 _STEPS = ((16, 8), (128, 16), (512, 32), (4096, 128))  # (up to so many rows, rounded up to a multiple of)
@@ -84,6 +85,11 @@ class PackedLinear:
     @property
     def num_outputs(self) -> int:
         return sum(linear.out_features for linear in self._linears)
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Where the layers' own weights stand."""
+        return find_places(each for linear in self._linears for each in (linear.weight, linear.bias))
 
     @property
     def own(self) -> OwnLayout | None:
