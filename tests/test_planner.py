@@ -771,9 +771,9 @@ KNOWN = [[0.8]] * 8
 RECORDED_S = 0.1
 
 
-def roll_out_recorded(planner, lives):
+def roll_out_recorded(planner, lives, recorded=()):
     """Plans for so many live sequences, step after step; drafts of a new number take longer by what is recorded."""
-    plans, recorded, rng = [], set(), random.Random(0)
+    plans, recorded, rng = [], recorded if isinstance(recorded, set) else set(), random.Random(0)
     planner.begin()
     for num_seqs in lives:
         plan = planner.plan(PlanInputs(num_seqs=num_seqs))
@@ -783,7 +783,7 @@ def roll_out_recorded(planner, lives):
         drafts_s = 0.0 if plan.is_plain else 0.001 * plan.depth + RECORDED_S * is_new
         target_s = float(np.interp(record.num_tokens, FLAT.num_tokens, FLAT.target_s))
         times = {"draft_s": drafts_s, "target_s": target_s, "verify_s": 0.0, "step_s": drafts_s + target_s}
-        planner.observe(replace(record, **times, is_steady=not is_new))
+        planner.observe(replace(record, **times, is_steady=not is_new, has_recorded=is_new))
         plans.append(plan)
     return plans
 
@@ -814,6 +814,30 @@ def test_when_to_record_is_learnt_from_rollout_to_rollout(num_steps, is_worth_it
     roll_out_recorded(again, [8] * num_steps)  # saved behind it, as a checkpoint is
     restored = AutoPlanner.from_state(json.loads(json.dumps(again.state_dict())))
     assert roll_out_recorded(restored, [8] * num_steps) == rollouts[1]
+
+
+@pytest.mark.parametrize("num_steps", [12, 60])
+def test_what_earlier_rollouts_have_recorded_is_not_waited_for(num_steps):
+    planner, recorded = AutoPlanner(replace(FLAT, runs_ahead=True), acceptance=KNOWN), set()
+    rollouts = [roll_out_recorded(planner, [8] * num_steps, recorded) for _ in range(9)]
+    waits = [sum(plan.is_plain for plan in plans) for plans in rollouts]
+    assert waits[0] == 5 and all(wait <= 1 for wait in waits[5:]), waits
+    assert planner._recording.recording_s > RECORDING_S, "it was recorded once, and dearer than was thought"
+    restored = AutoPlanner.from_state(json.loads(json.dumps(planner.state_dict())))
+    assert restored._recording.share == planner._recording.share
+    octave, before = (8).bit_length(), dict(planner._recording.share)
+    roll_out_recorded(planner, [8] * num_steps)  # the cache has moved
+    assert before[octave] < 0.2 and planner._recording.share[octave] > 0.5
+
+
+def test_learning_beside_a_step_says_nothing_of_recordings():
+    """The step takes longer, and nothing was recorded."""
+    planner = AutoPlanner(replace(FLAT, runs_ahead=True), acceptance=KNOWN)
+    for _ in range(50):
+        plan = planner.plan(PlanInputs(num_seqs=8))
+        times = {"draft_s": 0.02, "target_s": 0.02, "verify_s": 0.0, "step_s": 0.04}
+        planner.observe(replace(play_step(plan, 8, 0.8, random.Random(0)), **times, is_steady=False))
+    assert planner._recording.recording_s == RECORDING_S
 
 
 def test_while_sequences_finish_fast_nothing_is_recorded():

@@ -28,6 +28,7 @@ class Attempt:
     drafted: Moment  # end of drafting
     forwarded: Moment  # end of the target forward
     is_steady: bool  # later steps like it take as long: nothing was recorded, nor is anything still to be recorded
+    has_recorded: bool
 
     def commit(self, running: list[Sequence], cache: SlotCache, drafter: Drafter) -> int:
         """Keep the walked paths in the cache and their tokens in the sequences, and tell the drafter.
@@ -83,6 +84,7 @@ class Attempt:
             cache_bytes=self.cache_bytes,
             plan_s=plan_s,
             is_steady=self.is_steady,
+            has_recorded=self.has_recorded,
         )
 
 

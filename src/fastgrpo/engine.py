@@ -342,6 +342,8 @@ class Engine:
             drafted=drafted,
             forwarded=answer.forwarded,
             is_steady=answer.was_replayed and (plan.is_plain or getattr(self.drafter, "was_replayed", True)),
+            has_recorded=not answer.was_replayed
+            or (not plan.is_plain and getattr(self.drafter, "has_recorded", False)),
         )
 
     def _build_inputs(self) -> PlanInputs:

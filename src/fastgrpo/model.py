@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import warnings
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.weights import merged_weights
 
 _KEPT_SHARE = 1 / 16  # of the memory that is free, that may be kept for the next rollout
+_FREES_CUBLAS = "torch._inductor.cudagraph_trees"  # loaded by torch.compile's mode "reduce-overhead"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,8 +271,10 @@ class TargetModel:
             self._kept = memory if self._may_keep(memory) else None
 
     def _find_place(self) -> Hashable:
-        """`place`; None where modules of the owner's are recorded, which may compute something else the next time."""
-        if self._recorder is None or self._fused is None or self._output is None:
+        """`place`; None where modules of the owner's are recorded, which may compute something else the next time, and
+        where PyTorch may free memory of cuBLAS that was recorded, too.
+        """
+        if self._recorder is None or self._fused is None or self._output is None or _FREES_CUBLAS in sys.modules:
             return None
         return self._fused.place, self._output.place
 

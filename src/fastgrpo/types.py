@@ -263,6 +263,7 @@ class StepRecord:
     num_preempted: int = 0  # sequences sent back to the queue before this step, to make room
     cache_bytes: int = 0  # in use during the forward by keys, values and features, drafted nodes included
     is_steady: bool = True  # False where its time says little of later steps, as when it recorded a CUDA graph
+    has_recorded: bool = False  # whether it did, or the drafter
     plan_s: float = 0.0  # the planner's: this step's plan and budget (in draft_s), the last step's lesson (in no other)
 
     @property

@@ -133,6 +133,11 @@ class AutoDrafter:
         """Whether the last draft took no longer than the next one like it will; who had no part in it has no say."""
         return all(getattr(member, "was_replayed", True) for member in self.members if member.name in self._drafts)
 
+    @property
+    def has_recorded(self) -> bool:
+        """Whether a member's part of the last draft was recorded."""
+        return any(getattr(member, "has_recorded", False) for member in self.members if member.name in self._drafts)
+
     def observe(self, sequence: Sequence, num_new_tokens: int) -> None:
         for member in self.members:
             member.observe(sequence, num_new_tokens)

@@ -62,6 +62,7 @@ class Drafter(Protocol):
     - `can_be_timed`: True if `propose` may be called with made-up sequences, which `begin` then forgets.
     - `members`: drafters that it consults. The first is timed in its place, one with a head is trained.
     - `target`: what it runs the target model through; if a member has one, that may be the engine's too.
+    - `has_recorded`: True if a CUDA graph of the last draft was recorded.
     - `was_replayed`: False if the next draft like the last one will be faster, as after one that was recorded.
     - `way_shares`: shares of this rollout's drafts by how they came about, for the log.
     """

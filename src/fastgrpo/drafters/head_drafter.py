@@ -258,7 +258,12 @@ class HeadDrafter(ABC, Generic[Head]):
         """Whether the next draft like the last one will take as long, what had to be read first set aside."""
         if self._replays is None:
             return True
-        return self._replays.was_replayed and not 0 < self._num_caught_up < _PRICED_TOKENS
+        return not self.has_recorded and not 0 < self._num_caught_up < _PRICED_TOKENS
+
+    @property
+    def has_recorded(self) -> bool:
+        """Whether the last draft was recorded."""
+        return self._replays is not None and not self._replays.was_replayed
 
     def count_unread(self, sequences: list[Sequence]) -> int:
         return self._rows.count_unread(sequences)

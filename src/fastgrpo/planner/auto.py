@@ -207,6 +207,8 @@ class AutoPlanner(Planner):
             if not record.is_steady and record.plan not in (PLAIN, self._current):
                 self._trials.credit_s -= step_s  # a trial pays for what is recorded for it, too
             self._trials.count(record)
+            if record.plan == self._current:
+                self._recording.settle(was_recorded=record.has_recorded)
             if record.is_steady and record.plan == self._current:
                 self._recording.lose(record.num_seqs, self._promised_gain * step_s)
                 if self._recording.recording_s and not record.plan.is_plain:
@@ -222,7 +224,7 @@ class AutoPlanner(Planner):
         for records in _group_alike(self._unlearnt):
             if records[0].is_steady:
                 self._predictor.costs.observe(*records)
-            elif not records[0].plan.is_plain:
+            elif records[0].has_recorded and not records[0].plan.is_plain:
                 for record in records:
                     usual_s = self._predictor.predict_emitting_s(record)
                     self._recording.observe(record.step_s - record.prefill_s - usual_s)
@@ -278,11 +280,12 @@ def _group_alike(records: Sequence[StepRecord]) -> Iterator[list[StepRecord]]:
             yield group
 
 
-def _find_kind(record: StepRecord) -> tuple[SpeculationPlan, int, bool, bool, bool]:
+def _find_kind(record: StepRecord) -> tuple[SpeculationPlan, int, bool, bool, tuple[bool, bool]]:
     """Steps in a row of one kind are learnt from at once: one plan, as many sequences, no drafter catching up.
 
     Plain ones that an octave of sequences took, too: they end one by one, and what a step takes rises evenly.
     """
     plan, num_seqs = record.plan, record.num_seqs
     is_behind = record.num_unread > (1 + plan.depth) * num_seqs and not plan.is_plain
-    return plan, num_seqs.bit_length() if plan.is_plain else num_seqs, bool(record.offered), is_behind, record.is_steady
+    how = record.is_steady, record.has_recorded
+    return plan, num_seqs.bit_length() if plan.is_plain else num_seqs, bool(record.offered), is_behind, how
