@@ -142,7 +142,7 @@ def assert_nothing_is_left(engine: Engine) -> None:
     for drafter in getattr(engine.drafter, "members", [engine.drafter]):
         own = getattr(drafter, "cache", None) or getattr(getattr(drafter, "_rows", None), "cache", None)
         assert own is None or own.num_bytes == 0
-        assert getattr(drafter, "_replays", None) is None
+        assert not hasattr(drafter, "_recordings") or drafter._recordings.replays is None
         assert not getattr(drafter, "_groups", None)
 
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from conftest import EagerRecorder, build_model
-from fastgrpo import graphs, profiler
-from fastgrpo import model as target_model
+from fastgrpo import graphs, memory, profiler
 from fastgrpo.attention import ForwardBatch
 from fastgrpo.blocks import BLOCK_SIZE, count_blocks
 from fastgrpo.drafters import build_drafter
@@ -402,10 +401,12 @@ def test_a_replayed_draft_is_the_one_that_is_launched(plan, drafter, monkeypatch
         if recorder is not None:
             engine.on_step.append(lambda _, engine=engine: spoil_scratch(engine.drafter._rows.cache))
         counts = []
-        engine.on_step.append(lambda _, drafter=engine.drafter, counts=counts: counts.append(drafter._replays))
+        engine.on_step.append(
+            lambda _, drafter=engine.drafter, counts=counts: counts.append(drafter._recordings.replays)
+        )
         completions = engine.generate(prompts, params)
         assert recorder is None or any(counts)
-        assert (engine.drafter._replays is None) == (recorder is None), "the next rollout may replay them"
+        assert (engine.drafter._recordings.replays is None) == (recorder is None), "the next rollout may replay them"
         drafts.append((told, [completion.token_ids for completion in completions]))
     assert recorder.num_replayed > 2 * recorder.num_recorded
     (launched, expected), (replayed, tokens) = drafts
@@ -427,7 +428,7 @@ def test_drafts_of_a_drafter_that_was_built_apart_are_recorded_too(is_shared, mo
     assert engines[0].target is drafter.target and (engines[1].target is drafter.target) == is_shared
     prompts, params = [[5, 6, 7], [8, 9]], SamplingParams(max_tokens=30)
     counts = []
-    engines[0].on_step.append(lambda _: counts.append(len(drafter._replays or ())))
+    engines[0].on_step.append(lambda _: counts.append(len(drafter._recordings.replays or ())))
     expected = [completion.token_ids for completion in engines[0].generate(prompts, params)]
     assert any(counts), "drafts were launched one by one"
     if not is_shared:
@@ -584,7 +585,7 @@ def test_a_rollout_is_on_the_device_of_its_model(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", enter)
     monkeypatch.setattr(TargetModel, "device", property(lambda _: torch.device("cuda", 1)))
     monkeypatch.setattr(TargetModel, "_build_recorder", lambda _: None)
-    monkeypatch.setattr(target_model, "find_available_bytes", lambda _: 2**40)
+    monkeypatch.setattr(memory, "find_available_bytes", lambda _: 2**40)
     with TargetModel(build_model("llama", torch.float32)).rollout_mode():
         assert entered == [torch.device("cuda", 1)]
     assert not entered

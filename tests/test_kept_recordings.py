@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from conftest import build_model
-from fastgrpo import attention, cache, graphs, model, rotation, sampling, tree, verify
+from fastgrpo import attention, cache, graphs, memory, rotation, sampling, tree, verify
 from fastgrpo.drafters import calibration, pools
 from fastgrpo.engine import Engine
 from fastgrpo.graphs import Recording
@@ -277,10 +277,10 @@ def test_recordings_go_where_memory_is_scarce(recorded, monkeypatch):
     engine = build()
     expected, num_recorded = generate(engine), len(recorded)
     assert engine.cache.num_bytes and engine.drafter._rows.cache.num_bytes
-    num_bytes = engine.cache.num_bytes + engine._verify._replays.num_bytes
-    monkeypatch.setattr(model, "find_available_bytes", lambda _: 16 * num_bytes - 16)
+    num_bytes = engine.cache.num_bytes + engine._verify._recordings.replays.num_bytes
+    monkeypatch.setattr(memory, "find_available_bytes", lambda _: 16 * num_bytes - 16)
     assert generate(engine) == expected and len(recorded) == num_recorded
-    assert not engine.cache.num_bytes and engine._verify._replays is None
+    assert not engine.cache.num_bytes and engine._verify._recordings.replays is None
     assert engine.drafter._rows.cache.num_bytes or DEVICE.type == "cuda", "which takes less"
     assert generate(engine) == expected and len(recorded) > num_recorded
 
@@ -332,7 +332,7 @@ def test_a_copy_of_a_drafter_has_no_recordings(kind, recorded):
     engine = build(kind)
     expected, num_recorded = generate(engine), len(recorded)
     twin = copy.deepcopy(engine.drafter)
-    assert engine.drafter._replays is not None and twin._replays is None and twin._cache is None
+    assert engine.drafter._recordings.replays is not None and twin._recordings.replays is None and twin._cache is None
     assert generate(Engine(twin.target.model, drafter=twin, speculation=TREE)) == expected
     assert len(recorded) == 2 * num_recorded
 
@@ -342,5 +342,5 @@ def test_nothing_is_kept_where_pytorch_frees_what_cublas_works_in(recorded, monk
     monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", sys)
     engine = build(plan=PLAIN)
     expected, num_recorded = generate(engine), len(recorded)
-    assert engine._verify._replays is None and not engine.cache.num_bytes
+    assert engine._verify._recordings.replays is None and not engine.cache.num_bytes
     assert generate(engine) == expected and len(recorded) == 2 * num_recorded

@@ -610,7 +610,7 @@ def test_weights_are_laid_out_where_the_last_rollout_had_them():
 @pytest.mark.skipif(not cpu.is_available(), reason="no compiled kernels")
 def test_no_memory_is_kept_between_rollouts_where_little_is_free(monkeypatch):
     target = TargetModel(build_model("llama", torch.bfloat16))
-    monkeypatch.setattr("fastgrpo.model.find_available_bytes", lambda device: 2**10)
+    monkeypatch.setattr("fastgrpo.memory.find_available_bytes", lambda device: 2**10)
     with target.prepared():
         layout = weakref.ref(find_layout(target))
     assert layout() is None

@@ -83,6 +83,10 @@ class SlotCache:
     def block_bytes(self) -> int:
         return BLOCK_SIZE * self.position_bytes
 
+    def list_data(self) -> list[Tensor]:
+        """The storage itself, which moves when it grows."""
+        return [store.data for store in self.stores]
+
     @property
     def num_bytes(self) -> int:
         """Bytes of storage; on a CPU more than is in use."""

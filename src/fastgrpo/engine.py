@@ -310,7 +310,7 @@ class Engine:
                 raise
             gpu.give_up(error)
         self.target.leave_kernels()
-        self._verify.forget()
+        self._verify.leave_kernels()
         self.drafter.begin()  # as if the rollout began with the running sequences
         for sequence in self.scheduler.running:
             self.drafter.observe(sequence, 0)

@@ -330,9 +330,7 @@ class GraphRunner:
     def __init__(self, run: Callable[[ForwardBatch], Outputs], cache: SlotCache, recorder: Recorder) -> None:
         self._run, self._cache = run, cache
         # a copy of the batch for each run: what a batch computes lazily must be computed within the recording
-        self._replays = Replays[ForwardBatch](
-            lambda inputs: run(replace(inputs)), lambda: [store.data for store in cache.stores], recorder
-        )
+        self._replays = Replays[ForwardBatch](lambda inputs: run(replace(inputs)), cache.list_data, recorder)
 
     @property
     def num_graphs(self) -> int:

@@ -12,6 +12,7 @@ _NO_MEMORY = (  # words in errors of PyTorch's CPU allocator; CUDA; Triton; cuBL
     *("DefaultCPUAllocator", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory"),
     *("ALLOC_FAILED", "bad_alloc", "create a memory object"),
 )
+_STAYING_SHARE = 1 / 16  # of the memory that is free
 _MEMINFO, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
@@ -33,6 +34,12 @@ def find_available_bytes(device: torch.device) -> int | None:
     available = next((1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:"), None)
     bounds = [each for each in (available, _find_group_bytes()) if each is not None]
     return min(bounds) // _count_processes() if bounds else None
+
+
+def may_stay(num_bytes: int, device: torch.device) -> bool:
+    """Whether so much is little beside what is free on a device: it may be held between rollouts, as they train."""
+    available = find_available_bytes(device)
+    return available is not None and num_bytes <= _STAYING_SHARE * available
 
 
 def _count_processes() -> int:

@@ -25,18 +25,17 @@ from fastgrpo.decoder import (
     join_features,
 )
 from fastgrpo.families import FULL_ATTENTION, base_model_of, check_adapters, check_supported, find_windows
-from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder, Replays
+from fastgrpo.graphs import CudaRecorder, GraphRunner, Recorder
 from fastgrpo.kernels import gpu
 from fastgrpo.kernels.kept import KeptMemory
 from fastgrpo.kernels.linear import PackedLinear, has_own_product
-from fastgrpo.memory import find_available_bytes
+from fastgrpo.memory import may_stay
 from fastgrpo.modules import check_takes_rows, run_modules
 from fastgrpo.rollout_modes import MODES, OWNERS
 from fastgrpo.rotation import RotationTable
 from fastgrpo.tokenizers import find_tokenizer, hash_vocabulary
 from fastgrpo.weights import merged_weights
 
-_KEPT_SHARE = 1 / 16  # of the memory that is free, that may be kept for the next rollout
 _FREES_CUBLAS = "torch._inductor.cudagraph_trees"  # loaded by torch.compile's mode "reduce-overhead"
 
 
@@ -280,18 +279,7 @@ class TargetModel:
 
     def _may_keep(self, memory: KeptMemory) -> bool:
         """Whether the memory of copies of weights may be held until the next rollout."""
-        return not memory.num_bytes or self._may_hold(memory.num_bytes)
-
-    def may_keep(self, replays: Replays[Any] | None, cache: SlotCache) -> bool:
-        """Whether recordings may be held until the next rollout, and with them the cache that they read and write."""
-        if replays is None or replays.obstacle is not None or not len(replays):
-            return False
-        return self._may_hold(replays.num_bytes + cache.num_bytes)
-
-    def _may_hold(self, num_bytes: int) -> bool:
-        """Whether so much of the device's memory is little beside what is free: what trains may need that."""
-        available = find_available_bytes(self.device)
-        return available is not None and num_bytes <= _KEPT_SHARE * available
+        return not memory.num_bytes or may_stay(memory.num_bytes, self.device)
 
     def _list_models(self) -> tuple[Any, ...]:
         """The causal LM, and what PEFT has put around it."""

@@ -6,7 +6,7 @@ for a small batch, launching the kernels one by one would take the host longer t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from fastgrpo.attention import ForwardBatch
 from fastgrpo.cache import SlotCache
 from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.graphs import Replays, list_larger, may_record, round_blocks, round_size
+from fastgrpo.kept_recordings import KeptRecordings
 from fastgrpo.model import ForwardOutput, TargetModel
 from fastgrpo.sampling import NUM_COLUMNS, SamplingBatch, SamplingKind
 from fastgrpo.timing import DeviceClock, Moment
@@ -127,32 +128,19 @@ class TargetStep:
     def __init__(self, target: TargetModel, cache: SlotCache, clock: DeviceClock) -> None:
         self._target, self._cache, self._clock = target, cache, clock
         self._vocabulary = torch.arange(target.vocab_size, dtype=torch.int32, device=target.device)
-        self._replays: Replays[_Inputs] | None = None
-        self._place: Hashable = None  # of the model's weights, when that was recorded
+        self._recordings = KeptRecordings(target, cache, self._run_recorded, cache.list_data)
 
     def begin(self) -> None:
         """A rollout starts; call inside `target.rollout_mode`."""
-        place = self._target.place
-        if place is None or place != self._place:
-            self.forget()
-        self._place = place
-        recorder, stores = self._target.open_recorder(), self._cache.stores
-        if recorder is not None and self._replays is None:
-            self._replays = Replays(self._run_recorded, lambda: [store.data for store in stores], recorder)
+        self._recordings.begin(self._target.place)
 
     def end(self) -> None:
-        """A rollout ended: keep what was recorded, and the cache's storage with it, if the next one may replay it."""
-        keeps = False
-        try:
-            keeps = self._place is not None and self._target.may_keep(self._replays, self._cache)
-        finally:
-            if not keeps:
-                self.forget()
-            self._cache.clear(keeps_storage=keeps)
+        """A rollout ended: the cache is cleared."""
+        self._recordings.end()
 
-    def forget(self) -> None:
-        """Drop what was recorded."""
-        self._replays = self._place = None
+    def leave_kernels(self) -> None:
+        """Go on without recordings in this rollout."""
+        self._recordings.forget()
 
     def __call__(self, context: DraftContext, draft: Draft | None, pool: Draft | None, depth: int) -> Answer:
         """Forward, verify, and move the state of walked nodes behind each row; the cache's lengths stay as they are.
@@ -167,7 +155,7 @@ class TargetStep:
         num_nodes = 1 if draft is None else draft.token_ids.shape[1]
         for row, length in enumerate(self._cache.lengths):
             self._cache.reserve(row, length + num_nodes)
-        replays = self._replays
+        replays = self._recordings.replays
         if replays is None or draft is not pool or not _may_record(draft, len(context.sequences)):
             return self._launch(context, draft, pool, depth, self._target.decode)
         answer = self._replay(replays, context, draft, min(depth, num_nodes - 1))

@@ -22,7 +22,8 @@ from fastgrpo.drafters.drafter import DraftContext
 from fastgrpo.drafters.head_inputs import HeadInputs, TableShape
 from fastgrpo.drafters.head_parts import DraftHead, choose_vocab_size
 from fastgrpo.drafters.head_rows import HeadRows
-from fastgrpo.graphs import Replays, list_larger
+from fastgrpo.graphs import list_larger
+from fastgrpo.kept_recordings import KeptRecordings
 from fastgrpo.kernels.choose import find_kernels
 from fastgrpo.kernels.kept import KeptMemory
 from fastgrpo.kernels.linear import pack_modules
@@ -37,7 +38,6 @@ from fastgrpo.verify import Verdict
 Head = TypeVar("Head", bound=DraftHead)
 
 _PARTS = ("token_ids", "parents", "num_nodes", "log_chances", "scores")  # fields of a draft that a recording returns
-_OF_RECORDINGS = ("_replays", "_cache", "_place", "_is_kept")  # attributes
 _MANY_TOKENS = 8  # unread tokens a row on average; with more, all but each row's last are read by `catch_up`
 _PRICED_TOKENS = 512  # unread tokens in all; with fewer, a device spends more time on launches than on reading them
 
@@ -71,10 +71,7 @@ class HeadDrafter(ABC, Generic[Head]):
     wants_features = True
     can_be_timed = True
     num_prompt_tokens: int  # last tokens of each prompt that the head reads, as many as in training
-    _cache: SlotCache | None = None  # the target's, whose features were read last
-    _replays: Replays[_Recorded] | None = None  # recorded drafts
-    _place: Hashable = None  # of all weights that these read
-    _is_kept = False  # from the last rollout, for the next one
+    _cache: SlotCache | None = None  # the target's, whose features were read last in this rollout
     _copied_head: Head | None = None  # the one that `fast_head` was copied from
     _prepared_for = ""  # the kernels that there were when `fast_head` was prepared
     _num_caught_up = 0  # tokens that `catch_up`, which is not recorded, read before the last draft
@@ -97,6 +94,7 @@ class HeadDrafter(ABC, Generic[Head]):
         if target.dtype in (torch.bfloat16, torch.float16):
             self.head.lm_head.to(target.dtype)  # not trained: a copy of the target's rows as they are
         self._rows = HeadRows(target, self.head.num_layers, self.num_prompt_tokens)
+        self._recordings = KeptRecordings(target, self._rows, self._run_recorded, self._list_stores)
         self._memory = KeptMemory()  # of the fast copy's weights, laid out
         self._rotation = RotationTable(target.rotary_emb, count_positions(target.config))
         self.refresh()
@@ -152,7 +150,7 @@ class HeadDrafter(ABC, Generic[Head]):
             if not has_changed and self._prepared_for == self._name_kernels():
                 return
         else:
-            self._forget()
+            self._recordings.forget()
             self.fast_head: Head = copy.deepcopy(self.head).to(self.target.dtype).requires_grad_(False)
             self._copied_head = self.head
         self._prepared_for = self._name_kernels()
@@ -162,8 +160,8 @@ class HeadDrafter(ABC, Generic[Head]):
         return getattr(find_kernels(self.head.lm_head.weight), "__name__", "none")
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what was recorded: a copy of the drafter records its own drafts."""
-        return {name: value for name, value in vars(self).items() if name not in _OF_RECORDINGS}
+        """All but the engine's cache: a copy of the drafter is given its own engine's."""
+        return vars(self) | {"_cache": None}
 
     def prepare(self) -> None:
         """Pack the weights of `fast_head` for speed; they do not change until the next `refresh`."""
@@ -224,24 +222,12 @@ class HeadDrafter(ABC, Generic[Head]):
     def begin(self) -> None:
         self.calibration.fit()
         self.refresh()
-        place = self._find_place()
-        if not self._is_kept or place is None or place != self._place:
-            self._forget()
-        self._rows.clear(keeps_storage=self._replays is not None)
-        self._place, self._is_kept = place, False
+        self._cache = None
+        self._recordings.begin(self._find_place())
 
     def end(self) -> None:
-        """A rollout ended: keep what was recorded, and the rows' storage with it, if the next one may replay it."""
-        try:
-            self._is_kept = self._place is not None and self.target.may_keep(self._replays, self._rows.cache)
-        finally:
-            if not self._is_kept:
-                self._forget()
-            self._rows.clear(keeps_storage=self._is_kept)
-
-    def _forget(self) -> None:
-        """Drop what was recorded."""
-        self._replays = self._cache = self._place = None
+        self._cache = None
+        self._recordings.end()
 
     def _find_place(self) -> Hashable:
         """Equal in two rollouts if the one's recordings may be replayed in the other; None where they may not."""
@@ -256,14 +242,15 @@ class HeadDrafter(ABC, Generic[Head]):
     @property
     def was_replayed(self) -> bool:
         """Whether the next draft like the last one will take as long, what had to be read first set aside."""
-        if self._replays is None:
+        if self._recordings.replays is None:
             return True
         return not self.has_recorded and not 0 < self._num_caught_up < _PRICED_TOKENS
 
     @property
     def has_recorded(self) -> bool:
         """Whether the last draft was recorded."""
-        return self._replays is not None and not self._replays.was_replayed
+        replays = self._recordings.replays
+        return replays is not None and not replays.was_replayed
 
     def count_unread(self, sequences: list[Sequence]) -> int:
         return self._rows.count_unread(sequences)
@@ -291,7 +278,8 @@ class HeadDrafter(ABC, Generic[Head]):
 
     def _grow(self, context: DraftContext, plan: SpeculationPlan) -> Draft:
         """Read what the rows have not read yet, and draft behind it; room for both has been reserved."""
-        own, replays = self._rows.cache, self._find_replays(context.cache)
+        self._cache = context.cache
+        own, replays = self._rows.cache, self._recordings.replays
         lengths = context.cache.lengths  # if a failed attempt has read them all, the last token of each is read again
         num_read = [min(read, length - 1) for read, length in zip(self._rows.num_read, lengths, strict=True)]
         most = max(length - read for length, read in zip(lengths, num_read, strict=True))
@@ -315,21 +303,13 @@ class HeadDrafter(ABC, Generic[Head]):
                 return Draft(**parts)
         return self.draft(HeadInputs.gather(context, num_read, self._rows), plan)
 
-    def _find_replays(self, cache: SlotCache) -> Replays[_Recorded] | None:
-        """Recordings of drafts from the features of this cache; None where nothing is recorded."""
-        if cache is not self._cache:
-            self._replays, self._cache = None, cache
-        if self._replays is None and (recorder := self.target.open_recorder()) is not None:
-            self._replays = Replays(self._run_recorded, self._list_stores, recorder)
-        return self._replays
-
     def _run_recorded(self, inputs: _Recorded) -> tuple[Tensor, ...]:
         draft = self.draft(inputs.shape.read(inputs.table), inputs.shape.plan)
         return tuple(getattr(draft, name) for name in _PARTS)
 
     def _list_stores(self) -> list[Tensor]:
         assert self._cache is not None
-        return [store.data for store in (*self._rows.cache.stores, *self._cache.stores)]
+        return [*self._rows.cache.list_data(), *self._cache.list_data()]
 
     def _take_features(self, places: Int[Tensor, " T"]) -> Float[Tensor, "T F"]:
         """The target's features at these places of its cache, without the last hidden state, which no head reads."""

@@ -52,6 +52,10 @@ class HeadRows:
         """
         return [start + length for start, length in zip(self.starts, self.cache.lengths, strict=True)]
 
+    @property
+    def num_bytes(self) -> int:
+        return self.cache.num_bytes
+
     def clear(self, *, keeps_storage: bool = False) -> None:
         self.cache.clear(keeps_storage=keeps_storage)
         self.starts = []
