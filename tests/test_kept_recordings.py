@@ -205,11 +205,15 @@ def rotate_otherwise(own):
     own.model.rotary_emb.inv_freq.mul_(0.5)
 
 
+def rotate_otherwise_unseen(own):
+    own.model.rotary_emb.inv_freq.data.mul_(0.5)
+
+
 def scale_norm(own):
     own.model.norm.variance_epsilon = 50.0
 
 
-@pytest.mark.parametrize("change", [move, hook, replace_head, rotate_otherwise, scale_norm])
+@pytest.mark.parametrize("change", [move, hook, replace_head, rotate_otherwise, rotate_otherwise_unseen, scale_norm])
 def test_what_has_changed_is_recorded_anew(change, recorded, monkeypatch):
     engine = build(plan=PLAIN)
     before, num_recorded = generate(engine), len(recorded)

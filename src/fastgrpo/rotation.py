@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fastgrpo.kernels import cpu
+from fastgrpo.places import find_place
 from fastgrpo.transfer import is_host
 
 _MOST_BYTES = 80 * 2**20  # of a table on a device: 128 numbers a head, and 131072 positions with a tree behind them
@@ -32,15 +33,10 @@ class RotationTable:
 
     @staticmethod
     def renew(known: RotationTable | None, rotary_emb: Any, num_positions: int) -> RotationTable:
-        """The known table, if it is of these frequencies, as far as one sees without reading them; else a new one."""
-        made_of = (num_positions, *_list_facts(rotary_emb))
-        if known is None or len(known._made_of) != len(made_of):
-            return RotationTable(rotary_emb, num_positions)
-        is_same = all(
-            one is other or (not isinstance(one, Tensor) and one == other)
-            for one, other in zip(known._made_of, made_of, strict=True)
-        )
-        return known if is_same else RotationTable(rotary_emb, num_positions)
+        """The known table, if it is of these frequencies, else a new one."""
+        if known is not None and known._made_of == (num_positions, *_list_facts(rotary_emb)):
+            return known
+        return RotationTable(rotary_emb, num_positions)
 
     def __call__(
         self, positions: Int[Tensor, " T"], like: Float[Tensor, "*n"]
@@ -90,12 +86,12 @@ class RotationTable:
 
 
 def _list_facts(rotary_emb: Any) -> list[Any]:
-    """What rotations depend on: the module or function, and of a module its numbers and how often they were written."""
+    """What rotations depend on: the module or function, and of a module its numbers, and where recordings read them."""
     module = getattr(rotary_emb, "func", rotary_emb)
     facts = [module, *sorted(getattr(rotary_emb, "keywords", {}).items())]
     if isinstance(module, nn.Module):
         kept = {name: each for name, each in vars(module).items() if isinstance(each, int | float | str)}
         facts += sorted((name, each) for name, each in kept.items() if name != "training")
         for buffer in module.buffers():
-            facts += [buffer, object() if buffer.is_inference() else buffer._version]
+            facts += [find_place(buffer), buffer.tolist()]  # writes through `.data` are not counted by PyTorch
     return facts
