@@ -235,6 +235,10 @@ def calibrate(drafter):
     drafter.calibration.offered[:], drafter.calibration.hits[:] = 100.0, 3.0
 
 
+def calibrate_anew(drafter):
+    drafter.calibration = calibration.Calibration()
+
+
 def take_other_words(drafter):
     drafter.select_vocabulary(torch.arange(drafter.target.vocab_size, device=DEVICE).flip(0))
 
@@ -261,7 +265,7 @@ def test_kept_drafts_are_those_of_the_head_as_it_is_now(kind, recorded, monkeypa
         torch.manual_seed(5)
         twin = build(kind)
     num_recorded = []
-    for change in (None, learn, calibrate, take_other_words, rank_without_noise, move_target):
+    for change in (None, learn, calibrate, take_other_words, calibrate_anew, rank_without_noise, move_target):
         if change is not None:
             change(engine.drafter)
             change(twin.drafter)
@@ -274,7 +278,18 @@ def test_kept_drafts_are_those_of_the_head_as_it_is_now(kind, recorded, monkeypa
             assert all(getattr(one, name) == getattr(other, name) for name in FACTS)
             assert one.num_promised == pytest.approx(other.num_promised, rel=1e-3)
     assert num_recorded[0] == num_recorded[1] == num_recorded[2] == num_recorded[3]
-    assert num_recorded[3] < num_recorded[4] < num_recorded[5]
+    assert num_recorded[3] < num_recorded[4] < num_recorded[5] < num_recorded[6]
+
+
+def test_a_table_of_rotations_that_is_gone_is_not_taken_for_a_later_one(recorded):
+    """Which may be given its place."""
+    engine, places = build(), set()
+    with engine.target.rollout_mode():
+        for _ in range(8):
+            engine.target.model.model.rotary_emb.inv_freq.mul_(0.9)
+            engine.drafter.take_rotation()
+            places.add(engine.drafter._find_place())
+    assert len(places) == 8
 
 
 def test_recordings_go_where_memory_is_scarce(recorded, monkeypatch):

@@ -119,7 +119,7 @@ class FusedDecoder:
     def place(self) -> tuple[object, ...]:
         """Equal for decoders whose recorded forwards may take each other's place."""
         layers = tuple(layer.place for layer in self._layers)
-        return self._dtype, find_place(self._decoder.embed_tokens.weight), layers, self._norm.place, id(self.rotation)
+        return self._dtype, find_place(self._decoder.embed_tokens.weight), layers, self._norm.place, self.rotation
 
     def run(
         self, batch: ForwardBatch, cache: SlotCache, kept: tuple[int, ...] | None, *, wants_logits: bool = False

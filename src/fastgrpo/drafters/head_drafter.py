@@ -233,7 +233,7 @@ class HeadDrafter(ABC, Generic[Head]):
         """Equal in two rollouts if the one's recordings may be replayed in the other; None where they may not."""
         if self.target.place is None:
             return None
-        return self.target.place, id(self._rotation), find_places(self.list_weights())
+        return self.target.place, self._rotation, self.calibration, find_places(self.list_weights())
 
     def list_weights(self) -> list[Tensor]:
         """All that drafts read of the head."""
