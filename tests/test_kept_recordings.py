@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from conftest import build_model
-from fastgrpo import attention, cache, graphs, memory, rotation, sampling, tree, verify
+from fastgrpo import admission, attention, cache, graphs, memory, rotation, sampling, tree, verify
 from fastgrpo.drafters import calibration, pools
 from fastgrpo.engine import Engine
 from fastgrpo.graphs import Recording
@@ -302,6 +302,18 @@ def test_recordings_go_where_memory_is_scarce(recorded, monkeypatch):
     assert not engine.cache.num_bytes and engine._verify._recordings.replays is None
     assert engine.drafter._rows.cache.num_bytes or DEVICE.type == "cuda", "which takes less"
     assert generate(engine) == expected and len(recorded) > num_recorded
+
+
+def test_the_cache_that_was_kept_is_there_for_the_next_rollout(recorded, monkeypatch):
+    """It counts as taken for the device, and as free for a longest sequence that fits a new engine."""
+    engine = build("none", PLAIN)
+    length, block_bytes = 32, engine.cache.block_bytes
+    num_bytes = (engine.admission._compute_row_bytes(len(PROMPTS[0]) + length - 1) + block_bytes) / 0.8
+    monkeypatch.setattr(admission, "find_available_bytes", lambda _: num_bytes + 2 - engine.cache.num_bytes)
+    engine.generate(PROMPTS[:1], SamplingParams(max_tokens=2))
+    assert engine.cache.num_bytes
+    (told,) = engine.generate(PROMPTS[:1], SamplingParams(max_tokens=length))
+    assert len(told.token_ids) == length
 
 
 def assert_finite(cache):

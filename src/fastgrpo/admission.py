@@ -90,7 +90,7 @@ class Admission:
         self._most_running, self._num_preempted = self.scheduler.max_num_seqs, 0
         self._bound = self.max_bytes
         if self._bound is None and (available := find_available_bytes(self.target.device)) is not None:
-            self._bound = int(_SHARE * available)
+            self._bound = int(_SHARE * (available + self.cache.num_bytes))  # kept from the last rollout, for this one
         self._most_positions = max((len(s.prompt_ids) + s.max_tokens - 1 for s in sequences), default=0)
         for sequence in sequences:
             num_positions = len(sequence.prompt_ids) + sequence.max_tokens - 1
