@@ -7,7 +7,9 @@ addresses, and replays the operations on these; Triton's interpreter runs the ke
 from __future__ import annotations
 
 import copy
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
@@ -314,6 +316,21 @@ def test_the_cache_that_was_kept_is_there_for_the_next_rollout(recorded, monkeyp
     assert engine.cache.num_bytes
     (told,) = engine.generate(PROMPTS[:1], SamplingParams(max_tokens=length))
     assert len(told.token_ids) == length
+
+
+@pytest.mark.parametrize("kind", ["eagle-new", "block"])
+def test_an_engine_that_is_dropped_gives_its_memory_back(kind, recorded):
+    """At once, and not when Python comes to look for cycles, which knows nothing of a GPU's memory."""
+    engine = build(kind)
+    generate(engine)
+    parts = [weakref.ref(part) for part in (engine.cache, engine._verify, engine.drafter)]
+    gc.collect()
+    gc.disable()
+    try:
+        del engine
+        assert not any(part() for part in parts)
+    finally:
+        gc.enable()
 
 
 def assert_finite(cache):

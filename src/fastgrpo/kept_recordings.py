@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -12,6 +13,7 @@ from fastgrpo.memory import may_stay
 from fastgrpo.model import TargetModel
 
 Inputs = TypeVar("Inputs")
+Result = TypeVar("Result")
 
 
 class Storage(Protocol):
@@ -34,29 +36,24 @@ class KeptRecordings(Generic[Inputs]):
     Args:
         target: the model that is run, or drafted for: where it records nothing, nothing is recorded here.
         storage: cleared as each rollout begins and ends.
-        run, list_stores: as for `Replays`.
 
     Attributes:
         replays: the recordings; None outside of rollouts if none are kept, and where nothing is recorded.
     """
 
-    def __init__(
-        self,
-        target: TargetModel,
-        storage: Storage,
-        run: Callable[[Inputs], Outputs],
-        list_stores: Callable[[], Sequence[Tensor]],
-    ) -> None:
+    def __init__(self, target: TargetModel, storage: Storage) -> None:
         self._target, self._storage = target, storage
-        self._run, self._list_stores = run, list_stores
         self._place: Hashable = None
         self._is_kept = False
         self.replays: Replays[Inputs] | None = None
 
-    def begin(self, place: Hashable) -> None:
+    def begin(
+        self, place: Hashable, run: Callable[[Inputs], Outputs], list_stores: Callable[[], Sequence[Tensor]]
+    ) -> None:
         """A rollout starts; call inside `target.rollout_mode`.
 
         Args:
+            run, list_stores: as for `Replays`; methods, the same at each rollout, of what this is a part of.
             place: of all that the call reads besides its inputs and the stores. What was kept is replayed if that is
                 equal to the last rollout's. None is never equal.
         """
@@ -65,7 +62,7 @@ class KeptRecordings(Generic[Inputs]):
         self._storage.clear(keeps_storage=self.replays is not None)
         self._place, self._is_kept = place, False
         if self.replays is None and (recorder := self._target.open_recorder()) is not None:
-            self.replays = Replays(self._run, self._list_stores, recorder)
+            self.replays = Replays(_hold_weakly(run), _hold_weakly(list_stores), recorder)
 
     def end(self) -> None:
         """A rollout ended, whether it began or not."""
@@ -89,3 +86,17 @@ class KeptRecordings(Generic[Inputs]):
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"replays": None, "_place": None, "_is_kept": False}
+
+
+def _hold_weakly(method: Callable[..., Result]) -> Callable[..., Result]:
+    """The method, which keeps nothing alive: in a cycle, memory would wait for Python to look for cycles, which knows
+    nothing of a device's.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Result:
+        found = reference()
+        assert found is not None, "what recorded is gone, and its recordings with it"
+        return found(*args)
+
+    return call

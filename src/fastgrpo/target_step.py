@@ -128,11 +128,11 @@ class TargetStep:
     def __init__(self, target: TargetModel, cache: SlotCache, clock: DeviceClock) -> None:
         self._target, self._cache, self._clock = target, cache, clock
         self._vocabulary = torch.arange(target.vocab_size, dtype=torch.int32, device=target.device)
-        self._recordings = KeptRecordings(target, cache, self._run_recorded, cache.list_data)
+        self._recordings = KeptRecordings[_Inputs](target, cache)
 
     def begin(self) -> None:
         """A rollout starts; call inside `target.rollout_mode`."""
-        self._recordings.begin(self._target.place)
+        self._recordings.begin(self._target.place, self._run_recorded, self._cache.list_data)
 
     def end(self) -> None:
         """A rollout ended: the cache is cleared."""

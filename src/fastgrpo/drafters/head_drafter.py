@@ -94,7 +94,7 @@ class HeadDrafter(ABC, Generic[Head]):
         if target.dtype in (torch.bfloat16, torch.float16):
             self.head.lm_head.to(target.dtype)  # not trained: a copy of the target's rows as they are
         self._rows = HeadRows(target, self.head.num_layers, self.num_prompt_tokens)
-        self._recordings = KeptRecordings(target, self._rows, self._run_recorded, self._list_stores)
+        self._recordings = KeptRecordings[_Recorded](target, self._rows)
         self._memory = KeptMemory()  # of the fast copy's weights, laid out
         self._rotation = RotationTable(target.rotary_emb, count_positions(target.config))
         self.refresh()
@@ -223,7 +223,7 @@ class HeadDrafter(ABC, Generic[Head]):
         self.calibration.fit()
         self.refresh()
         self._cache = None
-        self._recordings.begin(self._find_place())
+        self._recordings.begin(self._find_place(), self._run_recorded, self._list_stores)
 
     def end(self) -> None:
         self._cache = None
