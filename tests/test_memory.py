@@ -290,6 +290,17 @@ def test_what_can_never_fit_is_refused_at_once():
     assert len(engine.generate([[7], GROUP[:-1]], params)[1].token_ids) == params.max_tokens
 
 
+def test_of_several_that_do_not_fit_the_longest_is_named():
+    """So that the bound it asks for is enough."""
+    params = [SamplingParams(max_tokens=count) for count in (BLOCK_SIZE + 5, 3 * BLOCK_SIZE, 2 * BLOCK_SIZE)]
+    engine = build_engine("eagle_untrained", "off", 1)
+    with pytest.raises(ValueError, match=r"request 1 may come to 192 tokens .* to \d+$") as caught:
+        engine.generate([[7]] * 3, params)
+    engine.admission.max_bytes = int(str(caught.value).split()[-1])
+    lengths = [len(completion.token_ids) for completion in engine.generate([[7]] * 3, params)]
+    assert lengths == [each.max_tokens for each in params]
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_without_a_bound_it_is_what_is_free(monkeypatch):
     engine = build_engine("none", "off")

@@ -85,22 +85,21 @@ class Admission:
         """A rollout of these sequences starts.
 
         Raises:
-            ValueError: one of them does not fit the bound even alone; names how many tokens would fit.
+            ValueError: one of them does not fit the bound even alone; names the longest, and how many tokens would fit.
         """
         self._most_running, self._num_preempted = self.scheduler.max_num_seqs, 0
         self._bound = self.max_bytes
         if self._bound is None and (available := find_available_bytes(self.target.device)) is not None:
             self._bound = int(_SHARE * (available + self.cache.num_bytes))  # kept from the last rollout, for this one
-        self._most_positions = max((len(s.prompt_ids) + s.max_tokens - 1 for s in sequences), default=0)
-        for sequence in sequences:
-            num_positions = len(sequence.prompt_ids) + sequence.max_tokens - 1
-            if self._bound is not None and self._compute_row_bytes(num_positions) > self._bound - self._scratch_bytes:
-                raise ValueError(
-                    f"request {sequence.request_id} may come to {num_positions} tokens (a prompt of "
-                    f"{len(sequence.prompt_ids)} and {sequence.max_tokens} more): {self._describe_needs(num_positions)}"
-                )
-        longest = (count_blocks(len(s.prompt_ids) + s.max_tokens + _MOST_NODES) for s in sequences)
-        expected = sum(heapq.nlargest(self.scheduler.max_num_seqs, longest))
+        longest = max(sequences, key=lambda s: len(s.prompt_ids) + s.max_tokens)
+        self._most_positions = most = len(longest.prompt_ids) + longest.max_tokens - 1
+        if self._bound is not None and self._compute_row_bytes(most) > self._bound - self._scratch_bytes:
+            raise ValueError(
+                f"request {longest.request_id} may come to {most} tokens (a prompt of {len(longest.prompt_ids)} and "
+                f"{longest.max_tokens} more): {self._describe_needs(most)}"
+            )
+        blocks = (count_blocks(len(s.prompt_ids) + s.max_tokens + _MOST_NODES) for s in sequences)
+        expected = sum(heapq.nlargest(self.scheduler.max_num_seqs, blocks))
         limit = None if self._bound is None else self._bound // self.cache.block_bytes
         self.cache.begin(expected_blocks=expected + self.target.records, limit=limit)
         if self.target.records:
