@@ -84,6 +84,22 @@ def test_a_pool_on_the_host_keeps_what_a_pool_of_tensors_keeps(seed, shape, num_
     assert torch.equal(own.log_chances, expected.log_chances)
 
 
+def test_levels_wider_than_a_stack_are_grown_as_by_tensors() -> None:
+    plan = SpeculationPlan(depth=2, width=1600, num_draft_tokens=8)
+
+    def prune() -> Draft:
+        pool = open_pool(torch.arange(1), plan, Calibration())
+        for num_nodes in (1, plan.width):
+            generator = torch.Generator().manual_seed(num_nodes)
+            chances = -5 * torch.rand(1, num_nodes, plan.width, generator=generator)
+            pool.add(chances.sort(-1, descending=True).values, torch.arange(plan.width).expand(1, num_nodes, -1))
+        return pool.prune()
+
+    ours, theirs = prune(), without_kernels(prune)
+    assert torch.equal(ours.token_ids, theirs.token_ids)
+    assert torch.equal(ours.parents, theirs.parents)
+
+
 @given(rows=st.lists(trees(), min_size=1, max_size=4), padding=st.integers(0, 3))
 def test_ancestors(rows, padding):
     parents = build_draft(rows, padding).parents

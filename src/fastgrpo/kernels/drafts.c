@@ -90,11 +90,11 @@ static i64 place_rooms(const head *own, const draft *d, i64 size, char *room, ro
 
 void fastgrpo_lay_out(const i64 *, const i64 *, const uint8_t *, const i64 *, const i64 *, i64, i64, i64, i64, i64 *,
                       i64 *, i64 *, i64 *);
-void fastgrpo_grow_level(const float *, const i64 *, i64, i64, i64, float, float, float, const i64 *, const float *,
-                         const uint8_t *, i64, i64, i64, float *, i64 *, float *, i64 *, i64, i64 *, i64 *, i64 *,
-                         float *, uint8_t *);
-void fastgrpo_prune(const float *, const i64 *, float *, const i64 *, i64, i64, i64, i64, const i64 *, i64 *, i64 *,
-                    i64 *, float *, float *);
+int fastgrpo_grow_level(const float *, const i64 *, i64, i64, i64, float, float, float, const i64 *, const float *,
+                        const uint8_t *, i64, i64, i64, float *, i64 *, float *, i64 *, i64, i64 *, i64 *, i64 *,
+                        float *, uint8_t *);
+int fastgrpo_prune(const float *, const i64 *, float *, const i64 *, i64, i64, i64, i64, const i64 *, i64 *, i64 *,
+                   i64 *, float *, float *);
 
 /* The rows of a pass: `width` nodes of each at most, which see `seen` positions behind its `lengths` ones. */
 static batch lay_out(const draft *d, rooms *r, const i64 *ids, const i64 *nodes, const uint8_t *visible,
@@ -143,10 +143,11 @@ static void see_before(uint8_t *visible, i64 rows, i64 width) {
             TRY(fastgrpo_rank_##X(r.logits, d->vocabulary, d->stream_keys, at, d->temperatures, d->rows, width,       \
                                   columns, children, d->is_noisy, r.chances, r.candidates));                          \
             i64 chosen = level + 1 < d->depth ? least(d->width, width * children) : 0;                                \
-            fastgrpo_grow_level(r.chances, r.candidates, d->rows, width, children, d->lines[2 * level],               \
-                                d->lines[2 * level + 1], d->penalty, now->places, now->sums, now->visible, expanded,  \
-                                capacity, filled, r.pool_chances, r.pool_tokens, r.pool_sums, r.pool_parents, chosen, \
-                                next->tokens, next->above, next->places, next->sums, next->visible);                  \
+            TRY(fastgrpo_grow_level(r.chances, r.candidates, d->rows, width, children, d->lines[2 * level],           \
+                                    d->lines[2 * level + 1], d->penalty, now->places, now->sums, now->visible,        \
+                                    expanded, capacity, filled, r.pool_chances, r.pool_tokens, r.pool_sums,           \
+                                    r.pool_parents, chosen, next->tokens, next->above, next->places, next->sums,      \
+                                    next->visible));                                                                  \
             filled += width * children, expanded += chosen, before = width, width = chosen;                           \
             beam *spent = now;                                                                                        \
             now = next, next = spent;                                                                                 \
@@ -165,8 +166,9 @@ static void see_before(uint8_t *visible, i64 rows, i64 width) {
         place_rooms(own, d, sizeof(X), room, &r);                                                                     \
         int failed = grow_##E##_##X(own, d, r, &filled);                                                              \
         if (!failed)                                                                                                  \
-            fastgrpo_prune(r.pool_chances, r.pool_tokens, r.pool_sums, r.pool_parents, d->rows, capacity, filled,     \
-                           least(count, filled), d->roots, tokens, parents, num_nodes, chances, sums);                \
+            failed = fastgrpo_prune(r.pool_chances, r.pool_tokens, r.pool_sums, r.pool_parents, d->rows, capacity,    \
+                                    filled, least(count, filled), d->roots, tokens, parents, num_nodes, chances,      \
+                                    sums);                                                                            \
         free(room);                                                                                                   \
         return failed;                                                                                                \
     }

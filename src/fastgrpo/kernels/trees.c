@@ -4,6 +4,8 @@
  * tree.py and drafters/calibration.py. Rows are trees of their own.
  */
 
+#include <stdlib.h>
+
 #include "common.h"
 
 #define LEAST_MISS -1e-6f /* log chances are taken for this at most where log-odds are computed */
@@ -27,16 +29,20 @@ static inline float calibrate(float chance, float slope, float offset) {
  * places, sums: of the nodes expanded last: where they stand in the tree (0 is the root), log chance from there.
  * visible: their ancestors among the `expanded` nodes so far, themselves included.
  * above, out_*: of those chosen: place of the parent among the nodes expanded last; the same of themselves.
+ *
+ * The candidates of a wide level, and in `fastgrpo_prune` those of a tree, are more than a stack may hold.
  */
-void fastgrpo_grow_level(const float *chances, const i64 *tokens, i64 rows, i64 nodes, i64 children, float slope,
-                         float offset, float penalty, const i64 *places, const float *sums, const uint8_t *visible,
-                         i64 expanded, i64 capacity, i64 filled, float *pool_chances, i64 *pool_tokens,
-                         float *pool_sums, i64 *pool_parents, i64 most, i64 *out_tokens, i64 *above, i64 *out_places,
-                         float *out_sums, uint8_t *out_visible) {
+int fastgrpo_grow_level(const float *chances, const i64 *tokens, i64 rows, i64 nodes, i64 children, float slope,
+                        float offset, float penalty, const i64 *places, const float *sums, const uint8_t *visible,
+                        i64 expanded, i64 capacity, i64 filled, float *pool_chances, i64 *pool_tokens,
+                        float *pool_sums, i64 *pool_parents, i64 most, i64 *out_tokens, i64 *above, i64 *out_places,
+                        float *out_sums, uint8_t *out_visible) {
     i64 width = nodes * children, seen = expanded + most;
+    float *score = malloc((width + 1) * sizeof *score);
+    if (!score) return NO_MEMORY;
     for (i64 row = 0; row < rows; row++) {
         i64 first = row * capacity + filled, best[most + 1];
-        float score[width + 1], value[most + 1];
+        float value[most + 1];
         for (i64 i = 0; i < width; i++) {
             i64 node = row * nodes + i / children;
             pool_chances[first + i] = chances[row * width + i];
@@ -58,16 +64,20 @@ void fastgrpo_grow_level(const float *chances, const i64 *tokens, i64 rows, i64 
             mask[expanded + n] = 1;
         }
     }
+    free(score);
+    return 0;
 }
 
 /* The best `most` candidates of each row behind its root, best first, so that parents stand before their children.
  * Absent ones, whose sum is -infinity, end a row. `sums` are used up.
  */
-void fastgrpo_prune(const float *chances, const i64 *tokens, float *sums, const i64 *parents, i64 rows, i64 capacity,
-                    i64 filled, i64 most, const i64 *roots, i64 *out_tokens, i64 *out_parents, i64 *num_nodes,
-                    float *out_chances, float *out_sums) {
+int fastgrpo_prune(const float *chances, const i64 *tokens, float *sums, const i64 *parents, i64 rows, i64 capacity,
+                   i64 filled, i64 most, const i64 *roots, i64 *out_tokens, i64 *out_parents, i64 *num_nodes,
+                   float *out_chances, float *out_sums) {
+    i64 *place = malloc((filled + 1) * sizeof *place);
+    if (!place) return NO_MEMORY;
     for (i64 row = 0; row < rows; row++) {
-        i64 first = row * capacity, out = row * (most + 1), best[most + 1], place[filled + 1];
+        i64 first = row * capacity, out = row * (most + 1), best[most + 1];
         float value[most + 1];
         take_best(sums + first, filled, most, value, best);
         out_tokens[out] = roots[row], out_parents[out] = -1, out_chances[out] = 0, out_sums[out] = 0;
@@ -82,6 +92,8 @@ void fastgrpo_prune(const float *chances, const i64 *tokens, float *sums, const 
             out_sums[out + 1 + n] = value[n];
         }
     }
+    free(place);
+    return 0;
 }
 
 /* visible[b, i, j]: node j is node i or an ancestor of it */

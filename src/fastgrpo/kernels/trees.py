@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastgrpo.kernels.cpu import NAMES, call, find_most
+from fastgrpo.kernels.cpu import NAMES, call, compute, find_most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Pool:
         pool = (self._chances, self._tokens, self._scores, self._parents)
         sizes = (expanded, self._tokens.shape[1], self.num_filled)
         parents = (beam.places, beam.scores, beam.visible)
-        call("grow_level", *below, *parents, *sizes, *pool, count, token_out, above, places, scores, visible)
+        compute("grow_level", *below, *parents, *sizes, *pool, count, token_out, above, places, scores, visible)
         self.num_filled += num_nodes * num_children
         return Beam(token_ids=token_out, above=above, places=places, scores=scores, visible=visible)
 
@@ -75,7 +75,7 @@ class Pool:
         num_nodes = torch.empty(num_trees, dtype=torch.int64)
         pool = (self._chances, self._tokens, self._scores, self._parents)
         sizes = (num_trees, capacity, self.num_filled, count)
-        call("prune", *pool, *sizes, roots.contiguous(), tokens, parents, num_nodes, chances, scores)
+        compute("prune", *pool, *sizes, roots.contiguous(), tokens, parents, num_nodes, chances, scores)
         return tokens, parents, num_nodes, chances, scores
 
 
