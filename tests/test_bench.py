@@ -414,6 +414,21 @@ def test_learning_replays_a_run_and_measures_before_it_learns(
     assert "draft_loss must be one of kl, kl+tv, lk, overlap, coupled; got 'cosine'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--starts", "eagle-new,ngram"], "starts must be eagle, eagle-new or folders of EAGLE-3 heads, got 'ngram'"),
+        (["--starts", "eagle-new,nothing"], "drafter must be eagle"),
+        (["--starts", "eagle-new", "--rollouts", "/proc/none/rollouts"], "rollouts='/proc/none/rollouts' cannot be"),
+    ],
+)
+def test_learning_refuses_before_it_trains(arguments, message, model_dir, capsys) -> None:
+    assert main(["bench", "learning", "--model", str(model_dir), *TINY_WORKLOAD, "--steps", "2", *arguments]) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert "training" not in told.out
+
+
 def test_drafters_stand_side_by_side(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,13 +25,12 @@ from fastgrpo.bench.training import build_trainer
 from fastgrpo.data import build_task_dataset
 from fastgrpo.draft_loss import check_loss
 from fastgrpo.drafters import build_drafter
-from fastgrpo.drafters.drafter import TrainableDrafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.engine import FinishedRollout
 from fastgrpo.learner import Learner
 from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
 from fastgrpo.model import TargetModel
-from fastgrpo.options import LearningOptions
+from fastgrpo.options import LearningOptions, check_writable
 from fastgrpo.planner import compute_expected_length
 from fastgrpo.report import GREY, PALETTE, say, write_json
 from fastgrpo.rollouts import Steps, load_rollouts, save_rollouts
@@ -56,22 +55,26 @@ def run_learning_bench(options: LearningOptions, command: str) -> dict[str, Any]
     console = Console()
     quiet_libraries()
     losses = [check_loss(name) for name in options.losses]
+    origin = describe_run(command, dataclasses.asdict(options))
+    _check_starts(options)
     run: dict[str, Any] = {}
     if options.rollouts is not None and options.rollouts.exists():
         steps = load_rollouts(options.rollouts)
         say(console, f"{len(steps)} steps of rollouts read from {options.rollouts}")
     else:
+        if options.rollouts is not None:
+            check_writable("rollouts", options.rollouts)
         steps, run = _train(options, console)
         if options.rollouts is not None:
             save_rollouts(steps, options.rollouts)
-    target = TargetModel(open_model(options.model, dtype=options.dtype, device="auto").model)
+    target = _open_target(options)
     curves = []
     with target.rollout_mode():
         for start in options.starts:
             curves += [_replay(start, loss, steps, target, options) for loss in (FROZEN, *losses)]
             for row in curves[-len(losses) - 1 :]:
                 say(console, _describe(row))
-    result = describe_run(command, dataclasses.asdict(options)) | {"run": run, "curves": curves}
+    result = origin | {"run": run, "curves": curves}
     if options.output is not None:
         write_json(result, options.output, indent=1)
     console.print(_build_table(curves))
@@ -142,10 +145,31 @@ def _measure_trained(trainer: Any, options: LearningOptions, console: Console) -
 # -- replays ---------------------------------------------------------------------------------------------------
 
 
+def _open_target(options: LearningOptions) -> TargetModel:
+    return TargetModel(open_model(options.model, dtype=options.dtype, device="auto").model)
+
+
+def _check_starts(options: LearningOptions) -> None:
+    """Before a run that would be lost.
+
+    Raises:
+        ValueError: one is no EAGLE-3 head of the model.
+    """
+    target = _open_target(options)
+    for start in options.starts:
+        _open_head(start, target)
+
+
+def _open_head(start: str, target: TargetModel) -> EagleDrafter:
+    drafter = build_drafter(start, target)
+    if not isinstance(drafter, EagleDrafter):
+        raise ValueError(f"starts must be eagle, eagle-new or folders of EAGLE-3 heads, got '{start}'")
+    return drafter
+
+
 def _replay(start: str, loss: str, steps: Steps, target: TargetModel, options: LearningOptions) -> Row:
     """Acceptance on each step's rollouts before they are learnt from."""
-    drafter = build_drafter(start, target)
-    assert isinstance(drafter, EagleDrafter) and isinstance(drafter, TrainableDrafter)
+    drafter = _open_head(start, target)
     learner = None if loss == FROZEN else Learner(drafter, loss=check_loss(loss), seed=options.seed)
     row: Row = {"start": start, "loss": loss, "first": [], "length": [], "num_tokens": [], "rolled_back": 0}
     row["learn_s"] = 0.0

@@ -1,6 +1,6 @@
 """What the commands take: one record for each, read from the command line. Light: no torch, no trl."""
 
-from fastgrpo.options.command_line import about, add_options, check_outputs, read_options
+from fastgrpo.options.command_line import about, add_options, check_outputs, check_writable, read_options
 from fastgrpo.options.drafting import DraftExportOptions, DraftImportOptions, DraftTrainOptions
 from fastgrpo.options.generating import GenerateOptions
 from fastgrpo.options.measuring import AcceptanceOptions, DraftersOptions, ProfileOptions, RolloutOptions
@@ -33,6 +33,7 @@ __all__ = [
     "about",
     "add_options",
     "check_outputs",
+    "check_writable",
     "name_plan",
     "parse_plan",
     "parse_speculation",

@@ -90,12 +90,21 @@ def check_outputs(options: Any) -> None:
             theirs = getattr(options, other)
             if isinstance(theirs, Path) and theirs.resolve() == path.resolve():
                 raise ValueError(f"{entry.name} would overwrite {other}: both are '{path}'; name another")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-        except OSError as error:
-            raise OSError(f"{entry.name}='{path}' cannot be written ({error}); name another file") from error
+        check_writable(entry.name, path)
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Make the folder of a file that an option names.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{name}='{path}' cannot be written ({error}); name another file") from error
 
 
 def _plain_type(hint: Any) -> type:
