@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    commits = [describe_commit(tree) for tree in (Path(__file__).parent, options.before)]  # of what is measured
     with tempfile.TemporaryDirectory() as scratch:
         folders = {"before": options.before, "this tree": Path(cpu.__file__).parent}
         libraries = {
@@ -83,8 +84,8 @@ def main() -> None:
     if options.output is not None:
         result = {
             "command": shlex.join(["python", "bench/products_beside.py", *sys.argv[1:]]),
-            "commit": describe_commit(Path(__file__).parent),
-            "before": describe_commit(options.before),
+            "commit": commits[0],
+            "before": commits[1],
             "machine": describe_machine(),
             "median_ms": medians,
             "each_ms": taken,

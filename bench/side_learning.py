@@ -119,11 +119,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     quiet_libraries()
+    commit = describe_commit(Path(__file__).parent)  # before it runs: who works on may commit meanwhile
     rows = take_turns(options)
     result = {
         "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python {' '.join(sys.argv)}",
         "options": {key: value for key, value in vars(options).items() if key != "output"},
-        "commit": describe_commit(Path(__file__).parent),
+        "commit": commit,
         "machine": describe_machine(),
         **describe_origin(options.model),
         "summary": summarise(rows),

@@ -82,6 +82,12 @@ def test_equal_completions_are_counted() -> None:
     assert (ours[0].num_tokens, ours[0].tokens_per_s) == (3, 3.0)
 
 
+def test_results_name_the_commit_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = measure.describe_run("fastgrpo", {})["commit"]
+    monkeypatch.setattr(measure, "describe_commit", lambda _: "committed while it ran")
+    assert measure.describe_run("fastgrpo", {})["commit"] == ran
+
+
 def test_rollout_writes_what_it_measured(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rollout.json"
     argv = ["bench", "rollout", "--model", str(model_dir), "--dtype", "float32", "--device", "cpu", "--max-tokens", "8"]

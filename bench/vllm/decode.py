@@ -102,7 +102,9 @@ class Process:
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     from fastgrpo.data import build_task_dataset
     from fastgrpo.loading import encode_prompts, load_tokenizer, resolve_model
+    from fastgrpo.machine import describe_commit
 
+    commit = describe_commit(Path(__file__).parent)  # before it runs: who works on may commit meanwhile
     path = resolve_model(options.model)
     chats = build_task_dataset(options.task, size=max(options.batches), seed=17)["prompt"]
     work = {"model": path, "prompts": encode_prompts(load_tokenizer(path), chats)}
@@ -119,21 +121,21 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                     step_ms.setdefault(str(batch), {}).setdefault(process.name, []).append(1000 * seconds)
                     print(f"{batch} {process.name}: {1000 * seconds:.1f} ms", flush=True)
             if options.output:  # what there is, should a later turn fail
-                write(describe(options, step_ms), options.output)
+                write(describe(options, commit, step_ms), options.output)
         for process in processes:
             process.process.terminate()
-    return describe(options, step_ms)
+    return describe(options, commit, step_ms)
 
 
-def describe(options: argparse.Namespace, step_ms: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    from fastgrpo.machine import describe_commit, describe_machine
+def describe(options: argparse.Namespace, commit: str, step_ms: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    from fastgrpo.machine import describe_machine
 
     medians = {
         batch: {name: statistics.median(values) for name, values in each.items()} for batch, each in step_ms.items()
     }
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": describe_commit(Path(__file__).parent),
+        "commit": commit,
         "machine": describe_machine(),
         "settings": {"model": options.model, "task": options.task, "repeats": options.repeats, "tokens": [FEW, MANY]},
         "step_ms": step_ms,

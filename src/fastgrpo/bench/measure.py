@@ -19,6 +19,7 @@ from fastgrpo.report import describe_commit, describe_machine
 from fastgrpo.types import SamplingParams, StepRecord
 
 TURN_TOKENS = 6  # of each live sequence
+_COMMIT = describe_commit(Path(__file__).parent)  # before anything runs: who works on may commit meanwhile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +239,7 @@ def describe_run(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a published number must name."""
     return {
         "command": command,
-        "commit": describe_commit(Path(__file__).parent),
+        "commit": _COMMIT,
         "machine": describe_machine(),
         "settings": dict(settings),
         **describe_origin(settings.get("model")),

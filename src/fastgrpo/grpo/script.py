@@ -46,6 +46,7 @@ def run_training(argv: list[str]) -> None:
         return
     quiet_progress()
     arguments = parse_arguments(argv)
+    meta = _describe_run(arguments, argv)  # before it runs: who works on may commit meanwhile
     trainer = build_trainer(arguments)
     is_main = trainer.is_world_process_zero()
     console = Console() if is_main else Console(quiet=True)
@@ -65,7 +66,7 @@ def run_training(argv: list[str]) -> None:
             log_rows=trainer.state.log_history,
             rollouts=callback.rollouts,
             timelines=callback.timelines,
-            meta=_describe_run(arguments, argv),
+            meta=meta,
         )
         write_report(history, Path(arguments.training.output_dir), console)
         say(console, f"model: {arguments.training.output_dir}")
