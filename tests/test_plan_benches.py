@@ -27,6 +27,7 @@ from fastgrpo.options import (
     AcceptanceOptions,
     BudgetOptions,
     DraftersOptions,
+    OrderOptions,
     PlansOptions,
     RolloutOptions,
     name_plan,
@@ -111,6 +112,7 @@ def test_options_refuse_what_cannot_be_measured() -> None:
         (BudgetOptions, {"max_num_tokens": 3}, "leaves every plan out: 1x4x1 with 2 live takes 4 tokens a forward"),
         (DraftersOptions, {"drafters": ("ngram", "ngram")}, "drafters must name each once"),
         (AcceptanceOptions, {"temperature": (1.0, 1.0)}, "temperature must name each once, got 1.0 twice"),
+        (OrderOptions, {"tasks": ("chain_sum", "chain_sum")}, "tasks must name each once, got chain_sum twice"),
     ):
         with pytest.raises(ValueError, match=message):
             options(**changes)

@@ -136,6 +136,7 @@ class OrderOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "num_generations", "max_tokens", "max_num_seqs", "repeats")
+        check_distinct(self, "tasks")  # else other prompts of the one are the prompts of the other
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be >= 0, got {self.temperature}")
         parse_speculation(self.speculation)
