@@ -351,6 +351,18 @@ def test_seconds_of_learning_that_cannot_be_are_refused(capsys: pytest.CaptureFi
     assert f"warmup_learn_s must be seconds above 0, got {float(seconds)}" in message
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["demo", "--format-weight", "nan"], "format_weight must be finite and >= 0, got nan"),
+        (["demo", "--learning-rate", "inf"], "learning_rate must be finite, got inf"),
+        (["bench", "rewards", "--answer-s", "inf"], "answer_s must be finite, got inf"),
+    ],
+)
+def test_numbers_that_train_nothing_are_refused(capsys: pytest.CaptureFixture[str], command, message: str) -> None:
+    assert message in read_error(capsys, *command)
+
+
 def test_lists_that_hold_no_numbers_are_refused_with_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "plans", "--concurrency", "1,x"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import types
 from collections.abc import Callable
@@ -29,6 +30,8 @@ def check_positive(record: Any, *names: str) -> None:
     for name in names:
         if not getattr(record, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(record, name)}")
+        if getattr(record, name) == math.inf:
+            raise ValueError(f"{name} must be finite, got {getattr(record, name)}")
 
 
 def check_distinct(record: Any, *names: str) -> None:
