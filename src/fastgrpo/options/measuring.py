@@ -62,7 +62,8 @@ class RolloutOptions:
     dtype: str = field(default="bfloat16", metadata=about("type of the weights", choices=DTYPES))
     task: str = field(default="chain_sum", metadata=about("reasoning-gym task that makes the prompts"))
     long_tail: bool = field(
-        default=False, metadata=about("a workload with stragglers: the cap is at least 3 times the mean length")
+        default=False,
+        metadata=about(f"a workload with stragglers: without --max-tokens a cap of {LONG_TAIL_MAX_TOKENS} tokens"),
     )
     num_prompts: int = field(default=4, metadata=about("prompts in a rollout"))
     num_generations: int = field(default=8, metadata=about("completions for each prompt"))
