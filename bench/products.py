@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from fastgrpo.kernels import cpu, linear, matrices
 from fastgrpo.machine import describe_commit, describe_machine
+from fastgrpo.options import check_writable
 
 SMOLLM2 = {"layers": 30, "shapes": ((960, 576), (576, 576), (3072, 576), (576, 1536)), "head": (49152, 576)}
 """(outputs, inputs) of what the engine multiplies by: Q, K, V; their output; gate and up; down; the output rows."""
@@ -77,6 +78,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.output:  # before anything is measured
+        check_writable("output", options.output)
     result: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "commit": describe_commit(Path(__file__).parent),

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastgrpo.kernels import build, cpu
 from fastgrpo.machine import describe_commit, describe_machine
+from fastgrpo.options import check_writable
 
 
 def compile_products(folder: Path, into: Path) -> ctypes.CDLL:
@@ -70,6 +71,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.output:  # before anything is measured
+        check_writable("output", options.output)
     commits = [describe_commit(tree) for tree in (Path(__file__).parent, options.before)]  # of what is measured
     with tempfile.TemporaryDirectory() as scratch:
         folders = {"before": options.before, "this tree": Path(cpu.__file__).parent}

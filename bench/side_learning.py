@@ -22,6 +22,7 @@ from fastgrpo.engine import Engine
 from fastgrpo.learner import Learner
 from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
 from fastgrpo.machine import describe_commit, describe_machine, describe_origin
+from fastgrpo.options import check_writable
 from fastgrpo.side_learning import SideLearning
 from fastgrpo.types import SamplingParams
 
@@ -118,6 +119,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.output:  # before anything is measured
+        check_writable("output", options.output)
     quiet_libraries()
     commit = describe_commit(Path(__file__).parent)  # before it runs: who works on may commit meanwhile
     rows = take_turns(options)

@@ -19,6 +19,7 @@ from typing import Any
 from fastgrpo.engine import Engine
 from fastgrpo.loading import encode_prompts, open_model, quiet_libraries
 from fastgrpo.machine import describe_commit, describe_machine
+from fastgrpo.options import check_writable
 from fastgrpo.types import SamplingParams
 
 QUESTION = [[{"role": "user", "content": "Write a long story about a river that wanted to see the mountains."}]]
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="measure so many tokens in this process and print every step")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.output:  # before anything is measured
+        check_writable("output", options.output)
     if options.steps:
         print(json.dumps(measure_steps(options.steps)))
         return

@@ -43,3 +43,10 @@ def test_results_name_the_command_that_made_them(tmp_path):
     run(tmp_path, "products.py", "--rows", "1", "--rounds", "2", "--output", "out.json")
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["command"].endswith("products.py --rows 1 --rounds 2 --output out.json")
+
+
+def test_the_folder_of_results_is_made_before_anything_is_measured(tmp_path):
+    run(tmp_path, "products.py", "--rows", "1", "--rounds", "2", "--output", "new/out.json")
+    assert (tmp_path / "new" / "out.json").is_file()
+    done = run(tmp_path, "products.py", "--rows", "1", "--rounds", "2", "--output", "/proc/none/out.json")
+    assert "output='/proc/none/out.json' cannot be written" in done.stderr and not done.stdout

@@ -103,7 +103,10 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     from fastgrpo.data import build_task_dataset
     from fastgrpo.loading import encode_prompts, load_tokenizer, resolve_model
     from fastgrpo.machine import describe_commit
+    from fastgrpo.options import check_writable
 
+    if options.output:  # before anything is measured
+        check_writable("output", options.output)
     commit = describe_commit(Path(__file__).parent)  # before it runs: who works on may commit meanwhile
     path = resolve_model(options.model)
     chats = build_task_dataset(options.task, size=max(options.batches), seed=17)["prompt"]
