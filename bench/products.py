@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds must be at least 2, got {options.rounds}: the second least counts")
     if options.output:  # before anything is measured
         check_writable("output", options.output)
     result: dict[str, Any] = {

@@ -28,6 +28,7 @@ from fastgrpo.draft_control import Judgement, Outcome
 from fastgrpo.drafters import DraftContext, build_drafter
 from fastgrpo.drafters.block import BlockDrafter
 from fastgrpo.drafters.block_head import DEFAULT_BLOCK_SIZE
+from fastgrpo.drafters.calibration import Calibration
 from fastgrpo.drafters.drafter import TrainableDrafter
 from fastgrpo.drafters.eagle import EagleDrafter
 from fastgrpo.drafters.head_drafter import HeadDrafter
@@ -193,6 +194,23 @@ def test_a_head_that_did_not_change_is_not_laid_out_again(kind: Kind, dtype: tor
     x = torch.randn(3, drafter.head.fc.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
     for mine, expected in zip(_run_head(drafter, x), _run_head(anew, x), strict=True):
         assert torch.equal(mine, expected)
+
+
+def test_a_head_rotates_as_the_target_does_now(kind: Kind) -> None:
+    """Though it has not changed itself: drafts are those of an engine that is built anew."""
+    model = build_model("llama", torch.float32)
+    engine = Engine(model, drafter=kind.drafter(TargetModel(model), draft_vocab_size=80), speculation=TREE)
+    told: list[list[tuple[int, float | None]]] = []
+    params = SamplingParams(max_tokens=12)
+    engine.generate(PROMPTS, params)
+    model.model.rotary_emb.inv_freq.data.mul_(0.3)
+    head = copy.deepcopy(engine.drafter.head)
+    anew = Engine(model, drafter=kind.drafter(TargetModel(model), head=head), speculation=TREE)
+    for each in (engine, anew):
+        each.drafter.calibration = Calibration()
+        each.generate(PROMPTS, params)
+        told.append([(record.num_emitted, record.num_promised) for record in each.records])
+    assert told[0] == told[1]
 
 
 def _run_head(drafter: HeadDrafter, x: torch.Tensor) -> list[torch.Tensor]:

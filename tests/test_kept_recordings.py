@@ -215,7 +215,10 @@ def scale_norm(own):
     own.model.norm.variance_epsilon = 50.0
 
 
-@pytest.mark.parametrize("change", [move, hook, replace_head, rotate_otherwise, rotate_otherwise_unseen, scale_norm])
+CHANGES = [move, hook, replace_head, rotate_otherwise, rotate_otherwise_unseen, scale_norm]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_has_changed_is_recorded_anew(change, recorded, monkeypatch):
     engine = build(plan=PLAIN)
     before, num_recorded = generate(engine), len(recorded)
@@ -227,6 +230,18 @@ def test_what_has_changed_is_recorded_anew(change, recorded, monkeypatch):
         (hook_id,) = engine.target.model.model.layers[0].mlp._forward_hooks
         del engine.target.model.model.layers[0].mlp._forward_hooks[hook_id]
         assert generate(engine) == before
+
+
+@pytest.mark.parametrize("name", ["fp32_precision", "allow_bf16_reduced_precision_reduction"])
+def test_products_of_another_precision_are_recorded_anew(name, recorded, monkeypatch):
+    """cuBLAS rounds as PyTorch's settings said when it was recorded."""
+    engine = build(plan=PLAIN)
+    generate(engine)
+    generate(engine)
+    num_recorded, settings = len(recorded), torch.backends.cuda.matmul
+    monkeypatch.setattr(settings, name, "tf32" if name == "fp32_precision" else not getattr(settings, name))
+    generate(engine)
+    assert len(recorded) == 2 * num_recorded
 
 
 def learn(drafter):
@@ -289,7 +304,7 @@ def test_a_table_of_rotations_that_is_gone_is_not_taken_for_a_later_one(recorded
     with engine.target.rollout_mode():
         for _ in range(8):
             engine.target.model.model.rotary_emb.inv_freq.mul_(0.9)
-            engine.drafter.take_rotation()
+            engine.drafter._take_rotation()
             places.add(engine.drafter._find_place())
     assert len(places) == 8
 

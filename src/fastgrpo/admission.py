@@ -175,7 +175,7 @@ class Admission:
         self._most_running = len(running) // 2
         self._warn(
             f"memory ran out with {len(running)} sequences running ({describe_error(error)}): half of them wait",
-            f"{self._most_running} sequences of {self._most_positions} tokens may fit",
+            f"{_describe_count(self._most_running)} of {self._most_positions} tokens may fit",
         )
         while len(running) > self._most_running:
             self._preempt_youngest()
@@ -193,7 +193,7 @@ class Admission:
                 raise ValueError(f"a sequence has {num_positions} tokens: {self._describe_needs(num_positions)}")
             self._warn(
                 f"the cache is full with {len(self.scheduler.running)} sequences running: the youngest wait",
-                f"{self._count_fitting()} sequences of {self._most_positions} tokens would fit",
+                f"{_describe_count(self._count_fitting())} of {self._most_positions} tokens would fit",
             )
             self._preempt_youngest()
             had_room = False
@@ -295,3 +295,7 @@ class Admission:
                 f"max_num_seqs={fitting.split()[0]}, or a larger max_cache_bytes, would save computing them twice",
                 stacklevel=2,
             )
+
+
+def _describe_count(count: int) -> str:
+    return f"{count} sequence{'' if count == 1 else 's'}"

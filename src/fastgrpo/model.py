@@ -275,7 +275,7 @@ class TargetModel:
         """
         if self._recorder is None or self._fused is None or self._output is None or _FREES_CUBLAS in sys.modules:
             return None
-        return self._fused.place, self._output.place
+        return self._fused.place, self._output.place, _list_precisions()
 
     def _may_keep(self, memory: KeptMemory) -> bool:
         """Whether the memory of copies of weights may be held until the next rollout."""
@@ -398,6 +398,13 @@ def host_by_default() -> contextlib.AbstractContextManager[Any]:
     """Tensors made without a device are the host's, whatever `torch.set_default_device` says: kernels there take their
     addresses."""
     return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
+def _list_precisions() -> tuple[object, ...]:
+    """PyTorch's settings of how cuBLAS rounds."""
+    products = torch.backends.cuda.matmul
+    names = ("fp32_precision", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    return tuple(getattr(products, name) for name in names)
 
 
 def _cast(linear: nn.Linear, dtype: torch.dtype, memory: KeptMemory | None) -> nn.Linear:

@@ -65,7 +65,6 @@ class EagleDrafter(HeadDrafter[EagleHead]):
             )
 
     def prepare(self) -> None:
-        self.take_rotation()
         head, memory = self.fast_head, self._memory
         memory.begin()
         self._layer = FusedMidLayer(head, memory) if FusedMidLayer.covers(head) else None

@@ -167,9 +167,8 @@ class HeadDrafter(ABC, Generic[Head]):
         """Pack the weights of `fast_head` for speed; they do not change until the next `refresh`."""
         self._memory.begin()
         pack_modules(self.fast_head, memory=self._memory)
-        self.take_rotation()
 
-    def take_rotation(self) -> None:
+    def _take_rotation(self) -> None:
         """Rotate as the target does now."""
         target = self.target
         self._rotation = RotationTable.renew(self._rotation, target.rotary_emb, count_positions(target.config))
@@ -222,6 +221,7 @@ class HeadDrafter(ABC, Generic[Head]):
     def begin(self) -> None:
         self.calibration.fit()
         self.refresh()
+        self._take_rotation()
         self._cache = None
         self._recordings.begin(self._find_place(), self._run_recorded, self._list_stores)
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastgrpo.options.command_line import about, check_positive
+from fastgrpo.options.command_line import about, check_distinct, check_positive
 from fastgrpo.options.variants import parse_variant
 from fastgrpo.options.words import DTYPES, SPECULATION, TRAINING_VARIANTS
 
@@ -92,6 +92,7 @@ class E2EOptions(Workload):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "steps")
+        check_distinct(self, "variants")
         for word in self.variants:
             parse_variant(word)
 
@@ -175,3 +176,4 @@ class LearningOptions(Workload):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "steps", "updates")
+        check_distinct(self, "losses", "starts")
