@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -162,6 +164,20 @@ def test_a_larger_recording_serves_until_one_of_the_right_size_is_worth_it():
     assert use(64) == 64 and recorder.num_recorded == 2
     assert use(32) == 48 and use(16) == 16, "no larger one, or one that is too large"
     assert recorder.num_recorded == 3
+
+
+def test_nothing_of_a_recorder_is_left_as_the_process_ends(monkeypatch):
+    """Nor the memory that its recordings shared: there is no driver to give it back to afterwards."""
+    monkeypatch.setattr(graphs, "_REPLAYS", weakref.WeakSet())
+    recorder, store = EagerRecorder(), torch.zeros(1, 1)
+    held, replays = weakref.ref(recorder), Replays(lambda size: (torch.zeros(size),), lambda: [store], recorder)
+    assert replays(2, lambda: 2, lambda _: None) is not None
+    del recorder
+    gc.collect()
+    assert held() is not None
+    graphs._drop_recordings()
+    assert held() is None and not len(replays) and not replays.num_bytes
+    assert replays(2, lambda: 2, lambda _: None) is None, "who decodes on does so without recordings"
 
 
 def test_recordings_go_when_the_cache_moves(target):

@@ -217,7 +217,8 @@ class Replays(Generic[Inputs]):
         list_stores: Callable[[], Sequence[Tensor]],
         recorder: Recorder,
     ) -> None:
-        self._run, self._list_stores, self._recorder = run, list_stores, recorder
+        self._run, self._list_stores = run, list_stores
+        self._recorder: Recorder | None = recorder  # None once closed
         self._graphs: OrderedDict[Hashable, _Graph[Inputs]] = OrderedDict()  # the least recently used first
         self._padded_uses: Counter[Hashable] = Counter()
         self._place: tuple[tuple[int, int], ...] = ()
@@ -231,10 +232,11 @@ class Replays(Generic[Inputs]):
     @property
     def num_bytes(self) -> int:
         """Memory that recordings have taken, besides the stores."""
-        return self._recorder.num_bytes
+        return 0 if self._recorder is None else self._recorder.num_bytes
 
-    def clear(self) -> None:
-        """Drop all recordings."""
+    def close(self) -> None:
+        """Drop all recordings with the memory that they share, and record nothing any more."""
+        self.obstacle, self._recorder = "the process ends", None
         self._graphs.clear()
 
     def __call__(
@@ -283,6 +285,7 @@ class Replays(Generic[Inputs]):
             self._place = place
 
     def _record(self, key: Hashable, build: Callable[[], Inputs], fill: Callable[[Inputs], None]) -> Outputs | None:
+        assert self._recorder is not None, "there is an obstacle once this is closed"
         free = self._recorder.count_free_bytes()
         if free < _FREE_BYTES:
             self._stop(f"only {free / 2**30:.1f} GiB of the device's memory are free")
@@ -314,7 +317,7 @@ _REPLAYS: weakref.WeakSet[Replays[Any]] = weakref.WeakSet()
 def _drop_recordings() -> None:
     """Before the process ends: afterwards there is no driver to give them back to."""
     for replays in list(_REPLAYS):
-        replays.clear()
+        replays.close()
 
 
 class GraphRunner:
