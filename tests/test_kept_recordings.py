@@ -233,14 +233,18 @@ def test_what_has_changed_is_recorded_anew(change, recorded, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["fp32_precision", "allow_bf16_reduced_precision_reduction"])
-def test_products_of_another_precision_are_recorded_anew(name, recorded, monkeypatch):
+def test_products_of_another_precision_are_recorded_anew(name, recorded):
     """cuBLAS rounds as PyTorch's settings said when it was recorded."""
     engine = build(plan=PLAIN)
     generate(engine)
     generate(engine)
     num_recorded, settings = len(recorded), torch.backends.cuda.matmul
-    monkeypatch.setattr(settings, name, "tf32" if name == "fp32_precision" else not getattr(settings, name))
-    generate(engine)
+    before = getattr(settings, name)
+    setattr(settings, name, "tf32" if name == "fp32_precision" else not before)
+    try:
+        generate(engine)
+    finally:
+        setattr(settings, name, before)
     assert len(recorded) == 2 * num_recorded
 
 
