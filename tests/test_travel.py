@@ -19,7 +19,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.types import SamplingParams, SpeculationPlan
 from fastgrpo.unroll import collate, compute_outputs
 from test_eagle import build_drafter_for, draft_chains
-from test_heads import collect_rollouts
+from test_heads import collect_rollouts, edit_tensors
 from test_trainer import build_tokenizer
 
 PLAN = SpeculationPlan(depth=2, width=2, num_draft_tokens=4)
@@ -186,6 +186,22 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path, target_folder: Pat
     drafter = build_trained_head(tmp_path / "head", target_folder)
     write_as_speculators(tmp_path / "head", tmp_path / "theirs", **changes)
     with pytest.raises(ValueError, match=message):
+        load_head(tmp_path / "theirs", drafter.target)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_output_rows_of_another_program_are_the_target_s_or_refused(tmp_path: Path, is_tied: bool) -> None:
+    """Heads draft with the target's rows here, and others train rows of their own."""
+    drafter = build_drafter_for(build_model("llama", torch.float32), draft_vocab_size=50)
+    drafter.save(tmp_path / "head")
+    write_as_speculators(tmp_path / "head", tmp_path / "theirs", tie_word_embeddings=is_tied)
+    edit_tensors(tmp_path / "theirs", lambda t: t.update({"lm_head.weight": t["lm_head.weight"].bfloat16()}))
+    load_head(tmp_path / "theirs", drafter.target)
+    if is_tied:  # the rows are the embedding, which the target's are not
+        edit_tensors(tmp_path / "theirs", lambda t: t.pop("lm_head.weight"))
+    else:
+        edit_tensors(tmp_path / "theirs", lambda t: t["lm_head.weight"].mul_(1.1))
+    with pytest.raises(ValueError, match=r"has lm_head.weight of its own, 1\d+% away from the target's.*take lm_head"):
         load_head(tmp_path / "theirs", drafter.target)
 
 

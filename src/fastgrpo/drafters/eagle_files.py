@@ -32,6 +32,7 @@ from fastgrpo.drafters.head_files import (
 from fastgrpo.model import TargetModel
 
 _ARCHITECTURE = "LlamaForCausalLMEagle3"
+_ROUNDING = 0.01  # relative distance of weights that 16 bits, or some training of the target, leave behind
 _SHIPPED = Path(__file__).parent.parent / "heads"
 
 
@@ -90,9 +91,14 @@ def load_head(folder: Path, target: TargetModel) -> EagleHead:
     config, tensors = _unify_layout(*read_files(folder), folder)
     _check_config(config, folder, target)
     check_tokenizer(config, folder, target)
-    for name in ("t2d", "embed_tokens.weight"):  # said again by d2t, and by the target
-        tensors.pop(name, None)
-    tensors["draft_vocab"] = read_vocabulary(_find_offsets(tensors, folder, target), folder, target.vocab_size)
+    tensors.pop("t2d", None)  # said again by d2t
+    _check_copy("embed_tokens.weight", tensors.pop("embed_tokens.weight", None), target.embed_tokens.weight, folder)
+    vocab = read_vocabulary(_find_offsets(tensors, folder, target), folder, target.vocab_size)
+    tensors["draft_vocab"] = vocab
+    if FINGERPRINT not in config:  # of another program, which may have trained them; ours are the target's at that time
+        if config.get("tie_word_embeddings"):
+            tensors.setdefault("lm_head.weight", target.embed_tokens.weight.detach()[vocab.long()])
+        _check_copy("lm_head.weight", tensors.get("lm_head.weight"), target.lm_head.weight, folder, vocab)
     head = build_head(
         target, len(tensors["draft_vocab"]), norm_before_residual=bool(config.get("norm_before_residual", False))
     )
@@ -165,6 +171,28 @@ def _check_layers(config: dict[str, Any], folder: Path, target: TargetModel) -> 
                 f"the head in {folder} reads target layers {list(layers)}; only the default ones, "
                 f"{list(target.feature_layers)}, are supported"
             )
+
+
+def _check_copy(name: str, own: Tensor | None, target_weight: Tensor, folder: Path, rows: Tensor | None = None) -> None:
+    """Refuse weights that are the target's own here, where a file has others.
+
+    Args:
+        rows: of the target's weight that the head's must equal; None: all.
+    """
+    if own is None:
+        return
+    theirs = target_weight.detach() if rows is None else target_weight.detach()[rows.long().to(target_weight.device)]
+    theirs, own = theirs.float().cpu(), own.float().cpu()
+    if own.shape != theirs.shape:
+        raise ValueError(
+            f"the head in {folder} has {name} of {tuple(own.shape)}, the target's is {tuple(theirs.shape)}"
+        )
+    if (distance := float((own - theirs).norm() / theirs.norm())) > _ROUNDING:
+        raise ValueError(
+            f"the head in {folder} has {name} of its own, {distance:.0%} away from the target's, which heads use here: "
+            f"its drafts would not be those that it was trained for. Train one for this target (fastgrpo draft train), "
+            f"or take {name} out of the file to begin with the target's and let the head learn"
+        )
 
 
 def _find_offsets(tensors: dict[str, Tensor], folder: Path, target: TargetModel) -> Tensor:
