@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,43 @@ def test_output_rows_of_another_program_are_the_target_s_or_refused(tmp_path: Pa
     else:
         edit_tensors(tmp_path / "theirs", lambda t: t["lm_head.weight"].mul_(1.1))
     with pytest.raises(ValueError, match=r"has lm_head.weight of its own, 1\d+% away from the target's.*take lm_head"):
+        load_head(tmp_path / "theirs", drafter.target)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_theta": 500.0}, r"RoPE \{'rope_type': 'default', 'rope_theta': 500.0\}, and heads for this .*10000.0"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, r"RoPE \{'rope_type': 'linear'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, "'rope_theta': 7.0"),
+        ({"rope_scaling": "linear"}, "RoPE .*'linear'"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05, and heads for this target compute with 1e-06"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"logit_scale": 0.1}, "logit_scale 0.1"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state False"),
+        ({"layer_types": ["sliding_attention"]}, r"layer_types \['sliding_attention'\]"),
+    ],
+)
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_head_that_computes_otherwise_is_refused(
+    tmp_path: Path, changes: dict, message: str, is_nested: bool
+) -> None:
+    """As it would be drafted with, silently, by the target's RoPE and norms."""
+    drafter = build_drafter_for(build_model("llama", torch.float32), draft_vocab_size=50)
+    drafter.save(tmp_path / "head")
+    if is_nested:
+        write_as_speculators(tmp_path / "head", tmp_path / "theirs")
+    else:
+        shutil.copytree(tmp_path / "head", tmp_path / "theirs")
+        load_head(tmp_path / "theirs", drafter.target)  # ours
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    for name in ("target_final_norm", "rope_parameters"):
+        config.pop(name, None)
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    load_head(tmp_path / "theirs", drafter.target)
+    (config["transformer_layer_config"] if is_nested else config).update(changes)
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
         load_head(tmp_path / "theirs", drafter.target)
 
 

@@ -147,6 +147,13 @@ class TargetModel:
         return functools.partial(module, layer_type=FULL_ATTENTION if FULL_ATTENTION in kinds else kinds[0])
 
     @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Those of `rotary_emb`."""
+        found = getattr(self.config, "rope_parameters", None) or {}
+        kind = getattr(self.rotary_emb, "keywords", {}).get("layer_type")
+        return dict(found.get(kind) or found)
+
+    @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 

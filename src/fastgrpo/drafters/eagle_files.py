@@ -6,6 +6,7 @@ Safetensors and JSON; nothing is unpickled, and nothing is trusted before it is 
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def load_head(folder: Path, target: TargetModel) -> EagleHead:
     _check_copy("embed_tokens.weight", tensors.pop("embed_tokens.weight", None), target.embed_tokens.weight, folder)
     vocab = read_vocabulary(_find_offsets(tensors, folder, target), folder, target.vocab_size)
     tensors["draft_vocab"] = vocab
-    if FINGERPRINT not in config:  # of another program, which may have trained them; ours are the target's at that time
+    if FINGERPRINT not in config:  # of another program, which may have trained rows; ours are the target's at that time
+        _check_computation(config, folder, target)
         if config.get("tie_word_embeddings"):
             tensors.setdefault("lm_head.weight", target.embed_tokens.weight.detach()[vocab.long()])
         _check_copy("lm_head.weight", tensors.get("lm_head.weight"), target.lm_head.weight, folder, vocab)
@@ -173,6 +175,42 @@ def _check_layers(config: dict[str, Any], folder: Path, target: TargetModel) -> 
             )
 
 
+def _check_computation(config: dict[str, Any], folder: Path, target: TargetModel) -> None:
+    """Refuse a head of another program that computes something else than ours would with its weights.
+
+    What its file does not say is what transformers' LlamaConfig says, as in vLLM and SGLang.
+    """
+    nested = config.get("eagle_config")
+    said = (nested if isinstance(nested, dict) else {}) | config
+    eps = float(target.config.rms_norm_eps)
+    kinds = said.get("layer_types") or ["full_attention"]
+    facts: dict[str, tuple[Any, Any]] = {  # what it has, and what is computed here
+        "rms_norm_eps": (said.get("rms_norm_eps", 1e-6), eps),
+        "hidden_act": (said.get("hidden_act", "silu"), "silu"),
+        "logit_scale": (said.get("logit_scale", 1.0), 1.0),
+        "use_aux_hidden_state": (said.get("use_aux_hidden_state", True), True),
+        "layer_types": (kinds, ["full_attention"]),
+        "RoPE": (_read_rope(said), _read_rope({"rope_parameters": target.rope_parameters})),
+    }
+    for name, (own, here) in facts.items():
+        is_same = math.isclose(own, here, rel_tol=1e-3) if isinstance(own, int | float) else own == here
+        if not is_same:
+            raise ValueError(
+                f"the head in {folder} has {name} {own}, and heads for this target compute with {here}: its drafts "
+                "would not be those that it was trained for. Train one for this target (fastgrpo draft train), or say "
+                "the latter in its config.json to take it all the same and let it learn"
+            )
+
+
+def _read_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """RoPE parameters by their names in transformers 5, which has one dictionary of them."""
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    found = dict(found) if isinstance(found, dict) else {"rope_type": found}
+    kind = found.pop("type", None) or "default"
+    read = {"rope_type": kind, "rope_theta": config.get("rope_theta") or 10000.0} | found
+    return {name: value for name, value in read.items() if value is not None}
+
+
 def _check_copy(name: str, own: Tensor | None, target_weight: Tensor, folder: Path, rows: Tensor | None = None) -> None:
     """Refuse weights that are the target's own here, where a file has others.
 
@@ -190,7 +228,7 @@ def _check_copy(name: str, own: Tensor | None, target_weight: Tensor, folder: Pa
     if (distance := float((own - theirs).norm() / theirs.norm())) > _ROUNDING:
         raise ValueError(
             f"the head in {folder} has {name} of its own, {distance:.0%} away from the target's, which heads use here: "
-            f"its drafts would not be those that it was trained for. Train one for this target (fastgrpo draft train), "
+            "its drafts would not be those that it was trained for. Train one for this target (fastgrpo draft train), "
             f"or take {name} out of the file to begin with the target's and let the head learn"
         )
 
