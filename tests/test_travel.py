@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from conftest import VOCAB_SIZE, build_model
 from fastgrpo import travel
@@ -117,6 +120,37 @@ def test_a_checkpoint_and_a_type_can_be_exported(tmp_path: Path, target_folder: 
     config = json.loads((output / "config.json").read_text())
     assert config["norm_before_residual"] is False
     assert config["torch_dtype"] == "bfloat16"
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"rope_theta": 5e4}),
+        ("llama", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64}, "rope_theta": 5e5}),
+        ("gemma3_text", {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
+    ],
+)
+def test_an_exported_head_rotates_for_its_readers_as_here(tmp_path: Path, family: str, settings: dict) -> None:
+    """By `rope_parameters`, and for transformers 4, which SGLang reads with, by `rope_theta` and `rope_scaling`."""
+    drafter = build_drafter_for(build_model(family, torch.float32, **settings))
+    drafter.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    at = torch.tensor([[1, 7, 90]])
+    expected = drafter.target.rotary_emb(torch.zeros(1), position_ids=at)
+    whole = {
+        name: config[name] for name in ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings")
+    }
+    for names in (
+        ("rope_parameters",),
+        ("rope_theta", "rope_scaling"),
+        ("rope_parameters", "rope_theta", "rope_scaling"),
+    ):
+        read = LlamaRotaryEmbedding(LlamaConfig(**whole, **{name: copy.deepcopy(config[name]) for name in names}))
+        for ours, theirs in zip(expected, read(torch.zeros(1), at), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_the_speculators_format_is_read(tmp_path: Path, target_folder: Path) -> None:

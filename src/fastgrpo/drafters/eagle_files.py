@@ -52,7 +52,8 @@ def save_head(
         dtype, compact, counts: see `collect_tensors`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = target.config
+    config, rope = target.config, target.rope_parameters
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     tensors = collect_tensors(head, dtype=dtype, compact=compact, counts=counts)
     vocab = head.draft_vocab.long().cpu()
     tensors["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill_(0, vocab, True)
@@ -69,8 +70,9 @@ def save_head(
         "rms_norm_eps": float(config.rms_norm_eps),
         "num_hidden_layers": 1,
         "max_position_embeddings": target.max_position,
-        "rope_parameters": dict(getattr(config, "rope_parameters", None) or {}),
-        "rope_theta": (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0),
+        "rope_parameters": rope,
+        "rope_theta": rope.get("rope_theta", 10000.0),  # this and the next are what transformers 4 reads
+        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
         "attention_bias": False,
         "tie_word_embeddings": False,
         "vocab_size": target.vocab_size,
