@@ -286,6 +286,13 @@ def test_a_reduced_vocabulary_needs_its_map(tmp_path: Path, target_folder: Path)
         load_head(tmp_path / "head", drafter.target)
 
 
+def test_target_ids_in_place_of_offsets_are_refused(tmp_path: Path, target_folder: Path) -> None:
+    drafter = build_trained_head(tmp_path / "head", target_folder)  # of the first 50 tokens
+    edit_tensors(tmp_path / "head", lambda t: t.update(d2t=torch.arange(50)))
+    with pytest.raises(ValueError, match="d2t that leads to other tokens than t2d marks: d2t must hold what to add"):
+        load_head(tmp_path / "head", drafter.target)
+
+
 def test_a_whole_vocabulary_needs_none(tmp_path: Path) -> None:
     drafter = build_drafter_for(build_model("llama", torch.float32), draft_vocab_size=VOCAB_SIZE)
     drafter.save(tmp_path)

@@ -94,9 +94,10 @@ def load_head(folder: Path, target: TargetModel) -> EagleHead:
     config, tensors = _unify_layout(*read_files(folder), folder)
     _check_config(config, folder, target)
     check_tokenizer(config, folder, target)
-    tensors.pop("t2d", None)  # said again by d2t
+    marked = tensors.pop("t2d", None)
     _check_copy("embed_tokens.weight", tensors.pop("embed_tokens.weight", None), target.embed_tokens.weight, folder)
     vocab = read_vocabulary(_find_offsets(tensors, folder, target), folder, target.vocab_size)
+    _check_marks(marked, vocab, folder, target)
     tensors["draft_vocab"] = vocab
     if FINGERPRINT not in config:  # of another program, which may have trained rows; ours are the target's at that time
         _check_computation(config, folder, target)
@@ -235,11 +236,22 @@ def _check_copy(name: str, own: Tensor | None, target_weight: Tensor, folder: Pa
         )
 
 
+def _check_marks(marked: Tensor | None, vocab: Tensor, folder: Path, target: TargetModel) -> None:
+    """Refuse a t2d, which marks the drafted tokens, that marks others than d2t leads to."""
+    if marked is not None and not torch.equal(
+        marked.bool(), torch.zeros(target.vocab_size, dtype=torch.bool).index_fill_(0, vocab.long(), True)
+    ):
+        raise ValueError(
+            f"the head in {folder} has a d2t that leads to other tokens than t2d marks: d2t must hold what to add to "
+            "each draft id for its target id, not the target id"
+        )
+
+
 def _find_offsets(tensors: dict[str, Tensor], folder: Path, target: TargetModel) -> Tensor:
     """d2t: what to add to each draft id for its target id; zeros where the whole vocabulary is drafted."""
     if "d2t" in tensors:
         return tensors.pop("d2t")
     rows = tensors.get("lm_head.weight")
-    if rows is None or len(rows) != target.vocab_size:
+    if rows is None or rows.shape != (target.vocab_size, target.hidden_size):
         raise ValueError(f"the head in {folder} lacks d2t although its vocabulary is reduced; export it again")
     return torch.zeros(target.vocab_size, dtype=torch.int64)

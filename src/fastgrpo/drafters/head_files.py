@@ -19,6 +19,8 @@ from fastgrpo.model import TargetModel
 FINGERPRINT = "target_final_norm"
 TOKENIZER = "tokenizer_hash"
 _COUNTS = "vocab_counts"
+_WHOLE = (torch.int64, torch.int32, torch.int16)
+_WEIGHTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LIKENESS = 0.05  # relative distance of final norms that training on the same model stays below
 
 
@@ -136,6 +138,11 @@ def check_tokenizer(config: dict[str, Any], folder: Path, target: TargetModel) -
 
 def read_vocabulary(offsets: Tensor, folder: Path, vocab_size: int) -> Tensor:
     """Target ids of the draft vocabulary from d2t's offsets."""
+    if offsets.dim() != 1 or offsets.dtype not in _WHOLE:
+        raise ValueError(
+            f"the head in {folder} has a d2t of type {offsets.dtype} and shape {tuple(offsets.shape)}, which must be a "
+            "list of whole numbers: what to add to each draft id"
+        )
     ids = offsets.long() + torch.arange(len(offsets))
     if len(ids) == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) != len(ids):
         raise ValueError(f"the head in {folder} has a d2t that repeats a token or leaves 0..{vocab_size - 1}")
@@ -163,6 +170,12 @@ def fill_head(head: DraftHead, tensors: dict[str, Tensor], folder: Path, target:
     ]
     if problems:
         raise ValueError(f"the head in {folder} does not fit this target: {problems[0]}")
+    packed = next((name for name in wanted if name != "draft_vocab" and tensors[name].dtype not in _WEIGHTS), None)
+    if packed is not None:
+        raise ValueError(
+            f"the head in {folder} has {packed} of type {tensors[packed].dtype}, whose scale is not known here; save "
+            "it in bfloat16, float16 or float32"
+        )
     broken = next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
     if broken is not None:
         raise ValueError(f"the head in {folder} has values that are not finite in {broken}")
