@@ -249,7 +249,10 @@ def set_nan(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: edit_config(f, architectures=["LlamaForCausalLMEagle3"]), "num_hidden_layers 2, the target has 1"),
+        (
+            lambda f: edit_config(f, architectures=["LlamaForCausalLMEagle3"]),
+            "num_hidden_layers 2; only heads of one layer are",
+        ),
         (lambda f: edit_config(f, target_layers=[0, 1, 2]), r"target_layers \[0, 1, 2\], the target has"),
         (lambda f: edit_config(f, block_size=1), "block_size 1, which must be a number from 2 to 64"),
         (lambda f: edit_config(f, correction_rank="many"), "correction_rank 'many', which must be a number"),

@@ -214,13 +214,34 @@ def test_a_checkpoint_or_a_training_run_drafts_with_its_head(tmp_path: Path, tar
         ({"norm_before_fc": True}, "norm_before_fc, which is not known"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}, r"reads target layers \[1, 2, 3\]"),
         ({"target_hidden_size": 4096}, "target_hidden_size 4096"),
+        ({"eagle_aux_hidden_state_layer_ids": 5}, "reads target layers 5; only the default ones"),
         ({"speculators_model_type": "eagle"}, "not an EAGLE-3 head"),
+        ({"transformer_layer_config": "llama"}, "transformer_layer_config 'llama', which must be a dictionary"),
+        ({"hidden_size": "32"}, "hidden_size '32', the target has 32"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers 2; only heads of one layer"),
+        ({"norm_before_residual": "false"}, "norm_before_residual 'false', which must be true or false"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(tmp_path: Path, target_folder: Path, changes: dict, message: str) -> None:
     drafter = build_trained_head(tmp_path / "head", target_folder)
     write_as_speculators(tmp_path / "head", tmp_path / "theirs", **changes)
     with pytest.raises(ValueError, match=message):
+        load_head(tmp_path / "theirs", drafter.target)
+
+
+def test_what_means_the_default_is_read(tmp_path: Path, target_folder: Path) -> None:
+    drafter = build_trained_head(tmp_path / "head", target_folder)
+    changes = {"eagle_aux_hidden_state_layer_ids": [], "head_dim": None, "norm_before_residual": None}
+    write_as_speculators(tmp_path / "head", tmp_path / "theirs", **changes)
+    assert not load_head(tmp_path / "theirs", drafter.target).norm_before_residual
+
+
+def test_a_weight_that_is_there_twice_is_refused(tmp_path: Path, target_folder: Path) -> None:
+    drafter = build_trained_head(tmp_path / "head", target_folder)
+    write_as_speculators(tmp_path / "head", tmp_path / "theirs")
+    name = "mlp.up_proj.weight"
+    edit_tensors(tmp_path / "theirs", lambda t: t.update({f"midlayer.{name}": torch.zeros(64, 32)}))
+    with pytest.raises(ValueError, match=f"both layers.0.{name} and midlayer.{name}; take one out"):
         load_head(tmp_path / "theirs", drafter.target)
 
 

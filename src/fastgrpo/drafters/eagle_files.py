@@ -142,8 +142,15 @@ def _unify_layout(config: object, tensors: dict[str, Tensor], folder: Path) -> t
     """Configuration and tensors under the names of the EAGLE-3 layout."""
     if isinstance(config, dict) and config.get("speculators_model_type") == "eagle3":
         layer = config.get("transformer_layer_config") or {}
+        if not isinstance(layer, dict):
+            raise ValueError(f"the head in {folder} has transformer_layer_config {layer!r}, which must be a dictionary")
         flat = {**layer, "norm_before_residual": True, **config}  # its flag is set unless the file says otherwise
-        return flat, {name.replace("layers.0.", "midlayer.", 1): value for name, value in tensors.items()}
+        named = {name: name.replace("layers.0.", "midlayer.", 1) for name in tensors}
+        if twice := sorted(name for name in tensors if named[name] != name and named[name] in tensors):
+            raise ValueError(
+                f"the head in {folder} has both {twice[0]} and {named[twice[0]]}; take one out of the file"
+            )
+        return flat, {named[name]: value for name, value in tensors.items()}
     if not isinstance(config, dict) or config.get("architectures") != [_ARCHITECTURE]:
         found = config.get("architectures") if isinstance(config, dict) else config
         raise ValueError(f"{folder} holds {found}, not an EAGLE-3 head ({_ARCHITECTURE})")
@@ -151,7 +158,13 @@ def _unify_layout(config: object, tensors: dict[str, Tensor], folder: Path) -> t
 
 
 def _check_config(config: dict[str, Any], folder: Path, target: TargetModel) -> None:
-    check_shape(config, {**describe_target(target), "num_hidden_layers": 1}, folder)
+    check_shape(config, describe_target(target), folder)
+    if (num_layers := config.get("num_hidden_layers", 1)) != 1:
+        raise ValueError(
+            f"the head in {folder} has num_hidden_layers {num_layers}; only heads of one layer are supported"
+        )
+    if not isinstance(flag := config.get("norm_before_residual") or False, bool):
+        raise ValueError(f"the head in {folder} has norm_before_residual {flag!r}, which must be true or false")
     if config.get("target_hidden_size") not in (None, target.hidden_size):
         raise ValueError(
             f"the head in {folder} has target_hidden_size {config['target_hidden_size']}, the target has "
@@ -171,9 +184,9 @@ def _check_layers(config: dict[str, Any], folder: Path, target: TargetModel) -> 
     nested = config.get("eagle_config")
     for settings in (config, nested if isinstance(nested, dict) else {}):
         layers = settings.get("eagle_aux_hidden_state_layer_ids")
-        if layers is not None and list(layers) != list(target.feature_layers):
+        if layers not in (None, [], list(target.feature_layers)):  # none of them means the default ones, as in vLLM
             raise ValueError(
-                f"the head in {folder} reads target layers {list(layers)}; only the default ones, "
+                f"the head in {folder} reads target layers {layers}; only the default ones, "
                 f"{list(target.feature_layers)}, are supported"
             )
 

@@ -100,8 +100,9 @@ def describe_target(target: TargetModel) -> dict[str, int]:
 def check_shape(config: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     """Refuse a head whose configuration differs where it says something."""
     for key, expected in wanted.items():
-        if config.get(key, expected) != expected:
-            raise ValueError(f"the head in {folder} has {key} {config.get(key)}, the target has {expected}")
+        said = config.get(key)
+        if said not in (None, expected):
+            raise ValueError(f"the head in {folder} has {key} {said!r}, the target has {expected!r}")
 
 
 def take_fingerprint(target: TargetModel) -> list[float]:
