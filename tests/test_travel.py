@@ -23,7 +23,7 @@ from fastgrpo.model import TargetModel
 from fastgrpo.types import SamplingParams, SpeculationPlan
 from fastgrpo.unroll import collate, compute_outputs
 from test_eagle import build_drafter_for, draft_chains
-from test_heads import collect_rollouts, edit_tensors
+from test_heads import collect_rollouts, edit_config, edit_tensors
 from test_trainer import build_tokenizer
 
 PLAN = SpeculationPlan(depth=2, width=2, num_draft_tokens=4)
@@ -227,6 +227,26 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path, target_folder: Pat
     write_as_speculators(tmp_path / "head", tmp_path / "theirs", **changes)
     with pytest.raises(ValueError, match=message):
         load_head(tmp_path / "theirs", drafter.target)
+
+
+@pytest.mark.parametrize("names", [["pytorch_model.bin"], ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]])
+def test_weights_in_other_files_are_named(tmp_path: Path, target_folder: Path, names: list[str]) -> None:
+    """SafeAILab's heads come as a .bin, large ones in parts."""
+    drafter = build_trained_head(tmp_path / "head", target_folder)
+    (tmp_path / "head" / "model.safetensors").unlink()
+    for name in names:
+        (tmp_path / "head" / name).write_bytes(b"")
+    message = f"model.safetensors; weights are read from that file alone, write those of {', '.join(names)} to it"
+    with pytest.raises(ValueError, match=message):
+        load_head(tmp_path / "head", drafter.target)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Eagle3LlamaForCausalLM"])
+def test_a_head_under_another_name_is_told_what_to_change(tmp_path: Path, target_folder: Path, name: str) -> None:
+    drafter = build_trained_head(tmp_path / "head", target_folder)
+    edit_config(tmp_path / "head", architectures=[name])
+    with pytest.raises(ValueError, match=r'if it is one, write "architectures": \["LlamaForCausalLMEagle3"\] in its'):
+        load_head(tmp_path / "head", drafter.target)
 
 
 def test_what_means_the_default_is_read(tmp_path: Path, target_folder: Path) -> None:

@@ -36,6 +36,9 @@ def read_files(folder: Path) -> tuple[Any, dict[str, Tensor]]:
         with_heads = [each for each in folder.glob("checkpoint-*") if find_head_folder(each) != each]
         newest = max(with_heads, key=lambda each: each.stat().st_mtime, default=None)
         remedy = "" if newest is None else f"; {newest} has one"
+        others = sorted(each.name for pattern in ("*.safetensors", "*.bin") for each in folder.glob(pattern))
+        if others and not (folder / "model.safetensors").exists():
+            remedy = f"; weights are read from that file alone, write those of {', '.join(others)} to it"
         raise ValueError(f"no readable draft head in {folder}: {error}{remedy}") from error
 
 
