@@ -103,6 +103,16 @@ def test_export_then_import_is_the_identity(tmp_path: Path, target_folder: Path)
     assert {"command", "commit", "machine", "settings"} <= result.keys()
 
 
+def test_weights_that_a_type_cannot_hold_are_not_exported(tmp_path: Path, target_folder: Path, capsys) -> None:
+    build_trained_head(tmp_path / "head", target_folder)
+    edit_tensors(tmp_path / "head", lambda t: t["fc.weight"].view(-1)[:1].fill_(1e6))
+    argv = ["draft", "export", "--model", str(target_folder), "--head", str(tmp_path / "head")]
+    argv += ["--output", str(tmp_path / "out"), "--dtype"]
+    assert main([*argv, "float16"]) == 2
+    assert "fc.weight has values beyond torch.float16, up to 1e+06: take bfloat16" in capsys.readouterr().err
+    assert main([*argv, "bfloat16"]) == 0
+
+
 @pytest.mark.parametrize("place", ["head", "drafter/eagle"])  # alone, and in a drafter of two
 def test_a_checkpoint_and_a_type_can_be_exported(tmp_path: Path, target_folder: Path, place: str) -> None:
     checkpoint = tmp_path / "checkpoint-3"

@@ -153,7 +153,7 @@ def _unify_layout(config: object, tensors: dict[str, Tensor], folder: Path) -> t
         return flat, {named[name]: value for name, value in tensors.items()}
     if not isinstance(config, dict) or config.get("architectures") != [_ARCHITECTURE]:
         found = config.get("architectures") if isinstance(config, dict) else config
-        is_named_otherwise = isinstance(config, dict) and "fc.weight" in tensors
+        is_named_otherwise = isinstance(config, dict) and "midlayer.hidden_norm.weight" in tensors
         remedy = f'; if it is one, write "architectures": ["{_ARCHITECTURE}"] in its config.json'
         raise ValueError(
             f"{folder} holds {found}, not an EAGLE-3 head ({_ARCHITECTURE}){remedy if is_named_otherwise else ''}"

@@ -82,7 +82,13 @@ def collect_tensors(
         del tensors["lm_head.weight"]
         dtype = torch.bfloat16
     if dtype is not None:
-        tensors = {name: value.to(dtype) for name, value in tensors.items()}
+        narrow = {name: value.to(dtype) for name, value in tensors.items()}
+        lost = next((name for name in tensors if bool((narrow[name].isinf() & tensors[name].isfinite()).any())), None)
+        if lost is not None:
+            raise ValueError(
+                f"{lost} has values beyond {dtype}, up to {float(tensors[lost].abs().max()):.3g}: take bfloat16"
+            )
+        tensors = narrow
     tensors["d2t"] = vocab - torch.arange(len(vocab))
     if compact and counts is not None:
         tensors[_COUNTS] = counts.cpu()[vocab].int()
