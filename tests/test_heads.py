@@ -1018,6 +1018,27 @@ def test_a_head_of_another_size_of_the_family_is_refused(kind, tmp_path):
         Engine(shared_model("llama", torch.float32), drafter=str(tmp_path))
 
 
+def test_a_head_of_another_model_of_the_same_shape_is_refused(kind, tmp_path):
+    """Known by its final norm, of which some training leaves most."""
+    model = build_model("llama", torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
+    kind.build(model).save(tmp_path)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.02)
+    Engine(model, drafter=str(tmp_path))
+    with pytest.raises(ValueError, match="was trained for another target: target_final_norm differs; train one"):
+        Engine(shared_model("llama", torch.float32), drafter=str(tmp_path))
+
+
+def test_a_head_of_a_model_whose_norms_are_zero_is_read_back(kind, tmp_path):
+    """Gemma's, before any training: its norms multiply by one more."""
+    model = shared_model("gemma", torch.float32)
+    assert not model.model.norm.weight.any()
+    kind.build(model).save(tmp_path)
+    Engine(model, drafter=str(tmp_path))
+
+
 def test_a_run_whose_checkpoints_hold_heads_is_refused_by_naming_one(kind, tmp_path):
     """`drafter=output_dir` of a training is an easy slip; a checkpoint without a head is not offered."""
     kind.build(build_model("llama", torch.float32)).save(tmp_path / "checkpoint-2" / "fastgrpo" / "head")

@@ -104,6 +104,11 @@ def load_head(folder: Path, target: TargetModel) -> EagleHead:
         if config.get("tie_word_embeddings"):
             tensors.setdefault("lm_head.weight", target.embed_tokens.weight.detach()[vocab.long()])
         _check_copy("lm_head.weight", tensors.get("lm_head.weight"), target.lm_head.weight, folder, vocab)
+    elif not has_fingerprint(target, config[FINGERPRINT]):
+        raise ValueError(
+            f"the head in {folder} was trained for another target: {FINGERPRINT} differs; train one for this target "
+            "(fastgrpo draft train)"
+        )
     head = build_head(
         target, len(tensors["draft_vocab"]), norm_before_residual=bool(config.get("norm_before_residual", False))
     )

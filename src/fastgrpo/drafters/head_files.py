@@ -127,7 +127,7 @@ def has_fingerprint(target: TargetModel, fingerprint: Any) -> bool:
     if not all(isinstance(value, int | float) for value in fingerprint):
         return False
     known = torch.tensor(fingerprint, dtype=torch.float32)
-    return bool((torch.tensor(own) - known).norm() < _LIKENESS * known.norm())
+    return bool((torch.tensor(own) - known).norm() <= _LIKENESS * known.norm())  # equal where both are zero
 
 
 def check_tokenizer(config: dict[str, Any], folder: Path, target: TargetModel) -> None:
