@@ -951,8 +951,8 @@ def damage_weights(folder: Path) -> None:
         ),
         (lambda f: edit_config(f, vocab_size=32000), "vocab_size 32000, the target has 120"),
         (lambda f: edit_tensors(f, lambda t: t.pop("d2t")), "lacks d2t"),
-        (lambda f: edit_tensors(f, lambda t: t.pop("fc.weight")), "does not fit this target: fc.weight"),
-        (lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(1))), "does not fit this target: extra"),
+        (lambda f: edit_tensors(f, lambda t: t.pop("fc.weight")), "does not fit this target: fc.weight is missing"),
+        (lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(1))), "target: extra is not known here"),
         (
             lambda f: edit_tensors(f, lambda t: t.update({"fc.weight": torch.zeros(32, 64)})),
             r"fc.weight is \(32, 64\), expected \(32, 96\)",

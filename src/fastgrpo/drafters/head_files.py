@@ -173,7 +173,9 @@ def fill_head(head: DraftHead, tensors: dict[str, Tensor], folder: Path, target:
     if "lm_head.weight" not in tensors:
         tensors["lm_head.weight"] = target.lm_head.weight.detach()[tensors["draft_vocab"].long()]
     wanted = head.state_dict()
-    problems = sorted(set(wanted) ^ set(tensors)) or [
+    missing = [f"{name} is missing" for name in sorted(set(wanted) - set(tensors))]
+    unknown = [f"{name} is not known here, and would be left out" for name in sorted(set(tensors) - set(wanted))]
+    problems = [*missing, *unknown] or [
         f"{name} is {tuple(tensors[name].shape)}, expected {tuple(value.shape)}"
         for name, value in wanted.items()
         if tensors[name].shape != value.shape
