@@ -387,6 +387,12 @@ def test_a_tokenizer_that_is_not_known_is_not_compared(tmp_path, lm_folder):
         LmDrafter(TargetModel(shared_model("llama")), build_lm(vocab_size=64))
 
 
+def set_nan(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], torch.nan)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -395,10 +401,24 @@ def test_a_tokenizer_that_is_not_known_is_not_compared(tmp_path, lm_folder):
         (lambda f: edit_config(f, model_type="gpt2", architectures=["GPT2LMHeadModelForCausalLM"]), "family 'gpt2'"),
         (lambda f: drop_tensor(f, "model.layers.1.mlp.up_proj.weight"), "lacks weights, model.layers.1.mlp.up_proj"),
         (lambda f: edit_config(f, hidden_size=64), "draft model in"),
+        (lambda f: edit_config(f, hidden_size="32"), "no readable draft model in .*hidden_size"),
+        (set_nan, "not finite in model.norm.weight"),
+        (lambda f: edit_config(f, architectures=5), "not an EAGLE-3 head|no readable draft head"),
         (lambda f: edit_config(f, architectures=["BertModel"]), "not an EAGLE-3 head"),
         (lambda f: (f / "config.json").unlink(), "no readable draft head"),
     ],
-    ids=["no_weights", "damaged", "family", "missing_tensor", "other_shapes", "no_lm", "no_config"],
+    ids=[
+        "no_weights",
+        "damaged",
+        "family",
+        "missing_tensor",
+        "other_shapes",
+        "text_for_a_size",
+        "nan",
+        "odd_name",
+        "no_lm",
+        "no_config",
+    ],
 )
 def test_a_folder_that_cannot_draft_is_refused(tmp_path, lm_folder, damage, message):
     target = load_target(save_tiny_model(tmp_path / "target"))

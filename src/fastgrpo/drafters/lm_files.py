@@ -6,6 +6,7 @@ import json
 import warnings
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,9 @@ def is_causal_lm(folder: Path) -> bool:
         return False
     if not isinstance(config, dict) or {"draft_vocab_size", "speculators_model_type"} & config.keys():
         return False
-    names = config.get("architectures") or []
+    names = config.get("architectures")
+    if not isinstance(names, list):
+        return False
     return bool(names) and all(str(name).endswith("ForCausalLM") for name in names)
 
 
@@ -30,7 +33,7 @@ def load_lm(folder: Path, target: TargetModel) -> nn.Module:
     """The model of a folder in the target's type and on its device, ready to draft; nothing is unpickled.
 
     Raises:
-        ValueError: damaged or missing weights, or a family that is not supported.
+        ValueError: damaged, missing or not finite weights, or a family that is not supported.
     """
     family = json.loads((folder / "config.json").read_text()).get("model_type")
     if family not in SUPPORTED_FAMILIES:
@@ -42,10 +45,13 @@ def load_lm(folder: Path, target: TargetModel) -> nn.Module:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=target.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"no readable draft model in {folder}: {error}") from error
     if report["missing_keys"]:
         raise ValueError(f"the draft model in {folder} lacks weights, {min(report['missing_keys'])} for one")
+    broken = next((name for name, value in model.named_parameters() if not bool(value.isfinite().all())), None)
+    if broken is not None:
+        raise ValueError(f"the draft model in {folder} has values that are not finite in {broken}")
     return model.to(target.device).eval().requires_grad_(False)
 
 
