@@ -95,7 +95,7 @@ def load_head(folder: Path, target: TargetModel) -> EagleHead:
     _check_config(config, folder, target)
     check_tokenizer(config, folder, target)
     marked = tensors.pop("t2d", None)
-    _check_copy("embed_tokens.weight", tensors.pop("embed_tokens.weight", None), target.embed_tokens.weight, folder)
+    _compare_copy("embed_tokens.weight", tensors.pop("embed_tokens.weight", None), target.embed_tokens.weight, folder)
     vocab = read_vocabulary(_find_offsets(tensors, folder, target), folder, target.vocab_size)
     _check_marks(marked, vocab, folder, target)
     tensors["draft_vocab"] = vocab
@@ -103,7 +103,7 @@ def load_head(folder: Path, target: TargetModel) -> EagleHead:
         _check_computation(config, folder, target)
         if config.get("tie_word_embeddings"):
             tensors.setdefault("lm_head.weight", target.embed_tokens.weight.detach()[vocab.long()])
-        _check_copy("lm_head.weight", tensors.get("lm_head.weight"), target.lm_head.weight, folder, vocab)
+        _compare_copy("lm_head.weight", tensors.get("lm_head.weight"), target.lm_head.weight, folder, vocab)
     elif not has_fingerprint(target, config[FINGERPRINT]):
         raise ValueError(
             f"the head in {folder} was trained for another target: {FINGERPRINT} differs; train one for this target "
@@ -201,7 +201,7 @@ def _check_layers(config: dict[str, Any], folder: Path, target: TargetModel) -> 
 
 
 def _check_computation(config: dict[str, Any], folder: Path, target: TargetModel) -> None:
-    """Refuse a head of another program that computes something else than ours would with its weights.
+    """Refuse a head of another program whose layer is another one, and warn of one that rotates or norms otherwise.
 
     What its file does not say is what transformers' LlamaConfig says, as in vLLM and SGLang.
     """
@@ -210,21 +210,38 @@ def _check_computation(config: dict[str, Any], folder: Path, target: TargetModel
     eps = float(target.config.rms_norm_eps)
     kinds = said.get("layer_types") or ["full_attention"]
     facts: dict[str, tuple[Any, Any]] = {  # what it has, and what is computed here
-        "rms_norm_eps": (said.get("rms_norm_eps", 1e-6), eps),
         "hidden_act": (said.get("hidden_act", "silu"), "silu"),
         "logit_scale": (said.get("logit_scale", 1.0), 1.0),
         "use_aux_hidden_state": (said.get("use_aux_hidden_state", True), True),
         "layer_types": (kinds, ["full_attention"]),
-        "RoPE": (_read_rope(said), _read_rope({"rope_parameters": target.rope_parameters})),
     }
     for name, (own, here) in facts.items():
-        is_same = math.isclose(own, here, rel_tol=1e-3) if isinstance(own, int | float) else own == here
-        if not is_same:
+        if own != here:
             raise ValueError(
-                f"the head in {folder} has {name} {own}, and heads for this target compute with {here}: its drafts "
-                "would not be those that it was trained for. Train one for this target (fastgrpo draft train), or say "
-                "the latter in its config.json to take it all the same and let it learn"
+                f"the head in {folder} has {name} {own!r}, and heads compute with {here!r} here; train one for this "
+                "target (fastgrpo draft train)"
             )
+    found, rope = _read_rope(said), _read_rope({"rope_parameters": target.rope_parameters})
+    if found != rope:
+        _warn_of_difference(folder, f"RoPE {found}", f"{rope}, the target's")
+    if not math.isclose(found_eps := _read_number(said, "rms_norm_eps", 1e-6, folder), eps, rel_tol=1e-3):
+        _warn_of_difference(folder, f"rms_norm_eps {found_eps}", f"{eps}, the target's")
+
+
+def _warn_of_difference(folder: Path, own: str, here: str) -> None:
+    """A head goes on from weights that were trained with something else."""
+    warnings.warn(
+        f"the head in {folder} has {own}, and drafts with {here}: fewer drafts are accepted than it was trained for, "
+        "until it has learnt",
+        stacklevel=2,
+    )
+
+
+def _read_number(config: dict[str, Any], name: str, default: float, folder: Path) -> float:
+    found = config.get(name, default)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise ValueError(f"the head in {folder} has {name} {found!r}, which must be a number")
+    return float(found)
 
 
 def _read_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -236,8 +253,10 @@ def _read_rope(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in read.items() if value is not None}
 
 
-def _check_copy(name: str, own: Tensor | None, target_weight: Tensor, folder: Path, rows: Tensor | None = None) -> None:
-    """Refuse weights that are the target's own here, where a file has others.
+def _compare_copy(
+    name: str, own: Tensor | None, target_weight: Tensor, folder: Path, rows: Tensor | None = None
+) -> None:
+    """Warn of weights in a file that are not the target's, which heads use here.
 
     Args:
         rows: of the target's weight that the head's must equal; None: all.
@@ -251,11 +270,7 @@ def _check_copy(name: str, own: Tensor | None, target_weight: Tensor, folder: Pa
             f"the head in {folder} has {name} of {tuple(own.shape)}, the target's is {tuple(theirs.shape)}"
         )
     if (distance := float((own - theirs).norm() / theirs.norm())) > _ROUNDING:
-        raise ValueError(
-            f"the head in {folder} has {name} of its own, {distance:.0%} away from the target's, which heads use here: "
-            "its drafts would not be those that it was trained for. Train one for this target (fastgrpo draft train), "
-            f"or take {name} out of the file to begin with the target's and let the head learn"
-        )
+        _warn_of_difference(folder, f"{name} of its own, {distance:.0%} away from the target's", "the target's")
 
 
 def _check_marks(marked: Tensor | None, vocab: Tensor, folder: Path, target: TargetModel) -> None:
