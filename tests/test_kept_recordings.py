@@ -21,6 +21,7 @@ from fastgrpo import admission, attention, cache, graphs, memory, rotation, samp
 from fastgrpo.drafters import calibration, pools
 from fastgrpo.engine import Engine
 from fastgrpo.graphs import Recording
+from fastgrpo.kept_recordings import KeptRecordings
 from fastgrpo.kernels import cpu, gpu
 from fastgrpo.model import TargetModel
 from fastgrpo.types import PLAIN, SamplingParams, SpeculationPlan
@@ -232,6 +233,44 @@ def test_what_has_changed_is_recorded_anew(change, recorded, monkeypatch):
         assert generate(engine) == before
 
 
+@pytest.mark.parametrize("kind", ["eagle-new", "block"])
+def test_a_place_tells_of_each_weight_and_constant(kind, recorded):
+    """Whatever is put elsewhere, or computed otherwise, alone."""
+    engine, held = build(kind), []
+    target, drafter = engine.target, engine.drafter
+
+    def find_places():
+        with target.rollout_mode():
+            return target.place, drafter._find_place()
+
+    def move_weight(owner, name):
+        held.append(getattr(owner, name))  # whose memory nobody else is given
+        getattr(owner, name).data = getattr(owner, name).detach().clone()
+
+    def check(change, of_target):
+        before = find_places()
+        assert before == find_places(), "nothing has changed"
+        change()
+        after = find_places()
+        assert (before[0] != after[0]) == of_target and before[1] != after[1]
+
+    for module in target.base.modules():
+        for name, _ in module.named_parameters(recurse=False):
+            held.append(getattr(module, name).detach())
+            check(lambda module=module, name=name: move_weight(module, name), of_target=True)
+        for name in ("variance_epsilon", "scaling"):
+            if hasattr(module, name):
+                check(lambda module=module, name=name: setattr(module, name, 0.123), of_target=True)
+    for module in drafter.fast_head.modules():
+        for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            held.append(getattr(module, name).detach())
+            check(lambda module=module, name=name: move_weight(module, name), of_target=False)
+    others = [(drafter.head, "draft_vocab")] + ([(drafter, "_correction")] if kind == "block" else [])
+    for owner, name in others:
+        held.append(getattr(owner, name).detach())
+        check(lambda owner=owner, name=name: move_weight(owner, name), of_target=False)
+
+
 @pytest.mark.parametrize("name", ["fp32_precision", "allow_bf16_reduced_precision_reduction"])
 def test_products_of_another_precision_are_recorded_anew(name, recorded):
     """cuBLAS rounds as PyTorch's settings said when it was recorded."""
@@ -411,3 +450,119 @@ def test_nothing_is_kept_where_pytorch_frees_what_cublas_works_in(recorded, monk
     expected, num_recorded = generate(engine), len(recorded)
     assert engine._verify._recordings.replays is None and not engine.cache.num_bytes
     assert generate(engine) == expected and len(recorded) == 2 * num_recorded
+
+
+class Owner:
+    """What records a call, beside a storage that says what it was told."""
+
+    num_bytes = 40
+
+    def __init__(self, recorder, device):
+        self.store, self.kept = torch.zeros(1, 1), []
+        self.device, self.recorder = device, recorder
+        self.recordings = KeptRecordings(self, self)
+
+    def open_recorder(self):
+        return self.recorder
+
+    def clear(self, *, keeps_storage=False):
+        self.kept.append(keeps_storage)
+
+    def run(self, inputs):
+        return (inputs + 1,)
+
+    def list_stores(self):
+        return [self.store]
+
+    def begin(self, place):
+        self.recordings.begin(place, self.run, self.list_stores)
+        return self.recordings.replays
+
+    def call(self):
+        return self.recordings.replays("key", lambda: torch.zeros(1), lambda inputs: None)
+
+
+class PlainRecorder:
+    num_bytes, error = 60, None
+
+    def record(self, run):
+        if self.error is not None:
+            raise self.error
+        return Recording(first=run(), replay=lambda: None, outputs=())
+
+    def count_free_bytes(self):
+        return 2**40
+
+
+@pytest.fixture
+def owner(monkeypatch):
+    monkeypatch.setattr(memory, "find_available_bytes", lambda _: 1600)
+    return Owner(PlainRecorder(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_kept"), [("here", "here", True), ("here", "there", False), ("here", None, False)]
+)
+def test_what_was_recorded_is_kept_for_the_same_place_alone(first, second, is_kept, owner):
+    replays = owner.begin(first)
+    owner.call()
+    owner.recordings.end()
+    assert owner.recordings.replays is replays
+    assert (owner.begin(second) is replays) == is_kept
+    assert owner.kept == [False, True, is_kept]
+
+
+def test_what_was_recorded_without_an_end_is_dropped(owner):
+    """Beside caches that were made to measure, which are gone."""
+    replays = owner.begin("here")
+    owner.call()
+    assert owner.begin("here") is not replays and not any(owner.kept)
+
+
+def test_a_place_that_is_not_known_is_that_of_no_rollout(owner):
+    replays = owner.begin(None)
+    owner.call()
+    assert owner.begin(None) is not replays, "a rollout that begins anew without an end"
+    owner.call()
+    owner.recordings.end()
+    assert owner.recordings.replays is None and not any(owner.kept)
+
+
+@pytest.mark.parametrize(
+    ("available", "is_kept"), [(1600, True), (1599, False), (None, False)], ids=["little", "much", "not known"]
+)
+def test_recordings_and_storage_stay_where_both_are_little(available, is_kept, owner, monkeypatch):
+    monkeypatch.setattr(memory, "find_available_bytes", lambda _: available)
+    owner.begin("here")
+    owner.call()
+    owner.recordings.end()
+    assert (owner.recordings.replays is not None, owner.kept[-1]) == (is_kept, is_kept)
+
+
+def test_nothing_stays_where_nothing_was_recorded_or_can_be(owner):
+    owner.recordings.end()  # of a rollout that did not begin
+    owner.begin("here")
+    owner.recordings.end()
+    assert owner.recordings.replays is None
+    owner.begin("here")
+    owner.call()
+    owner.recorder.error = torch.OutOfMemoryError("no more")
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        assert owner.recordings.replays("other key", lambda: torch.zeros(1), lambda inputs: None) is None
+    assert owner.call() is None and not len(owner.recordings.replays), "what was recorded has gone, too"
+    owner.recordings.end()
+    assert owner.recordings.replays is None and not any(owner.kept)
+
+
+def test_an_end_that_fails_leaves_nothing(owner, monkeypatch):
+    owner.begin("here")
+    owner.call()
+    monkeypatch.setattr(memory, "find_available_bytes", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        owner.recordings.end()
+    assert owner.recordings.replays is None and not any(owner.kept)
+    owner.begin("here")
+    owner.recordings.forget()
+    monkeypatch.setattr(memory, "find_available_bytes", lambda _: 1600)
+    owner.recordings.end()
+    assert not any(owner.kept)

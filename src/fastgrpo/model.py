@@ -410,8 +410,9 @@ def host_by_default() -> contextlib.AbstractContextManager[Any]:
 def _list_precisions() -> tuple[object, ...]:
     """PyTorch's settings of how cuBLAS rounds."""
     products = torch.backends.cuda.matmul
-    names = ("fp32_precision", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    return tuple(getattr(products, name) for name in names)
+    reductions = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    names = ("fp32_precision", "allow_fp16_accumulation", *reductions)
+    return (*(getattr(products, name) for name in names), torch.backends.cuda.preferred_blas_library())
 
 
 def _cast(linear: nn.Linear, dtype: torch.dtype, memory: KeptMemory | None) -> nn.Linear:
