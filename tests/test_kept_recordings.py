@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from conftest import build_model
 from fastgrpo import admission, attention, cache, graphs, memory, rotation, sampling, tree, verify
+from fastgrpo.blocks import BLOCK_SIZE
 from fastgrpo.drafters import calibration, pools
 from fastgrpo.engine import Engine
 from fastgrpo.graphs import Recording
@@ -566,3 +567,30 @@ def test_an_end_that_fails_leaves_nothing(owner, monkeypatch):
     monkeypatch.setattr(memory, "find_available_bytes", lambda _: 1600)
     owner.recordings.end()
     assert not any(owner.kept)
+
+
+def test_storage_at_the_same_address_is_another_one_if_it_is_larger(owner):
+    """Its layers stand elsewhere."""
+    memory_of_both, num_recorded = torch.zeros(1, 4), []
+    record = owner.recorder.record
+    owner.recorder.record = lambda run: (num_recorded.append(run), record(run))[1]
+    for width in (2, 3):
+        owner.store = memory_of_both[:, :width]
+        owner.begin("here")
+        owner.call()
+        owner.recordings.end()
+    assert len(num_recorded) == 2
+
+
+def test_kept_storage_is_cleaned_once(monkeypatch):
+    """Not again as more of it comes into use, with rows in it."""
+    monkeypatch.setattr(cache, "_LEAST_BLOCKS", 1)
+    own = TargetModel(build_model("llama", F32, **SIZES)).build_cache(with_features=False)
+    for keeps_storage in (True, False):
+        own.begin()
+        own.add_rows(1)
+        own.reserve(0, 1)
+        own.keys.data[:, 0] = 5.0
+        own.reserve(0, 4 * BLOCK_SIZE)
+        assert (own.keys.data[:, 0] == 5.0).all()
+        own.clear(keeps_storage=keeps_storage)

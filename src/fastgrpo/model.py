@@ -411,8 +411,9 @@ def _list_precisions() -> tuple[object, ...]:
     """PyTorch's settings of how cuBLAS rounds."""
     products = torch.backends.cuda.matmul
     reductions = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
-    names = ("fp32_precision", "allow_fp16_accumulation", *reductions)
-    return (*(getattr(products, name) for name in names), torch.backends.cuda.preferred_blas_library())
+    splits = [f"{name}_split_k" for name in reductions]  # which not every PyTorch has
+    names = ("fp32_precision", "allow_fp16_accumulation", *reductions, *splits)
+    return (*(getattr(products, name, None) for name in names), torch.backends.cuda.preferred_blas_library())
 
 
 def _cast(linear: nn.Linear, dtype: torch.dtype, memory: KeptMemory | None) -> nn.Linear:
