@@ -122,7 +122,7 @@ def main() -> None:
     if options.output:  # before anything is measured
         check_writable("output", options.output)
     quiet_libraries()
-    commit = describe_commit(Path(__file__).parent)  # before it runs: who works on may commit meanwhile
+    commit = describe_commit(Path(__file__).parent)  # before it runs: another commit may be made meanwhile
     rows = take_turns(options)
     result = {
         "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python {' '.join(sys.argv)}",

@@ -107,7 +107,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.output:  # before anything is measured
         check_writable("output", options.output)
-    commit = describe_commit(Path(__file__).parent)  # before it runs: who works on may commit meanwhile
+    commit = describe_commit(Path(__file__).parent)  # before it runs: another commit may be made meanwhile
     path = resolve_model(options.model)
     chats = build_task_dataset(options.task, size=max(options.batches), seed=17)["prompt"]
     work = {"model": path, "prompts": encode_prompts(load_tokenizer(path), chats)}

@@ -19,7 +19,7 @@ from fastgrpo.report import describe_commit, describe_machine
 from fastgrpo.types import SamplingParams, StepRecord
 
 TURN_TOKENS = 6  # of each live sequence
-_COMMIT = describe_commit(Path(__file__).parent)  # before anything runs: who works on may commit meanwhile
+_COMMIT = describe_commit(Path(__file__).parent)  # before anything runs: another commit may be made meanwhile
 
 
 @dataclass(frozen=True, kw_only=True)

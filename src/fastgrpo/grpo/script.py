@@ -46,7 +46,7 @@ def run_training(argv: list[str]) -> None:
         return
     quiet_progress()
     arguments = parse_arguments(argv)
-    meta = _describe_run(arguments, argv)  # before it runs: who works on may commit meanwhile
+    meta = _describe_run(arguments, argv)  # before it runs: another commit may be made meanwhile
     trainer = build_trainer(arguments)
     is_main = trainer.is_world_process_zero()
     console = Console() if is_main else Console(quiet=True)
